@@ -3,7 +3,7 @@
 #
 # Sets up the environment first. Variables:
 #   NGPU            processes on this machine; default: one per visible GPU, 1 on a CPU
-#   NNODES          machines; default: 1. Start the same command on each (docs/MULTINODE.md)
+#   NNODES          machines; default: 1. Start the same command on each (docs/CLUSTERS.md)
 #   RDZV_ENDPOINT   HOST:PORT of the rendezvous; required for NNODES > 1
 #   NODE_RANK       index of this machine; index 0 is HOST. Optional: set it on all or on none
 #   RDZV_ID         name of the run, the same on every machine; default: switchtitan

@@ -10,7 +10,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,6 @@ Every key can be set on the command line as `--section.key value`.
 This page is generated from the code by `python scripts/generate_docs.py`.
 """
 
-Row = Sequence[str]
-
 
 def main(argv: Sequence[str]) -> None:
     """Writes all files, or checks that they are up to date.
@@ -54,9 +53,7 @@ def main(argv: Sequence[str]) -> None:
         CONFIGURATION: configuration_page(),
         PERFORMANCE: with_fit_tables(PERFORMANCE.read_text(), MEASUREMENTS),
     }
-    outdated = [
-        path for path, text in texts.items() if not path.exists() or path.read_text() != text
-    ]
+    outdated = [path for path, text in texts.items() if path.read_text() != text]
     if options.check and outdated:
         names = ", ".join(path.relative_to(ROOT).as_posix() for path in outdated)
         print(f"outdated: {names}; run python scripts/generate_docs.py", file=sys.stderr)
@@ -71,7 +68,8 @@ def configuration_page() -> str:
     parts = [_CONFIGURATION_HEAD]
     for section, types in section_types(JobConfig).items():
         for name, config_type in types.items():
-            title = f"[{section}] name = {toml_value(name)}" if name else f"[{section}]"
+            # The same anchor on GitHub and on the site: no two dropped characters side by side.
+            title = f"[{section}] name: {name}" if name else f"[{section}]"
             parts.append(_describe_section(title, config_type))
     return "\n".join(parts)
 
@@ -96,15 +94,8 @@ def _describe_section(title: str, config_type: type[Section]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _wrapped(text: str, width: int = 120) -> Iterator[str]:
-    line = ""
-    for word in text.split():
-        if line and len(line) + 1 + len(word) > width:
-            yield line
-            line = ""
-        line = f"{line} {word}".lstrip()
-    if line:
-        yield line
+def _wrapped(text: str, width: int = 120) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def with_fit_tables(text: str, folder: Path) -> str:
@@ -119,50 +110,32 @@ def with_fit_tables(text: str, folder: Path) -> str:
 
 
 def fit_table(name: str, record: dict[str, Any]) -> str:
-    """Returns the Markdown table of what fits, and its source."""
-    header, *rows = _fits(record)
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    lines = ["| " + " | ".join(row) + " |" for row in [header, rule, *rows]]
-    environment = record["environment"]
-    source = (
-        f"{environment['device']}, {environment['num_threads']} thread(s), torch "
-        f"{environment['torch']}, commit {environment['commit']}: "
-        f"[figures](measurements/{name}.json)"
-    )
-    return "\n".join([*lines, "", source, ""])
+    """Returns the Markdown table of what fits, and its source.
 
-
-def _fits(record: dict[str, Any]) -> list[Row]:
-    """A row for each method, a column for each size of the model.
-
-    Cells are the numbers of sequences that fit. If the most that were tried always fit, they are
-    the peaks with that number.
+    A row for each method, a column for each size of the model. Cells are the numbers of sequences
+    that fit. If the most that were tried always fit, they are the peaks with that number.
     """
-    fits = record["fits"].values()
-    all_fit = all(set(fit["batch_size"].values()) == {MAX_BATCH_SIZE} for fit in fits)
+    all_fit = all(
+        set(fit["batch_size"].values()) == {MAX_BATCH_SIZE} for fit in record["fits"].values()
+    )
     cells: dict[str, dict[str, str]] = {}
-    for name, fit in record["fits"].items():
-        file, *keys = _side(name).split(", ")
-        values = dict(key.split("=", 1) for key in keys)
-        size = values.pop("size")
-        # The rank follows the size.
-        values.pop("rank", None)
-        method = file.removeprefix("llama_350m_")
-        row = ", ".join([method, *(f"{key}={value}" for key, value in values.items())])
+    for side, fit in record["fits"].items():
+        file, _, overrides = side.partition(":")
+        keys = dict(override.partition(".")[2].split("=", 1) for override in overrides.split(","))
+        size = keys.pop("size")
+        keys.pop("rank", None)  # it follows the size
+        method = Path(file).stem.removeprefix("llama_350m_")
+        row = ", ".join([method, *(f"{key}={value}" for key, value in keys.items())])
         if all_fit:
             cell = f"{fit['peak'][str(MAX_BATCH_SIZE)] / _GIB:.2f}"
         else:
             cell = " / ".join(map(batch_size_cell, fit["batch_size"].values()))
         cells.setdefault(row, {})[size] = cell
-    header = ("", *next(iter(cells.values())))
-    return [header, *((row, *by_size.values()) for row, by_size in cells.items())]
-
-
-def _side(name: str) -> str:
-    """Shortens `train_configs/llama_60m_lora.toml:method.rank=64` to `llama_60m_lora, rank=64`."""
-    file, _, overrides = name.partition(":")
-    keys = [override.partition(".")[2] for override in overrides.split(",") if override]
-    return ", ".join([Path(file).stem, *keys])
+    sizes = next(iter(cells.values()))
+    rows = [["", *sizes], ["---", *["---:"] * len(sizes)]]
+    rows += [[row, *by_size.values()] for row, by_size in cells.items()]
+    source = f"Commit {record['environment']['commit']}: [figures](measurements/{name}.json)"
+    return "\n".join([*("| " + " | ".join(row) + " |" for row in rows), "", source, ""])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def check_slurm_tasks(num_nodes: int) -> None:
             f"SLURM_NTASKS={num_tasks}, NNODES={num_nodes}: srun has started {num_tasks} tasks, "
             "and they would train apart from each other in the same output folder; start one task "
             "per machine with NNODES and RDZV_ENDPOINT, as scripts/slurm/train.sbatch does, or set "
-            "RANK, WORLD_SIZE and the other variables of docs/MULTINODE.md in every task; for "
+            "RANK, WORLD_SIZE and the other variables of docs/CLUSTERS.md in every task; for "
             "separate runs, unset SLURM_NTASKS in every task"
         )
 

@@ -201,7 +201,7 @@ def test_a_plan_that_cannot_be_trained_alike_or_reported_is_refused_before_any_r
 
 def test_a_file_without_rows_is_refused(tmp_path):
     check_refused(lambda: load_comparison(tmp_path / "grid.toml"), ("grid.toml", "[[rows]]"))
-    training = COMPARISONS.parent / "llama_60m_lora.toml"
+    training = COMPARISONS.parent / "llama_350m_lora.toml"
     check_refused(lambda: load_comparison(training), (training.name, "[[rows]]"))
     second_row = GRID.index("[[rows]]", GRID.index("[[rows]]") + 1)
     check_refused(lambda: declare(tmp_path, GRID[:second_row]), ("rows", "at least 2 items"))
