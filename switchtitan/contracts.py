@@ -277,10 +277,9 @@ class TrainingOptimizer(ABC):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
     def replicated(self) -> dict[str, Tensor]:
-        """Return values outside the state that every rank computes alike, such as random keys.
+        """Return what every rank computes alike, such as random keys, to compare it.
 
-        Plain tensors, equal on every rank, or DTensors, equal on all replicas. They are compared,
-        and not saved.
+        Plain tensors, equal on every rank, or DTensors, equal on all replicas.
         """
         return {}
 

@@ -119,6 +119,12 @@ class Checkpointer:
         self._in_flight: Future[Path] | None = None
         self._num_polls = 0
         self.latest = latest
+        self._skipped = _newer_than(latest, folder)
+
+    @property
+    def resumes_newest(self) -> bool:
+        """Whether the same command resumes from the newest checkpoint."""
+        return self._config.resume == RESUME_AUTO
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]
@@ -176,7 +182,7 @@ class Checkpointer:
     def _write(self, metadata: CheckpointMetadata, tensors: Mapping[str, Tensor]) -> Path:
         """Writes a checkpoint and deletes older ones; every rank gets the same result or error."""
         started_at, is_main = time.monotonic(), self._world.is_main
-        final = self._folder / f"step-{metadata.step:09d}"
+        final = self._folder / _step_name(metadata.step)
         partial = _partial_folder(final)
         group = self._writers.host_group
         try:
@@ -199,11 +205,14 @@ class Checkpointer:
     def _prune(self, newest: CheckpointMetadata) -> None:
         """Deletes all but the newest `keep_latest` of this run's checkpoints; raises nothing.
 
-        Those of later steps, of other runs, with unreadable metadata or with files of others stay
-        and do not count.
+        Those of later steps, of other runs, with unreadable metadata or with files of others, and
+        those that the search on resume has found damaged, stay and do not count.
         """
         num_kept = 0
+        self._skipped.discard(_step_name(newest.step))
         for path in list_step_folders(self._folder) if self._config.keep_latest else ():
+            if path.name in self._skipped:
+                continue
             try:
                 metadata = read_metadata(path)
                 is_own = all(_OWN_FILE.fullmatch(file.name) for file in path.iterdir())
@@ -227,6 +236,10 @@ def join_writers(timeout_s: float) -> bool:
 
 
 # The folder of a checkpoint.
+def _step_name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
 def _partial_folder(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
@@ -337,6 +350,14 @@ def list_step_folders(folder: Path) -> list[Path]:
     """The folders in `folder` that are named like complete checkpoints, newest first."""
     found = [path for path in folder.glob("step-*") if step_of(path) is not None and path.is_dir()]
     return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
+
+
+def _newer_than(checkpoint: Path | None, folder: Path) -> set[str]:
+    """The names of the checkpoints in `folder` that were skipped for `checkpoint`, also in it."""
+    if checkpoint is None or checkpoint.resolve().parent != folder.resolve():
+        return set()
+    step = step_of(checkpoint.resolve()) or 0
+    return {path.name for path in list_step_folders(folder) if (step_of(path) or 0) > step}
 
 
 def find_latest(folder: Path) -> Path | None:

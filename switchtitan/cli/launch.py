@@ -56,7 +56,7 @@ def run(words: Sequence[str]) -> None:
     )
     options = parser.parse_args(words)
     _check_machines(options)
-    if options.training_script != "benchmark":
+    if options.training_script == "train":
         least, _, most = options.nnodes.partition(":")
         counts = (least, options.nproc_per_node)  # or "gpu" processes, which torchrun counts
         keys = options.training_script_args

@@ -34,7 +34,8 @@ class Stop:
     """A context that receives SIGTERM, SIGINT, SIGHUP and added signals, in the main thread.
 
     During `steps`, `is_due` returns the first signal. Before and after, nothing can be lost: the
-    signal raises KeyboardInterrupt(number). A second signal ends the process.
+    signal raises KeyboardInterrupt(number). A second signal to this process, 2 s after the first or
+    later, ends it.
 
     Args:
         is_launched: receive signals that are ignored too, which a launcher passes on. Otherwise
@@ -48,6 +49,7 @@ class Stop:
         self._process = os.getpid()
         self._previous: dict[int, Any] = {}
         self._number, self._received_at = 0, 0.0
+        self._is_of_another_rank = False
         self._is_in_steps = False
         self._describe_checkpoint: Callable[[], str] = str
         self._deadline: threading.Timer | None = None
@@ -111,6 +113,7 @@ class Stop:
             return None
         if not self._number:
             self._receive(number)
+            self._is_of_another_rank = True
         logger.info("%s: stopping here; another signal exits at once", signal.Signals(number).name)
         return number
 
@@ -135,6 +138,9 @@ class Stop:
             self._receive(number)
             if not self._is_in_steps:
                 raise KeyboardInterrupt(number)
+        elif self._is_of_another_rank:
+            # This rank's own first signal, of the same action: schedulers are not in step.
+            self._is_of_another_rank = False
         elif time.monotonic() - self._received_at >= SAME_ACTION_S:
             end_now(f"stopped at once by {signal.Signals(number).name}", 128 + number)
 

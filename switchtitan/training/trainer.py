@@ -302,7 +302,10 @@ class Trainer:
         checkpoint = self.checkpointer.latest
         if checkpoint is None:
             return "there is no checkpoint yet; the same command starts from scratch"
-        return f"the same command resumes from {checkpoint}"
+        command = "the same command"
+        if not self.checkpointer.resumes_newest:
+            command += " with --checkpoint.resume auto"
+        return f"{command} resumes from {checkpoint}"
 
     def _stop_if_diverged(self) -> None:
         if not self._running_loss.all_finite:

@@ -242,17 +242,18 @@ def launch_here(folder, words):
     (folder / "status").write_text(json.dumps(status))
 
 
-def launch(folder, script, *argv, options=ONE_NODE):
+def launch(folder, script, *argv, options=ONE_NODE, program="ranks.py"):
     """Returns the exit status and standard error of a launcher."""
     (folder / "job.toml").write_text(CONFIG)
     (folder / "ranks.py").write_text(script)
-    run_forked(launch_here, folder, [*options, "ranks.py", "--config", "job.toml", *argv])
+    run_forked(launch_here, folder, [*options, program, "--config", "job.toml", *argv])
     assert (folder / "stdout").read_text() == ""
     return json.loads((folder / "status").read_text()), (folder / "stderr").read_text()
 
 
 def test_an_invalid_configuration_starts_no_rank(tmp_path):
-    status, errors = launch(tmp_path, "print('started')", "--training.global_batch_size", "6")
+    words = ("--training.global_batch_size", "6")
+    status, errors = launch(tmp_path, "", *words, program="train")
     assert status == 2
     assert errors.count("error: ") == 1
     assert "global_batch_size = 6" in errors

@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def make_checkpointer(folder):
-    def make(**config):
+    def make(latest=None, **config):
         return Checkpointer(
             folder,
             CheckpointConfig(**{"async_save": False, **config}),
@@ -35,6 +35,7 @@ def make_checkpointer(folder):
             identity={"model": {"size": "9m", "betas": (0.9, 0.99)}},
             metadata={"corpus": "a stand-in"},
             versions={"torch": "2.0"},
+            latest=latest,
         )
 
     with temporary_world():

@@ -212,6 +212,17 @@ def test_what_is_not_an_older_checkpoint_of_this_run_alone_stays(
     assert len(names(folder)) == 2
 
 
+def test_a_damaged_newer_checkpoint_does_not_count_as_kept(make_checkpointer, tensors, folder):
+    save_steps(make_checkpointer(keep_latest=0), tensors, 1, 2)
+    (folder / "step-000000002" / "__0_0.distcp").write_bytes(b"")
+    resumed = make_checkpointer(latest=find_latest(folder), keep_latest=2)
+    save_steps(resumed, tensors, 3)
+    # Two that can be resumed from, and the damaged one.
+    assert names(folder) == [f"step-00000000{step}" for step in (1, 2, 3)]
+    save_steps(resumed, tensors, 4)
+    assert names(folder) == [f"step-00000000{step}" for step in (2, 3, 4)]
+
+
 def test_an_interrupted_deletion_is_completed(make_checkpointer, tensors, folder):
     checkpointer = make_checkpointer(keep_latest=1)
     save_steps(checkpointer, tensors, 1)

@@ -142,3 +142,19 @@ def test_a_second_signal_exits_at_once_unless_it_is_of_the_same_action(monkeypat
 
         take_steps(stop, send_three)
     assert ends == [("stopped at once by SIGINT", 130)]
+
+
+def test_the_first_signal_of_a_rank_that_another_rank_has_stopped_is_not_a_second_one(
+    monkeypatch, ends
+):
+    """Schedulers reach the machines of a run at different times."""
+    monkeypatch.setattr(stop_module, "SAME_ACTION_S", 0.0)
+    with Stop() as stop, suppress(Stopped), stop.steps(str):
+        monkeypatch.setattr(stop, "_agree", lambda: signal.SIGTERM)
+        stop.configure("a group", grace_s=60)
+        assert stop.is_due() == signal.SIGTERM
+        send()
+        assert ends == []
+        send(signal.SIGINT)
+        assert ends == [("stopped at once by SIGINT", 130)]
+        raise Stopped(signal.SIGTERM)
