@@ -417,7 +417,10 @@ def find_checkpoint(folder: Path, config: CheckpointConfig) -> Path | None:
             "away, or set resume = 'auto' to resume from the newest"
         )
     elif resume != RESUME_NEVER:
-        return find_given(Path(resume))
+        try:
+            return find_given(Path(resume))
+        except CheckpointError as error:
+            raise type(error)(f"[checkpoint] resume = {resume!r}: {error}") from error
     weights = config.initial_weights
     if weights is not None and not exists(Path(weights)):
         raise CheckpointError(f"[checkpoint] initial_weights = {weights!r}: no such file or folder")

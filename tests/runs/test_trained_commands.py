@@ -310,8 +310,6 @@ def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     assert found.ranks.effective == about(measured[15].effective)
     assert found.by_kind["up"] == about(measured[15].effective_by_kind["up_proj"])
     assert found.over_training == {step: measured[step].effective for step in (5, 10, 15)}
-    (of_layers,) = measure({"run": trained.run}, ["up_proj"]).values()
-    assert list(of_layers.by_kind) == ["up"]
     rank = f"{found.ranks.effective:.1f}"
     assert rank in outcome.output
     assert run("report", trained.run, "--spectrum", "--output", page).status == 0

@@ -21,7 +21,7 @@ TRAIN = [
     # What is not there.
     ("--data.dataset text --data.path no/books", "[data] path = ", "no/books"),
     ("--data.tokenizer no/tokenizer.json --data.vocab_size none", "[data] tokenizer", "no/token"),
-    ("--checkpoint.resume no/run {elsewhere}", "[checkpoint] resume = 'no/run'", "no such"),
+    ("--checkpoint.resume no/run {elsewhere}", "[checkpoint] resume = 'no/run'", "no complete"),
     ("--checkpoint.initial_weights no/w {elsewhere}", "[checkpoint] initial_weights", "'no/w'"),
     # What does not fit the corpus.
     ("--data.vocab_size 300", "[data] vocab_size = 300", "[model] vocab_size = 271"),
