@@ -213,6 +213,8 @@ class _Draft:
             below = self.table.setdefault(section, {})
             if "name" in keys and below.get("name", keys["name"]) != keys["name"]:
                 below.clear()
+                if keys.keys().isdisjoint(key for of, key in self.expansions if of == section):
+                    self.expanded.pop(section, None)
             self._put(section, keys, file)
 
     def override(self, path: KeyPath, words: list[str]) -> None:

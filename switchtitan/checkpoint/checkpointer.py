@@ -29,7 +29,14 @@ from pydantic import BaseModel, Field, JsonValue
 from torch import Tensor
 
 from switchtitan.checkpoint.config import RESUME_AUTO, RESUME_NEVER, CheckpointConfig
-from switchtitan.checkpoint.tensors import TENSOR_FILES, copy_to_host, reading, write_tensors
+from switchtitan.checkpoint.tensors import (
+    TENSOR_FILES,
+    copy_to_host,
+    files_of_tensors,
+    own_share,
+    reading,
+    write_tensors,
+)
 from switchtitan.config import flatten
 from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError, CheckpointFormatError
@@ -150,7 +157,8 @@ class Checkpointer:
             return
         # Not dcp.async_save: if one rank cannot copy, the others would hang.
         copies: dict[str, Tensor] = {}
-        self._world.together(lambda: copies.update(copy_to_host(tensors, self._host_copies)))
+        own = own_share(tensors, self._world)
+        self._world.together(lambda: copies.update(copy_to_host(own, self._host_copies)))
         self._num_polls = 0
         # The interpreter waits for the thread at its exit.
         thread = ThreadPoolExecutor(1, thread_name_prefix=_WRITER)
@@ -336,6 +344,8 @@ def verify(path: Path) -> CheckpointMetadata:
         for (name, expected), digest in zip(sums.items(), bar, strict=True):
             if digest != expected:
                 raise CheckpointError(f"{path}: {name} differs from its checksum in {SUMS_FILE}")
+    if missing := files_of_tensors(path) - sums.keys():
+        raise CheckpointError(f"{path}: {SUMS_FILE} lacks {', '.join(sorted(missing))}")
     return read_metadata(path)
 
 
@@ -348,7 +358,13 @@ def step_of(path: Path) -> int | None:
 
 def list_step_folders(folder: Path) -> list[Path]:
     """The folders in `folder` that are named like complete checkpoints, newest first."""
-    found = [path for path in folder.glob("step-*") if step_of(path) is not None and path.is_dir()]
+    try:
+        entries = list(folder.iterdir())  # `glob` would find nothing where a disk fails
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(str(error)) from error
+    found = [path for path in entries if step_of(path) is not None and path.is_dir()]
     return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
 
 

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, filesystem, metadata
+from torch.distributed.tensor import DTensor
 
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.norms import non_finite
@@ -87,6 +89,33 @@ class CheckpointTensors:
 
 def _prefixed(of_optimizer: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{_OPTIMIZER}{name}": tensor for name, tensor in of_optimizer.items()}
+
+
+def own_share(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Returns the tensors of which this rank writes what it holds; others write all others.
+
+    Of the ranks that hold the same, a hash of the name chooses one.
+    """
+    share = {}
+    for name, tensor in tensors.items():
+        num_replicas, replica = _replica(tensor, world)
+        if zlib.crc32(name.encode()) % num_replicas == replica:
+            share[name] = tensor
+    return share
+
+
+def _replica(tensor: Tensor, world: World) -> tuple[int, int]:
+    """Returns how many ranks hold what this rank holds of a tensor, and its index among them."""
+    if not isinstance(tensor, DTensor):
+        return world.size, world.rank
+    mesh = tensor.device_mesh
+    # A mesh of shards alone is that of one replica.
+    num_replicas, replica = world.size // mesh.size(), world.rank // mesh.size()
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            num_replicas *= mesh.size(dim)
+            replica = replica * mesh.size(dim) + mesh.get_local_rank(dim)
+    return num_replicas, replica
 
 
 # Copies on the host.
@@ -181,6 +210,14 @@ class _HashedFile(io.FileIO):
 
 
 # Reading a verified checkpoint; not collective.
+def files_of_tensors(path: Path) -> set[str]:
+    """Returns the names of the files that the index refers to."""
+    with reading(path):
+        return {
+            piece.relative_path for piece in _Reader(path).read_metadata().storage_data.values()
+        }
+
+
 def saved_tensors(path: Path) -> dict[str, Tensor]:
     """Returns all tensors by name, on the meta device."""
     with reading(path):

@@ -28,11 +28,13 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as run_torchrun
 
+from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.cli.rendezvous import check_rendezvous, check_slurm_tasks
 from switchtitan.cores import num_cores, threads_per_process
 from switchtitan.distributed.world import raise_file_limit
 from switchtitan.errors import EXIT_STATUS_KEY, USER_ERROR_STATUS, final_line
-from switchtitan.job.config import JobConfig, ignore_note, parse_arguments, parse_unchecked
+from switchtitan.job.config import ignore_note, parse_arguments, parse_unchecked
+from switchtitan.job.sections import RunConfig
 
 OWN_COMMANDS = ("train", "benchmark")
 """The commands of `switchtitan` that run on several ranks."""
@@ -65,7 +67,11 @@ def run(words: Sequence[str]) -> None:
             config = parse_arguments(keys, int(counts[0]) * int(counts[1]), ignore_note)
         else:
             config = parse_unchecked(keys, ignore_note)
-        _let_ranks_stop(options, config)
+        _let_ranks_stop(options, config.checkpoint.grace_s, config.job.stop_signal)
+    elif options.training_script != "benchmark":
+        # A script of the user's, which may train with other keys.
+        fields = RunConfig.model_fields
+        _let_ranks_stop(options, CheckpointConfig().grace_s, fields["stop_signal"].default)
     # The store of the rendezvous has a connection to every rank. Ranks inherit the limit.
     raise_file_limit()
     if options.training_script in OWN_COMMANDS:
@@ -99,13 +105,13 @@ def _endpoint(options: argparse.Namespace) -> str:
     return str(options.rdzv_endpoint)
 
 
-def _let_ranks_stop(options: argparse.Namespace, config: JobConfig) -> None:
+def _let_ranks_stop(options: argparse.Namespace, grace_s: float, stop_signal: str | None) -> None:
     """Makes torchrun pass the run's signals on to the ranks, and give them the time to save."""
     if options.shutdown_timeout is None and not os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
-        options.shutdown_timeout = config.checkpoint.grace_s + _KILLED_AFTER_GRACE_S
+        options.shutdown_timeout = grace_s + _KILLED_AFTER_GRACE_S
     names = [name.strip() for name in options.signals_to_handle.split(",")]
-    if config.job.stop_signal is not None and config.job.stop_signal not in names:
-        names.append(config.job.stop_signal)
+    if stop_signal is not None and stop_signal not in names:
+        names.append(stop_signal)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and "SIGHUP" in names:
         names.remove("SIGHUP")  # torchrun would undo `nohup`
     options.signals_to_handle = ",".join(names)

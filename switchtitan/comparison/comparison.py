@@ -30,6 +30,8 @@ class ComparisonState:
     """The finished runs that are reported."""
     due: tuple[Run, ...] = ()
     """The unfinished runs of the current stage; empty if the comparison is complete."""
+    others: tuple[RunResult, ...] = ()
+    """Further results in the report's file, e.g. of a stage that has begun again."""
 
     @property
     def num_finished(self) -> int:
@@ -59,19 +61,23 @@ class Comparison:
         self.config, self.folder = config, folder
         self._corpus_fingerprint = corpus_fingerprint
         own = folder / RUNS_FILE
-        self._known = read_csv([*config.finished_runs, *([own] if own.exists() else [])])
+        self._in_report = read_csv([own] if own.exists() else [])
+        self._known = read_csv(config.finished_runs) | self._in_report
         self._keys: dict[Run, RunKey] = {}
 
     def state(self) -> ComparisonState:
         """Returns the current state."""
         tuning = tune(self.config, self._loss)
         selection = self._finished(tuning.runs)
-        if tuning.due:
-            return ComparisonState(self.config, tuning, selection, due=tuning.due)
-        runs = report_runs(self.config, tuning.chosen)
-        report = self._finished(runs)
-        due = tuple(run for run in runs if run not in report)
-        return ComparisonState(self.config, tuning, selection, report, due)
+        report: dict[Run, RunResult] = {}
+        due = tuning.due
+        if not due:
+            runs = report_runs(self.config, tuning.chosen)
+            report = self._finished(runs)
+            due = tuple(run for run in runs if run not in report)
+        used = {self._keys[run] for run in (*selection, *report)}
+        others = tuple(result for key, result in self._in_report.items() if key not in used)
+        return ComparisonState(self.config, tuning, selection, report, due, others)
 
     def is_finished(self, run: Run) -> bool:
         """Whether a run has a result."""

@@ -78,7 +78,8 @@ class RowReport:
 def write_report(folder: Path, state: ComparisonState) -> None:
     """Writes `report.md`, `runs.csv` and `loss.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / RUNS_FILE, {"selection": state.selection, "report": state.report})
+    stages = {"selection": state.selection, "report": state.report}
+    write_csv(folder / RUNS_FILE, stages, state.others)
     write_atomically(folder / "report.md", markdown(state))
     write_picture(draw_curves(state), folder / "loss.png")
 

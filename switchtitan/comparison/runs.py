@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ _COLUMNS = {
 """Key of a run's `results.json` -> column of `runs.csv`; other keys have the same name."""
 _KEYS_OF_A_MACHINE = {"job": {"name", "output_dir"}, "data": {"cache_dir"}}
 """Keys that change no result: names and folders."""
+_FOR_PEOPLE = {"stage": True, "row": True}
+"""Columns that say nothing about a result."""
 DEFAULTS_VERSION = 1
 """Increase it when the default of a key changes: earlier runs had the default of then."""
 
@@ -56,6 +58,9 @@ class RunResult(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
+    stage: str = ""
+    """For people, as `row`: what the run was trained for."""
+    row: str = ""
     seed: int = Field(ge=0)
     diverged: bool = False
     """Whether gradients or a loss are not finite."""
@@ -149,16 +154,24 @@ def read_folder(run: Run) -> RunResult | None:
     return RunResult.model_validate(figures | {"seed": run.seed, "config_sha256": digest})
 
 
-def write_csv(file: Path, stages: Mapping[str, Mapping[Run, RunResult]]) -> None:
-    """Writes a line for each finished run of each stage, with the tuned keys for people."""
+def write_csv(
+    file: Path, stages: Mapping[str, Mapping[Run, RunResult]], others: Iterable[RunResult] = ()
+) -> None:
+    """Writes a line for each finished run of each stage, with the tuned keys for people.
+
+    Args:
+        others: results that the file has already, of runs that are in no stage now.
+    """
     lines = [
-        {"stage": stage, "row": run.row, **dict(run.tuned), **result.model_dump()}
+        {**result.model_dump(), "stage": stage, "row": run.row, **dict(run.tuned)}
         for stage, of_stage in stages.items()
         for run, result in of_stage.items()
     ]
+    lines += [result.model_dump() for result in others]
     tuned = dict.fromkeys(key for of in stages.values() for run in of for key, _ in run.tuned)
     stream = io.StringIO()
-    columns = ["stage", "row", *tuned, *RunResult.model_fields]
+    figures = [name for name in RunResult.model_fields if name not in _FOR_PEOPLE]
+    columns = [*_FOR_PEOPLE, *tuned, *figures]
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
@@ -185,7 +198,7 @@ def read_csv(files: Sequence[Path]) -> dict[RunKey, RunResult]:
             except ValidationError as error:
                 raise ConfigError(f"{place}: is no finished run of a report: {error}") from error
             known = runs.setdefault((result.config_sha256, result.seed), result)
-            if known != result:
+            if known.model_dump(exclude=_FOR_PEOPLE) != result.model_dump(exclude=_FOR_PEOPLE):
                 raise ConfigError(
                     f"{place}: an earlier line has another result of the same configuration and "
                     "seed; keep one of them"

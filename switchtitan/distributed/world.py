@@ -218,7 +218,10 @@ def num_ranks_from_launcher() -> int:
 
 def rank_from_launcher() -> int:
     """Returns this process's rank; 0 without a launcher."""
-    rank, num_ranks = _from_launcher("RANK", 0), num_ranks_from_launcher()
+    num_ranks = num_ranks_from_launcher()
+    if num_ranks > 1 and not os.environ.get("RANK"):
+        raise EnvironmentMismatchError(f"WORLD_SIZE={num_ranks}, and RANK is not set; {_LAUNCHED}")
+    rank = _from_launcher("RANK", 0)
     if not 0 <= rank < num_ranks:
         raise EnvironmentMismatchError(
             f"RANK={rank}: expected a rank below WORLD_SIZE={num_ranks}; {_LAUNCHED}"

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from switchtitan.checkpoint import METADATA_FILE, check_same_run, find_given
+from switchtitan.checkpoint import check_same_run, find_given
+from switchtitan.checkpoint.checkpointer import SUMS_FILE
 from switchtitan.contracts import ModelConfig
 from switchtitan.files import sha256_of_file
 from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
@@ -58,11 +59,11 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
 
 
 def fingerprint(source: Path) -> str:
-    """Returns a checksum of the weight files at `source`, or of a checkpoint's metadata."""
+    """Returns a checksum of the weight files at `source`, or of a checkpoint's checksums."""
     if source.is_file():
         files = [source]
-    elif (source / METADATA_FILE).is_file():
-        files = [source / METADATA_FILE]
+    elif (source / SUMS_FILE).is_file():
+        files = [source / SUMS_FILE]
     else:
         folders = dict.fromkeys([source, folder_of_model(source)])  # an ordered set
         files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]

@@ -38,7 +38,8 @@ class TensorBoardWriter:
     """Appends to the event files in `folder`, and flushes after each call.
 
     While that fails, for example on a full disk, points are dropped, with one warning. A new file
-    is begun then, because readers stop at an incomplete record.
+    is begun then, because readers stop at an incomplete record. What begins a run is kept until it
+    is written.
 
     Args:
         start_step: steps done before this run. TensorBoard drops later points of an interrupted
@@ -56,14 +57,19 @@ class TensorBoardWriter:
     ) -> None:
         self._folder = folder
         self._records: RecordWriter | None = None
+        self._file: Path | None = None
         self._has_failed = False
+        self._pending: list[Event] = []
+        """What begins the run, until it is written."""
         purge = SessionLog(status=SessionLog.START)
-        self._add(Event(step=start_step + 1 if start_step else 0, session_log=purge))
+        self._pending.append(Event(step=start_step + 1 if start_step else 0, session_log=purge))
         if description:
-            self.write_text("configuration", description, start_step)
+            shown = summary.text("configuration", _verbatim(description))
+            self._pending.append(Event(step=start_step, summary=shown))
         # Not the experiment, whose keys would be those of the page: other methods have others.
         _, begin, self._end = summary.hparams(dict(hparams or {}), {})
-        self._add(Event(summary=begin))
+        self._pending.append(Event(summary=begin))
+        self._add()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one point per metric."""
@@ -80,8 +86,7 @@ class TensorBoardWriter:
 
     def write_text(self, tag: str, text: str, step: int) -> None:
         """Shows `text` verbatim, in a fixed-width font: lines that Markdown finds indented."""
-        shown = "\n".join(f"    {line}" for line in text.split("\n"))
-        self._add(Event(step=step, summary=summary.text(tag, shown)))
+        self._add(Event(step=step, summary=summary.text(tag, _verbatim(text))))
 
     def close(self, is_finished: bool = False) -> None:
         """Ends the run."""
@@ -90,15 +95,18 @@ class TensorBoardWriter:
         if self._records is not None:
             self._records.close()
 
-    def _add(self, event: Event) -> None:
-        event.wall_time = time.time()
+    def _add(self, *events: Event) -> None:
         try:
+            is_new = self._records is None
             if self._records is None:
                 self._records = self._new_file()
-            self._records.write(event.SerializeToString())
+            for event in (*self._pending, *events):
+                event.wall_time = time.time()
+                self._records.write(event.SerializeToString())
             self._records.flush()
+            self._pending, self._has_failed = [], False
         except OSError as error:
-            self._drop_file()
+            self._drop_file(is_empty=is_new)
             if not self._has_failed:
                 logger.warning(
                     "could not write to %s (%s); TensorBoard lacks points until that succeeds",
@@ -111,13 +119,22 @@ class TensorBoardWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         # Readers take the files in the order of their names.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        records = RecordWriter((self._folder / name).open("xb"))
+        self._file = self._folder / name
+        records = RecordWriter(self._file.open("xb"))
         begin = Event(wall_time=time.time(), file_version="brain.Event:2")
         records.write(begin.SerializeToString())
         return records
 
-    def _drop_file(self) -> None:
+    def _drop_file(self, is_empty: bool) -> None:
         records, self._records = self._records, None
-        if records is not None:
-            with suppress(OSError):  # of what is buffered
+        with suppress(OSError):  # of what is buffered
+            if records is not None:
                 records.close()
+        with suppress(OSError):
+            if is_empty and self._file is not None:
+                self._file.unlink(missing_ok=True)
+
+
+def _verbatim(text: str) -> str:
+    """Markdown that shows `text` as it is."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))

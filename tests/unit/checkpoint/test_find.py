@@ -223,6 +223,25 @@ def test_a_damaged_newer_checkpoint_does_not_count_as_kept(make_checkpointer, te
     assert names(folder) == [f"step-00000000{step}" for step in (2, 3, 4)]
 
 
+def test_a_file_of_tensors_without_a_checksum_is_refused(saved):
+    newest = saved / "step-000000010"
+    sums = newest / "SHA256SUMS"
+    lines = sums.read_text().splitlines(keepends=True)
+    sums.write_text("".join(line for line in lines if not line.endswith(".distcp\n")))
+    with pytest.raises(CheckpointError, match=r"SHA256SUMS lacks __0_0.distcp"):
+        verify(newest)
+    assert find_latest(saved).name == "step-000000002"
+
+
+def test_an_error_of_the_disk_is_not_an_empty_folder(saved, monkeypatch):
+    def fail(path):
+        raise OSError(116, "Stale file handle", str(path))
+
+    monkeypatch.setattr(type(saved), "iterdir", fail)
+    with pytest.raises(CheckpointError, match="Stale file handle"):
+        find_latest(saved)
+
+
 def test_an_interrupted_deletion_is_completed(make_checkpointer, tensors, folder):
     checkpointer = make_checkpointer(keep_latest=1)
     save_steps(checkpointer, tensors, 1)

@@ -266,6 +266,21 @@ def test_runs_in_a_file_are_finished_without_their_folders(csv_file, continued):
     assert Comparison(undeclared, folder).state().due == ()
 
 
+def test_a_report_never_drops_a_result_of_its_file(csv_file):
+    folder = csv_file.parent / "report"
+    folder.mkdir()
+    csv_file.rename(folder / "runs.csv")
+    before = read_csv([folder / "runs.csv"])
+    wider = GRID.replace("4e-3]", "4e-3, 8e-3]").replace("4e-2]", "4e-2, 8e-2]")
+    comparison = Comparison(load_comparison(write_grid(csv_file.parent, wider)), folder)
+    state = comparison.state()
+    assert [run.value(LR) for run in state.due] == [8e-3, 8e-2]
+    write_report(folder, state)
+    after = read_csv([folder / "runs.csv"])
+    assert after == before
+    assert len(after) == 12
+
+
 def test_runs_can_be_in_several_files(csv_file):
     """Both have some in common, and neither has all."""
     lines = csv_file.read_text().splitlines(keepends=True)

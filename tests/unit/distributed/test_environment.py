@@ -62,7 +62,7 @@ def test_empty_variables_of_a_launcher_count_as_unset(launcher):
         ({"RANK": "-1"}, ("RANK=-1", "below WORLD_SIZE=1")),
         ({"RANK": "3", "WORLD_SIZE": "3"}, ("RANK=3", "below WORLD_SIZE=3")),
         ({"LOCAL_RANK": "1.0"}, ("LOCAL_RANK=1.0", "an integer")),
-        ({**MEETING, "RANK": "", "MASTER_ADDR": ""}, ("RANK=, MASTER_ADDR=", "did not meet")),
+        ({**MEETING, "RANK": "", "MASTER_ADDR": ""}, ("WORLD_SIZE=2, and RANK is not set",)),
         ({**MEETING}, ("MASTER_ADDR=localhost", "2 ranks did not meet")),
         ({**MEETING, "RANK": "1"}, ("RANK=1", "2 ranks did not meet")),
     ],

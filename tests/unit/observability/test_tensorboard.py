@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from switchtitan.observability import TENSORBOARD_FOLDER
 from switchtitan.observability.config import MetricsConfig
@@ -53,6 +54,25 @@ def test_a_resumed_run_and_one_that_starts_over_have_one_point_per_step(
     write_steps(tmp_path, range(1, 6))
     write_steps(tmp_path, steps, start_step)
     assert read_curves(tmp_path)["loss/train"][0] == expected
+
+
+def test_a_run_that_resumes_on_a_full_disk_begins_when_there_is_room(tmp_path, monkeypatch):
+    write_steps(tmp_path, range(1, 6))
+    with monkeypatch.context() as full:
+        full.setattr(RecordWriter, "flush", fail)
+        writer = TensorBoardWriter(tmp_path / TENSORBOARD_FOLDER, 3)
+        writer.write(4, {"loss/train": 0.5})
+    assert len(list((tmp_path / TENSORBOARD_FOLDER).iterdir())) == 1
+    writer.write(5, {"loss/train": 0.25})
+    writer.close()
+    assert read_curves(tmp_path)["loss/train"] == (
+        [1, 2, 3, 5],
+        pytest.approx([1, 1 / 2, 1 / 3, 0.25]),
+    )
+
+
+def fail(records):
+    raise OSError(28, "No space left on device")
 
 
 DAMAGES = {
