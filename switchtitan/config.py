@@ -372,10 +372,14 @@ def _read_words(words: list[str], key: FieldInfo | None) -> object:
 
 
 def _literal(word: str) -> object:
+    if word.lower() == NONE:
+        return NONE
     try:
-        return tomli.loads(f"value = {word}")["value"]
+        value = tomli.loads(f"value = {word}")["value"]
     except (ValueError, RecursionError):
         return word
+    # No key takes a date or a time.
+    return value if isinstance(value, str | bool | int | float | list | dict) else word
 
 
 def resolved_toml(config: Section) -> str:

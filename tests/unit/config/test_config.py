@@ -119,6 +119,8 @@ SWITCH = '[training]\nsteps = 3\n[method]\nname = "switch"\n'
         (str, ['"quoted"'], "quoted"),
         (str, ["a = b # c"], "a = b # c"),
         (str | None, ["none"], None),
+        (str | None, ["None"], None),
+        (str, ["2024-01-01T10:00:00Z"], "2024-01-01T10:00:00Z"),
         (Path, ["with space/file"], Path("with space/file")),
         (tuple[str, ...], ["q_proj,v_proj"], ("q_proj", "v_proj")),
         (tuple[str, ...], ['["q_proj", "v_proj"]'], ("q_proj", "v_proj")),
