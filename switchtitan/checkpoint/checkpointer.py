@@ -152,12 +152,12 @@ class Checkpointer:
         described = {"format_version": FORMAT_VERSION, "step": step, "train_state": train_state}
         metadata = CheckpointMetadata.model_validate_json(json.dumps(described | self._described))
         metadata.run["saved_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        own = own_share(tensors, self._world)
         if not self._config.async_save:
-            self.latest = self._write(metadata, tensors)
+            self.latest = self._write(metadata, own)
             return
         # Not dcp.async_save: if one rank cannot copy, the others would hang.
         copies: dict[str, Tensor] = {}
-        own = own_share(tensors, self._world)
         self._world.together(lambda: copies.update(copy_to_host(own, self._host_copies)))
         self._num_polls = 0
         # The interpreter waits for the thread at its exit.
