@@ -181,8 +181,8 @@ def _with_bases(file: Path) -> list[tuple[Path, dict[str, Any]]]:
         place = f"{file}: base = {toml_value(base)}"
         if not isinstance(base, str):
             raise ConfigError(f"{place}: expected the path of a file")
-        beside, installed = file.parent / base, FOLDER / base
-        file = installed if exists(installed) and not exists(beside) else beside
+        local, installed = file.parent / base, FOLDER / base
+        file = installed if exists(installed) and not exists(local) else local
         if file.resolve() in [path.resolve() for path, _ in chain]:
             raise ConfigError(f"{place}: a file cannot be based on itself")
 
@@ -203,7 +203,7 @@ class _Draft:
     problems: list[str] = field(default_factory=list)
 
     def add_file(self, table: Mapping[str, Any], file: str) -> None:
-        """Put a file's values over those of its base. A section of another `name` starts anew."""
+        """Put a file's values over those of its base. A section of another `name` replaces it."""
         for section, keys in table.items():
             if section not in self.types or not isinstance(keys, dict):
                 hint = _did_you_mean(section, ["base", *self.types, *self._known_keys()])

@@ -26,6 +26,10 @@ class Batch(NamedTuple):
     document_ids: Tensor
     """[batch, seq] int32: the same for all tokens of a document, increasing along a sequence."""
 
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device. The host does not wait for copies of page-locked memory."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
 
 class ModelConfig(NamedSection):
     """The base class of every `[model]` section."""

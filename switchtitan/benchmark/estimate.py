@@ -117,29 +117,6 @@ def _with_more_micro_batches(
     )
 
 
-def communication_of_a_step(
-    config: JobConfig, num_ranks: int, step: int = 2
-) -> CommunicationCounts:
-    """Counts what one of `num_ranks` ranks sends in a step; `CountCommunication` defines the bytes.
-
-    Runs uncompiled training steps on fake tensors; see `fake_stepper`.
-
-    Args:
-        step: step of the run, from 1; earlier steps run too. Not the first by default, since a
-            method may do work only then. For events that become rarer during a run, an early step
-            is an upper bound.
-
-    Raises:
-        EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
-    """
-    with fake_stepper(config, num_ranks) as stepper:
-        for _ in range(step - 1):
-            stepper.step()
-        with CountCommunication() as counter:
-            stepper.step()
-    return counter.counts
-
-
 def measure_step(stepper: Stepper, seq_len: int) -> StepEstimate:
     """Runs an uncompiled step, on real or fake tensors, under all counters."""
     tokens_seen_before = stepper.state.tokens_seen

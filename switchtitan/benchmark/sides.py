@@ -4,13 +4,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from switchtitan.config import split_arguments
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, parse_arguments
 
 _KEY = r"[A-Za-z_]\w*(?:\.\w+)+"
 _SIDE = re.compile(rf"(?P<file>.+?)(?::(?P<overrides>{_KEY}=.*))?", re.DOTALL)
 _BETWEEN_OVERRIDES = re.compile(rf",(?={_KEY}=)")
-_OVERRIDE = re.compile(rf"--{_KEY}(?:=.*)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,15 @@ def overrides_of(words: Sequence[str]) -> dict[str, list[str]]:
     `--section.key=value`.
 
     Raises:
-        ConfigError: for another option, or a key that is given twice.
+        ConfigError: for another option, a key that is given twice, or one without a value.
     """
-    overrides: dict[str, list[str]] = {}
-    value: list[str] | None = None
-    for word in words:
-        if _OVERRIDE.fullmatch(word):
-            key, equals, rest = word.removeprefix("--").partition("=")
-            if key in overrides:
-                raise ConfigError(f"--{key}: given twice; keep one")
-            value = overrides[key] = [rest] if equals else []
-        elif value is None or word.startswith("--"):
-            raise ConfigError(f"{word}: unknown option; expected --section.key value")
-        else:
-            value.append(word)
-    return overrides
+    file, wants_help, overrides = split_arguments(words)
+    unknown = [f"--{path[0]}" for path in overrides if len(path) == 1]
+    if file is not None or wants_help or unknown:
+        raise ConfigError(
+            f"{' '.join(unknown) or ' '.join(words)}: unknown option; expected --section.key value"
+        )
+    return {".".join(path): given for path, given in overrides.items()}
 
 
 def load_sides(

@@ -40,7 +40,7 @@ _READABLE = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
 }
-"""(module, name) of all that DCP's index consists of, besides dtypes. Exact: a prefix would let in
+"""(module, name) of all that DCP's index consists of, besides dtypes. Exact: a prefix would allow
 ("torch.distributed.checkpoint.filesystem", "os.system")."""
 
 

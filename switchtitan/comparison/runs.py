@@ -129,7 +129,8 @@ def read_folder(run: Run) -> RunResult | None:
     """
     if not (run.folder / CONFIG_FILE).exists():
         return None
-    config, digest = run.config(), config_sha256(run.config())
+    config = run.config()
+    digest = config_sha256(config)
     found = parse_arguments(["--config", str(run.folder / CONFIG_FILE)], num_ranks=1)
     if config_sha256(found) != digest:
         raise ConfigError(

@@ -9,16 +9,16 @@ from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
 
 
-def check_picture_option(file: Path | None) -> None:
+def check_picture_option(file: Path) -> None:
     """Checks that `--output FILE` names a picture's format, before hours of measuring.
 
     Raises:
         ConfigError: if its extension is unknown, or it is a folder.
     """
-    if file is not None and file.is_dir():
+    if file.is_dir():
         raise ConfigError(f"--output {file}: is a folder; give a file, e.g. {file}/picture.png")
     known = sorted(Figure().canvas.get_supported_filetypes())
-    if file is not None and (file.suffix.removeprefix(".").lower() or "png") not in known:
+    if (file.suffix.removeprefix(".").lower() or "png") not in known:
         raise ConfigError(
             f"--output {file}: unknown picture format; expected one of {', '.join(known)}; change "
             "the extension"

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from switchtitan.config import flatten, parse_toml, toml_value
 from switchtitan.errors import ConfigError
+from switchtitan.files import write_atomically
 from switchtitan.observability import RESULTS_FILE
 from switchtitan.observability.curves import Curve, read_curves
 from switchtitan.training.describe import newest_config_file
@@ -99,7 +100,7 @@ def write_page(
     parts += [f"<details><summary>All other keys</summary>{_html_table(same)}</details>"]
     head = f'<meta charset="utf-8"><title>{escape(", ".join(runs))}</title><style>{_STYLE}</style>'
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(["<!doctype html>", head, *parts, ""]), encoding="utf-8")
+    write_atomically(file, "\n".join(["<!doctype html>", head, *parts, ""]))
 
 
 def _results(runs: Mapping[str, RunRecord]) -> Table:

@@ -65,9 +65,7 @@ class Evaluator:
         model.eval()
         try:
             for batch in self._batches:
-                tokens, targets, document_ids = (
-                    part.to(device, non_blocking=True) for part in batch
-                )
+                tokens, targets, document_ids = batch.to(device)
                 summed_loss = partial(self._summed_loss, targets=targets)
                 totals[0] += model(tokens, document_ids, summed_loss)
                 totals[1] += (targets != IGNORED_TARGET).sum()

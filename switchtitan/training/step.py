@@ -132,9 +132,7 @@ class Stepper:
         loss_sum = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(micro_batches):
             with region("data"):
-                tokens, targets, document_ids = (
-                    part.to(self.world.device, non_blocking=True) for part in batch
-                )
+                tokens, targets, document_ids = batch.to(self.world.device)
             with region("forward"):
                 self._begin_micro_batch(is_last=index == len(micro_batches) - 1)
                 apply_head = partial(self.loss, targets=targets, divisor=num_targets)

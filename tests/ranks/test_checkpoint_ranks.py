@@ -159,7 +159,7 @@ def fail_on_last_rank(folder, async_save):
     assert not (folder / "step-000000002").exists()
 
 
-def save_beside_training(folder):
+def save_during_training(folder):
     """Collectives of the training loop run while checkpoints are written."""
     checkpointer = make_checkpointer(folder, keep_latest=2)
     tensors = shard(full_values())
@@ -192,7 +192,7 @@ CHECKS = {
         "long save": (poll_a_long_save,),
         "failure": (fail_on_last_rank, False),
         "failure in the background": (fail_on_last_rank, True),
-        "beside training": (save_beside_training,),
+        "during training": (save_during_training,),
         "other tensors": (refuse_other_tensors,),
     },
     4: {

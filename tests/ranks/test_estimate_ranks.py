@@ -4,11 +4,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from support.estimates import communication_of_a_step
 from support.peak_memory import peak_extra_bytes
 from support.ranks import run_on_ranks
 from support.tiny import COMPILED, tiny_config, tiny_stepper, tiny_trainer
 
-from switchtitan.benchmark.estimate import communication_of_a_step, estimate_step, measure_step
+from switchtitan.benchmark.estimate import estimate_step, measure_step
 from switchtitan.benchmark.memory_tracker import GRADIENTS, KINDS, STATE, TEMPORARY
 from switchtitan.distributed.shards import local
 from switchtitan.observability.collectives import CountCommunication

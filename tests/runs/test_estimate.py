@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from support.estimates import estimate_all_micro_batches
+from support.estimates import communication_of_a_step, estimate_all_micro_batches
 from support.packages import needs_torchao
 from support.tiny import tiny_config
 
-from switchtitan.benchmark.estimate import communication_of_a_step, estimate_step
+from switchtitan.benchmark.estimate import estimate_step
 from switchtitan.benchmark.fit import (
     MAX_BATCH_SIZE,
     USABLE_SHARE,

@@ -30,7 +30,7 @@ def eight_cores(monkeypatch):
         pytest.param("0::/a/b\n", {"a/cpu.max": "2 1", "a/b/cpu.max": "5 1"}, 2, id="parent"),
         pytest.param("0::/a/b\n", {"a/cpu.max": "6 1", "a/b/cpu.max": "5 1"}, 5, id="own"),
         pytest.param("0::/b\n", {"a/cpu.max": "2 1"}, 8, id="of another group"),
-        pytest.param("1:cpu:/\n0::/b\n", {"b/cpu.max": "3 1"}, 3, id="beside v1"),
+        pytest.param("1:cpu:/\n0::/b\n", {"b/cpu.max": "3 1"}, 3, id="with v1"),
         pytest.param("0::/host/x\n", {"cpu.max": "4 1"}, 4, id="the host's path"),
     ],
 )
