@@ -8,23 +8,22 @@ files are run one after the other."""
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from switchtitan.cli.main import positive_int
-from switchtitan.comparison.comparison import Comparison
+from switchtitan.comparison.comparison import Comparison, check_plan, prepare_corpus
 from switchtitan.comparison.config import ComparisonConfig, load_comparison
-from switchtitan.comparison.plan import Run, check_corpus, check_plan
 from switchtitan.comparison.report import write_report
-from switchtitan.comparison.runner import Runner
+from switchtitan.comparison.runner import Environment, environments, train_all
+from switchtitan.comparison.runs import Run
 from switchtitan.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,13 +43,14 @@ def run(options: argparse.Namespace) -> dict[str, list[str]]:
     torch.set_num_threads(1)
     # All files are checked before the first run of any.
     comparisons = load_all(options.files)
+    jobs = environments(options.jobs)
     for folder, config in comparisons.items():
         with _lock(folder):
             if options.report_only:
                 comparison = Comparison(config, folder)
             else:
-                comparison = Comparison(config, folder, check_corpus(config))
-                _train(comparison, Runner(options.jobs))
+                comparison = Comparison(config, folder, prepare_corpus(config))
+                _train(comparison, jobs)
             write_report(folder, comparison.state())
         print(folder / "report.md", flush=True)
     return {"reports": [str(folder / "report.md") for folder in comparisons]}
@@ -89,25 +89,18 @@ def _lock(folder: Path) -> AbstractContextManager[object]:
         raise ConfigError(f"output_dir: {folder}: cannot be written: {error.strerror}") from error
 
 
-def _train(comparison: Comparison, runner: Runner) -> None:
-    """Trains the remaining runs, with a progress bar, and reports after each one."""
-    # None: no bar unless standard error is a terminal.
-    with logging_redirect_tqdm(), tqdm(unit="run", dynamic_ncols=True, disable=None) as bar:
+def _train(comparison: Comparison, jobs: Sequence[Environment]) -> None:
+    """Trains the remaining runs, stage by stage, and reports after each one."""
+    num_runs = comparison.config.num_runs
 
-        def show() -> None:
-            state = comparison.state()
-            bar.total = state.num_runs
-            bar.update(state.num_finished - bar.n)
+    def report(run: Run) -> bool:
+        if comparison.result(run) is None:
+            return False
+        state = comparison.state()
+        logger.info("%s is finished, %d of %d runs", run.folder, len(state.finished), num_runs)
+        write_report(comparison.folder, state)
+        return True
 
-        def note(run: Run) -> None:
-            show()
-            bar.set_postfix_str(f"{run.name} finished")
-            if bar.disable:
-                print(f"{run.name} finished", file=sys.stderr, flush=True)
-            write_report(comparison.folder, comparison.state())
-
-        show()
-        # Speed and remaining time count only the runs of this call.
-        bar.unpause()
-        bar.initial = bar.n
-        comparison.run(lambda runs: runner.run_all(runs, comparison.is_finished, note))
+    while due := comparison.state().due:
+        logger.info("training %d run(s)", len(due))
+        train_all(due, jobs, report)

@@ -1,47 +1,108 @@
-"""The stages of a comparison: choose the rows' values, then train the reported runs."""
+"""What a comparison trains next: runs that choose values, one key after the other, then the report.
 
-import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+It follows from the results so far, so that a stopped comparison continues where it was.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from switchtitan.comparison.config import ComparisonConfig
-from switchtitan.comparison.plan import Run, report_runs
-from switchtitan.comparison.runs import RunKey, RunResult, config_sha256, read_csv, read_folder
-from switchtitan.comparison.tuning import Tuning, tune
+from switchtitan.comparison.runs import (
+    Run,
+    RunResult,
+    config_sha256,
+    plan_run,
+    read_csv,
+    read_folder,
+)
+from switchtitan.data import open_corpus
 from switchtitan.errors import ConfigError
 
-logger = logging.getLogger(__name__)
-
-TrainAll = Callable[[list[Run]], None]
-"""Trains runs; returns when all are finished."""
+FindResult = Callable[[Run], RunResult | None]
+"""Returns the result of a run, None if it is not finished."""
+Values = Mapping[str, Mapping[str, float]]
+"""Row -> tuned key -> value."""
 RUNS_FILE = "runs.csv"
 
 
 @dataclass(frozen=True)
-class ComparisonState:
+class State:
     """The finished runs of a comparison, and what follows from them."""
 
     config: ComparisonConfig
-    tuning: Tuning
-    selection: dict[Run, RunResult]
-    """The finished runs that choose values."""
-    report: dict[Run, RunResult] = field(default_factory=dict)
-    """The finished runs that are reported."""
-    due: tuple[Run, ...] = ()
-    """The unfinished runs of the current stage; empty if the comparison is complete."""
-    others: tuple[RunResult, ...] = ()
-    """Further results in the report's file, e.g. of a stage that has begun again."""
+    tried: list[tuple[str, dict[str, dict[float, float]]]]
+    """The axes so far: the key, and row -> value -> validation loss of the finished run, inf if it
+    diverged."""
+    chosen: Values
+    """Values by row, given ones included; empty while values are being chosen."""
+    finished: Mapping[Run, RunResult]
+    due: list[Run]
+    """The unfinished runs of the current axis, or of the report; empty at the end."""
 
-    @property
-    def num_finished(self) -> int:
-        return len(self.selection) + len(self.report)
+    def reported(self, row: str) -> dict[Run, RunResult]:
+        """Returns the finished runs of a row with the seeds that are reported."""
+        return {
+            run: result
+            for run, result in self.finished.items()
+            if run.row == row and run.seed != self.config.selection_seed
+        }
 
-    @property
-    def num_runs(self) -> int:
-        """Number of runs of the whole comparison."""
-        num_reported = len(self.config.rows) * len(self.config.report_seeds)
-        return len(self.tuning.runs) + self.tuning.num_later + num_reported
+
+def follow(config: ComparisonConfig, find: FindResult) -> State:
+    """Follows a comparison as far as its finished runs reach.
+
+    Each of the axes in turn is tried with the other keys at their best values so far, at first
+    their starting values.
+    """
+    best = {row.name: row.start_values for row in config.rows if row.values}
+    tried: list[tuple[str, dict[str, dict[float, float]]]] = []
+    finished: dict[Run, RunResult] = {}
+    for key in config.axes:
+        runs = _runs_of_axis(config, key, best)
+        results = _results(runs, find)
+        finished |= results
+        losses: dict[str, dict[float, float]] = {}
+        for run, result in results.items():
+            loss = math.inf if result.diverged else result.validation_loss
+            losses.setdefault(run.row, {})[run.tuned[key]] = loss
+        tried.append((key, losses))
+        if due := [run for run in runs if run not in results]:
+            return State(config, tried, {}, finished, due)
+        for row, by_value in losses.items():
+            best[row][key] = best_value(by_value)
+    runs = _runs_of_report(config, best)
+    finished |= _results(runs, find)
+    due = [run for run in runs if run not in finished]
+    return State(config, tried, {run.row: run.tuned for run in runs}, finished, due)
+
+
+def best_value(losses: Mapping[float, float]) -> float:
+    """Returns the value of the lowest loss; of equal losses, the lowest value."""
+    return min(sorted(losses), key=losses.__getitem__)
+
+
+def _runs_of_axis(config: ComparisonConfig, key: str, best: Values) -> list[Run]:
+    """Returns a run for each value. Rows alternate, so that one that cannot train fails early."""
+    rows = [row for row in config.rows if key in row.values]
+    return [
+        plan_run(config, row, {**best[row.name], key: value}, config.selection_seed)
+        for values in zip(*(row.values[key] for row in rows), strict=True)
+        for row, value in zip(rows, values, strict=True)
+    ]
+
+
+def _runs_of_report(config: ComparisonConfig, best: Values) -> list[Run]:
+    return [
+        plan_run(config, row, best.get(row.learning_rate_of or row.name, {}), seed)
+        for seed in config.report_seeds
+        for row in config.rows
+    ]
+
+
+def _results(runs: Sequence[Run], find: FindResult) -> dict[Run, RunResult]:
+    return {run: result for run in runs if (result := find(run)) is not None}
 
 
 class Comparison:
@@ -61,59 +122,63 @@ class Comparison:
         self.config, self.folder = config, folder
         self._corpus_fingerprint = corpus_fingerprint
         own = folder / RUNS_FILE
-        self._in_report = read_csv([own] if own.exists() else [])
-        self._known = read_csv(config.finished_runs) | self._in_report
-        self._keys: dict[Run, RunKey] = {}
+        files = [*config.finished_runs, *([own] if own.exists() else [])]
+        self._known = {key: result for file in files for key, result in read_csv(file).items()}
 
-    def state(self) -> ComparisonState:
+    def state(self) -> State:
         """Returns the current state."""
-        tuning = tune(self.config, self._loss)
-        selection = self._finished(tuning.runs)
-        report: dict[Run, RunResult] = {}
-        due = tuning.due
-        if not due:
-            runs = report_runs(self.config, tuning.chosen)
-            report = self._finished(runs)
-            due = tuple(run for run in runs if run not in report)
-        used = {self._keys[run] for run in (*selection, *report)}
-        others = tuple(result for key, result in self._in_report.items() if key not in used)
-        return ComparisonState(self.config, tuning, selection, report, due, others)
+        return follow(self.config, self.result)
 
-    def is_finished(self, run: Run) -> bool:
-        """Whether a run has a result."""
-        return self._result(run) is not None
+    def result(self, run: Run) -> RunResult | None:
+        """Returns the result of a run, None if it is not finished.
 
-    def run(self, train_all: TrainAll) -> None:
-        """Trains all remaining runs."""
-        while (state := self.state()).due:
-            stage = "to choose values" if state.tuning.due else "for the report"
-            logger.info("training %d run(s) %s", len(state.due), stage)
-            train_all(list(state.due))
-
-    def _loss(self, run: Run) -> float | None:
-        result = self._result(run)
-        return None if result is None else result.validation_loss
-
-    def _finished(self, runs: Iterable[Run]) -> dict[Run, RunResult]:
-        return {run: result for run in runs if (result := self._result(run)) is not None}
-
-    def _result(self, run: Run) -> RunResult | None:
-        if run not in self._keys:
-            self._keys[run] = (config_sha256(run.config()), run.seed)
-        key = self._keys[run]
-        if key not in self._known:
-            result = read_folder(run)
-            if result is None:
-                return None
-            self._known[key] = result
-        self._check_corpus(run, self._known[key])
-        return self._known[key]
-
-    def _check_corpus(self, run: Run, result: RunResult) -> None:
+        Raises:
+            ConfigError: if its folder has another configuration, or it is of another corpus.
+        """
+        key = config_sha256(run.config)
+        result = self._known.get(key) or read_folder(run)
+        if result is None:
+            return None
+        self._known[key] = result
         found, expected = result.corpus_fingerprint, self._corpus_fingerprint
         if expected not in (None, found):
             raise ConfigError(
-                f"{run.name} was trained on a corpus with the fingerprint {found}, and this "
+                f"{run.folder} was trained on a corpus with the fingerprint {found}, and this "
                 f"machine's has {expected}; use the same corpus, or another output_dir without "
                 "finished_runs"
             )
+        return result
+
+
+def check_plan(config: ComparisonConfig) -> None:
+    """Checks before any run that all rows can be trained, with all their values, and reported.
+
+    Raises:
+        ConfigError: if they cannot.
+    """
+    for run in _first_runs(config):
+        training, evaluation = run.config.training, run.config.evaluation
+        problem = None
+        if training.dtype == "auto":
+            problem = '[training] dtype = "auto": results would depend on the machine; choose one'
+        elif evaluation.test_tokens is None:
+            problem = "[evaluation] test_tokens is not set: the report needs a test split; set it"
+        elif evaluation.interval > training.steps:
+            problem = (
+                f"[evaluation] interval = {evaluation.interval}: expected at most [training] steps "
+                f"= {training.steps}: the final validation loss chooses the values"
+            )
+        if problem is not None:
+            raise ConfigError(f"row {run.row}: {problem}")
+
+
+def prepare_corpus(config: ComparisonConfig) -> str:
+    """Prepares the corpus of all runs if it is missing; returns its fingerprint."""
+    return open_corpus(_first_runs(config)[0].config.data).fingerprint
+
+
+def _first_runs(config: ComparisonConfig) -> list[Run]:
+    """Returns a run of each row, and of each declared value with starting values of other keys."""
+    start = {row.name: row.start_values for row in config.rows if row.values}
+    of_axes = [run for key in config.axes for run in _runs_of_axis(config, key, start)]
+    return of_axes + _runs_of_report(config, start)

@@ -1,20 +1,15 @@
 """The file that declares a comparison: its rows, the values to choose from, and the seeds."""
 
-import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
-from switchtitan.config import find_config, load_table, read_toml
-from switchtitan.errors import ConfigError
+from switchtitan.config import find_config, load_table
 from switchtitan.registry import Section
 
 LEARNING_RATE = "optimizer.lr"
-TUNED_SECTIONS = ("method", "optimizer")
-"""The sections in which rows differ and that have the tuned keys."""
 
 
 class RowConfig(Section):
@@ -24,20 +19,17 @@ class RowConfig(Section):
     """Name of the row, also in file names: letters, digits, `.`, `_` and `-`."""
     label: str | None = None
     """Name in tables and plots. Default: `name`."""
-    learning_rates: tuple[float, ...] = ()
+    learning_rates: tuple[FiniteFloat, ...] = ()
     """Values of `optimizer.lr` to choose from; the same as `tune."optimizer.lr"`."""
-    tune: dict[str, tuple[int | float, ...]] = Field(default_factory=dict)
-    """Values to choose from, increasing, by a key of `axes`: at least three of a learning rate, at
-    least two of other keys, and the same number as in every other row that tunes the key."""
-    start: dict[str, int | float] = Field(default_factory=dict)
-    """The value of a tuned key until it is its turn, one of those to choose from. Default: the
-    middle one, of two the lower."""
+    tune: dict[str, tuple[int | FiniteFloat, ...]] = Field(default_factory=dict)
+    """Values to choose from, by a key of `axes`: at least three of a learning rate, at least two of
+    other keys, and the same number as in every other row that tunes the key."""
     learning_rate_of: str | None = None
     """Use all values chosen for this row instead, e.g. for an ablation that changes one of its
     keys."""
-    set: dict[str, dict[str, Any]]
-    """Keys of [method], [optimizer] and [compile], and of sections in `differ_in`, that differ
-    from `config`, by section. With `optimizer.lr`, the row chooses no values."""
+    set: dict[Literal["method", "optimizer", "compile", "model", "training"], dict[str, Any]]
+    """Keys that differ from `config`, by section; [model] and [training] only if `differ_in` has
+    them. With `optimizer.lr`, the row chooses no values."""
 
     @property
     def title(self) -> str:
@@ -45,12 +37,14 @@ class RowConfig(Section):
 
     @property
     def values(self) -> dict[str, tuple[float, ...]]:
-        """The values to choose from, by dotted key."""
-        of_lr = {LEARNING_RATE: self.learning_rates} if self.learning_rates else {}
-        return of_lr | {
-            key: tuple(map(float, values)) if is_rate(key) else values
-            for key, values in self.tune.items()
-        }
+        """The values to choose from, increasing, by dotted key."""
+        rates = {LEARNING_RATE: self.learning_rates} if self.learning_rates else {}
+        return {key: tuple(sorted(set(of))) for key, of in {**rates, **self.tune}.items()}
+
+    @property
+    def start_values(self) -> dict[str, float]:
+        """The value of each tuned key until it is its turn: the middle one, of two the lower."""
+        return {key: values[(len(values) - 1) // 2] for key, values in self.values.items()}
 
     @property
     def given_values(self) -> dict[str, Any]:
@@ -59,14 +53,6 @@ class RowConfig(Section):
             f"{section}.{key}": value
             for section, keys in self.set.items()
             for key, value in keys.items()
-        }
-
-    @property
-    def start_values(self) -> dict[str, float]:
-        """The first value of each tuned key."""
-        return {
-            key: self.start.get(key, values[(len(values) - 1) // 2])
-            for key, values in self.values.items()
         }
 
     @model_validator(mode="after")
@@ -84,10 +70,8 @@ class RowConfig(Section):
                 f"one of {', '.join(sources)}"
             )
         for key, values in self.values.items():
-            _check_increasing(key, values)
-        for key, value in self.start.items():
-            if value not in self.values.get(key, ()):
-                raise ValueError(f"start: {key} = {value:g}: expected one of the row's values")
+            if len(values) < (num_least := 3 if is_rate(key) else 2):
+                raise ValueError(f"{key} = {list(values)}: expected at least {num_least} values")
         return self
 
 
@@ -107,88 +91,69 @@ class ComparisonConfig(Section):
     """Seeds of the runs whose loss on the test split is reported; without `selection_seed`."""
     baseline: str
     """The row with which the losses of the others are compared."""
-    axes: tuple[str, ...] = Field(default=(LEARNING_RATE,), min_length=1)
-    """The tuned keys, in the order in which they are chosen: each one with the other keys at their
-    best values so far. A key can be repeated."""
+    axes: tuple[Annotated[str, Field(pattern=r"^(method|optimizer)\.")], ...] = (LEARNING_RATE,)
+    """The tuned keys of [method] and [optimizer], in the order in which they are chosen: each one
+    with the other keys at their best values so far. A key can be repeated."""
     differ_in: tuple[Literal["model", "training"], ...] = ()
     """Further sections in which rows may differ, e.g. to compare them after the same time."""
     finished_runs: tuple[Path, ...] = ()
-    """The `runs.csv` of earlier reports, relative to this file: a run whose configuration and seed
-    one of them has is finished, also without its folder."""
+    """The `runs.csv` of earlier reports, relative to this file: a run whose configuration one of
+    them has is finished, also without its folder."""
     rows: tuple[RowConfig, ...] = Field(min_length=2)
     """The rows of the table."""
 
-    @field_validator("report_seeds")
-    @classmethod
-    def _check_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("expected different seeds")
-        return seeds
-
     @model_validator(mode="after")
-    def _check_rows(self) -> "ComparisonConfig":
-        mistakes = [*self._mistakes_in_names(), *self._mistakes_in_axes()]
-        if self.selection_seed in self.report_seeds:
-            mistakes.append(
-                f"selection_seed = {self.selection_seed} is among report_seeds: "
-                "rates chosen on a seed fit that seed; report other seeds"
-            )
+    def _check(self) -> "ComparisonConfig":
+        mistakes = list(self._mistakes_of_fairness())
+        names = [row.name for row in self.rows]
+        tuning = {row.name: row.values for row in self.rows if row.values}
+        if self.baseline not in names:
+            mistakes.append(f"baseline = {self.baseline!r}: expected one of {', '.join(names)}")
+        for row in self.rows:
+            if names.count(row.name) > 1:
+                mistakes.append(f"rows.{row.name}: another row has this name")
+            if row.learning_rate_of not in (None, *tuning):
+                mistakes.append(
+                    f"rows.{row.name}.learning_rate_of = {row.learning_rate_of!r}: expected a row "
+                    f"that chooses values: {', '.join(tuning)}"
+                )
+            tuned = tuning.get(row.learning_rate_of or row.name, {}).keys()
+            if unknown := ", ".join(tuned - set(self.axes)):
+                mistakes.append(f"rows.{row.name}: tunes {unknown}, which axes does not have")
+            if given := ", ".join(tuned & row.given_values.keys()):
+                mistakes.append(f"rows.{row.name}.set: {given} has no effect, because it is tuned")
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
 
-    def _mistakes_in_names(self) -> list[str]:
-        names = [row.name for row in self.rows]
-        mistakes = [
-            f"rows: two have the name {name!r}"
-            for name in sorted({name for name in names if names.count(name) > 1})
-        ]
-        if self.baseline not in names:
-            mistakes.append(f"baseline = {self.baseline!r}: expected one of {', '.join(names)}")
-        choosing = [row.name for row in self.rows if row.values]
-        for row in self.rows:
-            if row.learning_rate_of is not None and row.learning_rate_of not in choosing:
-                mistakes.append(
-                    f"rows.{row.name}.learning_rate_of = {row.learning_rate_of!r}: expected a row "
-                    f"that chooses values: {', '.join(choosing)}"
-                )
-        return mistakes
-
-    def _mistakes_in_axes(self) -> list[str]:
-        mistakes = []
-        for key in dict.fromkeys(self.axes):
-            section, _, name = key.partition(".")
-            if section not in TUNED_SECTIONS or not name:
-                mistakes.append(f"axes: {key!r}: expected a key of [method] or [optimizer]")
+    def _mistakes_of_fairness(self) -> Iterator[str]:
+        seeds = (self.selection_seed, *self.report_seeds)
+        if len(set(seeds)) < len(seeds):
+            yield (
+                f"selection_seed and report_seeds = {', '.join(map(str, seeds))}: expected "
+                "different seeds; values chosen on a seed fit that seed"
+            )
+        for key in self.axes:
             counts = {row.name: len(row.values[key]) for row in self.rows if key in row.values}
-            if not counts and not any(key in row.given_values for row in self.rows):
-                mistakes.append(f"axes: no row tunes {key!r}; remove it")
             if len(set(counts.values())) > 1:
                 listed = ", ".join(f"{row} has {count}" for row, count in counts.items())
-                mistakes.append(
-                    f"every row that tunes {key} must have the same number of values, for "
-                    f"fairness: {listed}"
-                )
+                yield f"{key}: expected the same number of values in all rows: {listed}"
         for row in self.rows:
-            if unknown := [key for key in row.values if key not in self.axes]:
-                mistakes.append(
-                    f"rows.{row.name}: tunes {', '.join(unknown)}, which axes does not have"
-                )
-        return mistakes
+            if sections := {"model", "training"} & row.set.keys() - set(self.differ_in):
+                listed = ", ".join(sorted(sections))
+                yield f"rows.{row.name}.set.{listed}: add it to differ_in, or remove it"
 
-    def row(self, name: str) -> RowConfig:
-        """Returns the row called `name`."""
-        return next(row for row in self.rows if row.name == name)
-
-    def tuned_row(self, row: RowConfig) -> RowConfig:
-        """Returns the row whose chosen values a row uses."""
-        return row if row.learning_rate_of is None else self.row(row.learning_rate_of)
+    @property
+    def num_runs(self) -> int:
+        """Number of runs at most: each axis has a known run, the best so far; the first has not."""
+        tuning = [row.values for row in self.rows if row.values]
+        num_tried = sum(len(of[key]) - 1 for of in tuning for key in self.axes if key in of)
+        return len(tuning) + num_tried + len(self.rows) * len(self.report_seeds)
 
 
 def is_rate(key: str) -> bool:
     """Whether a dotted key is a learning rate, whose best value must be between two others."""
-    name = key.rpartition(".")[2]
-    return name == "lr" or name.endswith("_lr")
+    return key.endswith((".lr", "_lr"))
 
 
 def load_comparison(file: Path) -> ComparisonConfig:
@@ -200,23 +165,9 @@ def load_comparison(file: Path) -> ComparisonConfig:
         ConfigError: with all mistakes in one message.
     """
     file = find_config(file)
-    if not file.is_file() or "rows" not in read_toml(file):
-        raise ConfigError(
-            f"{file}: declares no comparison: expected a TOML file with [[rows]], like those in "
-            "train_configs/comparisons/"
-        )
     declared = load_table(file, ComparisonConfig)
     update = {
         "config": file.parent / declared.config,
         "finished_runs": tuple(file.parent / runs for runs in declared.finished_runs),
     }
     return declared.model_copy(update=update)
-
-
-def _check_increasing(key: str, values: Sequence[float]) -> None:
-    is_increasing = all(low < high for low, high in pairwise(values))
-    num_least = 3 if is_rate(key) else 2
-    if not (is_increasing and len(values) >= num_least and all(map(math.isfinite, values))):
-        raise ValueError(
-            f"{key} = {list(values)}: expected at least {num_least} finite numbers, increasing"
-        )

@@ -1,23 +1,21 @@
-"""The finished runs of a comparison: from their folders, and from the CSV files of reports.
-
-With a `runs.csv` a comparison continues on another machine, without the folders of its runs.
-"""
+"""The runs of a comparison: their configurations, and their results in folders and CSV files."""
 
 import csv
 import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from switchtitan.checkpoint import find_given
-from switchtitan.comparison.plan import Run
-from switchtitan.config import flatten
+from switchtitan.comparison.config import ComparisonConfig, RowConfig
+from switchtitan.config import flatten, toml_value
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig, parse_arguments
@@ -26,77 +24,95 @@ from switchtitan.spectra.spectrum import summarize
 from switchtitan.spectra.weight_change import checkpoint_spectra
 from switchtitan.training.describe import CONFIG_FILE
 
-_COLUMNS = {
-    "step": "steps",
-    "tokens_seen": "tokens",
-    "loss/validation": "validation_loss",
-    "loss/test": "test_loss",
-    "bits_per_byte/validation": "validation_bits_per_byte",
-    "bits_per_byte/test": "test_bits_per_byte",
-    "throughput/tokens_per_s": "tokens_per_s",
-    "memory/peak_gib": "peak_gib",
-    "memory/state_gib": "state_gib",
-    "num_parameters.trainable": "num_trainable",
-    "versions.torch": "torch",
-    "corpus.name": "corpus",
-    "corpus.fingerprint": "corpus_fingerprint",
-}
-"""Key of a run's `results.json` -> column of `runs.csv`; other keys have the same name."""
 _KEYS_OF_A_MACHINE = {"job": {"name", "output_dir"}, "data": {"cache_dir"}}
 """Keys that change no result: names and folders."""
-_FOR_PEOPLE = {"stage": True, "row": True}
-"""Columns that say nothing about a result."""
 DEFAULTS_VERSION = 1
 """Increase it when the default of a key changes: earlier runs had the default of then."""
 
-RunKey = tuple[str, int]
-"""What identifies a run on any machine: the SHA-256 of its configuration, and its seed."""
+
+@dataclass(frozen=True)
+class Run:
+    """A training run."""
+
+    row: str
+    tuned: Mapping[str, float] = field(compare=False)
+    """Chosen or given values of the axes, in their order."""
+    seed: int
+    arguments: tuple[str, ...]
+    """The arguments of `switchtitan train`."""
+    config: JobConfig = field(compare=False, repr=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.config.job.output_dir
 
 
 class RunResult(BaseModel):
-    """A finished run: a line of `runs.csv`. Figures that are not known are None."""
+    """A finished run: a line of `runs.csv`, or a `results.json`. Unknown figures are None."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(populate_by_name=True, frozen=True)
 
-    stage: str = ""
-    """For people, as `row`: what the run was trained for."""
     row: str = ""
-    seed: int = Field(ge=0)
-    diverged: bool = False
-    """Whether gradients or a loss are not finite."""
-    steps: int = Field(ge=1)
-    tokens: int | None = Field(default=None, ge=0)
-    validation_loss: float = math.inf
-    """In nats per token; inf if the run diverged."""
-    test_loss: float = math.inf
-    validation_bits_per_byte: float | None = None
-    test_bits_per_byte: float | None = None
-    tokens_per_s: float | None = None
-    peak_gib: float | None = None
-    state_gib: float | None = None
-    num_trainable: int | None = None
+    """For people: a row with the same configuration uses the same run."""
+    seed: int
+    steps: int = Field(alias="step", ge=1)
+    tokens: int | None = Field(None, alias="tokens_seen")
+    validation_loss: float = Field(alias="loss/validation")
+    """In nats per token, not finite if the run diverged."""
+    test_loss: float = Field(alias="loss/test")
+    validation_bits_per_byte: float | None = Field(None, alias="bits_per_byte/validation")
+    test_bits_per_byte: float | None = Field(None, alias="bits_per_byte/test")
+    tokens_per_s: float | None = Field(None, alias="throughput/tokens_per_s")
+    peak_gib: float | None = Field(None, alias="memory/peak_gib")
+    state_gib: float | None = Field(None, alias="memory/state_gib")
+    num_trainable: int | None = Field(None, alias="num_parameters.trainable")
     device: str | None = None
     cpu_capability: str | None = None
     num_threads: int | None = None
-    torch: str | None = None
+    torch: str | None = Field(None, alias="versions.torch")
     commit: str | None = None
-    corpus: str = Field(min_length=1)
-    corpus_fingerprint: str = Field(min_length=1)
+    corpus: str = Field(alias="corpus.name")
+    corpus_fingerprint: str = Field(alias="corpus.fingerprint")
     effective_rank: float | None = None
     """Effective rank of the linear layers' change since step 0, averaged over layers."""
     config_sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_empty(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in values.items() if value not in ("", None)}
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def diverged(self) -> bool:
+        return not (math.isfinite(self.validation_loss) and math.isfinite(self.test_loss))
 
-    @model_validator(mode="after")
-    def _check_losses(self) -> "RunResult":
-        losses = (self.validation_loss, self.test_loss)
-        if not self.diverged and not all(map(math.isfinite, losses)):
-            raise ValueError("expected finite losses of a run that has not diverged")
-        return self
+
+def short_name(key: str) -> str:
+    """Returns the name of a tuned key in tables and folders: without `optimizer.`."""
+    return key.removeprefix("optimizer.")
+
+
+def plan_run(
+    comparison: ComparisonConfig, row: RowConfig, values: Mapping[str, float], seed: int
+) -> Run:
+    """Returns the run of a row with values of its tuned keys and a seed, in its own folder.
+
+    Raises:
+        ConfigError: if the row's keys do not fit.
+    """
+    keys = row.given_values | dict(values)
+    tuned = {key: keys[key] for key in comparison.axes if isinstance(keys.get(key), int | float)}
+    parts = [f"{short_name(key)}-{value:g}" for key, value in tuned.items()]
+    label = "-".join([*parts, f"seed-{seed}"])
+    keys |= {
+        "job.seed": seed,
+        "job.name": f"{row.name}-{label}",
+        "job.output_dir": str(comparison.output_dir / "runs" / row.name / label),
+    }
+    arguments = ["--config", str(comparison.config)]
+    for key, value in keys.items():
+        arguments += [f"--{key}", value if isinstance(value, str) else toml_value(value)]
+    try:
+        config = parse_arguments(arguments, num_ranks=1)
+    except ConfigError as error:
+        raise ConfigError(f"row {row.name}: {error}") from error
+    return Run(row.name, tuned, seed, tuple(arguments), config)
 
 
 def config_sha256(config: JobConfig) -> str:
@@ -127,81 +143,72 @@ def read_folder(run: Run) -> RunResult | None:
     Raises:
         ConfigError: if the folder contains a run with another configuration.
     """
-    if not (run.folder / CONFIG_FILE).exists():
+    saved, file = run.folder / CONFIG_FILE, run.folder / RESULTS_FILE
+    if not saved.exists():
         return None
-    config = run.config()
-    digest = config_sha256(config)
-    found = parse_arguments(["--config", str(run.folder / CONFIG_FILE)], num_ranks=1)
-    if config_sha256(found) != digest:
+    digest = config_sha256(run.config)
+    if config_sha256(parse_arguments(["--config", str(saved)], num_ranks=1)) != digest:
         raise ConfigError(
             f"{run.folder}: this run has another configuration than the comparison; choose another "
             "output_dir, or delete the folder to train it again"
         )
-    file = run.folder / RESULTS_FILE
     if not file.exists():
         return None
-    results = flatten(json.loads(file.read_text(encoding="utf-8")))
-    figures = {_COLUMNS.get(key, key): value for key, value in results.items()}
-    losses: list[Any] = [figures.get("validation_loss"), figures.get("test_loss")]
-    has_diverged = any(loss is not None and not math.isfinite(loss) for loss in losses)
-    if figures.get("diverged") or has_diverged:
-        figures |= {"diverged": True, "validation_loss": math.inf, "test_loss": math.inf}
-    elif figures["steps"] != config.training.steps:
+    figures = flatten(json.loads(file.read_text(encoding="utf-8")))
+    if figures.get("diverged"):
+        figures |= {"loss/validation": math.inf, "loss/test": math.inf}
+    elif figures["step"] != run.config.training.steps:
         return None
-    else:
-        with suppress(CheckpointError):  # its checkpoints are gone
-            spectra = checkpoint_spectra(find_given(run.folder))
-            figures["effective_rank"] = summarize(spectra).effective
-    return RunResult.model_validate(figures | {"seed": run.seed, "config_sha256": digest})
+    result = RunResult.model_validate(
+        figures | {"row": run.row, "seed": run.seed, "config_sha256": digest}
+    )
+    if result.diverged:
+        return result
+    with suppress(CheckpointError):  # its checkpoints are gone
+        spectra = checkpoint_spectra(find_given(run.folder))
+        result = result.model_copy(update={"effective_rank": summarize(spectra).effective})
+    return result
 
 
-def write_csv(
-    file: Path, stages: Mapping[str, Mapping[Run, RunResult]], others: Iterable[RunResult] = ()
-) -> None:
-    """Writes a line for each finished run of each stage, with the tuned keys for people.
+def write_csv(file: Path, results: Mapping[Run, RunResult]) -> None:
+    """Writes a line for each finished run, with its tuned keys for people.
 
-    Args:
-        others: results that the file has already, of runs that are in no stage now.
+    Other results in the file stay, e.g. of values that are no longer declared.
     """
-    lines = [
-        {**result.model_dump(), "stage": stage, "row": run.row, **dict(run.tuned)}
-        for stage, of_stage in stages.items()
-        for run, result in of_stage.items()
+    tuned = [key for run in results for key in run.tuned]
+    lines: list[dict[str, Any]] = [
+        {**result.model_dump(), "row": run.row, **run.tuned} for run, result in results.items()
     ]
-    lines += [result.model_dump() for result in others]
-    tuned = dict.fromkeys(key for of in stages.values() for run in of for key, _ in run.tuned)
+    written = {line["config_sha256"] for line in lines}
+    before = _lines(file) if file.exists() else []
+    lines += [line for line in before if line["config_sha256"] not in written]
+    figures = [*RunResult.model_fields, *RunResult.model_computed_fields]
+    columns = list(dict.fromkeys(["row", *tuned, *figures]))
     stream = io.StringIO()
-    figures = [name for name in RunResult.model_fields if name not in _FOR_PEOPLE]
-    columns = [*_FOR_PEOPLE, *tuned, *figures]
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     write_atomically(file, stream.getvalue())
 
 
-def read_csv(files: Sequence[Path]) -> dict[RunKey, RunResult]:
-    """Reads the finished runs of CSV files that reports have written.
+def read_csv(file: Path) -> dict[str, RunResult]:
+    """Reads the finished runs of a CSV file that a report has written, by `config_sha256`.
 
     Raises:
-        ConfigError: if a file cannot be read, a line is no run, or two lines have other results of
-            the same run.
+        ConfigError: if the file cannot be read, or a line is no run.
     """
-    runs: dict[RunKey, RunResult] = {}
-    for file in files:
-        try:
-            lines = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
-        except (OSError, ValueError, csv.Error) as error:
-            raise ConfigError(f"{file}: expected the runs.csv of a report: {error}") from error
-        for number, line in enumerate(lines, start=2):
-            place = f"{file}, line {number}"
-            try:
-                result = RunResult.model_validate(line)
-            except ValidationError as error:
-                raise ConfigError(f"{place}: is no finished run of a report: {error}") from error
-            known = runs.setdefault((result.config_sha256, result.seed), result)
-            if known.model_dump(exclude=_FOR_PEOPLE) != result.model_dump(exclude=_FOR_PEOPLE):
-                raise ConfigError(
-                    f"{place}: an earlier line has another result of the same configuration and "
-                    "seed; keep one of them"
-                )
-    return runs
+    results, number = {}, 1
+    try:
+        for line in _lines(file):
+            number += 1
+            result = RunResult.model_validate({key: of for key, of in line.items() if of})
+            results[result.config_sha256] = result
+    except (OSError, ValueError, csv.Error) as error:
+        place = f"{file}, line {number}"
+        raise ConfigError(f"{place}: expected the runs.csv of a report: {error}") from error
+    return results
+
+
+def _lines(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))

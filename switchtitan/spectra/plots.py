@@ -1,6 +1,6 @@
 """Spectra of the change of runs' weights since step 0, next to each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from switchtitan.checkpoint import find_given, read_metadata
-from switchtitan.errors import ConfigError
-from switchtitan.hub.dense_checkpoint import saved_model_config
 from switchtitan.spectra.spectrum import (
     NUMERICAL_RANK_THRESHOLD,
     RankSummary,
@@ -54,7 +52,7 @@ class RunSpectra:
 
 
 def measure(runs: Mapping[str, Path]) -> dict[str, RunSpectra]:
-    """Computes spectra of the weights' change since step 0 for runs of one model.
+    """Computes spectra of the weights' change since step 0. Ranks compare runs of one model.
 
     Args:
         runs: label -> run, or checkpoint. Of a run it is the newest complete checkpoint.
@@ -62,18 +60,15 @@ def measure(runs: Mapping[str, Path]) -> dict[str, RunSpectra]:
     Raises:
         CheckpointError: if there is no checkpoint, or a run's initial weights are no longer
             available.
-        ConfigError: if the models differ.
     """
-    checkpoints = {label: find_given(run) for label, run in runs.items()}
-    _check_same_model(list(checkpoints.values()))
-    return {label: _measure(checkpoint) for label, checkpoint in checkpoints.items()}
+    return {label: _measure(find_given(run)) for label, run in runs.items()}
 
 
 def table(runs: Mapping[str, RunSpectra]) -> list[list[str]]:
     """Returns rows with the mean ranks over layers, and the full rank; the first is the head."""
     rows = [["run", "step", "effective rank", f"above {NUMERICAL_RANK_THRESHOLD:.0%}", "of"]]
     for label, run in runs.items():
-        ranks = (f"{run.ranks.effective:.1f}", f"{run.ranks.numerical:.1f}")
+        ranks = [f"{run.ranks.effective:.1f}", f"{run.ranks.numerical:.1f}"]
         rows.append([label, str(run.step), *ranks, str(len(run.spectrum))])
     return rows
 
@@ -91,19 +86,6 @@ def draw(runs: Mapping[str, RunSpectra]) -> Figure:
         axes.grid(alpha=0.3)
     axes.legend()
     return figure
-
-
-def _check_same_model(checkpoints: Sequence[Path]) -> None:
-    models = {
-        checkpoint: saved_model_config(checkpoint).architecture() for checkpoint in checkpoints
-    }
-    (first, model), *others = models.items()
-    for other, its_model in others:
-        if differing := [key for key in model | its_model if model.get(key) != its_model.get(key)]:
-            raise ConfigError(
-                f"{first} and {other} hold different models ([model] {', '.join(differing)}); "
-                "ranks are comparable only within one model; draw separate pictures"
-            )
 
 
 def _measure(checkpoint: Path) -> RunSpectra:

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save
@@ -25,41 +26,23 @@ SPECTRA_FOLDER = "spectra"
 _FILE = re.compile(r"step-(\d{9,})\.safetensors")
 
 
+@dataclass(kw_only=True)
 class RankTelemetry:
-    """A `training.hooks.Hook` that measures singular values of W + s B A - W_init, or W - W_init.
+    """A `training.hooks.Hook` that measures singular values of each linear layer's change."""
 
-    Args:
-        model: the model in training.
-        dense_weights: `Method.dense_weights` of the run's method.
-        origin: the weights at step 0.
-        folder: the folder for measurements.
-        interval: optimizer steps between two measurements; the last step is also measured.
-        num_steps: optimizer steps of the run.
-        start_step: the step that the run resumes from.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        dense_weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
-        origin: Origin,
-        folder: Path,
-        reporter: Reporter,
-        world: World,
-        interval: int,
-        num_steps: int,
-        start_step: int,
-    ) -> None:
-        self._model = model
-        self._dense_weights = dense_weights
-        self._origin = origin
-        self._folder = folder
-        self._reporter = reporter
-        self._world = world
-        self._interval = interval
-        self._num_steps = num_steps
-        self._last_step = start_step
+    model: nn.Module
+    dense_weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    """`Method.dense_weights` of the run's method."""
+    origin: Origin
+    """The weights at step 0."""
+    folder: Path
+    reporter: Reporter
+    world: World
+    interval: int
+    """Optimizer steps between two measurements; the last step is also measured."""
+    num_steps: int
+    last_step: int
+    """Of the last measurement, at first the step that the run resumes from."""
 
     def around(self, step: int) -> AbstractContextManager[None]:
         """See `training.hooks.Hook`."""
@@ -67,7 +50,7 @@ class RankTelemetry:
 
     def is_due(self, step: int) -> bool:
         """See `training.hooks.Hook`."""
-        return step == self._num_steps or step % self._interval == 0
+        return step == self.num_steps or step % self.interval == 0
 
     def after(self, step: int) -> None:
         """Measures, writes and reports the change at this step. Collective.
@@ -75,17 +58,16 @@ class RankTelemetry:
         Raises:
             CheckpointError: on the main rank, if the run's initial weights are no longer available.
         """
-        is_main = self._world.is_main
-        tensors = gather_on_main(self._model.named_parameters(), is_main)
+        is_main = self.world.is_main
+        tensors = gather_on_main(self.model.named_parameters(), is_main)
         spectra = self._measure(tensors, step) if is_main else {}
         # The others wait here: rank 0's SVDs can exceed the timeout of the training step's
         # collectives.
-        values = self._world.broadcast(_rank_metrics(spectra) if is_main else {})
-        self._reporter.report(step, values)
+        values = self.world.broadcast(_rank_metrics(spectra) if is_main else {})
+        self.reporter.report(step, values)
         by_kind = normalized_by_kind(spectra)
-        self._reporter.report_histograms(
-            step, {f"rank/spectrum/{kind}": by_kind[kind] for kind in by_kind}
-        )
+        histograms = {f"rank/spectrum/{kind}": shares for kind, shares in by_kind.items()}
+        self.reporter.report_histograms(step, histograms)
         if is_main:
             logger.info(
                 "step %d: mean effective rank of the change %.1f of %d",
@@ -96,16 +78,15 @@ class RankTelemetry:
 
     @full_precision()
     def _measure(self, tensors: Mapping[str, Tensor], step: int) -> Spectra:
-        dense, layers = self._dense_weights(tensors), self._origin.linear_layers()
-        changes = self._origin.changes(dense, layers)
-        spectra = {name: singular_values(change.to(self._world.device)) for name, change in changes}
+        changes = self.origin.changes(self.dense_weights(tensors))
+        spectra = {name: singular_values(change.to(self.world.device)) for name, change in changes}
         try:
             # Those in between are left by a stopped run that resumed from an earlier checkpoint.
-            drop_spectra_after(self._folder, self._last_step)
-            write_spectra(self._folder, step, spectra)
+            drop_spectra_after(self.folder, self.last_step)
+            write_spectra(self.folder, step, spectra)
         except OSError as error:
             logger.warning("could not write the spectra of step %d: %s", step, error)
-        self._last_step = step
+        self.last_step = step
         return spectra
 
 

@@ -1,6 +1,6 @@
 """Compute the change of linear layers since step 0. Initial weights are drawn or read again."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -22,9 +22,7 @@ from switchtitan.spectra.spectrum import singular_values
 
 
 class Origin:
-    """The dense weights that a run started from, drawn or memory-mapped again when asked for.
-
-    Keeps those in memory that the method computes, and those read from a checkpoint or an adapter.
+    """The dense weights that a run started from, drawn or read again when asked for.
 
     Args:
         config: the plain model's section.
@@ -45,19 +43,17 @@ class Origin:
         self._config, self._seed, self._method = config, seed, method
         with torch.device("meta"):
             self._model = MODELS.build(config)
-        self._source = None if initial_weights is None else Path(initial_weights)
-        self._checksum = checksum
-        self._given: dict[str, Tensor] = {}
-        self._computed: dict[str, Tensor] = {}
-
-    def linear_layers(self) -> list[str]:
-        """Returns the qualified names of the linear layers in blocks: no embedding, no head."""
         blocks = tuple(f"{block}." for block in self._model.blocks())
-        return [
+        self.layers = [
             name.removesuffix(".weight")
             for name, weight in self._model.named_parameters()
             if name.startswith(blocks) and weight.dim() == 2
         ]
+        """Qualified names of the linear layers in blocks: no embedding, no head."""
+        self._source = None if initial_weights is None else Path(initial_weights)
+        self._checksum = checksum
+        self._given: dict[str, Tensor] = {}
+        self._computed: dict[str, Tensor] = {}
 
     def open(self) -> None:
         """Reads again what was read at step 0; a CheckpointError if it has moved or changed."""
@@ -71,16 +67,14 @@ class Origin:
             )
         self._given = read_initial_weights(self._source, self._config).tensors
 
-    def changes(
-        self, dense: Mapping[str, Tensor], layers: Sequence[str]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yields name and change [out, in] since step 0 of each layer; see `open`.
+    def changes(self, dense: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yields name and change [out, in] since step 0 of each linear layer; see `open`.
 
         Args:
             dense: the current dense weights, fp32 on the CPU.
         """
         self.open()
-        for layer in layers:
+        for layer in self.layers:
             weight = dense[f"{layer}.weight"]
             yield layer, weight - self._starting_weight(f"{layer}.weight", weight.shape)
 
@@ -113,7 +107,6 @@ def checkpoint_spectra(checkpoint: Path) -> dict[str, Tensor]:
     seed = metadata.identity_number("job", "seed")
     config, method = saved_model_config(checkpoint), saved_method(checkpoint)
     origin = Origin(config, seed, path, checksum, method)
-    layers = origin.linear_layers()
-    changes = origin.changes(read_dense_checkpoint(checkpoint), layers)
-    progress = progress_bar(str(checkpoint), changes, total=len(layers), unit="layers")
+    changes = origin.changes(read_dense_checkpoint(checkpoint))
+    progress = progress_bar(str(checkpoint), changes, total=len(origin.layers), unit="layers")
     return {layer: singular_values(change) for layer, change in progress}

@@ -384,7 +384,7 @@ def _build_hooks(
         from switchtitan.spectra.telemetry import SPECTRA_FOLDER, RankTelemetry
 
         telemetry = RankTelemetry(
-            stepper.model,
+            model=stepper.model,
             dense_weights=build_method(config).dense_weights,
             origin=origin,
             folder=config.job.output_dir / SPECTRA_FOLDER,
@@ -392,7 +392,7 @@ def _build_hooks(
             world=stepper.world,
             interval=config.spectrum.interval,
             num_steps=config.training.steps,
-            start_step=stepper.state.step,
+            last_step=stepper.state.step,
         )
         hooks.append(telemetry)
     return hooks

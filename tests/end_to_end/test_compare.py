@@ -7,7 +7,14 @@ import signal
 import subprocess
 import sys
 
-from support.comparison_runs import compare, finished, write_base
+import pytest
+from support.comparisons import LR, write_grid
+from support.sessions import started
+
+from switchtitan.comparison.comparison import follow
+from switchtitan.comparison.config import load_comparison
+from switchtitan.comparison.runner import environments, train_all
+from switchtitan.errors import UserError
 
 GRID = """
 name = "two rows"
@@ -26,33 +33,27 @@ label = "LoRA"
 learning_rates = [1e-2, 2e-2, 1e30]
 set.method = {{ name = "lora", rank = 4 }}
 """
-QUICK = ("--jobs", "2")
+SHORT = {
+    "steps = 40": "steps = 30",
+    "[checkpoint]\ninterval = 20": "[checkpoint]\ninterval = 5",
+    "interval = 20\ntokens": "interval = 5\ntokens",
+}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 NUM_SELECTED, NUM_REPORTED = 3, 2
-MACHINE = ("tokens_per_s", "peak_gib", "commit")
-"""Columns that differ from run to run."""
 
 
-def write_comparison(folder):
-    folder.mkdir()
-    write_base(folder)
-    file = folder / "first.toml"
-    file.write_text(GRID.format(folder=folder))
-    return file
+def compare(file, *words):
+    """Starts a comparison in its folder."""
+    return started(
+        [sys.executable, "-m", "switchtitan", "compare", str(file), *words],
+        file.parent / "output.txt",
+        cwd=file.parent,
+        env=ENVIRONMENT,
+    )
 
 
-def complete(*words):
-    """Returns the status and the output of a comparison that nothing disturbs."""
-    with compare(*words) as comparison:
-        status = comparison.process.wait(timeout=600)
-    assert "Traceback" not in comparison.said
-    return status, comparison.said
-
-
-def stop_when(is_reached, number, *words):
-    with compare(*words) as comparison:
-        comparison.wait_until(is_reached)
-        comparison.process.send_signal(number)
-        comparison.process.wait(timeout=600)
+def finished(folder):
+    return sorted((folder / "out" / "runs").glob("*/*/results.json"))
 
 
 def unfinished(folder):
@@ -61,10 +62,11 @@ def unfinished(folder):
     return sorted(with_checkpoint - {path.parent for path in finished(folder)})
 
 
-def kill_a_training(folder, *words):
+def kill_a_training(file):
     """Kills a training with a checkpoint; returns its folder and the comparison's end."""
+    folder = file.parent
     left_before = set(unfinished(folder))
-    with compare(*words) as comparison:
+    with compare(file) as comparison:
         comparison.wait_until(lambda: set(unfinished(folder)) - left_before)
         killed = min(set(unfinished(folder)) - left_before)
         children = comparison.children()
@@ -75,31 +77,28 @@ def kill_a_training(folder, *words):
     return killed, status, comparison.said
 
 
-def runs_of(file):
-    report = file.parent / "out" / "reports" / file.stem
-    with (report / "runs.csv").open() as lines:
-        runs = list(csv.DictReader(lines))
-    return [{key: run[key] for key in run if key not in MACHINE} for run in runs]
-
-
 def train_alone(run, output):
     """Trains a run of a comparison without interruption; returns its results."""
     words = ("train", "--config", run / "config.toml", "--job.output_dir", output)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "switchtitan", *words]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True)
     return json.loads((output / "results.json").read_text())
 
 
 def test_a_comparison_killed_at_any_time_reports_each_run_once(tmp_path):
     folder = tmp_path / "killed"
-    file = write_comparison(folder)
-    stop_when(lambda: len(finished(folder)) >= 1, signal.SIGKILL, file, *QUICK)
-    killed, status, output = kill_a_training(folder, file)
+    folder.mkdir()
+    file = write_grid(folder, GRID, SHORT)
+    with compare(file, "--jobs", "2") as comparison:
+        comparison.wait_until(lambda: finished(folder))
+        comparison.process.send_signal(signal.SIGKILL)
+        comparison.process.wait(timeout=600)
+    killed, status, output = kill_a_training(file)
     assert (status, "exited with status -9" in output) == (2, True), output
     kept = {path: path.stat().st_mtime_ns for path in finished(folder)}
-    status, output = complete(file)
-    assert status == 0, output
+    with compare(file) as comparison:
+        assert comparison.process.wait(timeout=600) == 0, comparison.said
+    assert "Traceback" not in comparison.said
     assert all(path.stat().st_mtime_ns == changed_at for path, changed_at in kept.items())
     assert len(finished(folder)) == NUM_SELECTED + NUM_REPORTED
 
@@ -109,22 +108,30 @@ def test_a_comparison_killed_at_any_time_reports_each_run_once(tmp_path):
     for split in ("validation", "test"):
         assert continued[f"loss/{split}"] == straight[f"loss/{split}"]
 
-    check_report(file)
+    check_report(folder / "out" / "reports" / file.stem)
 
 
-def check_report(file):
-    runs = runs_of(file)
+def check_report(folder):
+    with (folder / "runs.csv").open() as lines:
+        runs = list(csv.DictReader(lines))
     assert len(runs) == NUM_SELECTED + NUM_REPORTED
-    diverged = [run["optimizer.lr"] for run in runs if run["diverged"] == "True"]
-    assert diverged == ["1e+30"]
+    assert [run[LR] for run in runs if run["diverged"] == "True"] == ["1e+30"]
     tried = [run for run in runs if run["seed"] == "1"]
-    chosen = min(tried, key=lambda run: float(run["validation_loss"]))["optimizer.lr"]
-    report = file.parent / "out" / "reports" / file.stem
-    of_rows = [run["optimizer.lr"] for run in runs if run["stage"] == "report"]
-    assert of_rows == [chosen] * NUM_REPORTED
-    text = (report / "report.md").read_text()
+    chosen = min(tried, key=lambda run: float(run["validation_loss"]))[LR]
+    of_rows = {run["row"]: run for run in runs if run["seed"] == "2"}
+    assert [run[LR] for run in of_rows.values()] == [chosen] * NUM_REPORTED
+    text = (folder / "report.md").read_text()
     assert f"{len(runs)} of {len(runs)} runs are finished" in text
-    (of_thin,) = [run for run in runs if run["row"] == "thin" and run["stage"] == "report"]
-    assert f"{float(of_thin['test_loss']):.4f} (1 run)" in text
-    assert "LoRA" in text
-    assert (report / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "| LoRA |" in text
+    assert f"{float(of_rows['thin']['test_loss']):.4f} (1 run)" in text
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failed_run_stops_the_comparison_and_shows_what_it_printed(tmp_path):
+    file = write_grid(
+        tmp_path, GRID, {'dataset = "pystdlib"': 'dataset = "text"\npath = "nowhere"'}
+    )
+    runs = follow(load_comparison(file), lambda run: None).due
+    with pytest.raises(UserError, match=r"(?s)status 2 .*output.txt .*nowhere"):
+        train_all(runs, environments(1), lambda run: False)
+    assert not runs[2].folder.exists()

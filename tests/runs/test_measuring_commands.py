@@ -5,12 +5,13 @@ import math
 
 import pytest
 from support.commands import result_of, run
-from support.declared_comparison import GRID, write_grid
-from support.reported import finish_comparison
+from support.comparisons import GRID, finish_all, write_grid
 from support.tiny_documents import make_documents, write_json_lines
 from torch.distributed.checkpoint import FileSystemReader
 
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE
+from switchtitan.comparison.comparison import Comparison
+from switchtitan.comparison.config import load_comparison
 from switchtitan.data import DataConfig, build_train_batches, open_corpus
 
 # benchmark
@@ -125,7 +126,7 @@ def test_each_comparison_of_a_command_is_reported(tmp_path):
         grid = GRID.replace("report_seeds = [2, 3]", f"report_seeds = {seeds}")
         file = write_grid(tmp_path, grid)
         files.append(file.rename(file.with_name(f"{name}.toml")))
-        finish_comparison(files[-1])
+        finish_all(Comparison(load_comparison(files[-1]), tmp_path))
     outcome = run("compare", *files, "--report-only")
     assert outcome.status == 0, outcome.errors
     reports = [tmp_path / "out" / "reports" / name for name in ("first", "second")]

@@ -314,11 +314,3 @@ def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     assert rank in outcome.output
     assert run("report", trained.run, "--spectrum", "--output", page).status == 0
     assert f"<td>{rank}</td>" in page.read_text()
-
-
-def test_spectra_of_two_models_are_not_drawn_together(trained, tmp_path):
-    copy = tmp_path / "run" / "checkpoints" / "step-000000015"
-    shutil.copytree(trained.run / "checkpoints" / copy.name, copy)
-    rewrite_metadata(copy, lambda metadata: metadata["identity"]["model"].update(rope_theta=7.0))
-    words = ("report", trained.run, copy, "--spectrum", "--output", tmp_path / "x.png")
-    run(*words).check_refused("different models", "rope")

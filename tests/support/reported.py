@@ -1,16 +1,9 @@
-"""Folders of runs and of a comparison, with made-up results, to report on."""
+"""Folders of runs with made-up results, to report on."""
 
 import json
 import math
 from pathlib import Path
 
-from support import declared_comparison
-from support.declared_comparison import GRID
-from switchtitan.comparison.comparison import Comparison
-from switchtitan.comparison.config import load_comparison
-from switchtitan.comparison.plan import Run
-from switchtitan.comparison.report import write_report
-from switchtitan.config import resolved_toml
 from switchtitan.observability import TENSORBOARD_FOLDER
 from switchtitan.observability.tensorboard import TensorBoardWriter
 
@@ -85,37 +78,3 @@ def write_run(folder: Path, final: float = 3.0, rank: int = 8, name: str = "run"
     (folder / "config.toml").write_text(config)
     (folder / "results.json").write_text(json.dumps(results(final)))
     return folder
-
-
-def write_grid(folder: Path) -> Path:
-    """Writes the file that declares a comparison of three rows."""
-    return declared_comparison.write_grid(folder, GRID)
-
-
-def finish_comparison(file: Path, num_reported: int | None = None) -> Path:
-    """Writes all runs of a declared comparison, and its report; returns the report's folder.
-
-    Args:
-        num_reported: runs of the last stage to finish; default: all.
-    """
-    config = load_comparison(file)
-    folder = config.output_dir / "reports" / file.stem
-    comparison = Comparison(config, folder)
-    while runs := (state := comparison.state()).due:
-        is_last = bool(state.tuning.chosen)
-        for run in runs[: num_reported if is_last else None]:
-            _finish(run)
-        if is_last and num_reported is not None:
-            break
-    write_report(folder, comparison.state())
-    return folder
-
-
-def _finish(run: Run) -> None:
-    of_row = {"dense": 3.0, "thin": 3.2, "thin-balanced": 3.1}[run.row]
-    distance = abs(math.log(run.value("optimizer.lr") / (2e-3 if run.row == "dense" else 2e-2)))
-    final = of_row + 0.1 * distance + 0.02 * math.sin(run.seed + of_row)
-    write_curves(run.folder, final, num_steps=run.config().training.steps)
-    (run.folder / "config.toml").write_text(resolved_toml(run.config()))
-    contents = results(final, run.config().training.steps)
-    (run.folder / "results.json").write_text(json.dumps(contents))

@@ -2,7 +2,7 @@
 
 import pytest
 from support.commands import run
-from support.declared_comparison import write_grid
+from support.comparisons import write_grid
 from support.tiny import TINY, tiny_config
 from support.trained import save_qwen
 
@@ -84,7 +84,7 @@ OTHERS = [
     ("estimate {config} --world-size 2 --fitt 24", "--fitt", "unknown option"),
     ("report {run} --no-such-option", "--no-such-option", "unrecognized"),
     ("generate {run} --prompt x --training.steps 3", "--training.steps 3", "unrecognized"),
-    ("compare missing.toml", "missing.toml", "declares no comparison"),
+    ("compare missing.toml", "missing.toml", "no such file"),
     ("compare {grid} {grid}", "{grid}", "output_dir"),
     ("compare {grid} {bad_grid}", "baseline", "dens"),
     ("report {run} no/run --output {folder}/x.html", "no/run", "no such folder"),

@@ -10,8 +10,8 @@ import tomli
 from support.commands import run
 
 from switchtitan.cli.main import COMMANDS
+from switchtitan.comparison.comparison import check_plan
 from switchtitan.comparison.config import load_comparison
-from switchtitan.comparison.plan import check_plan
 from switchtitan.config import flatten, section_types
 from switchtitan.job.config import JobConfig
 
@@ -139,4 +139,4 @@ def test_the_comparison_shown_is_valid_and_with_several_keys_too(tmp_path):
         (tmp_path / "shown.toml").write_text(text)
         comparison = load_comparison(tmp_path / "shown.toml")
         check_plan(comparison)
-        assert len(comparison.row("lora-r16").values) == num_tuned
+        assert len(comparison.rows[1].values) == num_tuned
