@@ -30,14 +30,11 @@ def environments(num_jobs: int) -> list[Environment]:
     shared = {"OMP_NUM_THREADS": threads, **os.environ}
     if not torch.cuda.is_available():
         return [shared] * num_jobs
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else map(str, range(torch.cuda.device_count()))
-    devices = list(names)[: torch.cuda.device_count()]
-    if num_jobs > len(devices):
-        raise ConfigError(
-            f"--jobs {num_jobs}: expected at most {len(devices)}, the number of visible GPUs"
-        )
-    return [shared | {"CUDA_VISIBLE_DEVICES": device} for device in devices[:num_jobs]]
+    num_devices = torch.cuda.device_count()
+    if num_jobs > num_devices:
+        raise ConfigError(f"--jobs {num_jobs}: expected at most {num_devices}, the visible GPUs")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_devices)))
+    return [shared | {"CUDA_VISIBLE_DEVICES": device} for device in visible.split(",")[:num_jobs]]
 
 
 def train_all(
