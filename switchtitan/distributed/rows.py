@@ -1,4 +1,4 @@
-"""Gathers rows of many sharded matrices on all ranks, in one collective."""
+"""Rows of sharded matrices: local views of them, and one collective that gathers those of many."""
 
 from typing import NamedTuple
 
@@ -6,19 +6,72 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.distributed.tensor import DTensor
 
-from switchtitan.distributed.shards import ShardedRows, Spans, copy_all_
+from switchtitan.distributed.shards import row_range
 from switchtitan.errors import RanksDisagreeError
 
+Spans = tuple[range, ...]
+"""Rows as spans of neighbouring indices, in order, which are cheap to slice."""
 
-class RowRequest(NamedTuple):
-    """Rows of one matrix that every rank needs."""
 
-    source: ShardedRows
-    """Sharded along dimension 0; or a plain tensor, whose value is the sum of all ranks' bit
-    patterns: each rank fills in what it has, and zeros for the rest."""
+class ShardedRows:
+    """The rows that this rank holds of a matrix [rows, width], sharded along dimension 0 or plain.
+
+    Looks up the row range once: asking the mesh takes longer than slicing. Not for autograd.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.width, self.held = matrix.shape[1], row_range(matrix)
+        self._is_sharded = isinstance(matrix, DTensor)
+
+    @property
+    def shard(self) -> Tensor:
+        """The local shard [held, width]."""
+        # Not cached: FSDP replaces a shard that needs padding before the first forward pass.
+        return self.matrix._local_tensor if self._is_sharded else self.matrix  # type: ignore[attr-defined]
+
+    def paired(self, spans: Spans, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Returns (view of the shard, view of `rows` [wanted, width]) for local rows of `spans`."""
+        shard, first, end = self.shard, self.held.start, self.held.stop
+        pairs = []
+        position = 0
+        for span in spans:
+            start, stop = max(span.start, first), min(span.stop, end)
+            if start < stop:  # most spans are on other ranks
+                held = shard.narrow(0, start - first, stop - start)
+                wanted = rows.narrow(0, position + start - span.start, stop - start)
+                pairs.append((held, wanted))
+            position += len(span)
+        return pairs
+
+
+class RowSpans(NamedTuple):
+    """Some rows of a matrix."""
+
+    matrix: ShardedRows
     spans: Spans
-    """Row indices, equal on every rank."""
+    """Equal on every rank."""
+
+
+def paired_rows(spans: list[RowSpans], rows: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Returns (view of a shard, view of `rows[i]` [wanted, width]) for local rows of `spans[i]`."""
+    return [
+        pair
+        for (matrix, wanted), values in zip(spans, rows, strict=True)
+        for pair in matrix.paired(wanted, values)
+    ]
+
+
+def copy_all_(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copies each pair's second tensor into its first.
+
+    On CUDA this takes a few kernels if all are contiguous, and all first ones and all second ones
+    have one dtype; otherwise one for each pair. (torch/aten, ForeachUtils.h)
+    """
+    if pairs:
+        torch._foreach_copy_([into for into, _ in pairs], [values for _, values in pairs])
 
 
 class RowExchange:
@@ -37,13 +90,15 @@ class RowExchange:
         self._group, self._dtype = group, dtype
         self._disagreement = torch.zeros((), dtype=torch.bool, device=device)
 
-    def gather(self, requests: list[RowRequest], checksum: int) -> list[Tensor]:
+    def gather(self, requests: list[RowSpans], checksum: int) -> list[Tensor]:
         """Returns copies of the rows of each request, [wanted, width].
 
         Args:
+            requests: of sharded matrices; or of plain ones, whose value is the sum of all ranks'
+                bit patterns: each rank fills in what it has, and zeros for the rest.
             checksum: any number, equal on ranks with equal requests.
         """
-        shapes = [(sum(map(len, spans)), source.width) for source, spans in requests]
+        shapes = [(sum(map(len, spans)), matrix.width) for matrix, spans in requests]
         sizes = [num_rows * width for num_rows, width in shapes]
         num_ranks = 1 if self._group is None else self._group.size()
         # The checksums come first, one for each rank.
@@ -51,10 +106,7 @@ class RowExchange:
         packed = torch.zeros(length, dtype=self._dtype, device=device)
         pieces = packed[num_ranks : num_ranks + sum(sizes)].split(sizes)
         rows = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for (source, spans), piece in zip(requests, rows, strict=True):
-            pairs += [(into, held) for held, into in source.paired(spans, piece)]
-        copy_all_(pairs)
+        copy_all_([(into, held) for held, into in paired_rows(requests, rows)])
         if self._group is not None:
             bits = packed.view(torch.int64 if packed.itemsize == 8 else torch.int32)
             # Not `bits[rank] = checksum`: that copies from the host, which then waits.

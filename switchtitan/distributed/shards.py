@@ -148,65 +148,6 @@ def as_one_matrix(parts: list[Tensor]) -> Tensor | None:
     return first.detach().as_strided((num_rows, width), (width, 1))
 
 
-# Rows.
-Spans = tuple[range, ...]
-"""Rows as spans of neighbouring indices, in order, which are cheap to slice."""
-
-
-class ShardedRows:
-    """The rows that this rank holds of a matrix [rows, width], sharded along dimension 0 or plain.
-
-    Looks up the row range once: asking the mesh takes longer than slicing. Not for autograd.
-    """
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.width, self.dtype = matrix.shape[1], matrix.dtype
-        self.held = row_range(matrix)
-        self._is_sharded = isinstance(matrix, DTensor)
-
-    @property
-    def shard(self) -> Tensor:
-        """The local shard [held, width]."""
-        # Not cached: FSDP replaces a shard that needs padding before the first forward pass.
-        return self.matrix._local_tensor if self._is_sharded else self.matrix  # type: ignore[attr-defined]
-
-    def paired(self, spans: Spans, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Returns (view of the shard, view of `rows` [wanted, width]) for local rows of `spans`."""
-        shard, first, end = self.shard, self.held.start, self.held.stop
-        pairs = []
-        position = 0
-        for span in spans:
-            start, stop = max(span.start, first), min(span.stop, end)
-            if start < stop:  # most spans are on other ranks
-                held = shard.narrow(0, start - first, stop - start)
-                wanted = rows.narrow(0, position + start - span.start, stop - start)
-                pairs.append((held, wanted))
-            position += len(span)
-        return pairs
-
-
-def write_rows_(targets: list[ShardedRows], spans: list[Spans], rows: list[Tensor]) -> None:
-    """Writes `rows[i]` [wanted, width] to the local rows `spans[i]` of `targets[i]`.
-
-    All targets have one dtype, and so have all rows.
-    """
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for target, wanted, values in zip(targets, spans, rows, strict=True):
-        pairs += target.paired(wanted, values)
-    copy_all_(pairs)
-
-
-def copy_all_(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Copies each pair's second tensor into its first.
-
-    On CUDA this takes a few kernels if all are contiguous, and all first ones and all second ones
-    have one dtype; otherwise one for each pair. (torch/aten, ForeachUtils.h)
-    """
-    if pairs:
-        torch._foreach_copy_([into for into, _ in pairs], [values for _, values in pairs])
-
-
 def _held_rows(num_rows: int, mesh: DeviceMesh) -> range:
     """The rows that this rank holds of `num_rows`; torch's function for it creates tensors."""
     dim = mesh.ndim - 1

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchtitan.distributed.initial import GeneratorFor
-from switchtitan.methods.lowrank.config import FactorConfig
-from switchtitan.methods.lowrank.linear import FACTORS, FactorLinear, take
-from switchtitan.methods.lowrank.replacing import ReplacingMethod
+from switchtitan.methods.lowrank import FACTORS, FactorConfig, ReplacingMethod
+from switchtitan.methods.lowrank.linear import FactorLinear, take
 from switchtitan.methods.projected import is_right, leading_singular_vectors
 
 
@@ -70,7 +69,7 @@ class ProductMethod(ReplacingMethod[ProductSection]):
     def starting_weight(self, name: str, weight: Tensor) -> Tensor:
         """Returns the weight of a layer's initial parts, for layers with factors."""
         layer, _, local_name = name.rpartition(".")
-        if local_name != "weight" or layer.rpartition(".")[2] not in self.config.targets:
+        if local_name != "weight" or not self.config.adapts(layer):
             return weight
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         parts = self.build_layer(layer, plain).initial_parts(weight)

@@ -33,7 +33,7 @@ class FullRank(Method[FullRankConfig]):
     ) -> TrainingOptimizer:
         adapted, head = linear_weights(model), model.output_head()
         parameters = trained_parameters(model, adapted, model.blocks(), head, model.compute_dtype)
-        return OPTIMIZERS.build(config, parameters, compile_step, self.seed)
+        return OPTIMIZERS.build(config, parameters, compile_step)
 
 
 def linear_weights(model: LanguageModel) -> set[str]:

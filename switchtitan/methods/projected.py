@@ -12,7 +12,6 @@ needs no collective for it. On the left, each rank has its rows of Q and a summa
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -37,7 +36,7 @@ from switchtitan.distributed.shards import (
     rows_per_rank,
     shard_group,
 )
-from switchtitan.methods.lowrank.config import FactorConfig
+from switchtitan.methods.lowrank import FactorConfig
 from switchtitan.optim import AdamW, AdamWConfig, require_adamw, trained_parameters
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.parameters import TrainedParameter
@@ -105,22 +104,30 @@ def is_right(weight: Tensor) -> bool:
     return weight.shape[0] >= weight.shape[1]
 
 
-@dataclass(frozen=True)
 class ProjectedWeight:
-    """A weight, the basis of its projection, and Adam's moments of the projected gradient."""
+    """A weight, the basis of its projection, and Adam's moments of the projected gradient.
 
-    name: str
-    parameter: nn.Parameter
-    """[out, in], plain or sharded along dimension 0."""
-    basis: Tensor
-    """Q: [in, rank] on the right, unsharded; [out, rank] on the left, sharded like the weight."""
-    exp_avg: Tensor
-    """[out, rank] on the right, [rank, in] on the left, sharded; so is `exp_avg_sq`."""
-    exp_avg_sq: Tensor
+    Attributes:
+        parameter: [out, in], plain or sharded along dimension 0.
+        basis: Q, [in, rank] on the right, unsharded; [out, rank] on the left, sharded.
+        exp_avg, exp_avg_sq: [out, rank] on the right, [rank, in] on the left, sharded.
+    """
 
-    @property
-    def is_right(self) -> bool:
-        return is_right(self.parameter)
+    def __init__(self, name: str, parameter: nn.Parameter, rank: int) -> None:
+        self.name, self.parameter, self.is_right = name, parameter, is_right(parameter)
+        out_features, in_features = parameter.shape
+        options: dict[str, Any] = {"dtype": parameter.dtype, "device": parameter.device}
+        sharded_zeros: Callable[..., Tensor] = partial(torch.zeros, **options)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            sharded_zeros = partial(
+                distributed_zeros, dtype=parameter.dtype, device_mesh=mesh, placements=placements
+            )
+        if self.is_right:
+            self.basis, shape = torch.zeros(in_features, rank, **options), (out_features, rank)
+        else:
+            self.basis, shape = sharded_zeros(out_features, rank), (rank, in_features)
+        self.exp_avg, self.exp_avg_sq = sharded_zeros(shape), sharded_zeros(shape)
 
     @property
     def grad(self) -> Tensor:
@@ -139,26 +146,6 @@ class ProjectedWeight:
         basis = local(self.basis)
         left, right = (low, basis.t()) if self.is_right else (basis, low)
         target.addmm_(left, right, alpha=alpha, beta=beta)
-
-
-def build_projected_weight(name: str, parameter: nn.Parameter, rank: int) -> ProjectedWeight:
-    """Returns the state of a weight, with basis and moments at zero."""
-    options: dict[str, Any] = {"dtype": parameter.dtype, "device": parameter.device}
-
-    def sharded_zeros(*shape: int) -> Tensor:
-        if not isinstance(parameter, DTensor):
-            return torch.zeros(shape, **options)
-        mesh, placements = parameter.device_mesh, parameter.placements
-        return distributed_zeros(
-            shape, dtype=parameter.dtype, device_mesh=mesh, placements=placements
-        )
-
-    out_features, in_features = parameter.shape
-    if is_right(parameter):
-        basis, shape = torch.zeros(in_features, rank, **options), (out_features, rank)
-    else:
-        basis, shape = sharded_zeros(out_features, rank), (rank, in_features)
-    return ProjectedWeight(name, parameter, basis, sharded_zeros(*shape), sharded_zeros(*shape))
 
 
 class ProjectedOptimizer(GroupedOptimizer):
@@ -183,7 +170,7 @@ class ProjectedOptimizer(GroupedOptimizer):
     ) -> None:
         super().__init__(adam, [TrainedParameter(*item) for item in parameters.items()])
         self._method, self._adam, self._seed = method, adam, seed
-        self._weights = [build_projected_weight(*item, method.rank) for item in parameters.items()]
+        self._weights = [ProjectedWeight(*item, method.rank) for item in parameters.items()]
         self._left = [weight for weight in self._weights if not weight.is_right]
         self._group = shard_group(self._weights[0].parameter)
         self._num_steps = 0
@@ -491,7 +478,7 @@ class Projected(Method[ProjectedConfig]):
         names = {
             f"{name}.weight"
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in self.config.targets
+            if isinstance(module, nn.Linear) and self.config.adapts(name)
         }
         targeted = {name: p for name, p in model.named_parameters() if name in names}
         others = [p for p in trained_parameters(model, targeted) if p.is_other]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for, splitmix64
 from switchtitan.methods.factors import ProductConfig, ProductLinear, ProductMethod
+from switchtitan.methods.lowrank import FACTORS
 from switchtitan.methods.lowrank.contraction import copy_in_backward
-from switchtitan.methods.lowrank.linear import FACTORS
 
 SPARSE = "sparse_values"
 """Local name of the parameter with the values of the sparse matrix."""
@@ -39,8 +39,7 @@ class SltrainConfig(ProductConfig):
         """See `contracts.MethodConfig`."""
         problems = super().check_model(linear_shapes)
         for name, (_, in_features) in linear_shapes.items():
-            is_adapted = name.rpartition(".")[2] in self.targets
-            if is_adapted and _num_per_row(self.density, in_features) >= in_features:
+            if self.adapts(name) and _num_per_row(self.density, in_features) >= in_features:
                 largest = (in_features - 1) * 1000 // in_features / 1000  # rounded down
                 problems.append(
                     f"[method] density = {self.density:g}: expected fewer values than the "

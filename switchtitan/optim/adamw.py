@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
+from switchtitan.contracts import OptimizerConfig
 from switchtitan.errors import ConfigError
 from switchtitan.optim.parameters import TrainedParameter
 from switchtitan.optim.torch_optimizer import TorchOptimizer
@@ -83,9 +83,3 @@ def _initial_state(like: Tensor) -> dict[str, Tensor]:
         "exp_avg": torch.zeros_like(like),
         "exp_avg_sq": torch.zeros_like(like),
     }
-
-
-def build_adamw(
-    config: AdamWConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
-) -> TrainingOptimizer:
-    return AdamW(config, parameters, compile_step)

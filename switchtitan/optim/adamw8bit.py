@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import as_shard_of, local
 from switchtitan.optim.adamw import AdamKeys
 from switchtitan.optim.parameters import TrainedParameter
@@ -96,12 +95,6 @@ class AdamW8bit(TorchOptimizer):
 
 def _state_in_fp32(like: Tensor) -> dict[str, Tensor]:
     return {"step": torch.tensor(0.0), **{moment: torch.zeros_like(like) for moment in _MOMENTS}}
-
-
-def build_adamw8bit(
-    config: AdamW8bitConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
-) -> TrainingOptimizer:
-    return AdamW8bit(config, parameters, compile_step)
 
 
 def block_size(shape: tuple[int, ...]) -> int | None:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from switchtitan.distributed.shards import copy_all_, row_range, rows_per_rank, shard_group
+from switchtitan.distributed.rows import copy_all_
+from switchtitan.distributed.shards import row_range, rows_per_rank, shard_group
 from switchtitan.regions import region
 
 

@@ -200,7 +200,7 @@ def subtract_(
 
 
 def build_muon(
-    config: MuonConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
+    config: MuonConfig, parameters: Iterable[TrainedParameter], compile_step: bool
 ) -> TrainingOptimizer:
     matrices, others = list[TrainedParameter](), list[TrainedParameter]()
     for trained in parameters:

@@ -111,7 +111,7 @@ class Scale(GroupedOptimizer):
 
 
 def build_scale(
-    config: ScaleConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
+    config: ScaleConfig, parameters: Iterable[TrainedParameter], compile_step: bool
 ) -> TrainingOptimizer:
     """Returns SCALE for matrices, and AdamW for other parameters.
 

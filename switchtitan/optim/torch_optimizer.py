@@ -176,7 +176,7 @@ class AdafactorConfig(OptimizerConfig):
 
 
 def build_sgd(
-    config: SGDConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
+    config: SGDConfig, parameters: Iterable[TrainedParameter], compile_step: bool
 ) -> TrainingOptimizer:
     def initial_state(like: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(like)} if config.momentum else {}
@@ -187,7 +187,7 @@ def build_sgd(
 
 
 def build_adafactor(
-    config: AdafactorConfig, parameters: Iterable[TrainedParameter], compile_step: bool, seed: int
+    config: AdafactorConfig, parameters: Iterable[TrainedParameter], compile_step: bool
 ) -> TrainingOptimizer:
     def initial_state(like: Tensor) -> dict[str, Tensor]:
         step = torch.tensor(0.0)  # on the host, as torch has it

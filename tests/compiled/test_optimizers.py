@@ -31,7 +31,7 @@ def trained(config, compile_step, compute_dtype=torch.float32):
         )
         for name, parameter in named.items()
     ]
-    optimizer = OPTIMIZERS.build(config, entries, compile_step, 0)
+    optimizer = OPTIMIZERS.build(config, entries, compile_step)
     train(optimizer, named, range(1))
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(optimizer, named, range(1, NUM_STEPS))

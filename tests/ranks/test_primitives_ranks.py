@@ -28,16 +28,20 @@ from switchtitan.data import open_corpus
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.replicas import check_replicas
-from switchtitan.distributed.rows import RowExchange, RowRequest
-from switchtitan.distributed.shards import (
+from switchtitan.distributed.rows import (
+    RowExchange,
+    RowSpans,
     ShardedRows,
+    copy_all_,
+    paired_rows,
+)
+from switchtitan.distributed.shards import (
     copy_from_full_,
     full_tensor,
     local,
     row_range,
     shard_buffer,
     shard_group,
-    write_rows_,
 )
 from switchtitan.errors import RanksDisagreeError
 from switchtitan.methods import METHODS, projected
@@ -94,7 +98,7 @@ def muon(mesh=None, compute_dtype=torch.float32):
         TrainedParameter(name, p, is_in_block="layers" in name, compute_dtype=compute_dtype)
         for name, p in named.items()
     ]
-    return named, OPTIMIZERS.build(MuonConfig(lr=0.02, weight_decay=0.1), trained, False, 0)
+    return named, OPTIMIZERS.build(MuonConfig(lr=0.02, weight_decay=0.1), trained, False)
 
 
 def give_muon_gradients(named, step, mesh=None):
@@ -161,8 +165,7 @@ def check_scale(mesh):
     config = ScaleConfig(lr=0.03, other_lr=0.007, weight_decay=0.2, momentum=0.8)
     named, split = scale_parameters.start(), scale_parameters.start(mesh)
     optimizer, split_optimizer = (
-        OPTIMIZERS.build(config, scale_parameters.trained(given), False, 0)
-        for given in (named, split)
+        OPTIMIZERS.build(config, scale_parameters.trained(given), False) for given in (named, split)
     )
     for step in range(8):
         scale_parameters.give_gradients(named, step)
@@ -392,9 +395,7 @@ def check_row_exchange_of(mesh, dtype):
     spans = [spans_of(len(value)) for value in values]
     indices = [[row for span in wanted for row in span] for wanted in spans]
     exchange = RowExchange(shard_group(tensors[0]), dtype, CPU)
-    requests = [
-        RowRequest(ShardedRows(t), wanted) for t, wanted in zip(tensors, spans, strict=True)
-    ]
+    requests = [RowSpans(ShardedRows(t), wanted) for t, wanted in zip(tensors, spans, strict=True)]
     with CountCommunication() as communication:
         gathered = exchange.gather(requests, checksum=0x7FFFFFFF)
     assert sum(count.num_calls for count in communication.counts.values()) == 1
@@ -404,15 +405,15 @@ def check_row_exchange_of(mesh, dtype):
         assert torch.equal(bits(rows), bits(value[wanted]))
 
     parts = [
-        RowRequest(ShardedRows(masked(value, tensor)), (range(len(value)),))
+        RowSpans(ShardedRows(masked(value, tensor)), (range(len(value)),))
         for value, tensor in zip(values, tensors, strict=True)
     ]
     for rows, value in zip(exchange.gather(parts, checksum=2), values, strict=True):
         assert torch.equal(bits(rows), bits(value)), "each rank fills in its rows of a plain tensor"
 
     new = [-2 * rows - 1 for rows in gathered]
-    write_rows_([ShardedRows(tensor) for tensor in tensors], spans, new)
-    everything = [RowRequest(ShardedRows(t), (range(len(t)),)) for t in tensors]
+    copy_all_(paired_rows(requests, new))
+    everything = [RowSpans(ShardedRows(t), (range(len(t)),)) for t in tensors]
     again = exchange.gather(everything, checksum=1)
     for value, wanted, rows, found in zip(values, indices, new, again, strict=True):
         value[wanted] = rows
@@ -422,12 +423,12 @@ def check_row_exchange_of(mesh, dtype):
 def check_disagreement(mesh):
     tensor, is_ahead = buffer_of(torch.zeros(11, 3), mesh), dist.get_rank() == 2
     exchange = RowExchange(shard_group(tensor), tensor.dtype, CPU)
-    exchange.gather([RowRequest(ShardedRows(tensor), (range(2),))], checksum=7)
+    exchange.gather([RowSpans(ShardedRows(tensor), (range(2),))], checksum=7)
     exchange.check()
     # One rank is a step ahead, and requests more rows.
-    request = RowRequest(ShardedRows(tensor), (range(2 + is_ahead),))
+    request = RowSpans(ShardedRows(tensor), (range(2 + is_ahead),))
     exchange.gather([request], checksum=7 + is_ahead)
-    exchange.gather([RowRequest(ShardedRows(tensor), (range(2),))], checksum=7)
+    exchange.gather([RowSpans(ShardedRows(tensor), (range(2),))], checksum=7)
     # On every rank, also in the other replica, whose own ranks agree.
     with pytest.raises(RanksDisagreeError, match="ranks disagree"):
         exchange.check()

@@ -24,7 +24,7 @@ from switchtitan.hub.peft_folder import read_adapted
 from switchtitan.methods import METHODS
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.lowrank import LowRankConfig, LowRankMethod, low_rank_layers
-from switchtitan.methods.lowrank.config import ADAPTED_LINEARS
+from switchtitan.methods.lowrank.method import ADAPTED_LINEARS
 from switchtitan.models import MODELS
 from switchtitan.registry import Component
 from switchtitan.spectra.telemetry import read_spectra
@@ -69,7 +69,7 @@ class RootScaled(LowRankMethod[RootScaledConfig]):
     """LoRA with that scale, and twice that in `down_proj`."""
 
     def scale_of(self, layer_name):
-        return self.config.scale * (2 if layer_name.endswith("down_proj") else 1)
+        return super().scale_of(layer_name) * (2 if layer_name.endswith("down_proj") else 1)
 
 
 @pytest.fixture(scope="module", autouse=True)

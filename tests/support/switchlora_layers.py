@@ -9,14 +9,13 @@ import torch
 
 from switchtitan.distributed import random
 from switchtitan.distributed.random import generator_for
-from switchtitan.distributed.shards import Spans
+from switchtitan.distributed.rows import Spans
 from switchtitan.methods.lowrank import LowRankLinear, balanced_bounds
 from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.methods.switchlora import update
 from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates
-from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.method import SwitchLoraLinear, SwitchLoraOptimizer
-from switchtitan.methods.switchlora.plan import Plan, VectorSpan
+from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig, VectorSpan
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.optim import AdamW, AdamWConfig
 from switchtitan.optim.muon import MuonConfig
@@ -87,7 +86,6 @@ def build_optimizer(
     named = {f"layer{index}": layer for index, layer in enumerate(layers)}
     plan = Plan(config, num_steps, np.array([layer.num_candidates for layer in layers]))
     return SwitchLoraOptimizer(
-        config,
         named,
         plan,
         build_rule(keys, named, plan, compile_step=compile_step),

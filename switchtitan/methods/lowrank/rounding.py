@@ -11,7 +11,7 @@ from torch import Tensor
 
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.random import generator_for, splitmix32
-from switchtitan.distributed.shards import ShardedRows
+from switchtitan.distributed.rows import ShardedRows
 from switchtitan.methods.lowrank.linear import LowRankLinear
 
 _NUM_DROPPED_BITS = 16

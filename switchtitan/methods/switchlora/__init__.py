@@ -4,7 +4,7 @@
 them in a model's layers, and `update` trains what is not frozen.
 """
 
-from switchtitan.methods.switchlora.config import SwitchLoraConfig
 from switchtitan.methods.switchlora.method import SwitchLora
+from switchtitan.methods.switchlora.plan import SwitchLoraConfig
 
 __all__ = ["SwitchLora", "SwitchLoraConfig"]

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from switchtitan.distributed.copies import CopyToHost, HostCopies, to_device
 from switchtitan.distributed.random import advance64, as_uniform, splitmix64
-from switchtitan.distributed.rows import RowRequest
-from switchtitan.distributed.shards import ShardedRows, copy_all_
+from switchtitan.distributed.rows import RowSpans, ShardedRows, copy_all_, paired_rows
 from switchtitan.methods.lowrank import LowRankLinear
-from switchtitan.methods.switchlora.plan import FACTORS, Switch
+from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, Switch
 
 BUFFERS = ("candidates_a", "candidates_b")
 """Local names of the buffers of stored candidates, [c, in] and [c, out]."""
@@ -36,7 +35,7 @@ class DrawnCandidates:
         self._bounds = torch.tensor([layer.bounds for layer in layers], dtype=torch.float32)
         self._widths = np.array([(layer.in_features, layer.out_features) for layer in layers])
 
-    def row_requests(self, switches: list[Switch]) -> list[RowRequest]:
+    def row_requests(self, switches: list[Switch]) -> list[RowSpans]:
         """Returns the rows to gather from all ranks before `take`."""
         return []
 
@@ -46,16 +45,15 @@ class DrawnCandidates:
         Args:
             gathered: the rows that `row_requests` listed.
         """
-        owners = np.array([(switch.layer, factor) for switch in switches for factor in FACTORS])
-        counts = np.array([switch.num_vectors for switch in switches for _ in FACTORS])
-        spans = [span for switch in switches for _ in FACTORS for span in switch.slots_in]
-        slots = [slot for span in spans for slot in span]
+        pairs = [(switch, factor) for switch in switches for factor in (FACTOR_A, FACTOR_B)]
+        slots = [slot for switch, _ in pairs for span in switch.slots_in for slot in span]
+        owners = np.array([(switch.layer, factor) for switch, factor in pairs])
+        counts = np.array([switch.num_vectors for switch, _ in pairs])
         widths = self._widths[tuple(owners.T)]
         of_vector = tuple(torch.from_numpy(owners.repeat(counts, axis=0).T))
         keys = splitmix64(self._keys[of_vector], torch.tensor(slots))
-        vectors = draw_of_widths(
-            keys, self._bounds[of_vector], widths.repeat(counts), self._like.device
-        )
+        bounds, device = self._bounds[of_vector], self._like.device
+        vectors = draw_of_widths(keys, bounds, widths.repeat(counts), device)
         return cut(vectors.to(self._like.dtype), zip(counts.tolist(), widths.tolist(), strict=True))
 
     def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
@@ -78,9 +76,9 @@ class StoredCandidates:
             [ShardedRows(layer.get_buffer(name)) for name in BUFFERS] for layer in layers
         ]
 
-    def row_requests(self, switches: list[Switch]) -> list[RowRequest]:
+    def row_requests(self, switches: list[Switch]) -> list[RowSpans]:
         return [
-            RowRequest(buffer, switch.slots_in)
+            RowSpans(buffer, switch.slots_in)
             for switch in switches
             for buffer in self._buffers[switch.layer]
         ]
@@ -89,7 +87,7 @@ class StoredCandidates:
         return gathered
 
     def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
-        copy_all_(self._put_back_pairs(switches, vectors))
+        copy_all_(self._returning(switches, vectors))
 
     def flush(self) -> None:
         """All are there."""
@@ -97,17 +95,16 @@ class StoredCandidates:
     def replicated(self) -> dict[str, Tensor]:
         return {}
 
-    def _put_back_pairs(
+    def _returning(
         self, switches: list[Switch], vectors: list[Tensor]
     ) -> list[tuple[Tensor, Tensor]]:
         """Returns (place in a buffer, vectors that go there) for this rank's rows."""
-        of_layers = zip(switches, vectors[::2], vectors[1::2], strict=True)
-        return [
-            pair
-            for switch, *of_factors in of_layers
-            for buffer, rows in zip(self._buffers[switch.layer], of_factors, strict=True)
-            for pair in buffer.paired(switch.slots_out, rows)
+        places = [
+            RowSpans(buffer, switch.slots_out)
+            for switch in switches
+            for buffer in self._buffers[switch.layer]
         ]
+        return paired_rows(places, vectors)
 
 
 class HostCandidates(StoredCandidates):
@@ -121,42 +118,37 @@ class HostCandidates(StoredCandidates):
         super().__init__(layers)
         self._device, self._dtype = layers[0].lora_a.device, layers[0].lora_a.dtype
         self._copies = HostCopies(self._device)
-        self._returning: deque[tuple[list[Tensor], CopyToHost]] = deque()
+        self._in_flight: deque[tuple[list[Tensor], CopyToHost]] = deque()
         # A vector is taken again after `spare` more vectors. A step takes at most rank // 2.
         spare = min(min(layer.plain_shape) - layer.rank for layer in layers)
-        self._num_in_flight = 1 if spare >= layers[0].rank else 0
+        self._most_in_flight = 1 if spare >= layers[0].rank else 0
 
-    def row_requests(self, switches: list[Switch]) -> list[RowRequest]:
-        self._write_back_all_but(self._num_in_flight)
-        held = super().row_requests(switches)
-        shapes = [(sum(map(len, spans)), buffer.width) for buffer, spans in held]
+    def row_requests(self, switches: list[Switch]) -> list[RowSpans]:
+        self._write_back_all_but(self._most_in_flight)
+        wanted = super().row_requests(switches)
+        shapes = [(sum(map(len, spans)), buffer.width) for buffer, spans in wanted]
         # Rows of other ranks are zeros: the exchange sums over ranks.
         packed = self._copies.zeros_on_host(sum(map(prod, shapes)), self._dtype)
-        copy_all_(
-            [
-                (place, row)
-                for (buffer, spans), rows in zip(held, cut(packed, shapes), strict=True)
-                for row, place in buffer.paired(spans, rows)
-            ]
-        )
+        pairs = paired_rows(wanted, cut(packed, shapes))
+        copy_all_([(place, held) for held, place in pairs])
         on_device = cut(self._copies.to_device(packed), shapes)
-        return [RowRequest(ShardedRows(rows), (range(len(rows)),)) for rows in on_device]
+        return [RowSpans(ShardedRows(rows), (range(len(rows)),)) for rows in on_device]
 
     def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
-        pairs = self._put_back_pairs(switches, vectors)
-        places, rows = [place for place, _ in pairs], [row for _, row in pairs]
-        num_elements = sum(row.numel() for row in rows)
+        pairs = self._returning(switches, vectors)
+        num_elements = sum(rows.numel() for _, rows in pairs)
         packed = torch.empty(num_elements, dtype=self._dtype, device=self._device)
-        copy_all_(list(zip(cut(packed, [row.shape for row in rows]), rows, strict=True)))
-        self._returning.append((places, self._copies.to_host(packed)))
+        pieces = cut(packed, [rows.shape for _, rows in pairs])
+        copy_all_([(piece, rows) for piece, (_, rows) in zip(pieces, pairs, strict=True)])
+        self._in_flight.append(([place for place, _ in pairs], self._copies.to_host(packed)))
 
     def flush(self) -> None:
         self._write_back_all_but(0)
 
     def _write_back_all_but(self, num_steps: int) -> None:
         """Writes vectors in flight to their buffers, except for those of the last steps."""
-        while len(self._returning) > num_steps:
-            places, copy = self._returning.popleft()
+        while len(self._in_flight) > num_steps:
+            places, copy = self._in_flight.popleft()
             vectors = cut(copy.wait(), [place.shape for place in places])
             copy_all_(list(zip(places, vectors, strict=True)))
 

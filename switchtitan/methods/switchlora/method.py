@@ -1,6 +1,5 @@
 """The method SwitchLoRA: a model's layers, and the optimizer that switches, then updates."""
 
-import logging
 import zlib
 from collections.abc import Mapping
 from itertools import product
@@ -12,17 +11,17 @@ from torch import Tensor, nn
 from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for
-from switchtitan.distributed.rows import RowExchange, RowRequest
-from switchtitan.distributed.shards import ShardedRows, shard_group, write_rows_
+from switchtitan.distributed.rows import RowExchange, RowSpans, ShardedRows, copy_all_, paired_rows
+from switchtitan.distributed.shards import shard_group
 from switchtitan.methods.lowrank import (
+    FACTORS,
+    FrozenWeights,
     LowRankLinear,
     LowRankMethod,
     balanced_bounds,
     lora_bounds,
     low_rank_layers,
 )
-from switchtitan.methods.lowrank.linear import FACTORS
-from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.methods.switchlora.candidates import (
     BUFFERS,
     Candidates,
@@ -30,15 +29,12 @@ from switchtitan.methods.switchlora.candidates import (
     HostCandidates,
     StoredCandidates,
 )
-from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.plan import Plan, Switch
+from switchtitan.methods.switchlora.plan import Plan, Switch, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.optim import AdamW, require_adamw
 from switchtitan.optim.base import SplitOptimizer
 from switchtitan.optim.muon import MuonConfig, build_muon
 from switchtitan.regions import region
-
-logger = logging.getLogger(__name__)
 
 
 class SwitchLoraLinear(LowRankLinear):
@@ -57,7 +53,7 @@ class SwitchLoraLinear(LowRankLinear):
 
     @property
     def num_candidates(self) -> int:
-        return min(self.out_features, self.in_features)
+        return min(self.plain_shape)
 
     def initial_slots(self) -> tuple[Tensor, Tensor]:
         """Returns the candidates that the vectors of A and B are copies of, [rank] each: the last
@@ -98,7 +94,6 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
     ) -> TrainingOptimizer:
         layers = low_rank_layers(model)
         num_candidates = np.array([min(layer.plain_shape) for layer in layers.values()])
-        self._warn_of_dropped_switches(num_candidates.min())
         plan = Plan(self.config, self.num_steps, num_candidates)
         factors = Factors(layers, model.compute_dtype)
         others = [p for p in self.trained_parameters(model) if p.is_other]
@@ -107,13 +102,12 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
         if isinstance(config, MuonConfig):
             rule = FactorMuon(config, factors, plan, compile_step)
             # Layers that are not targets are matrices in blocks.
-            dense = build_muon(config, others, compile_step, self.seed)
+            dense = build_muon(config, others, compile_step)
         else:
             rule = VectorAdamW(require_adamw(config), factors, plan, compile_step)
             dense = AdamW(require_adamw(config), others)
         weights = FrozenWeights(layers, self.seed, compile_step)
-        candidates = self.candidates_of(layers)
-        return SwitchLoraOptimizer(self.config, layers, plan, rule, dense, candidates, weights)
+        return SwitchLoraOptimizer(layers, plan, rule, dense, self.candidates_of(layers), weights)
 
     def candidates_of(self, layers: Mapping[str, LowRankLinear]) -> Candidates:
         """Returns the candidates of these layers, by qualified name."""
@@ -126,18 +120,6 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
             for name in layers
         ]
         return DrawnCandidates(of_layers, torch.tensor(keys))
-
-    def _warn_of_dropped_switches(self, num_candidates: int) -> None:
-        rank = self.config.rank
-        num_due = rank / self.config.interval_in(self.num_steps)
-        # Not an error: ranks near the smaller dimension of a layer need very large intervals.
-        if num_due * (1 - 1e-9) > num_candidates - rank:
-            logger.warning(
-                f"[method] {self.config.frequency()}: {num_due:.3g} switches of each factor's "
-                "vectors are due in a step at the start, but the smallest layer has "
-                f"{num_candidates} candidates for rank = {rank}, so some are dropped; switch less "
-                "often, or lower rank"
-            )
 
 
 class SwitchLoraOptimizer(SplitOptimizer):
@@ -155,7 +137,6 @@ class SwitchLoraOptimizer(SplitOptimizer):
 
     def __init__(
         self,
-        config: SwitchLoraConfig,
         layers: Mapping[str, LowRankLinear],
         plan: Plan,
         rule: VectorAdamW | FactorMuon,
@@ -164,8 +145,7 @@ class SwitchLoraOptimizer(SplitOptimizer):
         weights: FrozenWeights,
     ) -> None:
         super().__init__([dense, rule])
-        self._config, self._plan, self._rule = config, plan, rule
-        self._candidates, self._weights = candidates, weights
+        self._plan, self._rule, self._candidates, self._weights = plan, rule, candidates, weights
         pairs = [(layer.lora_a, layer.lora_b) for layer in layers.values()]
         self._factors = [tuple(map(ShardedRows, pair)) for pair in pairs]
         first = pairs[0][0]
@@ -188,18 +168,26 @@ class SwitchLoraOptimizer(SplitOptimizer):
         W += s (B[:, I] (A_old - A_new)[I] + (B_old - B_new)[:, J] A[J]).
         """
         switches = self._last = self._plan.next()
-        factors = [rows for switch in switches for rows in self._factors[switch.layer]]
-        # For both factors: the rows I switched in A, then the rows J switched in B.
-        involved = [sum(switch.vectors, ()) for switch in switches for _ in FACTORS]
-        requests = [*map(RowRequest, factors, involved), *self._candidates.row_requests(switches)]
+        # A and B of each layer: the rows to write, and I and J of both factors.
+        switched = [
+            RowSpans(factor, spans)
+            for switch in switches
+            for factor, spans in zip(self._factors[switch.layer], switch.vectors, strict=True)
+        ]
+        involved = [
+            RowSpans(factor, sum(switch.vectors, ()))
+            for switch in switches
+            for factor in self._factors[switch.layer]
+        ]
+        requests = [*involved, *self._candidates.row_requests(switches)]
         counts = [(switch.layer, switch.num_vectors) for switch in switches]
         checked = [self._plan.step, *self._plan.num_switched.tolist(), *counts]
         gathered = self._exchange.gather(requests, zlib.crc32(repr(checked).encode()))
         self._plan.advance(switches)
         if not switches:
             return
-        vectors = gathered[: len(factors)]
-        incoming = self._candidates.take(switches, gathered[len(factors) :])
+        vectors = gathered[: len(involved)]
+        incoming = self._candidates.take(switches, gathered[len(involved) :])
         outgoing = [
             rows.narrow(0, factor * switch.num_vectors, switch.num_vectors)
             for (switch, factor), rows in zip(product(switches, (0, 1)), vectors, strict=True)
@@ -210,15 +198,15 @@ class SwitchLoraOptimizer(SplitOptimizer):
         layers = [switch.layer for switch in switches]
         folds = zip(layers, vectors[::2], vectors[1::2], strict=True)
         self._weights.add_products_(self._plan.step, folds)
-        write_rows_(factors, [spans for switch in switches for spans in switch.vectors], incoming)
-        self._rule.reset(self._plan.resets(), self._config.reset_moments == "momentum")
+        copy_all_(paired_rows(switched, incoming))
+        self._rule.reset()
 
     def metrics(self) -> dict[str, float]:
         """Adds, over all layers and both factors, the vectors switched in the last step and in
         total, and the shares of frozen vectors and of candidates used so far."""
         self._exchange.check()
         plan = self._plan
-        seen = np.minimum(self._config.rank + plan.num_switched, plan.num_candidates)
+        seen = np.minimum(plan.config.rank + plan.num_switched, plan.num_candidates)
         return super().metrics() | {
             "switch/vectors_switched": float(2 * sum(switch.num_vectors for switch in self._last)),
             "switch/vectors_switched_total": float(2 * plan.num_switched.sum()),
@@ -227,9 +215,8 @@ class SwitchLoraOptimizer(SplitOptimizer):
         }
 
     def replicated(self) -> dict[str, Tensor]:
-        """Returns the plan's history, and the random keys."""
         keys = self._weights.replicated() | self._candidates.replicated()
-        return super().replicated() | self._plan.state_dict() | keys
+        return super().replicated() | keys
 
     def state_dict(self) -> dict[str, Tensor]:
         """Candidates still in flight are first written to the model's buffers."""

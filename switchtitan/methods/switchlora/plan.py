@@ -1,18 +1,120 @@
-"""Which vectors are switched, frozen and reset at which step: integers, the same on every rank."""
+"""The section of SwitchLoRA, and its plan: which vectors are switched, frozen and reset at which
+step, in integers that are the same on every rank."""
 
-from typing import NamedTuple
+import logging
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from switchtitan.distributed.shards import Spans
-from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.distributed.rows import Spans
+from switchtitan.methods.lowrank import LowRankConfig
+
+logger = logging.getLogger(__name__)
 
 _GOLDEN_RATIO = (1 + 5**0.5) / 2
 
-FACTOR_A, FACTOR_B = FACTORS = 0, 1
+FACTOR_A, FACTOR_B = 0, 1
 """Indices of A and B in tables [2, layers, rank]. Vectors i of A and of B are counterparts."""
+
+
+class SwitchLoraConfig(LowRankConfig):
+    """`[method] name = "switchlora"`: LoRA whose vectors are replaced during training (SwitchLoRA,
+    arXiv 2406.06564). A switch puts a candidate in place of a vector of A or B and adds the
+    difference to the frozen weight, so the layer's output does not change."""
+
+    resumable_keys: ClassVar[frozenset[str]] = LowRankConfig.resumable_keys | {"candidates_device"}
+    optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw", "muon"})
+    name: Literal["switchlora"] = "switchlora"
+    """The method."""
+    init: Literal["switchlora", "lora"] = "switchlora"
+    """Initial values of factors and candidates: `switchlora` balances the gradients of both factors
+    (the paper's initial standard deviations); `lora` draws A at random and sets B and its
+    candidates to zero."""
+    candidates: Literal["swap", "constant"] = "swap"
+    """What happens to a vector that is switched out: `swap` stores it as a candidate, which returns
+    later as trained; `constant` drops it and draws the initial candidates again when needed, which
+    takes no memory."""
+    candidates_device: Literal["device", "host"] = "device"
+    """Where candidates are stored: `host` frees GPU memory. No effect on a CPU. Only with swap."""
+    interval: float = Field(default=40, gt=0)
+    """Mean number of steps between two switches of one vector at the start of training. At least
+    2 and 2 * freeze_steps; for an odd rank, rank / (rank // 2) instead of 2. Not with
+    switches_per_vector."""
+    switches_per_vector: float | None = Field(default=None, gt=0)
+    """Mean number of switches of each vector in a run of training.steps, instead of interval, which
+    then follows from it, decay and decay_ratio, so that a longer run switches as often. Default:
+    interval decides."""
+    decay: Literal["exponential", "sigmoid", "constant"] = "exponential"
+    """How the switching frequency falls during training; `constant` does not change it."""
+    decay_ratio: float = Field(default=0.1, gt=0, le=1)
+    """Fraction of the run, in (0, 1], after which the frequency has fallen to 0.3 (exponential) or
+    0.5 (sigmoid) of its initial value. Not with constant."""
+    freeze_steps: int = Field(default=5, ge=0)
+    """Steps for which the counterpart of a switched vector gets no update; at least 0."""
+    reset_moments: Literal["counterpart", "momentum", "both", "none"] = "counterpart"
+    """Which optimizer state a switch resets, step counts included: that of the `counterpart` (the
+    paired vector in the other factor), of `both` vectors, or `none`. `momentum` resets only the
+    counterpart's first moment, so that its next updates are small instead of large. With muon, it
+    does the same as `counterpart`."""
+
+    @model_validator(mode="after")
+    def _check_switching(self) -> "SwitchLoraConfig":
+        if self.rank == 1:
+            raise ValueError("rank = 1 never switches; use at least 2")
+        # A saved configuration has both, with the default interval.
+        if self.switches_per_vector is not None and not self.is_default("interval"):
+            raise ValueError(
+                f"interval = {self.interval:g} and switches_per_vector = "
+                f"{self.switches_per_vector:g} both say how often vectors are switched; remove "
+                'one, or write switches_per_vector = "none"'
+            )
+        return self
+
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        void = super().without_effect()
+        for key, by in (("decay_ratio", "decay"), ("candidates_device", "candidates")):
+            if getattr(self, by) == "constant" and not self.is_default(key):
+                void.append(f'{key} = {getattr(self, key)!r} has no effect with {by} = "constant"')
+        return void
+
+    def rates(self, num_steps: int) -> np.ndarray:
+        """Returns the factor on the switching frequency at every step, [num_steps]."""
+        t, horizon = np.arange(num_steps, dtype=np.float64), self.decay_ratio * num_steps
+        if self.decay == "exponential":
+            return 0.3 ** ((t + 1) / horizon)
+        if self.decay == "sigmoid":
+            return 1 - 1 / (1 + np.exp(-10 * (t / horizon - 1)))
+        return np.ones(num_steps)
+
+    def interval_in(self, num_steps: int) -> float:
+        """Returns `interval`, or the one that follows from `switches_per_vector`: each vector is
+        switched (sum of rates) / interval times in a run."""
+        if self.switches_per_vector is None:
+            return self.interval
+        return float(self.rates(num_steps).sum()) / self.switches_per_vector
+
+    def check_length(self, num_steps: int) -> list[str]:
+        """See `contracts.MethodConfig`."""
+        least = max(self.freeze_steps, 1) * self.rank / (self.rank // 2)
+        interval = self.interval_in(num_steps)
+        # The message shows six digits of the limit.
+        if interval >= least * (1 - 1e-5):
+            return []
+        return [
+            f"[method] {self.frequency()}: a vector would be switched every {interval:.4g} steps "
+            f"at the start, but rank = {self.rank} and freeze_steps = {self.freeze_steps} need at "
+            f"least {least:g}, so that no frozen vector is switched; switch less often or lower "
+            "freeze_steps"
+        ]
+
+    def frequency(self) -> str:
+        """Returns the key that says how often vectors are switched, with its value."""
+        key = "interval" if self.switches_per_vector is None else "switches_per_vector"
+        return f"{key} = {getattr(self, key):g}"
 
 
 class VectorSpan(NamedTuple):
@@ -27,9 +129,8 @@ class Switch(NamedTuple):
     """The switch of one layer in one step: equally many vectors of A and of B."""
 
     layer: int
-    """Index among all layers."""
     num_vectors: int
-    """Switched vectors of each factor."""
+    """Of each factor."""
     vectors: tuple[Spans, Spans]
     """Rows of A and rows of B to exchange. They are disjoint."""
     slots_in: Spans
@@ -41,10 +142,9 @@ class Switch(NamedTuple):
 class Plan:
     """The schedule of all layers, and the history that later switches follow from.
 
-    Error diffusion meets the expectation rank * rate(t) / interval, with Q its running sum: a layer
-    switches floor(Q(t) + phase) - floor(Q(t-1) + phase) vectors of each factor. The phase is a
-    low-discrepancy sequence over layers, so that layers switch at different steps. (The authors'
-    code draws the fraction at random.)
+    With Q the running sum of the expectation, rank * rate(t) / interval, a layer switches
+    floor(Q(t) + phase) - floor(Q(t-1) + phase) vectors of each factor (the authors' code draws the
+    fraction at random). Phases are a low-discrepancy sequence: layers switch at different steps.
 
     Args:
         num_steps: length of the run.
@@ -60,15 +160,24 @@ class Plan:
     def __init__(
         self, config: SwitchLoraConfig, num_steps: int, num_candidates: np.ndarray
     ) -> None:
-        self._config, self.num_candidates = config, num_candidates
+        self.config, self.num_candidates = config, num_candidates
+        rank, interval = config.rank, config.interval_in(num_steps)
+        # Not an error: ranks near the smaller dimension of a layer need very large intervals.
+        if rank / interval * (1 - 1e-9) > num_candidates.min() - rank:
+            logger.warning(
+                f"[method] {config.frequency()}: {rank / interval:.3g} switches of each factor's "
+                "vectors are due in a step at the start, but the smallest layer has "
+                f"{num_candidates.min()} candidates for rank = {rank}, so some are dropped; switch "
+                "less often, or lower rank"
+            )
         # rank * (sum of rates) / interval, in this order: exact where the quotient is an integer.
-        running_sum = config.rank * np.cumsum(config.rates(num_steps))
-        self._running_sum = np.concatenate([[0.0], running_sum / config.interval_in(num_steps)])
+        running_sum = rank * np.cumsum(config.rates(num_steps))
+        self._running_sum = np.concatenate([[0.0], running_sum / interval])
         # i + 0.5 keeps phases away from 0 and 1, where rounding of the sum could delay a switch.
         self._phase = (np.arange(len(num_candidates)) + 0.5) / _GOLDEN_RATIO % 1.0
         self.step = 0
         self.num_switched = np.zeros(len(num_candidates), dtype=np.int64)
-        shape = len(FACTORS), len(num_candidates), config.rank
+        shape = 2, len(num_candidates), rank
         self.last_switched = np.full(shape, -1 - config.freeze_steps, dtype=np.int64)
 
     def next(self) -> list[Switch]:
@@ -88,14 +197,14 @@ class Plan:
 
         No vector is switched while it is frozen, and no candidate is taken and overwritten at once.
         """
-        rank = self._config.rank
-        is_frozen = self.step - self.last_switched[FACTOR_A] < self._config.freeze_steps
+        rank = self.config.rank
+        is_frozen = self.step - self.last_switched[FACTOR_A] < self.config.freeze_steps
         allowed = np.minimum(rank // 2 - is_frozen.sum(1), self.num_candidates - rank)
         return np.clip(requested, 0, np.maximum(allowed, 0))
 
     def switch(self, layer: int, count: int) -> Switch:
         """Returns the switch of the next `count` vectors of each factor of a layer."""
-        rank, candidates = self._config.rank, int(self.num_candidates[layer])
+        rank, candidates = self.config.rank, int(self.num_candidates[layer])
         first = int(self.num_switched[layer])
         return Switch(
             layer,
@@ -117,24 +226,24 @@ class Plan:
     def is_frozen(self) -> np.ndarray:
         """Returns which vectors the last step does not update, [2, layers, rank] bool."""
         of_counterparts = self.last_switched[::-1]
-        return self.step - 1 - of_counterparts < self._config.freeze_steps
+        return self.step - 1 - of_counterparts < self.config.freeze_steps
 
     def num_updates(self) -> np.ndarray:
         """Returns the steps since each vector's state was reset, the last step and those in which
         it was frozen included, [2, layers, rank]."""
         last_reset = self.last_switched[::-1]
-        if self._config.reset_moments == "both":
+        if self.config.reset_moments == "both":
             last_reset = np.maximum(last_reset, self.last_switched)
-        elif self._config.reset_moments != "counterpart":
+        elif self.config.reset_moments != "counterpart":
             last_reset = np.zeros_like(last_reset)
         return self.step - np.maximum(last_reset, 0)
 
     def resets(self) -> list[VectorSpan]:
         """Returns the vectors whose state the last step's switch resets."""
         is_switched = self.last_switched == self.step - 1
-        if self._config.reset_moments == "none":
+        if self.config.reset_moments == "none":
             return []
-        is_both = self._config.reset_moments == "both"
+        is_both = self.config.reset_moments == "both"
         return vector_spans(is_switched[::-1] | is_switched if is_both else is_switched[::-1])
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -9,15 +9,14 @@ from torch._subclasses.fake_tensor import is_fake
 
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
+from switchtitan.distributed.rows import copy_all_
 from switchtitan.distributed.shards import (
     allocate_adjacent,
     as_one_matrix,
-    copy_all_,
     local_shards,
     row_range,
 )
-from switchtitan.methods.lowrank import LowRankLinear
-from switchtitan.methods.lowrank.linear import FACTORS
+from switchtitan.methods.lowrank import FACTORS, LowRankLinear
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan, vector_spans
 from switchtitan.optim import AdamWConfig
 from switchtitan.optim.base import GroupedOptimizer
@@ -72,11 +71,7 @@ class Factors:
         return grads
 
     def views(self, spans: list[VectorSpan], *states: Sequence[Tensor]) -> list[Tensor]:
-        """Returns this rank's rows of these vectors.
-
-        Args:
-            states: tensors sharded like the factors, in their order.
-        """
+        """Returns this rank's rows of these vectors, of tensors sharded like the factors."""
         first, views = self.held.start, []
         for shards in map(local_shards, states):
             for factor, layer, vectors in spans:
@@ -96,9 +91,8 @@ class VectorAdamW(GroupedOptimizer):
     """AdamW on A and B of all layers, with bias corrections from each vector's own step count
     (SwitchLoRA, arXiv 2406.06564, sec. 3).
 
-    Equals torch's AdamW as long as no vector is reset or frozen. Factors of one width are updated
-    as one matrix: few kernels if their local shards follow each other in memory, A of each layer
-    before B; otherwise they are copied.
+    Equals torch's AdamW as long as no vector is reset or frozen. Factors of one group are updated
+    as one matrix; they are copied if their local shards do not follow each other in memory.
     """
 
     def __init__(
@@ -117,11 +111,10 @@ class VectorAdamW(GroupedOptimizer):
             [as_one_matrix([shards[i] for i in group]) for shards in of_moments]
             for group in self._groups
         ]
-        self._update = compile_if(compile_step)(update_vectors_)
         first = factors.parameters[0]
         # Fake tensors stand for those of a GPU.
-        if not compile_step and first.device.type == "cpu" and not is_fake(first):
-            self._update = update_in_blocks_
+        in_blocks = not compile_step and first.device.type == "cpu" and not is_fake(first)
+        self._update = compile_if(compile_step)(update_in_blocks_ if in_blocks else update_vectors_)
 
     def _zeros(self, moment: str, order: list[int]) -> list[Tensor]:
         """Returns a moment of each factor; local shards follow each other in memory in `order`."""
@@ -157,8 +150,8 @@ class VectorAdamW(GroupedOptimizer):
     def _coefficients(self) -> Tensor:
         """Returns mask, decay, step size and epsilon of each local vector, [4, vectors].
 
-        Both bias corrections are in the step size, lr sqrt(1 - beta2^n) / (1 - beta1^n) after n
-        steps; epsilon is eps sqrt(1 - beta2^n).
+        After n steps, the step size is lr sqrt(1 - beta2^n) / (1 - beta1^n), with both bias
+        corrections, and epsilon is eps sqrt(1 - beta2^n).
         """
         (beta1, beta2), (lr,) = self._keys.betas, self.rates
         first = self._factors.parameters[0]
@@ -174,10 +167,11 @@ class VectorAdamW(GroupedOptimizer):
         return to_device(table, first.device)
 
     @torch.no_grad()
-    def reset(self, spans: list[VectorSpan], only_momentum: bool) -> None:
-        """Zeroes these vectors' first moments, and their second ones."""
+    def reset(self) -> None:
+        """Zeroes the moments, or the first ones alone, of the vectors that the plan resets."""
+        only_momentum = self._plan.config.reset_moments == "momentum"
         states = (self._means,) if only_momentum else (self._means, self._squares)
-        self._factors.zero_(spans, *states)
+        self._factors.zero_(self._plan.resets(), *states)
 
 
 def update_vectors_(
@@ -233,6 +227,6 @@ class FactorMuon(Muon):
         copy_all_(list(zip(kept, copies, strict=True)))
 
     @torch.no_grad()
-    def reset(self, spans: list[VectorSpan], only_momentum: bool) -> None:
-        """Zeroes these vectors' momentum, which is their only state."""
-        self._factors.zero_(spans, self._means)
+    def reset(self) -> None:
+        """Zeroes the momentum, the only state, of the vectors that the plan resets."""
+        self._factors.zero_(self._plan.resets(), self._means)

@@ -39,7 +39,7 @@ def ours(named, compute_dtype=torch.float32, **keys):
         )
         for name, parameter in named.items()
     ]
-    return OPTIMIZERS.build(MuonConfig(**(KEYS | keys)), trained, False, 0)
+    return OPTIMIZERS.build(MuonConfig(**(KEYS | keys)), trained, False)
 
 
 def lr_of(name):

@@ -70,7 +70,7 @@ def ours(config, named, compile_step=False):
         )
         for name, parameter in named.items()
     ]
-    return OPTIMIZERS.build(config, entries, compile_step, 0)
+    return OPTIMIZERS.build(config, entries, compile_step)
 
 
 def train_both(choice):
@@ -209,7 +209,7 @@ def test_every_step_of_scale_equals_a_reference_and_keeps_momentum_for_the_head_
     keys = {"momentum": 0.8, "betas": (0.7, 0.97), "vector_lr": 0.05}
     config, norm = ScaleConfig(**KEYS, **keys), "layers.0.norm.weight"
     named, plain = start(), start()
-    optimizer = OPTIMIZERS.build(config, trained(named), False, 0)
+    optimizer = OPTIMIZERS.build(config, trained(named), False)
     references = {
         name: ScaleReference(name, value, config) for name, value in named.items() if value.ndim > 1
     }
@@ -268,7 +268,7 @@ def test_a_tied_head_is_no_head_and_scale_refuses_a_model_that_names_none(tmp_pa
     entries = trained_parameters(model, (), model.blocks(), model.output_head())
     assert not any(entry.is_head for entry in entries)
     with pytest.raises(ConfigError, match=r'"scale".*no head'):
-        OPTIMIZERS.build(ScaleConfig(lr=LR), entries, False, 0)
+        OPTIMIZERS.build(ScaleConfig(lr=LR), entries, False)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ KEYS = {"lr": 0.03, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.2}
 FP32 = AdamWConfig(**KEYS)
 
 
-def trained(config, steps, seed=0):
+def trained(config, steps):
     """Parameters after some steps, and the optimizer's state."""
     named = parameters(SHAPES)
     entries = [TrainedParameter(*item) for item in named.items()]
-    optimizer = OPTIMIZERS.build(config, entries, False, seed)
+    optimizer = OPTIMIZERS.build(config, entries, False)
     train(optimizer, named, steps)
     return named, optimizer.state_dict()
 

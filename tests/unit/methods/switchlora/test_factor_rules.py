@@ -21,8 +21,7 @@ from switchtitan.distributed.shards import allocate_adjacent
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.lowrank import LowRankLinear
 from switchtitan.methods.switchlora import SwitchLora, update
-from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, VectorSpan
+from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, SwitchLoraConfig, VectorSpan
 from switchtitan.optim import AdamWConfig, TrainedParameter
 from switchtitan.optim.muon import Muon, MuonConfig
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from support.switchlora_layers import flat, with_interval
 
-from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.plan import Plan, ring_spans, vector_spans
+from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig, ring_spans, vector_spans
 
 DECAYS = ("exponential", "sigmoid", "constant")
 

@@ -11,8 +11,7 @@ from support.switchlora_layers import (
     with_interval,
 )
 
-from switchtitan.methods.switchlora.config import SwitchLoraConfig
-from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B
+from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, SwitchLoraConfig
 from switchtitan.optim import AdamWConfig
 
 # (out, in, rank): wide, tall and with a rank near the number of candidates

@@ -9,7 +9,7 @@ from switchtitan.config import resolved_toml
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import parse_arguments
 from switchtitan.methods import METHODS
-from switchtitan.methods.switchlora.config import SwitchLoraConfig
+from switchtitan.methods.switchlora.plan import SwitchLoraConfig
 
 
 def load_tiny(folder, keys, *overrides):

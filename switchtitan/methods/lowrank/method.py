@@ -1,28 +1,104 @@
-"""The base classes of methods that replace linear layers by ones with factors."""
+"""The base classes of methods whose layers have factors, and of their sections."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from switchtitan.contracts import (
     LanguageModel,
     LowRankUpdate,
     Method,
+    MethodConfig,
     OptimizerConfig,
     TrainingOptimizer,
 )
-from switchtitan.methods.lowrank.config import FactorConfig, LowRankConfig
 from switchtitan.methods.lowrank.contraction import BY_NAME
 from switchtitan.methods.lowrank.linear import FACTORS, FactorLinear, LowRankLinear, lora_bounds
 from switchtitan.optim import OPTIMIZERS, TrainedParameter, trained_parameters
 
-SUFFIX_A, SUFFIX_B = (f".{factor}" for factor in FACTORS)
+ADAPTED_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _check_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
+    if not targets or len(set(targets)) != len(targets):
+        raise ValueError("name at least one layer, each once")
+    return targets
+
+
+class FactorConfig(MethodConfig):
+    """The keys of all methods whose rank is below the dimensions of the layers that they adapt."""
+
+    rank: int = Field(ge=1)
+    """Number of vectors in each factor: at least 1, and below the smaller dimension of every
+    adapted layer."""
+    targets: Annotated[tuple[str, ...], AfterValidator(_check_targets)] = ADAPTED_LINEARS
+    """Local names of the linear layers to adapt, at least one, each once; by default all of
+    attention and MLP. All other parameters train as with full_rank."""
+
+    def adapts(self, name: str) -> bool:
+        """Returns whether the linear layer of this qualified name is a target."""
+        return name.rpartition(".")[2] in self.targets
+
+    def draws_in_forward(self) -> bool:
+        """See `contracts.MethodConfig`."""
+        return False
+
+    def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
+        """See `contracts.MethodConfig`."""
+        problems = []
+        local_names = {name.rpartition(".")[2] for name in linear_shapes}
+        if unknown := [target for target in self.targets if target not in local_names]:
+            problems.append(
+                f"[method] targets = {list(self.targets)}: the model has no linear layer called "
+                f"{', '.join(map(repr, unknown))}; it has {', '.join(sorted(local_names))}"
+            )
+        adapted = filter(self.adapts, linear_shapes)
+        smallest = min(adapted, key=lambda name: min(linear_shapes[name]), default=None)
+        if smallest is not None and self.rank >= min(linear_shapes[smallest]):
+            problems.append(
+                f"[method] rank = {self.rank}: expected less than the smaller dimension of every "
+                f"adapted layer; {smallest} is {list(linear_shapes[smallest])}, so use a rank of "
+                f"at most {min(linear_shapes[smallest]) - 1}"
+            )
+        return problems
+
+
+class LowRankConfig(FactorConfig):
+    """The keys of methods with factors and a frozen weight."""
+
+    freezes_weights: ClassVar[bool] = True
+    resumable_keys: ClassVar[frozenset[str]] = frozenset({"contraction"})
+    alpha: float = Field(default=1.0, gt=0)
+    """The low-rank update is scaled by alpha / rank; above 0."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout probability, in [0, 1), for the input of the low-rank update."""
+    contraction: Literal["cheapest", "factored", "merged", "dense_gradient"] = "cheapest"
+    """How a layer is computed; all agree to rounding. `cheapest` chooses the one with the fewest
+    operations for each layer's shape, rank and number of tokens. With dropout, training is always
+    factored."""
+
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        if not self.dropout or self.contraction == "cheapest":
+            return []
+        return [
+            f"contraction = {self.contraction!r} has no effect on training with dropout = "
+            f"{self.dropout:g}, which is always factored"
+        ]
+
+    def draws_in_forward(self) -> bool:
+        """See `contracts.MethodConfig`."""
+        return self.dropout > 0
+
+
 LayerT = TypeVar("LayerT", bound=LowRankLinear)
 FactorSection = TypeVar("FactorSection", bound=FactorConfig)
 LowRankSection = TypeVar("LowRankSection", bound=LowRankConfig)
+SUFFIX_A, SUFFIX_B = (f".{factor}" for factor in FACTORS)
 
 
 class ReplacingMethod(Method[FactorSection]):
@@ -44,7 +120,7 @@ class ReplacingMethod(Method[FactorSection]):
 
     def prepare_model(self, model: nn.Module) -> None:
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in self.config.targets:
+            if isinstance(module, nn.Linear) and self.config.adapts(name):
                 # A model on the meta device stays there: its full layers may not fit in memory.
                 with module.weight.device:
                     model.set_submodule(name, self.build_layer(name, module))
@@ -67,7 +143,7 @@ class ReplacingMethod(Method[FactorSection]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step, self.seed)
+        return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step)
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         replaced, plain = set(layers_with_factors(tensors)), super().dense_weights(tensors)
@@ -86,7 +162,7 @@ class LowRankMethod(ReplacingMethod[LowRankSection]):
 
     def scale_of(self, layer_name: str) -> float:
         """Returns the scale s of a layer, W + s B A, by its qualified name."""
-        return self.config.scale
+        return self.config.alpha / self.config.rank
 
     def bounds(self, out_features: int, in_features: int) -> tuple[float, float]:
         """Returns the bounds of a layer's initial A and B; by default those of LoRA."""
