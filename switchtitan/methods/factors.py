@@ -1,7 +1,7 @@
 """The method low_rank: without a frozen weight, every adapted layer is a product B A."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,21 +10,17 @@ from torch import Tensor, nn
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.methods.lowrank import FACTORS, FactorConfig, ReplacingMethod
 from switchtitan.methods.lowrank.linear import FactorLinear, take
+from switchtitan.methods.lowrank.method import FactorSection
 from switchtitan.methods.projected import is_right, leading_singular_vectors
 
 
-class ProductConfig(FactorConfig):
-    """The keys of all methods whose layers have factors and no frozen weight."""
-
-    keeps_initial_weights: ClassVar[bool] = False
-
-
-class PlainProductConfig(ProductConfig):
+class PlainProductConfig(FactorConfig):
     """`[method] name = "low_rank"`: W = B A, without the frozen weight of LoRA. B A starts as the
     best approximation of the layer's usual initial weight (truncated SVD, computed by every process
     on its CPU; "spectral initialization" in arXiv 2105.01029). `[checkpoint] initial_weights` are
     approximated in the same way."""
 
+    keeps_initial_weights: ClassVar[bool] = False
     name: Literal["low_rank"] = "low_rank"
     """The method."""
 
@@ -40,10 +36,7 @@ class ProductLinear(FactorLinear):
         return F.linear(F.linear(x, self.lora_a), self.lora_b.t(), self.bias)
 
     def initial_tensors(
-        self,
-        weight: Tensor,
-        generator_for: GeneratorFor,
-        rows: Mapping[str, range] | None = None,
+        self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range] | None = None
     ) -> dict[str, Tensor]:
         """See `contracts.Reparametrized`. A decomposition needs all rows of the weight."""
         parts = self.initial_parts(weight)
@@ -56,11 +49,7 @@ class ProductLinear(FactorLinear):
         return dict(zip(FACTORS, balanced_factors(weight, self.rank), strict=True))
 
 
-ProductSection = TypeVar("ProductSection", bound=ProductConfig)
-"""The configuration class of a method with products."""
-
-
-class ProductMethod(ReplacingMethod[ProductSection]):
+class ProductMethod(ReplacingMethod[FactorSection]):
     """Linear layers become a `ProductLinear` or a subclass; all parameters train."""
 
     def build_layer(self, name: str, linear: nn.Linear) -> ProductLinear:

@@ -1,7 +1,7 @@
 """SLTrain (arXiv 2406.02214): every adapted layer is a product B A plus a sparse matrix."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for, splitmix64
-from switchtitan.methods.factors import ProductConfig, ProductLinear, ProductMethod
-from switchtitan.methods.lowrank import FACTORS
+from switchtitan.methods.factors import ProductLinear, ProductMethod
+from switchtitan.methods.lowrank import FACTORS, FactorConfig
 from switchtitan.methods.lowrank.contraction import copy_in_backward
 
 SPARSE = "sparse_values"
@@ -20,7 +20,7 @@ _NUM_BITS = 31
 """Random bits for each column of the support."""
 
 
-class SltrainConfig(ProductConfig):
+class SltrainConfig(FactorConfig):
     """`[method] name = "sltrain"`: W = B A + S (SLTrain, arXiv 2406.02214). S is sparse, with
     random positions that never change. B A starts as the best approximation of the layer's usual
     initial weight (truncated SVD, computed by every process on its CPU), and S starts as the
@@ -29,6 +29,7 @@ class SltrainConfig(ProductConfig):
     `adamw8bit`. Differences from the authors' method: there is no factor alpha / rank, B does not
     start at zero, and each row is divided into equal parts with one value of S in each."""
 
+    keeps_initial_weights: ClassVar[bool] = False
     name: Literal["sltrain"] = "sltrain"
     """The method."""
     density: float = Field(default=0.03, gt=0, lt=1)
@@ -77,10 +78,7 @@ class SparseProductLinear(ProductLinear):
         return out if self.bias is None else out + self.bias
 
     def initial_tensors(
-        self,
-        weight: Tensor,
-        generator_for: GeneratorFor,
-        rows: Mapping[str, range] | None = None,
+        self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range] | None = None
     ) -> dict[str, Tensor]:
         """See `contracts.Reparametrized`. A decomposition needs all rows of the weight."""
         tensors = {"support_seed": torch.tensor([self._seed])}

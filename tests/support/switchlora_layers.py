@@ -137,14 +137,10 @@ def requested_and_switched(
     return np.asarray(requested), plan.num_switched
 
 
-def limit_elements_per_call(monkeypatch: Any, num_elements: int) -> None:
-    """Makes groups of factors small: the number for 10 million elements is one for few."""
-    monkeypatch.setattr(update, "_ELEMENTS_PER_CALL", num_elements)
-
-
-def limit_elements_in_cache(monkeypatch: Any, num_elements: int) -> None:
-    """Makes the blocks small that a CPU updates at a time."""
-    monkeypatch.setattr(update, "_ELEMENTS_IN_CACHE", num_elements)
+def limit_elements(monkeypatch: Any, per_call: int = 2**25, in_cache: int = 2**16) -> None:
+    """Limits the groups of factors, and the blocks that a CPU updates at a time."""
+    monkeypatch.setattr(update, "_ELEMENTS_PER_CALL", per_call)
+    monkeypatch.setattr(update, "_ELEMENTS_IN_CACHE", in_cache)
 
 
 def draw_few_at_a_time(monkeypatch: Any, num_elements: int) -> None:

@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 from switchtitan.distributed.initial import GeneratorFor, split_blocks
 from switchtitan.distributed.random import draw_vectors
-from switchtitan.methods.lowrank.contraction import (
-    Contraction,
-    cheapest_contraction,
-    frozen_linear,
-)
+from switchtitan.methods.lowrank.contraction import Contraction, cheapest_contraction, frozen_linear
 
 FACTORS = ("lora_a", "lora_b")
 """Local names of the factors A [rank, in] and B, stored transposed, [rank, out]."""
@@ -83,10 +79,7 @@ class LowRankLinear(FactorLinear):
         return torch.arange(self.rank), torch.arange(self.rank)
 
     def initial_tensors(
-        self,
-        weight: Tensor,
-        generator_for: GeneratorFor,
-        rows: Mapping[str, range] | None = None,
+        self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range] | None = None
     ) -> dict[str, Tensor]:
         """See `contracts.Reparametrized`: W + s B A is the plain layer's weight."""
         rows = rows or {name: range(len(tensor)) for name, tensor in self.named_parameters()}

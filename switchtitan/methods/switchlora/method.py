@@ -62,10 +62,7 @@ class SwitchLoraLinear(LowRankLinear):
         return slots, slots.roll(self.rank // 2)
 
     def initial_tensors(
-        self,
-        weight: Tensor,
-        generator_for: GeneratorFor,
-        rows: Mapping[str, range] | None = None,
+        self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range] | None = None
     ) -> dict[str, Tensor]:
         tensors = super().initial_tensors(weight, generator_for, rows)
         for name, factor in zip(self.sharded_buffers, FACTORS, strict=False):

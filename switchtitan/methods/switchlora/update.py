@@ -10,12 +10,7 @@ from torch._subclasses.fake_tensor import is_fake
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.rows import copy_all_
-from switchtitan.distributed.shards import (
-    allocate_adjacent,
-    as_one_matrix,
-    local_shards,
-    row_range,
-)
+from switchtitan.distributed.shards import allocate_adjacent, as_one_matrix, local_shards, row_range
 from switchtitan.methods.lowrank import FACTORS, LowRankLinear
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan, vector_spans
 from switchtitan.optim import AdamWConfig
@@ -61,7 +56,8 @@ class Factors:
         groups = []
         for width, factors in of_width.items():
             limit = max(1, _ELEMENTS_PER_CALL // max(1, len(self.held) * width))
-            size = next(n for n in range(limit, 0, -1) if len(factors) % n == 0)
+            most = min(limit, len(factors))
+            size = next(n for n in range(most, 0, -1) if len(factors) % n == 0)
             groups += [factors[first : first + size] for first in range(0, len(factors), size)]
         return groups
 

@@ -10,8 +10,7 @@ from support.switchlora_layers import (
     build_layer,
     build_optimizer,
     build_rule,
-    limit_elements_in_cache,
-    limit_elements_per_call,
+    limit_elements,
     step_rule,
 )
 from torch import nn
@@ -76,41 +75,29 @@ def draw_gradients(*sides):
             side[name].grad = grad.clone()
 
 
-def train_with_muon(optimizer, layers, config):
-    """Steps the rule and Muon on copies with equal gradients; returns the copies and Muon."""
-    theirs = clones_of(layers)
-    reference = muon_of(config, theirs)
-    for step in range(NUM_STEPS):
-        draw_gradients(factors_of(layers), theirs)
-        for side in (optimizer, reference):
-            side.set_lr((step + 1) / NUM_STEPS)
-        step_rule(optimizer)
-        reference.step()
-    return theirs, reference.state_dict()
-
-
-def train_with_adamw(optimizer, layers, config):
-    """The same with torch's AdamW."""
-    theirs = clones_of(layers)
+def reference_of(config, parameters):
+    """Muon or torch's AdamW, with a function that sets its rate and one that returns its state."""
+    if isinstance(config, MuonConfig):
+        muon = muon_of(config, parameters)
+        return muon, muon.set_lr, muon.state_dict
     keys = config.model_dump(include={"betas", "eps", "weight_decay"})
-    reference = torch.optim.AdamW(theirs.values(), **keys)
-    for step in range(NUM_STEPS):
-        draw_gradients(factors_of(layers), theirs)
-        lr_factor = (step + 1) / NUM_STEPS
-        optimizer.set_lr(lr_factor)
-        reference.param_groups[0]["lr"] = config.lr * lr_factor
-        step_rule(optimizer)
-        reference.step()
-    state = {
-        f"{name}.{key}": reference.state[parameter][key]
-        for name, parameter in theirs.items()
-        for key in ("exp_avg", "exp_avg_sq")
-    }
-    return theirs, state
+    adamw = torch.optim.AdamW(parameters.values(), **keys)
+
+    def set_lr(lr_factor):
+        adamw.param_groups[0]["lr"] = config.lr * lr_factor
+
+    def state_dict():
+        keys = ("exp_avg", "exp_avg_sq")
+        return {
+            f"{name}.{key}": adamw.state[p][key] for name, p in parameters.items() for key in keys
+        }
+
+    return adamw, set_lr, state_dict
 
 
 @pytest.mark.parametrize("is_adjacent", [False, True])
-@pytest.mark.parametrize("elements_per_call", [1, 2 * RANK * 5, 2**25])
+# The most elements of a group of factors, and of a block that stays in the cache of a CPU.
+@pytest.mark.parametrize(("per_call", "in_cache"), [(1, 1), (2 * RANK * 5, 2 * 5), (2**25, 2**16)])
 @pytest.mark.parametrize(
     "config",
     [
@@ -121,16 +108,21 @@ def train_with_adamw(optimizer, layers, config):
     ],
 )
 def test_a_rule_equals_torchs_adamw_or_muon_for_groups_of_any_size_and_place(
-    monkeypatch, config, elements_per_call, is_adjacent
+    monkeypatch, config, per_call, in_cache, is_adjacent
 ):
-    limit_elements_per_call(monkeypatch, elements_per_call)
+    limit_elements(monkeypatch, per_call, in_cache)
     layers = build_layers(is_adjacent=is_adjacent)
-    optimizer = build_rule(config, layers)
-    train = train_with_muon if isinstance(config, MuonConfig) else train_with_adamw
-    theirs, state = train(optimizer, layers, config)
+    optimizer, theirs = build_rule(config, layers), clones_of(layers)
+    reference, set_lr, state_dict = reference_of(config, theirs)
+    for step in range(NUM_STEPS):
+        draw_gradients(factors_of(layers), theirs)
+        for set_rate in (optimizer.set_lr, set_lr):
+            set_rate((step + 1) / NUM_STEPS)
+        step_rule(optimizer)
+        reference.step()
     for name, factor in factors_of(layers).items():
         torch.testing.assert_close(factor, theirs[name], rtol=0, atol=TOLERANCE[config.name])
-    ours = optimizer.state_dict()
+    ours, state = optimizer.state_dict(), state_dict()
     assert state.keys() == ours.keys()
     for key, expected in state.items():
         torch.testing.assert_close(ours[key], expected, rtol=0, atol=1e-6)
@@ -140,7 +132,7 @@ def test_a_rule_equals_torchs_adamw_or_muon_for_groups_of_any_size_and_place(
 def test_groups_hold_every_factor_once_and_those_of_one_width_are_equally_many(
     monkeypatch, num_layers
 ):
-    limit_elements_per_call(monkeypatch, 8 * RANK * 7)
+    limit_elements(monkeypatch, 8 * RANK * 7)
     layers = {str(index): LowRankLinear(5, 7, RANK, 0.5, BOUNDS) for index in range(num_layers)}
     layers["other"] = LowRankLinear(11, 5, RANK, 0.5, BOUNDS)  # its B is as wide as their A
     groups = update.Factors(layers).groups()
@@ -160,7 +152,7 @@ def test_groups_hold_every_factor_once_and_those_of_one_width_are_equally_many(
 def test_fake_tensors_are_updated_as_on_a_gpu(monkeypatch, is_fake, num_calls):
     """Estimates of memory and operations count the kernels of GPUs."""
     widths = []
-    limit_elements_in_cache(monkeypatch, 1)
+    limit_elements(monkeypatch, in_cache=1)
     update_vectors_ = update.update_vectors_
 
     def update_and_count(vectors, *args, **keys):
@@ -175,19 +167,6 @@ def test_fake_tensors_are_updated_as_on_a_gpu(monkeypatch, is_fake, num_calls):
             factor.grad = torch.zeros_like(factor)
         step_rule(optimizer)
     assert len(widths) == num_calls
-
-
-def test_blocks_in_the_cpus_cache_compute_the_same(monkeypatch):
-    torch.manual_seed(0)
-    width, num_vectors = 5, 7
-    whole = [torch.rand(num_vectors, width) for _ in range(4)]
-    whole += [torch.rand(num_vectors, 1) for _ in range(4)]
-    blocks = [tensor.clone() for tensor in whole]
-    update.update_vectors_(*whole, betas=(0.9, 0.99))
-    limit_elements_in_cache(monkeypatch, 3 * width)  # 3, 3 and 1 vectors
-    update.update_in_blocks_(*blocks, betas=(0.9, 0.99))
-    for found, expected in zip(blocks, whole, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def test_muon_holds_a_frozen_vector_still_and_moves_the_others_as_if_it_were_not_there():

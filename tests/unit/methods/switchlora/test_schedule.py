@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.switchlora_layers import flat, with_interval
 
-from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig, ring_spans, vector_spans
+from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig
 
 DECAYS = ("exponential", "sigmoid", "constant")
 
@@ -221,19 +221,3 @@ def test_ring_pointers_agree_with_a_queue_of_candidates(
             resting.rest = [max(0, left - 1) for left in resting.rest]
     # Each side went round all candidates several times.
     assert plan.num_switched[0] > 3 * num_candidates
-
-
-def test_spans_of_a_table_are_its_true_entries():
-    table = np.random.default_rng(0).random((2, 3, 9)) < 0.5
-    found = np.zeros_like(table)
-    for factor, layer, vectors in vector_spans(table):
-        assert not found[factor, layer, max(0, vectors.start - 1) : vectors.stop].any()
-        found[factor, layer, vectors.start : vectors.stop] = True
-    np.testing.assert_array_equal(found, table)
-
-
-def test_spans_are_cut_where_the_ring_closes():
-    assert ring_spans(3, 2, 7) == (range(3, 5),)
-    assert ring_spans(12, 4, 7) == (range(5, 7), range(2))
-    assert ring_spans(-2, 2, 7) == (range(5, 7),)
-    assert ring_spans(4, 0, 7) == (range(4, 4),)
