@@ -1,6 +1,5 @@
 """Candidates in buffers, on the host, or drawn: where they wait changes nothing else."""
 
-import numpy as np
 import pytest
 import torch
 from support.switchlora_layers import (
@@ -14,7 +13,6 @@ from torch import nn
 from switchtitan.distributed.random import draw_vectors, generator_for, splitmix32, splitmix64
 from switchtitan.methods.lowrank.linear import balanced_bounds
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
-from switchtitan.methods.switchlora.candidates import draw_of_widths
 from switchtitan.optim import AdamWConfig
 
 # (out, in, rank): wide, tall, and one whose only spare candidate is reused as soon as it returns
@@ -105,16 +103,6 @@ def test_drawn_vectors_are_those_of_the_definition_in_any_part(monkeypatch):
     for slots in ([0, 1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6], [6, 0, 3]):
         found = draw_vectors(key, torch.tensor(slots), 31, 0.3)
         assert torch.equal(found, expected[slots])
-
-
-def test_vectors_of_several_widths_are_those_of_each_width():
-    key, slots = torch.tensor(17), torch.arange(4)
-    bounds, widths = torch.tensor([0.5, 1.0, 0.0, 2.0]), np.array([7, 5, 5, 11])
-    drawn = draw_of_widths(splitmix64(key, slots), bounds, widths, torch.device("cpu"))
-    for index, vector in enumerate(drawn.split(widths.tolist())):
-        alone = draw_vectors(key, slots[index, None], len(vector), float(bounds[index]))
-        assert torch.equal(vector, alone[0])
-        assert vector.abs().max() > 0 or bounds[index] == 0
 
 
 # Seed 1234567: test vectors of rosettacode.org (Pseudo-random numbers/Splitmix64).

@@ -43,7 +43,6 @@ def test_a_saved_configuration_loads_again(tmp_path):
         ("interval 40 switches_per_vector 12", ("switches_per_vector = 12", "at least 4,")),
         ("interval 1.5 freeze_steps 0", ("interval = 1.5", "at least 2,")),
         ("interval 6 freeze_steps 4", ("interval = 6", "at least 8,")),
-        ("rank 1", ("rank = 1",)),
     ],
 )
 def test_keys_that_do_not_fit_together_are_refused(tmp_path, keys, fragments):
