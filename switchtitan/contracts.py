@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -85,10 +84,8 @@ class MethodConfig(NamedSection):
 
     freezes_weights: ClassVar[bool] = False
     """Whether `Method.prepare_model` freezes some weights."""
-
     optimizers: ClassVar[frozenset[str] | None] = None
     """Names of the optimizers that the method can train with; None for all."""
-
     keeps_initial_weights: ClassVar[bool] = True
     """Whether a run starts from exactly the weights that it is given, up to rounding."""
 
@@ -288,8 +285,7 @@ class TrainingOptimizer(ABC):
         return {}
 
 
-@dataclass(frozen=True)
-class LowRankUpdate:
+class LowRankUpdate(NamedTuple):
     """A part of a layer's weight [out, in]: scale * lora_b^T lora_a."""
 
     lora_a: Tensor

@@ -166,6 +166,16 @@ class ReferenceSwitchLora:
         self.step_number += 1
 
 
+def switch_rate(config, step, num_steps):
+    """The formulas of the three decays, number by number."""
+    horizon = config.decay_ratio * num_steps
+    if config.decay == "exponential":
+        return 0.3 ** ((step + 1) / horizon)
+    if config.decay == "sigmoid":
+        return 1 - 1 / (1 + math.exp(-10 * (step / horizon - 1)))
+    return 1.0
+
+
 def splitmix64_outputs(seed, count):
     """The published generator, with Python integers: an incremented state, and a mix of it."""
     outputs = []

@@ -1,7 +1,6 @@
 """Whole runs of SwitchLoRA on a float64 LLaMA, next to the reference, and the authors' run."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,12 @@ import torch.nn.functional as F
 
 from support.small_llama import SEED, draw_batch, draw_model, logits_of
 from support.switchlora_layers import build_optimizer, freeze_steps_left, vector_steps
-from support.switchlora_reference import ReferenceLayer, ReferenceSwitchLora, constant_candidates
+from support.switchlora_reference import (
+    ReferenceLayer,
+    ReferenceSwitchLora,
+    constant_candidates,
+    switch_rate,
+)
 from switchtitan.methods.lowrank import low_rank_layers
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
 from switchtitan.methods.switchlora.method import SwitchLoraLinear
@@ -51,17 +55,6 @@ def initial_candidates(config, name, layer):
     return candidates_a.double(), candidates_b.double()
 
 
-def reference_rates(config):
-    """The formulas of the three decays, step by step."""
-    horizon = config.decay_ratio * NUM_STEPS
-    rate = {
-        "exponential": lambda t: 0.3 ** ((t + 1) / horizon),
-        "sigmoid": lambda t: 1 - 1 / (1 + math.exp(-10 * (t / horizon - 1))),
-        "constant": lambda t: 1.0,
-    }[config.decay]
-    return [rate(t) for t in range(NUM_STEPS)]
-
-
 def build_reference(config):
     """Use the same initial candidates; compute their selection and W independently."""
     model, drawn = draw_model(), low_rank_layers(build_ours(config)[0])
@@ -80,7 +73,7 @@ def build_reference(config):
     optimizer = ReferenceSwitchLora(
         list(layers.values()),
         [parameter for parameter in model.parameters() if id(parameter) not in factors],
-        rates=reference_rates(config),
+        rates=[switch_rate(config, step, NUM_STEPS) for step in range(NUM_STEPS)],
         interval=config.interval,
         freeze_steps=config.freeze_steps,
         **ADAMW.model_dump(include={"lr", "betas", "eps", "weight_decay"}),

@@ -1,10 +1,9 @@
 """Switch counts match their expectation; the ring matches a model that stores every slot."""
 
-import math
-
 import numpy as np
 import pytest
 from support.switchlora_layers import flat, with_interval
+from support.switchlora_reference import switch_rate
 
 from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig
 
@@ -16,16 +15,6 @@ def config_with(decay, rank=7, interval=33.3, decay_ratio=0.3, freeze_steps=3):
     return SwitchLoraConfig(
         rank=rank, interval=interval, decay=decay, freeze_steps=freeze_steps, **keys
     )
-
-
-def expected_rate(config, step, num_steps):
-    """The formulas of the three decays, number by number."""
-    horizon = config.decay_ratio * num_steps
-    if config.decay == "exponential":
-        return 0.3 ** ((step + 1) / horizon)
-    if config.decay == "sigmoid":
-        return 1 - 1 / (1 + math.exp(-10 * (step / horizon - 1)))
-    return 1.0
 
 
 def all_requests(config, num_steps, num_layers):
@@ -43,7 +32,7 @@ def test_counts_never_stray_from_their_expectation_by_one(decay):
     config, num_steps = config_with(decay), 1511
     requests = all_requests(config, num_steps, 23)
     expected = np.cumsum(
-        [7 * expected_rate(config, step, num_steps) / 33.3 for step in range(num_steps)]
+        [7 * switch_rate(config, step, num_steps) / 33.3 for step in range(num_steps)]
     )
     assert expected[-1] > 10
     assert np.abs(requests.cumsum(0) - expected[:, None]).max() < 1
@@ -72,7 +61,7 @@ def test_layers_take_turns(decay, num_layers):
     config, num_steps = config_with(decay, rank=24, interval=40), 1000
     requests = all_requests(config, num_steps, num_layers)
     mean = [
-        num_layers * 24 * expected_rate(config, step, num_steps) / 40 for step in range(num_steps)
+        num_layers * 24 * switch_rate(config, step, num_steps) / 40 for step in range(num_steps)
     ]
     # Twice the discrepancy of the golden-ratio sequence, which grows like log(layers).
     # Measured: 1.9 and 2.2.
