@@ -278,7 +278,7 @@ class TrainingOptimizer(ABC):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
     def replicated(self) -> dict[str, Tensor]:
-        """Return what every rank computes alike, such as random keys, to compare it.
+        """Return what ranks compute alike outside of the state, such as random keys, to compare it.
 
         Plain tensors, equal on every rank, or DTensors, equal on all replicas.
         """

@@ -232,9 +232,6 @@ class ProjectedOptimizer(GroupedOptimizer):
         num_refreshes = -(-self._num_steps // self._method.update_interval)
         return super().metrics() | {"projection/refreshes": float(num_refreshes)}
 
-    def replicated(self) -> dict[str, Tensor]:
-        return {f"{weight.name}.basis": weight.basis for weight in self._weights}
-
     def state_dict(self) -> dict[str, Tensor]:
         return super().state_dict() | {"projection.step": torch.tensor(self._num_steps)}
 
@@ -428,6 +425,9 @@ class ApolloOptimizer(LimitedOptimizer):
             values = torch.randn(weight.basis.shape, generator=generator)
             values /= weight.basis.shape[1] ** 0.5
             copy_from_full_(weight.basis, to_device(values, weight.basis.device))
+
+    def replicated(self) -> dict[str, Tensor]:
+        return {f"{weight.name}.basis": weight.basis for weight in self._weights}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)

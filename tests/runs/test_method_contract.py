@@ -56,20 +56,17 @@ RANK, ALPHA = 6, 1.5
 
 
 class RootScaledConfig(LowRankConfig):
-    """A section outside the package: the scale is alpha / sqrt(rank)."""
+    """A section outside the package."""
 
     name: Literal["root_scaled"] = ROOT_SCALED
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / math.sqrt(self.rank)
-
 
 class RootScaled(LowRankMethod[RootScaledConfig]):
-    """LoRA with that scale, and twice that in `down_proj`."""
+    """LoRA with a scale of alpha / sqrt(rank), and twice that in `down_proj`."""
 
     def scale_of(self, layer_name):
-        return super().scale_of(layer_name) * (2 if layer_name.endswith("down_proj") else 1)
+        scale = self.config.alpha / math.sqrt(self.config.rank)
+        return scale * (2 if layer_name.endswith("down_proj") else 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
