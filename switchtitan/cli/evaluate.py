@@ -137,7 +137,7 @@ def _open_held_out(
     split: Literal["validation", "test"] = options.split or "validation"
     if options.tokens is None:
         # A default is no request for more than there is.
-        num_sequences = len(corpus.held_out_split(split, shape.seq_len))
+        num_sequences = corpus.split(split, shape.seq_len).num_unshuffled
         num_tokens = min(num_tokens, num_sequences * shape.seq_len)
     return held_out_split(corpus, split, num_tokens, shape, world), {
         "corpus": corpus.description,

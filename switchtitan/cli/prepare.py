@@ -18,8 +18,7 @@ import numpy as np
 from switchtitan.cli.main import positive_int
 from switchtitan.config import find_config, load_config, split_arguments
 from switchtitan.data import Corpus, DataConfig, open_corpus
-from switchtitan.data.corpus import INDEX_FILE, open_prepared, verify_files
-from switchtitan.data.loader import HeldOutSequences, TrainSequences
+from switchtitan.data.corpus import INDEX_FILE, SplitName, open_prepared, verify_files
 from switchtitan.data.sequences import TokenSequence
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import EXPANSIONS, JobConfig, print_note
@@ -122,35 +121,23 @@ def _show_source(source: Corpus) -> dict[str, Any]:
 
 
 def _show_sequences(
-    corpus: Corpus, split: str, seq_len: int, num_sequences: int, seed: int | None
+    corpus: Corpus, split: SplitName, seq_len: int, num_sequences: int, seed: int | None
 ) -> dict[str, Any]:
     """Prints and returns some sequences of a corpus, by documents."""
-    sequences: TrainSequences | HeldOutSequences
-    if split == "train":
-        sequences = corpus.train_split(seq_len)
-    else:
-        sequences = corpus.held_out_split("test" if split == "test" else "validation", seq_len)
-    indices = np.arange(min(num_sequences, len(sequences)))
-    if seed is not None:
-        if split != "train" or not isinstance(sequences, TrainSequences):
-            raise ConfigError(f"--seed {seed} has no effect with --split {split}; leave one out")
-        indices = sequences.ordered(seed, indices)
-    shown = []
-    for index in map(int, indices):
+    if seed is not None and split != "train":
+        raise ConfigError(f"--seed {seed} has no effect with --split {split}; leave one out")
+    sequences, shown = corpus.split(split, seq_len), []
+    total = len(sequences) if split == "train" else sequences.num_unshuffled
+    for index in sequences.ordered(seed, np.arange(min(num_sequences, total))).tolist():
         pieces = _documents(corpus, sequences[index])
         shown.append({"index": index, "documents": pieces})
         print(
-            f"\n--- sequence {index:,} of {len(sequences):,} in the {split} split: {seq_len} "
-            f"tokens, {len(pieces)} document(s) ---"
+            f"\n--- sequence {index:,} of {total:,} in the {split} split: {seq_len} tokens, "
+            f"{len(pieces)} document(s) ---"
         )
         for piece in pieces:
             print(piece["text"] + f"[{corpus.index.tokenizer.eos_token}]" * piece["ends"])
-    return {
-        "split": split,
-        "seq_len": seq_len,
-        "num_sequences": len(sequences),
-        "sequences": shown,
-    }
+    return {"split": split, "seq_len": seq_len, "num_sequences": total, "sequences": shown}
 
 
 def _documents(corpus: Corpus, sequence: TokenSequence) -> list[dict[str, Any]]:

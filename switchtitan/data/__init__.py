@@ -2,7 +2,7 @@
 
 from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import Corpus, open_prepared, plan_corpus
-from switchtitan.data.loader import ValidationBatches, build_train_batches, build_validation_batches
+from switchtitan.data.loader import ValidationBatches, build_train_batches
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.sources import DATASETS
 
@@ -12,7 +12,6 @@ __all__ = [
     "DataConfig",
     "ValidationBatches",
     "build_train_batches",
-    "build_validation_batches",
     "open_corpus",
     "open_prepared",
     "plan_corpus",

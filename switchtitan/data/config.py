@@ -19,6 +19,7 @@ else:
 TRAINED_TOKENIZER = "train"
 """The value of `tokenizer` that trains one on the corpus."""
 DEFAULT_TRAINED_VOCAB_SIZE = 4096
+DEFAULT_VALIDATION_FRACTION = 0.02
 
 
 class SourceConfig(Section):
@@ -147,8 +148,7 @@ class DataConfig(SourceConfig):
         """The configuration to use if the hub cannot be reached."""
         assert self.offline_dataset is not None
         keys = {"dataset": self.offline_dataset, "tokenizer": TRAINED_TOKENIZER}
-        unused = dict.fromkeys(("path", "text_column", "hub_config", "hub_split"))
-        return self.model_copy(update={**unused, **keys, "offline_dataset": None})
+        return self.model_copy(update=keys)
 
     @model_validator(mode="after")
     def _token_ids_have_their_tokenizer(self) -> "DataConfig":
@@ -162,13 +162,12 @@ class DataConfig(SourceConfig):
 
     def without_effect(self) -> list[str]:
         """See `registry.Section`."""
-        void: list[str] = []
         if self.sources:
-            void += self._not_read((*SourceConfig.model_fields, "offline_dataset"), "with sources")
+            void = self._not_read((*SourceConfig.model_fields, "offline_dataset"), "with sources")
             for number, source in enumerate(self.sources):
                 void += [f"sources[{number}]: {message}" for message in source.without_effect()]
             return void
-        void += super().without_effect()
+        void = super().without_effect()
         if self.offline_dataset is not None:
             # The other keys have an effect on the offline dataset.
             if not self.needs_hub_dataset and self.hub_tokenizer is None:

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER, DataConfig
-from switchtitan.data.mixture import PERIOD, InterleavedSequences, MixedSequences, Schedule
+from switchtitan.data.config import (
+    DEFAULT_TRAINED_VOCAB_SIZE,
+    DEFAULT_VALIDATION_FRACTION,
+    TRAINED_TOKENIZER,
+    DataConfig,
+)
+from switchtitan.data.mixture import PERIOD, MixedSequences, Schedule, Sequences
 from switchtitan.data.sequences import TokenSequences
 from switchtitan.data.sources import DATASETS, Source, hub_error
 from switchtitan.data.tokenizer import (
@@ -26,15 +31,14 @@ from switchtitan.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
+SplitName = Literal["train", "validation", "test"]
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
-INDEX_CHECKSUM_FILE = f"{INDEX_FILE}.sha256"
-"""The checksum of `index.json`, as `sha256sum` writes it."""
+_INDEX_CHECKSUM_FILE = f"{INDEX_FILE}.sha256"
 TOKENIZER_FILE = "tokenizer.json"
 VERIFIED_BYTES = 1 << 30
 """Corpora of up to 1 GiB of tokens are verified by checksum on every open (a second or two), larger
 ones by size; `switchtitan prepare` verifies all."""
-DEFAULT_VALIDATION_FRACTION = 0.02
 HELD_OUT_DOCUMENT_TOKENS = 8192
 """A longer held-out document is cut at its end, so that few documents do not decide the loss of a
 small corpus: of the standard library, 0.06 of the split is the most for one document, not 0.21."""
@@ -49,7 +53,7 @@ class CorpusPlan:
     identity: dict[str, object]
     folder: Path
     fallback_for: str | None = None
-    """The requested corpus and why it is unavailable; None if this is the requested corpus."""
+    """See `Corpus`."""
 
     @property
     def is_prepared(self) -> bool:
@@ -133,8 +137,8 @@ class ShardRecord(Record):
     """One token file."""
 
     file: str
-    documents: int = Field(ge=0, lt=1 << 48)
-    tokens: int = Field(ge=0, lt=1 << 48)
+    documents: int
+    tokens: int
     sha256: str
 
 
@@ -142,9 +146,9 @@ class TokenizerRecord(Record):
     """The tokenizer whose ids the shards hold; its file is next to them."""
 
     sha256: str
-    vocab_size: int = Field(ge=1, le=1 << 32)
+    vocab_size: int
     eos_token: str
-    eos_id: int = Field(ge=0)
+    eos_id: int
 
 
 class CorpusIndex(Record):
@@ -165,19 +169,8 @@ class CorpusIndex(Record):
     fingerprint: str
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """The bytes of every token file by name."""
-        token_bytes = np.dtype(self.dtype).itemsize
-        return {shard.file: token_bytes * shard.tokens for shard in self._shards}
-
-    @property
-    def checksums(self) -> dict[str, str]:
-        """The SHA-256 of every other file by name."""
-        files = {shard.file: shard.sha256 for shard in self._shards}
-        return {TOKENIZER_FILE: self.tokenizer.sha256} | files
-
-    @property
-    def _shards(self) -> list[ShardRecord]:
+    def shards(self) -> list[ShardRecord]:
+        """Those of all splits."""
         return [shard for split in self.splits.values() for shard in split]
 
     def num_tokens(self, split: str) -> int:
@@ -194,7 +187,8 @@ def fingerprint_of(tokenizer_sha256: str, dtype: str, splits: dict[str, list[Sha
         "tokenizer": tokenizer_sha256,
         "dtype": dtype,
         "splits": {
-            split: [[shard.tokens, shard.sha256] for shard in splits[split]] for split in splits
+            split: [[shard.tokens, shard.sha256] for shard in shards]
+            for split, shards in splits.items()
         },
     }
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:32]
@@ -203,7 +197,7 @@ def fingerprint_of(tokenizer_sha256: str, dtype: str, splits: dict[str, list[Sha
 def write_index(folder: Path, index: CorpusIndex) -> None:
     """Writes the index and its checksum."""
     contents = index.model_dump_json(indent=2)
-    write_atomically(folder / INDEX_CHECKSUM_FILE, checksum_line(contents.encode(), INDEX_FILE))
+    write_atomically(folder / _INDEX_CHECKSUM_FILE, checksum_line(contents.encode(), INDEX_FILE))
     write_atomically(folder / INDEX_FILE, contents)
 
 
@@ -220,19 +214,16 @@ def read_index(folder: Path) -> CorpusIndex:
         own = fingerprint_of(index.tokenizer.sha256, index.dtype, index.splits)
         if (index.format_version, index.fingerprint) != (FORMAT_VERSION, own):
             raise ValueError("it has another format, or does not match its own fingerprint")
-        if index.tokenizer.eos_id >= index.tokenizer.vocab_size:
+        if not 0 <= index.tokenizer.eos_id < index.tokenizer.vocab_size <= 1 << 32:
             raise ValueError("its end token is outside of the vocabulary")
-        checksum = file_inside(folder, INDEX_CHECKSUM_FILE)
+        checksum = file_inside(folder, _INDEX_CHECKSUM_FILE)
         if checksum.exists() and checksum.read_bytes() != checksum_line(contents, INDEX_FILE):
-            raise ValueError(f"it does not match its checksum in {INDEX_CHECKSUM_FILE}")
-        for name in index.checksums:
+            raise ValueError(f"it does not match its checksum in {_INDEX_CHECKSUM_FILE}")
+        for name in (TOKENIZER_FILE, *(shard.file for shard in index.shards)):
             file_inside(folder, name)
-    except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"the index is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})"
-        raise _damage(folder / INDEX_FILE, problem) from error
     except (OSError, ValueError) as error:
-        raise _damage(folder / INDEX_FILE, f"the index is damaged ({error})") from error
+        problem = " ".join(str(error).split())  # pydantic's has lines
+        raise _damage(folder / INDEX_FILE, f"the index is damaged ({problem})") from error
     return index
 
 
@@ -245,15 +236,19 @@ def verify_files(folder: Path, index: CorpusIndex, max_bytes: int | None = None)
     Raises:
         CorpusError: for the first file that is missing or differs.
     """
-    num_bytes = sum(index.sizes.values())
+    token_bytes, num_bytes = np.dtype(index.dtype).itemsize, 0
+    checksums = {TOKENIZER_FILE: index.tokenizer.sha256}
     try:
-        for name, expected in index.sizes.items():
-            if (found := (folder / name).stat().st_size) != expected:
-                raise _damage(folder / name, f"it has {found:,} bytes, expected {expected:,}")
+        for shard in index.shards:
+            found, expected = (folder / shard.file).stat().st_size, token_bytes * shard.tokens
+            if found != expected:
+                raise _damage(folder / shard.file, f"it has {found:,} bytes, expected {expected:,}")
+            num_bytes += expected
+            checksums[shard.file] = shard.sha256
         if max_bytes is not None and num_bytes > max_bytes:
             return
         with progress_bar(f"verifying {folder.name}", total=num_bytes, unit="B") as bar:
-            for name, checksum in index.checksums.items():
+            for name, checksum in checksums.items():
                 if sha256_of_file(folder / name, bar.update) != checksum:
                     raise _damage(folder / name, "it does not match its checksum")
     except OSError as error:
@@ -273,7 +268,7 @@ class Corpus:
     folder: Path
     index: CorpusIndex
     fallback_for: str | None = None
-    """The requested corpus and why it was unavailable; None if this is the requested corpus."""
+    """The requested corpus and why it is unavailable; None if this is the requested corpus."""
     parts: tuple["Corpus", ...] = ()
     """Of a mixture: all sources. Folder and index are those of the first one, whose tokenizer all
     have."""
@@ -321,28 +316,18 @@ class Corpus:
         """The tokenizer whose ids the corpus holds."""
         return read_tokenizer(self.folder, self.index.tokenizer.eos_token)
 
-    def train_split(self, seq_len: int) -> TokenSequences | MixedSequences:
-        """The training sequences, of all sources of a mixture. Errors: see `split`."""
-        if self.schedule is None:
-            return self.split("train", seq_len)
-        parts = [part.split("train", seq_len) for part in self.parts]
-        return MixedSequences(parts, [part.name for part in self.parts], self.schedule)
-
-    def held_out_split(
-        self, name: Literal["validation", "test"], seq_len: int
-    ) -> TokenSequences | InterleavedSequences:
-        """Held-out sequences, of all sources of a mixture in their shares. Errors: see `split`."""
-        if self.schedule is None:
-            return self.split(name, seq_len)
-        return InterleavedSequences([p.split(name, seq_len) for p in self.parts], self.schedule)
-
-    def split(self, name: Literal["train", "validation", "test"], seq_len: int) -> TokenSequences:
-        """The sequences of one split of a corpus that is no mixture.
+    def split(self, name: SplitName, seq_len: int) -> Sequences:
+        """The sequences of one split, of all sources of a mixture.
 
         Raises:
-            CorpusError: if there is no such split, it is shorter than one sequence, or a shard is
-                missing or truncated.
+            CorpusError: if there is no such split, or it is shorter than one sequence.
         """
+        if self.schedule is not None:
+            parts = [part._own_split(name, seq_len) for part in self.parts]
+            return MixedSequences(parts, [part.name for part in self.parts], self.schedule)
+        return self._own_split(name, seq_len)
+
+    def _own_split(self, name: str, seq_len: int) -> TokenSequences:
         if name not in self.index.splits:
             raise CorpusError(
                 f"the corpus in {self.folder} has no {name} split, only "

@@ -4,7 +4,6 @@ import logging
 import signal
 import warnings
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -12,21 +11,18 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from switchtitan.contracts import IGNORED_TARGET, Batch
-from switchtitan.data.mixture import InterleavedSequences, MixedSequences
-from switchtitan.data.sequences import TokenSequence, TokenSequences
+from switchtitan.data.mixture import Sequences
+from switchtitan.data.sequences import TokenSequence
 from switchtitan.errors import CorpusError
 
 logger = logging.getLogger(__name__)
-
-TrainSequences = TokenSequences | MixedSequences
-HeldOutSequences = TokenSequences | InterleavedSequences
 
 _WORKER_ENDS_AFTER_S = 600
 """After SIGTERM, if its rank has not ended it before."""
 
 
 def build_train_batches(
-    sequences: TrainSequences,
+    sequences: Sequences,
     *,
     seed: int,
     global_batch_size: int,
@@ -77,37 +73,31 @@ def build_train_batches(
             sequences,
             batch_sampler=micro_batches(),
             num_workers=num_workers,
-            collate_fn=collate,
+            collate_fn=_collate,
             pin_memory=pin_memory,
             # Otherwise the loader draws its workers' seed from the global generator.
             generator=torch.Generator(),
             worker_init_fn=_outlive_signals,
         )
-    return _steps(loader, sequences, start_step, global_batch_size, per_micro_step)
 
+    def steps() -> Generator[list[Batch], None, None]:
+        batches = iter(loader)
+        epochs = sequences.epochs(start_step * global_batch_size)
+        try:
+            for number in count(start_step + 1):
+                step = [next(batches) for _ in range(global_batch_size // per_micro_step)]
+                before, epochs = epochs, sequences.epochs(number * global_batch_size)
+                for name, old, new in zip(sequences.names, before, epochs, strict=True):
+                    if new > old:
+                        logger.info("step %d begins epoch %d of %s", number, new + 1, name)
+                yield step
+        finally:
+            # torch ends workers when their iterator is collected. An error's traceback keeps it
+            # until the process exits, which waits for workers that SIGTERM does not end.
+            if hasattr(batches, "_shutdown_workers"):
+                batches._shutdown_workers()
 
-def _steps(
-    loader: StatefulDataLoader[Batch],
-    sequences: TrainSequences,
-    start_step: int,
-    global_batch_size: int,
-    per_micro_step: int,
-) -> Generator[list[Batch], None, None]:
-    batches = iter(loader)
-    epochs = sequences.epochs(start_step * global_batch_size)
-    try:
-        for number in count(start_step + 1):
-            step = [next(batches) for _ in range(global_batch_size // per_micro_step)]
-            before, epochs = epochs, sequences.epochs(number * global_batch_size)
-            for name, old, new in zip(sequences.names, before, epochs, strict=True):
-                if new > old:
-                    logger.info("step %d begins epoch %d of %s", number, new + 1, name)
-            yield step
-    finally:
-        # torch ends workers when their iterator is collected. An error's traceback keeps it until
-        # the process exits, which waits for workers that SIGTERM does not end.
-        if hasattr(batches, "_shutdown_workers"):
-            batches._shutdown_workers()
+    return steps()
 
 
 def _outlive_signals(_worker: int) -> None:
@@ -118,57 +108,51 @@ def _outlive_signals(_worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKER_ENDS_AFTER_S))
 
 
-def build_validation_batches(
-    sequences: HeldOutSequences,
-    *,
-    num_sequences: int,
-    local_batch_size: int,
-    rank: int,
-    num_ranks: int,
-) -> "ValidationBatches":
-    """Returns batches of the first `num_sequences` held-out sequences; warns if there are fewer."""
-    if num_sequences > len(sequences):
-        logger.warning(
-            "the held-out split has %d of the %d sequences asked for by [evaluation] tokens or "
-            "test_tokens; using all of them",
-            len(sequences),
-            num_sequences,
-        )
-        num_sequences = len(sequences)
-    return ValidationBatches(sequences, num_sequences, local_batch_size, rank, num_ranks)
-
-
-@dataclass(frozen=True)
 class ValidationBatches:
-    """A rank's batches of the first held-out sequences, which are distributed over the ranks.
+    """A rank's batches of the first unshuffled sequences; warns if there are fewer than asked for.
 
     Every rank gets the same number of batches of the same shape. Padding sequences at the end have
     only `IGNORED_TARGET` targets, so sums over targets and their counts do not depend on the number
     of ranks. A batch may be all padding: divide by the count over all ranks, not by the batch's
-    own."""
+    own. For the arguments see `build_train_batches`."""
 
-    sequences: HeldOutSequences
-    num_sequences: int
-    local_batch_size: int
-    rank: int
-    num_ranks: int
+    def __init__(
+        self,
+        sequences: Sequences,
+        *,
+        num_sequences: int,
+        local_batch_size: int,
+        rank: int,
+        num_ranks: int,
+    ) -> None:
+        self.num_sequences = min(num_sequences, sequences.num_unshuffled)
+        if num_sequences > self.num_sequences:
+            logger.warning(
+                "the held-out split has %d of the %d sequences asked for by [evaluation] tokens or "
+                "test_tokens; using all of them",
+                self.num_sequences,
+                num_sequences,
+            )
+        self._sequences = sequences
+        self._local_batch_size = local_batch_size
+        self._rank, self._num_ranks = rank, num_ranks
 
     def __len__(self) -> int:
-        return -(-self.num_sequences // (self.num_ranks * self.local_batch_size))
+        return -(-self.num_sequences // (self._num_ranks * self._local_batch_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        last = self.num_sequences - 1
         for batch in range(len(self)):
-            first = (batch * self.num_ranks + self.rank) * self.local_batch_size
-            indices = range(first, first + self.local_batch_size)
-            stacked = collate([self.sequences[min(index, last)] for index in indices])
-            is_padding = torch.tensor([index > last for index in indices])
+            first = (batch * self._num_ranks + self._rank) * self._local_batch_size
+            positions = first + np.arange(self._local_batch_size)
+            chosen = self._sequences.ordered(None, positions.clip(max=self.num_sequences - 1))
+            stacked = _collate([self._sequences[index] for index in chosen.tolist()])
+            is_padding = torch.from_numpy(positions >= self.num_sequences)
             # Not in place: the targets of a single sequence are a view of its tokens' memory.
             targets = stacked.targets.masked_fill(is_padding[:, None], IGNORED_TARGET)
             yield stacked._replace(targets=targets)
 
 
-def collate(samples: list[TokenSequence]) -> Batch:
+def _collate(samples: list[TokenSequence]) -> Batch:
     """Stacks sequences into a batch; targets are the tokens shifted by one."""
     tokens = torch.stack([sample.tokens for sample in samples])
     return Batch(

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from switchtitan.data.order import sequence_index
 from switchtitan.data.sequences import TokenSequence, TokenSequences
 from switchtitan.errors import ConfigError
 
@@ -99,10 +98,10 @@ def schedule_of(weights: Sequence[float]) -> Schedule:
 
 
 class MixedSequences(Dataset[TokenSequence]):
-    """The training sequences of several sources.
+    """The sequences of several sources; methods as those of `TokenSequences`.
 
-    Index i is sequence i of the first source, then of the second one, and so on. A source that ends
-    starts again in another order. Methods: see `TokenSequences`.
+    Index i is sequence i of the first source, then of the second one, and so on. In the global
+    order, a source that ends starts again in another order.
 
     Args:
         parts: all with one `seq_len`.
@@ -125,39 +124,25 @@ class MixedSequences(Dataset[TokenSequence]):
         source = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._parts[source][index - int(self._starts[source])]
 
-    def ordered(self, seed: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    def ordered(self, seed: int | None, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         sources, places = self._schedule.places(positions)
         indices = self._starts[sources]
         for source, part in enumerate(self._parts):
             is_own = sources == source
-            indices[is_own] += sequence_index(seed, places[is_own], len(part))
+            indices[is_own] += part.ordered(seed, places[is_own])
         return indices
+
+    @property
+    def num_unshuffled(self) -> int:
+        return min(self._schedule.position_of(k, len(part)) for k, part in enumerate(self._parts))
 
     def epochs(self, position: int) -> list[int]:
         given = self._schedule.num_given(position)
         return [number // len(part) for number, part in zip(given, self._parts, strict=True)]
 
-
-class InterleavedSequences(Dataset[TokenSequence]):
-    """The held-out sequences of several sources in their shares, until the first source ends.
-
-    Methods: see `TokenSequences`.
-    """
-
-    def __init__(self, parts: Sequence[TokenSequences], schedule: Schedule) -> None:
-        self._parts = tuple(parts)
-        self._schedule = schedule
-        self.seq_len = parts[0].seq_len
-        ends = (schedule.position_of(source, len(part)) for source, part in enumerate(parts))
-        self._num_sequences = min(ends)
-
-    def __len__(self) -> int:
-        return self._num_sequences
-
-    def __getitem__(self, index: int) -> TokenSequence:
-        (source,), (place,) = self._schedule.places(np.array([index]))
-        return self._parts[int(source)][int(place)]
-
     def stretches(self, num_sequences: int) -> Iterator[NDArray[np.int64]]:
         for part, number in zip(self._parts, self._schedule.num_given(num_sequences), strict=True):
             yield from part.stretches(number)
+
+
+Sequences = TokenSequences | MixedSequences

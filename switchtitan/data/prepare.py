@@ -5,9 +5,9 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from fractions import Fraction
 from functools import cache
 from itertools import chain
@@ -17,18 +17,21 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict
 
-from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER, DataConfig
-from switchtitan.data.corpus import (
+from switchtitan.data.config import (
+    DEFAULT_TRAINED_VOCAB_SIZE,
     DEFAULT_VALIDATION_FRACTION,
+    TRAINED_TOKENIZER,
+    DataConfig,
+)
+from switchtitan.data.corpus import (
     FORMAT_VERSION,
     HELD_OUT_DOCUMENT_TOKENS,
     TOKENIZER_FILE,
     Corpus,
     CorpusIndex,
     CorpusPlan,
-    Record,
     ShardRecord,
     TokenizerRecord,
     fingerprint_of,
@@ -87,59 +90,52 @@ def open_corpus(
     schedule = schedule_of([source.weight for source in config.sources])
     tokenizer, parts = config.tokenizer, list[Corpus]()
     for number in range(len(config.sources)):
-        part = _open(config.source_config(number, tokenizer), ranks, model_vocab_size)
-        parts.append(part)
+        parts.append(_open(config.source_config(number, tokenizer), ranks, model_vocab_size))
         if tokenizer == TRAINED_TOKENIZER:
-            tokenizer = str(part.folder)
+            tokenizer = str(parts[0].folder)
     return Corpus(parts[0].folder, parts[0].index, None, tuple(parts), schedule)
 
 
 def _open(config: DataConfig, ranks: World | None, model_vocab_size: int | None) -> Corpus:
+    def open_planned(plan: CorpusPlan, verifies: bool = True) -> Corpus:
+        prepare_corpus(plan, model_vocab_size)
+        corpus = open_prepared(plan.folder, plan.fallback_for, verifies=verifies)
+        if model_vocab_size is not None:
+            corpus.check_vocabulary(model_vocab_size)
+        return corpus
+
     if ranks is None:
-        return _open_own(config, None, model_vocab_size, verifies=True)
-    opened = list[Corpus]()
+        return open_planned(plan_corpus(config))
+    main = ranks.together(lambda: open_planned(plan_corpus(config)) if ranks.is_main else None)[0]
 
-    def take_turn(main: Corpus | None) -> Corpus | None:
-        if ranks.is_main if main is None else not opened:
-            opened.append(_open_own(config, main, model_vocab_size, ranks.is_node_main))
-        return opened[0] if opened else None
+    def open_same() -> Corpus:
+        assert main is not None
+        if ranks.is_main:
+            return main
+        own = config if main.fallback_for is None else config.fallback_config()
+        plan = plan_from_name(own, main.fallback_for)
+        if not plan.is_prepared:
+            logger.warning(
+                "preparing the corpus again in %s: this machine does not see the main rank's "
+                "folder; [data] cache_dir on a shared disk is prepared once",
+                plan.folder,
+            )
+        corpus = open_planned(plan, ranks.is_node_main)
+        if corpus.fingerprint != main.fingerprint:
+            raise CorpusError(
+                f"{plan.folder}: this rank's corpus has fingerprint {corpus.fingerprint}, the main "
+                f"rank's {main.fingerprint}; put [data] cache_dir on a disk that all nodes share, "
+                "or copy the main rank's folder"
+            )
+        return corpus
 
-    main = ranks.together(lambda: take_turn(None))[0]
-    ranks.together(lambda: take_turn(main))
-    return opened[0]
-
-
-def _open_own(
-    config: DataConfig, main: Corpus | None, model_vocab_size: int | None, verifies: bool
-) -> Corpus:
-    """Opens this rank's corpus, which must be that of the main rank (None: of this rank)."""
-    if main is None:
-        plan = plan_corpus(config)
-    else:
-        config = config if main.fallback_for is None else config.fallback_config()
-        plan = plan_from_name(config, main.fallback_for)
-    if main is not None and not plan.is_prepared:
-        logger.warning(
-            "preparing the corpus again in %s: this machine does not see the main rank's folder; "
-            "[data] cache_dir on a shared disk is prepared once",
-            plan.folder,
-        )
-    prepare_corpus(plan, model_vocab_size)
-    corpus = open_prepared(plan.folder, plan.fallback_for, verifies=verifies)
-    if model_vocab_size is not None:
-        corpus.check_vocabulary(model_vocab_size)
-    if main is not None and corpus.fingerprint != main.fingerprint:
-        raise CorpusError(
-            f"{plan.folder}: this rank's corpus has fingerprint {corpus.fingerprint}, the main "
-            f"rank's {main.fingerprint}; put [data] cache_dir on a disk that all nodes share, or "
-            "copy the main rank's folder"
-        )
-    return corpus
+    return ranks.together(open_same)[ranks.rank]
 
 
 def prepare_corpus(plan: CorpusPlan, model_vocab_size: int | None = None) -> None:
     """Prepares a corpus unless it exists, in `<folder>.partial`, which is renamed when it is
-    complete. A stopped preparation resumes after the last finished segment.
+    complete. A stopped preparation resumes after the last finished segment. Waits while another
+    process prepares the corpus.
 
     Args:
         model_vocab_size: the largest vocabulary that the tokenizer may have; by default any.
@@ -150,14 +146,6 @@ def prepare_corpus(plan: CorpusPlan, model_vocab_size: int | None = None) -> Non
     """
     if plan.is_prepared:
         return
-    with _locked(plan):
-        if not plan.is_prepared:
-            _Preparation(plan).run(model_vocab_size)
-
-
-@contextmanager
-def _locked(plan: CorpusPlan) -> Iterator[None]:
-    """Waits until no other process prepares the corpus, and then keeps others from it."""
     lock = FileLock(plan.folder.with_name(plan.folder.name + ".lock"))
     try:
         plan.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +154,8 @@ def _locked(plan: CorpusPlan) -> Iterator[None]:
         except Timeout:
             logger.info("waiting for another process that is preparing %s", plan.folder)
             lock.acquire()
-        yield
+        if not plan.is_prepared:
+            _Preparation(plan).run(model_vocab_size)
     except (OSError, NotImplementedError) as error:
         raise CorpusError(
             f"[data] cache_dir = {str(plan.config.cache_dir)!r}: cannot be written and locked "
@@ -177,8 +166,10 @@ def _locked(plan: CorpusPlan) -> Iterator[None]:
         lock.release()
 
 
-class Progress(Record):
+class Progress(BaseModel):
     """All that resuming a preparation needs."""
+
+    model_config = ConfigDict(strict=True)
 
     eos_token: str | None = None
     """The end-of-document token of the saved tokenizer; None before it is saved."""
@@ -193,7 +184,7 @@ class Progress(Record):
     """The commit of a dataset on the hub; None for other sources."""
     segments: int = 0
     """Finished segments of all streams."""
-    splits: dict[str, list[ShardRecord]] = Field(default_factory=dict)
+    splits: dict[str, list[ShardRecord]] = {}
     """Finished shards by split."""
 
 
@@ -208,36 +199,34 @@ class _Preparation:
         self._progress = _read_progress(self._folder)
 
     def run(self, model_vocab_size: int | None) -> None:
+        progress, row = self._progress, DATASETS[self._config.dataset]
         if self._source.repository is not None:
-            commit = self._progress.revision or newest_commit(self._source.repository)
-            self._source = DATASETS[self._config.dataset].open(self._config, commit)
-            self._progress = self._progress.model_copy(update={"revision": commit})
-            logger.info("reading commit %s of the dataset", commit)
+            progress.revision = progress.revision or newest_commit(self._source.repository)
+            self._source = row.open(self._config, progress.revision)
+            logger.info("reading commit %s of the dataset", progress.revision)
         logger.info("preparing corpus: %s -> %s", self._source.description, self._plan.folder)
+        for key in ("validation_fraction", "test_fraction"):
+            # Of the other datasets with splits, the configuration knows.
+            is_void = self._source.splits and not row.has_own_splits
+            if is_void and not self._config.is_default(key):
+                raise CorpusError(
+                    f"[data] {key} = {getattr(self._config, key)} has no effect: "
+                    f"{self._source.description} has its own splits; leave it out"
+                )
         # The splits to read; None is all documents, of which we hold some out.
         streams = self._source.splits or (None,)
-        self._check_fractions()
         tokenizer = self._tokenizer(streams[0])
         if model_vocab_size is not None:
             name = f"the tokenizer ([data] tokenizer = {self._config.tokenizer!r})"
             check_vocabulary(tokenizer.vocab_size, model_vocab_size, name)
         self._folder.mkdir(exist_ok=True)
-        if self._progress.eos_token is None:
+        if progress.eos_token is None:
             write_atomically(self._folder / TOKENIZER_FILE, tokenizer.serialized)
-            self._reached(eos_token=tokenizer.eos_token)
-        for stream in streams[self._progress.stream :]:
+            progress.eos_token = tokenizer.eos_token
+            self._save_progress()
+        for stream in streams[progress.stream :]:
             self._write_stream(stream, tokenizer)
         self._finish(tokenizer)
-
-    def _check_fractions(self) -> None:
-        # With datasets that always have their own splits, the keys are for other sources.
-        if self._source.splits and not DATASETS[self._config.dataset].has_own_splits:
-            for key in ("validation_fraction", "test_fraction"):
-                if (value := getattr(self._config, key)) is not None:
-                    raise CorpusError(
-                        f"[data] {key} = {value} has no effect: {self._source.description} has its "
-                        "own splits; leave it out"
-                    )
 
     def _tokenizer(self, stream: str | None) -> DocumentTokenizer:
         """The tokenizer saved by the preparation being resumed, or a new one."""
@@ -269,47 +258,59 @@ class _Preparation:
         )
         limits = [size for size in (config.max_bytes, self._source.num_bytes) if size is not None]
         total = min(limits, default=None)
+        segment, num_tokens = list[Batch](), 0
         with progress_bar(f"tokenizing {stream or ''}".rstrip(), total=total, unit="B") as bar:
             bar.update(progress.bytes_of_text)
             # Three threads: one reads, one tokenizes with all cores, this one writes.
-            batches = read_ahead(tokenized(read_ahead(read), tokenizer))
-            for segment in segments(batches, SEGMENT_TOKENS, bar.update):
+            for batch in read_ahead(tokenized(read_ahead(read), tokenizer)):
+                bar.update(batch.num_bytes)
+                segment.append(batch)
+                num_tokens += sum(map(len, batch.documents)) + len(batch.documents)
+                if num_tokens >= SEGMENT_TOKENS:
+                    self._write_segment(segment, stream, tokenizer)
+                    segment, num_tokens = [], 0
+            if segment:
                 self._write_segment(segment, stream, tokenizer)
-        self._reached(stream=progress.stream + 1, position=None, documents=0, bytes_of_text=0)
+        progress.stream += 1
+        progress.position, progress.documents, progress.bytes_of_text = None, 0, 0
+        self._save_progress()
 
     def _write_segment(
-        self, segment: "Batch", stream: str | None, tokenizer: DocumentTokenizer
+        self, segment: "list[Batch]", stream: str | None, tokenizer: DocumentTokenizer
     ) -> None:
         """Writes one shard for each split, and the progress after it."""
-        progress = self._progress
-        documents = dict[str, list[NDArray[Any]]]()
-        for number, ids in enumerate(segment.documents, start=progress.documents):
-            split = _split_of(number, stream, self._config)
+        progress, documents = self._progress, dict[str, list[NDArray[Any]]]()
+        for ids in chain.from_iterable(batch.documents for batch in segment):
+            split = _split_of(progress.documents, stream, self._config)
             is_cut = stream is None and split != "train"
             kept = ids[: HELD_OUT_DOCUMENT_TOKENS - 1] if is_cut else ids
             documents.setdefault(split, []).append(kept)
-        splits = dict(progress.splits)
+            progress.documents += 1
         for split, own in documents.items():
             file = self._folder / f"{split}-{progress.segments:05d}.bin"
-            splits[split] = [*splits.get(split, []), write_shard(file, own, tokenizer)]
-        self._reached(
-            position=segment.position,
-            documents=progress.documents + len(segment.documents),
-            bytes_of_text=progress.bytes_of_text + segment.num_bytes,
-            segments=progress.segments + 1,
-            splits=splits,
-        )
-        logger.info("finished segment %d", progress.segments + 1)
+            progress.splits.setdefault(split, []).append(write_shard(file, own, tokenizer))
+        progress.position = segment[-1].position
+        progress.bytes_of_text += sum(batch.num_bytes for batch in segment)
+        progress.segments += 1
+        self._save_progress()
+        logger.info("finished segment %d", progress.segments)
 
-    def _reached(self, **changes: object) -> None:
-        """Writes the progress after `changes`."""
-        self._progress = self._progress.model_copy(update=changes)
+    def _save_progress(self) -> None:
         write_atomically(self._folder / PROGRESS_FILE, self._progress.model_dump_json())
 
     def _finish(self, tokenizer: DocumentTokenizer) -> None:
         """Writes the index, and gives the folder its name."""
-        plan = self._plan
-        sha256, splits = sha256_of_file(self._folder / TOKENIZER_FILE), self._all_splits()
+        plan, splits = self._plan, self._progress.splits
+        has_test = self._config.test_fraction is not None and not self._source.splits
+        names = ("train", "validation", "test") if has_test else ("train", "validation")
+        for split in names:
+            if split not in splits:
+                raise CorpusError(
+                    f"{self._source.description}: no document for the {split} split; a corpus "
+                    f"needs {len(names)} documents or more, all but one held out; add text"
+                )
+        splits = {split: splits[split] for split in names}
+        sha256 = sha256_of_file(self._folder / TOKENIZER_FILE)
         index = CorpusIndex(
             format_version=FORMAT_VERSION,
             name=plan.folder.name,
@@ -334,17 +335,6 @@ class _Preparation:
             (plan.folder / PROGRESS_FILE).unlink()
         counts = ", ".join(f"{index.num_tokens(split)} {split}" for split in splits)
         logger.info("corpus ready: %s tokens in %s", counts, plan.folder)
-
-    def _all_splits(self) -> dict[str, list[ShardRecord]]:
-        has_test = self._config.test_fraction is not None and not self._source.splits
-        names = ("train", "validation", "test") if has_test else ("train", "validation")
-        for split in names:
-            if split not in self._progress.splits:
-                raise CorpusError(
-                    f"{self._source.description}: no document for the {split} split; a corpus "
-                    f"needs {len(names)} documents or more, all but one held out; add text"
-                )
-        return {split: self._progress.splits[split] for split in names}
 
 
 def _read_progress(folder: Path) -> Progress:
@@ -465,28 +455,6 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def segments(
-    batches: Iterator[Batch], num_tokens: int, on_bytes: Callable[[int], object]
-) -> Iterator[Batch]:
-    """Yields tokenized batches joined until they hold `num_tokens` tokens or more.
-
-    Args:
-        on_bytes: called with the bytes of each batch.
-    """
-    documents, num_bytes, left, position = list[Any](), 0, num_tokens, Position()
-    for batch in batches:
-        on_bytes(batch.num_bytes)
-        documents += batch.documents
-        num_bytes += batch.num_bytes
-        position = batch.position
-        left -= sum(map(len, batch.documents)) + len(batch.documents)
-        if left <= 0:
-            yield Batch(documents, num_bytes, position)
-            documents, num_bytes, left = [], 0, num_tokens
-    if documents:
-        yield Batch(documents, num_bytes, position)
-
-
 def write_shard(
     file: Path, documents: Sequence[NDArray[Any]], tokenizer: DocumentTokenizer
 ) -> ShardRecord:
@@ -500,5 +468,4 @@ def write_shard(
         stream.flush()
         os.fsync(stream.fileno())
     sha256 = hashlib.sha256(tokens.data).hexdigest()
-    counts = {"documents": len(documents), "tokens": len(tokens)}
-    return ShardRecord(file=file.name, sha256=sha256, **counts)
+    return ShardRecord(file=file.name, documents=len(documents), tokens=len(tokens), sha256=sha256)

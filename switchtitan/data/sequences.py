@@ -69,30 +69,33 @@ class TokenSequences(Dataset[TokenSequence]):
         return max(0, int(self._ends[-1]) - 1) // self.seq_len
 
     def __getitem__(self, index: int) -> TokenSequence:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sequence {index} of {len(self)}")
         first = index * self.seq_len
-        tokens = torch.from_numpy(self.read(first, first + self.seq_len + 1))
+        tokens = torch.from_numpy(self._read(first, first + self.seq_len + 1))
         return TokenSequence(tokens, document_ids(tokens[:-1], self.eos_id))
 
-    def ordered(self, seed: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the indices of the sequences at positions [...] of the endless global order."""
-        return sequence_index(seed, positions, len(self))
+    def ordered(self, seed: int | None, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the indices of the sequences at positions [...] of the unshuffled order (seed
+        None), or of the endless global order."""
+        return positions if seed is None else sequence_index(seed, positions, len(self))
+
+    @property
+    def num_unshuffled(self) -> int:
+        """Positions in the unshuffled order, which ends where the first source ends."""
+        return len(self)
 
     def epochs(self, position: int) -> list[int]:
         """Returns how often each source was read to its end before a position of that order."""
         return [position // len(self)]
 
     def stretches(self, num_sequences: int) -> Iterator[NDArray[np.int64]]:
-        """Yields the tokens of the first sequences, joined where they follow one another.
+        """Yields the tokens of the first unshuffled sequences, joined where they are adjacent.
 
         The first token of each stretch is only the context of the others.
         """
         if num_sequences:
-            yield self.read(0, num_sequences * self.seq_len + 1)
+            yield self._read(0, num_sequences * self.seq_len + 1)
 
-    def read(self, first: int, end: int) -> NDArray[np.int64]:
-        """Returns the tokens [first, end) of the joined shards."""
+    def _read(self, first: int, end: int) -> NDArray[np.int64]:
         pieces = []
         shard = int(np.searchsorted(self._ends, first, side="right"))
         while first < end:

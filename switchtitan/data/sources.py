@@ -79,8 +79,8 @@ def _files_source(
             ValueError says where the file is malformed.
     """
     kind, path, column = config.dataset, config.folder, config.column
-    files = _find_files(config, patterns)
-    states = _states(path if path.is_dir() else path.parent, files)
+    files = _find_files(config, *patterns)
+    states = _states(path, files)
     return Source(
         f"{len(files)} {kind} file(s) in {path}",
         {"kind": kind, "text_column": None if kind == "text" else column, "files": states},
@@ -105,7 +105,7 @@ def _reader_of(files: Sequence[Path], read_file: Callable[[Path], Iterator[str]]
     return read
 
 
-def _find_files(config: "SourceConfig", patterns: Sequence[str]) -> list[Path]:
+def _find_files(config: "SourceConfig", *patterns: str) -> list[Path]:
     path = config.folder
     if exists(path) and path.is_file():
         return [path]
@@ -118,8 +118,9 @@ def _find_files(config: "SourceConfig", patterns: Sequence[str]) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
 
 
-def _states(root: Path, files: Sequence[Path]) -> list[tuple[str, int, int]]:
+def _states(path: Path, files: Sequence[Path]) -> list[tuple[str, int, int]]:
     """Returns names, sizes and times of files, which change if their contents do."""
+    root = path if path.is_dir() else path.parent
     try:
         stats = [(os.path.relpath(file, root), file.stat()) for file in files]
     except OSError as error:
@@ -129,8 +130,7 @@ def _states(root: Path, files: Sequence[Path]) -> list[tuple[str, int, int]]:
 
 def read_text(file: Path, column: str) -> Iterator[str]:
     """Yields a file as one document, or a long one in pieces that end at line ends."""
-    lines: list[str] = []
-    num_bytes = 0
+    lines, num_bytes = list[str](), 0
     with file.open(encoding="utf-8", newline="") as stream:
         for line in stream:
             lines.append(line)
@@ -178,17 +178,15 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
 def _pystdlib(config: "SourceConfig", commit: str | None) -> Source:
     """The standard library of the running interpreter: one document per `.py` file, in the order of
     names, without build settings and files not in UTF-8."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root, files = Path(sysconfig.get_paths()["stdlib"]), list[Path]()
     # site-packages, which can be ten times as large, is not walked. _sysconfigdata and the config
     # folder hold paths of the machine that built Python.
     left_out = ("site-packages", "dist-packages", "__pycache__", "_sysconfigdata", "config-")
-    files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(left_out)]
-        modules = (name for name in names if name.endswith(".py"))
-        files += [Path(folder, name) for name in modules if not name.startswith(left_out)]
-    if not files:
-        raise CorpusError(f"[data] dataset = 'pystdlib': no .py files in {root}; choose another")
+        files += [
+            Path(folder, n) for n in names if n.endswith(".py") and not n.startswith(left_out)
+        ]
     files.sort(key=lambda file: file.relative_to(root).as_posix())
     name = f"standard library of {platform.python_implementation()} {platform.python_version()}"
     num_bytes = sum(file.stat().st_size for file in files)
@@ -245,8 +243,6 @@ def _hub(config: "SourceConfig", commit: str | None) -> Source:
             return ()
         with _explained_errors(name):
             names = get_dataset_split_names(name, config.hub_config, revision=commit)
-            if "train" not in names:
-                raise ValueError(f"no split 'train', found {', '.join(names)}")
         return ("train", "validation") if "validation" in names else ()
 
     given = "" if config.hub_config is None else f", {config.hub_config}"
@@ -267,21 +263,18 @@ _C4_FILES = {"train": "en/c4-train.*.json.gz", "validation": "en/c4-validation.*
 def _c4(config: "SourceConfig", commit: str | None) -> Source:
     """English C4 (Raffel et al. 2020, arXiv 1910.10683) with its own splits, from the hub, or from
     a copy of the hub's folder at `path`."""
-    name, identity = f"hub: {_C4_NAME}", dict[str, object](kind="c4", hub=_C4_NAME)
+    repository, name = _C4_NAME, f"hub: {_C4_NAME}"
+    identity: dict[str, object] = {"kind": "c4", "hub": _C4_NAME}
     if config.path is not None:
-        name, folder = str(config.folder), config.folder / "en"
-        found = [file for pattern in _C4_FILES.values() for file in config.folder.glob(pattern)]
-        if len({file.name.partition(".")[0] for file in found}) < len(_C4_FILES):
-            names = " and ".join(_C4_FILES.values())
-            raise CorpusError(f"[data] path = {name!r}: expected files {names}")
-        identity = {"kind": "c4", "files": _states(folder, sorted(found))}
-    repository = _C4_NAME if config.path is None else None
+        repository = name = str(config.folder)
+        files = [file for names in _C4_FILES.values() for file in _find_files(config, names)]
+        identity = {"kind": "c4", "files": _states(config.folder / "en", files)}
     return Source(
         f"C4 English ({name})",
         identity,
-        _hub_reader(repository or name, "text", "train", data_files=_C4_FILES, revision=commit),
+        _hub_reader(repository, "text", "train", data_files=_C4_FILES, revision=commit),
         lambda: _C4_FILES,
-        repository=repository,
+        repository=repository if config.path is None else None,
     )
 
 
@@ -347,17 +340,18 @@ def _nanogpt(config: "SourceConfig", commit: str | None) -> Source:
     files: dict[str | None, list[Path]]
     files = {"train": [path / "train.bin"], "validation": [path / "val.bin"]}
     if not all(file.is_file() for (file,) in files.values()):
-        files = {None: _find_files(config, ("*.bin",))}
-    states = _states(path if path.is_dir() else path.parent, [*chain(*files.values())])
+        files = {None: _find_files(config, "*.bin")}
+    states = _states(path, [*chain(*files.values())])
 
-    def read(
-        split: str | None, at: Position | None, tokenizer: DocumentTokenizer | None
-    ) -> Documents:
-        assert tokenizer is not None, "token ids need a tokenizer"
+    def read(split: str | None, at: Position | None, maker: DocumentTokenizer | None) -> Documents:
+        assert maker is not None, "token ids need a tokenizer"
+        # uint16, or uint32 above 65 536 tokens.
+        dtype = np.dtype(maker.dtype).newbyteorder("<")
         number, start = (at["file"], at["token"]) if at else (0, 0)
         for file in files[split][number:]:
             try:
-                for ids, end in _cut_at_ends(_map_tokens(file, tokenizer), start, tokenizer):
+                tokens = np.memmap(file, dtype=dtype, mode="r")
+                for ids, end in _cut_at_ends(tokens, start, maker):
                     yield ids, {"file": number, "token": end}
             except (OSError, ValueError) as error:
                 raise CorpusError(
@@ -374,19 +368,11 @@ def _nanogpt(config: "SourceConfig", commit: str | None) -> Source:
     )
 
 
-def _map_tokens(file: Path, tokenizer: DocumentTokenizer) -> NDArray[Any]:
-    """Maps tokens of the tokenizer's dtype: uint16, or uint32 above 65 536 tokens."""
-    tokens = np.memmap(file, dtype=np.dtype(tokenizer.dtype).newbyteorder("<"), mode="r")
-    if tokens[:4].tobytes()[:4] == (20240520).to_bytes(4, "little"):
-        raise ValueError("it has llm.c's header of 1024 bytes; remove it")
-    return tokens
-
-
 def _cut_at_ends(
     tokens: NDArray[Any], start: int, tokenizer: DocumentTokenizer
 ) -> Iterator[tuple[NDArray[Any], int]]:
-    """Yields documents, each with the token after its end. What follows the last end token is a
-    document too."""
+    """Yields documents, each with the position after its end token. What follows the last end
+    token is a document too."""
     document = start
     for first in range(start, len(tokens), _BLOCK_TOKENS):
         block = tokens[first : first + _BLOCK_TOKENS]

@@ -6,10 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import pre_tokenizers
 
-from switchtitan.data.mixture import InterleavedSequences
-from switchtitan.data.sequences import TokenSequences
+from switchtitan.data.mixture import Sequences
 from switchtitan.data.tokenizer import DocumentTokenizer
 
 
@@ -33,14 +31,11 @@ class TextSize(NamedTuple):
 
 
 def size_of_sequences(
-    sequences: TokenSequences | InterleavedSequences,
-    num_sequences: int,
-    documents: DocumentTokenizer,
+    sequences: Sequences, num_sequences: int, documents: DocumentTokenizer
 ) -> TextSize:
-    """Returns the size of the first sequences, whose text it reads."""
-    num_bytes = sum(
-        num_text_bytes(tokens, documents) for tokens in sequences.stretches(num_sequences)
-    )
+    """Returns the size of the first unshuffled sequences, whose text it reads."""
+    stretches = sequences.stretches(num_sequences)
+    num_bytes = sum(num_text_bytes(tokens, documents) for tokens in stretches)
     return TextSize(num_sequences * sequences.seq_len, num_bytes)
 
 
@@ -70,12 +65,9 @@ def bytes_by_token(documents: DocumentTokenizer) -> NDArray[np.int64] | None:
     decoder = json.loads(documents.serialized).get("decoder")
     if decoder is None or decoder.get("type") != "ByteLevel":
         return None
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     table = np.zeros(documents.vocab_size, dtype=np.int64)
-    for piece, token in documents.tokenizer.get_vocab(with_added_tokens=True).items():
-        # An added token is stored as it is read, others with one character for each byte.
-        is_bytes = alphabet.issuperset(piece)
-        table[token] = len(piece) if is_bytes else len(piece.encode())
+    for piece, token in documents.tokenizer.get_vocab(with_added_tokens=False).items():
+        table[token] = len(piece)  # one character for each byte
     for token, added in documents.tokenizer.get_added_tokens_decoder().items():
         table[token] = 0 if added.special else len(added.content.encode())
     return table

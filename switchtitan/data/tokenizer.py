@@ -74,9 +74,8 @@ def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenize
     """Reads a `tokenizer.json`, or the one in a folder.
 
     Args:
-        path: the file or the folder.
-        eos_token: the token that ends a document; None means `eos_token` of the settings next to
-            the file, or otherwise the first common one in the vocabulary.
+        eos_token: the token that ends a document; by default `eos_token` of a
+            `tokenizer_config.json` next to the file, or the first common one in the vocabulary.
 
     Raises:
         CorpusError: if the file is missing, cannot be parsed, or has no end-of-document token.
@@ -96,8 +95,8 @@ def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenize
 
 
 def fetch_tokenizer(name: str) -> DocumentTokenizer:
-    """Loads a tokenizer by its name on the Hugging Face hub, from the local cache if it is there.
-    Raises a CorpusError if it cannot be downloaded, or has no end-of-document token."""
+    """Loads a tokenizer by its name on the hub, from the local cache if it is there; see
+    `read_tokenizer`."""
     try:
         tokenizer = Tokenizer.from_pretrained(name)
     # The library raises bare Exception, the hub's client its transport's errors.
@@ -151,17 +150,14 @@ def _document_tokenizer(
 
 
 def _configured_eos(folder: Path) -> str | None:
-    """Returns `eos_token` of a Hugging Face tokenizer folder, a string or an object with
-    `content`."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        try:
-            settings = json.loads(file_inside(folder, name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, RecursionError) as error:
-            raise CorpusError(f"{folder / name}: expected a file of JSON ({error})") from error
-        token = settings.get("eos_token") if isinstance(settings, dict) else None
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            return token
-    return None
+    """Returns `eos_token` of a Hugging Face folder, a string or an object with `content`."""
+    name = "tokenizer_config.json"
+    try:
+        settings = json.loads(file_inside(folder, name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorpusError(f"{folder / name}: expected a file of JSON ({error})") from error
+    token = settings.get("eos_token") if isinstance(settings, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from switchtitan.contracts import IGNORED_TARGET, Batch
-from switchtitan.data import Corpus, build_validation_batches
+from switchtitan.data import Corpus, ValidationBatches
 from switchtitan.data.sequences import document_ids
 from switchtitan.data.text import TextSize, size_of_sequences
 from switchtitan.data.tokenizer import DocumentTokenizer
@@ -47,8 +47,8 @@ def held_out_split(
     Raises:
         CorpusError: if there is no such split, or it is shorter than one sequence.
     """
-    sequences = corpus.held_out_split(split, shape.seq_len)
-    batches = build_validation_batches(
+    sequences = corpus.split(split, shape.seq_len)
+    batches = ValidationBatches(
         sequences,
         num_sequences=num_tokens // shape.seq_len,
         local_batch_size=shape.local_batch_size,

@@ -24,7 +24,7 @@ from switchtitan.checkpoint import (
 )
 from switchtitan.config import resolved_toml
 from switchtitan.contracts import Batch, Method, SummedLoss
-from switchtitan.data import Corpus, build_train_batches, build_validation_batches, open_corpus
+from switchtitan.data import Corpus, ValidationBatches, build_train_batches, open_corpus
 from switchtitan.distributed.blocks import checkpoint_activations, compile_blocks
 from switchtitan.distributed.dtype import agree_on_dtype, dtype_on
 from switchtitan.distributed.fsdp import (
@@ -254,7 +254,7 @@ def build_batches(
 ) -> Generator[list[Batch], None, None]:
     """Build this rank's training batches from `state.next_batch` on; `close` ends their workers."""
     return build_train_batches(
-        corpus.train_split(config.data.seq_len),
+        corpus.split("train", config.data.seq_len),
         seed=config.job.seed,
         global_batch_size=config.training.global_batch_size,
         local_batch_size=config.training.local_batch_size,
@@ -278,8 +278,8 @@ def build_evaluators(
     seq_len = config.data.seq_len
 
     def evaluator_on(split: Literal["validation", "test"], num_tokens: int) -> Evaluator:
-        sequences = corpus.held_out_split(split, seq_len)
-        batches = build_validation_batches(
+        sequences = corpus.split(split, seq_len)
+        batches = ValidationBatches(
             sequences,
             num_sequences=num_tokens // seq_len,
             local_batch_size=config.training.local_batch_size,

@@ -83,7 +83,7 @@ def test_a_seed_shows_what_a_run_with_it_reads_first(corpus):
     result = result_of("prepare", *words, "--seed", 7)
     assert result["fingerprint"] == corpus.fingerprint
     batches = build_train_batches(
-        corpus.train_split(40),
+        corpus.split("train", 40),
         seed=7,
         global_batch_size=2,
         local_batch_size=2,

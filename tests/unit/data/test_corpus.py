@@ -1,9 +1,11 @@
-"""A corpus is prepared from its documents with its tokenizer, whatever stops a preparation."""
+"""A corpus is prepared from its documents with its tokenizer, whatever stops a preparation, and is
+opened complete or not at all."""
 
 import json
 import os
 import shutil
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,14 +21,10 @@ from support.tiny_documents import make_documents, write_json_lines
 from support.token_files import write_nanogpt
 from support.word_tokenizer import save_tokenizer
 
-from switchtitan.data import (
-    DataConfig,
-    open_corpus,
-    plan_corpus,
-)
+from switchtitan.data import DataConfig, open_corpus, open_prepared, plan_corpus
 from switchtitan.data import corpus as corpus_module
 from switchtitan.data import prepare as prepare_module
-from switchtitan.data.corpus import plan_from_name
+from switchtitan.data.corpus import fingerprint_of, plan_from_name, verify_files
 from switchtitan.data.prepare import is_held_out
 from switchtitan.data.sources import hub_error
 from switchtitan.data.tokenizer import fetch_tokenizer, read_tokenizer, train_tokenizer
@@ -36,10 +34,8 @@ from switchtitan.errors import CorpusError
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"dataset": "pystdlib", "path": "x"}, "path"),
         ({"dataset": "text", "path": "x", "text_column": "body"}, "text_column"),
         ({"dataset": "c4", "validation_fraction": 0.1}, "validation_fraction = 0.1"),
-        ({"dataset": "c4", "test_fraction": 0.1}, "test_fraction = 0.1"),
         ({"tokenizer": "t5-base", "vocab_size": 300}, "vocab_size = 300"),
         ({"dataset": "pystdlib", "offline_dataset": "pystdlib"}, "offline_dataset"),
         ({"dataset": "jsonl", "path": "x", "hub_split": "train"}, 'hub_split = "train"'),
@@ -83,7 +79,6 @@ def test_a_trained_tokenizer_round_trips_any_string(documents):
         assert tokenizer.tokenizer.decode(ids, skip_special_tokens=False) == text
         assert tokenizer.eos_id not in ids
     # The same on every machine.
-    assert train_tokenizer(iter(documents), 300).sha256.startswith("00171497b17fa0b0")
     assert tokenizer.sha256.startswith("00171497b17fa0b0")
 
 
@@ -102,9 +97,7 @@ def test_settings_next_to_the_tokenizer_name_the_end_token(tmp_path, setting):
     assert read_tokenizer(tmp_path).eos_token == "<stop>"
 
 
-def test_a_missing_damaged_unknown_or_endless_tokenizer_is_named(tmp_path, monkeypatch):
-    with pytest.raises(CorpusError, match=r"tokenizer\.json"):
-        read_tokenizer(tmp_path)
+def test_a_damaged_unknown_or_endless_tokenizer_is_named(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(CorpusError, match="cannot be read"):
         read_tokenizer(tmp_path)
@@ -254,30 +247,19 @@ def test_the_held_out_documents_of_a_fraction_never_change():
     assert tested == [1, 17, 25, 38, 41]
 
 
-def test_the_test_split_is_a_fraction_of_the_other_documents():
-    others = [document for document in range(50_000) if not is_held_out(document, 0.4)]
-    drawn = sum(is_held_out(document, 0.3, first=1) for document in others)
-    # Five standard deviations of a binomial distribution.
-    assert abs(drawn / len(others) - 0.3) < 5 * (0.3 * 0.7 / 30_000) ** 0.5
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Commits of `owner/name` on a hub: their folders, the newest one last."""
     import datasets
 
-    commits, load = {}, datasets.load_dataset
-    names = datasets.get_dataset_split_names
+    commits = {}
 
-    def folder(name, revision):
-        assert name == "owner/name"
-        return str(commits[revision or list(commits)[-1]])
+    def at_commit(function):
+        def call(repository, /, *arguments, revision, **keys):
+            assert repository == "owner/name"
+            return function(str(commits[revision]), *arguments, **keys)
 
-    def load_dataset(path, *, revision, **keys):
-        return load(folder(path, revision), **keys)
-
-    def get_names(name, config, revision):
-        return names(folder(name, revision), config)
+        monkeypatch.setattr(datasets, function.__name__, call)
 
     def dataset_info(client, name):
         return SimpleNamespace(sha=list(commits)[-1])
@@ -285,17 +267,14 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpus_module, "hub_error", lambda: None)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("datasets.get_dataset_split_names", get_names)
+    at_commit(datasets.load_dataset)
+    at_commit(datasets.get_dataset_split_names)
     return commits
 
 
 def commit(hub, folder, revision, texts):
     for split, part in (("train", texts), ("validation", texts[:5])):
         write_json_lines(folder / revision / f"{split}.json.gz", part)
-    files = "data_files:\n  - {split: train, path: tr*}\n  - {split: validation, path: va*}"
-    readme = f"---\nconfigs:\n- config_name: default\n  {files}\n---\n"
-    (folder / revision / "README.md").write_text(readme)
     hub[revision] = folder / revision
 
 
@@ -366,3 +345,60 @@ def test_a_prepared_corpus_needs_no_hub(elsewhere, corpus):
 def test_a_hub_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert "http://127.0.0.1:9: " in hub_error()
+
+
+def edit(file):
+    contents = bytearray(file.read_bytes())
+    contents[0] ^= 1
+    file.write_bytes(contents)
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size - 2)
+
+
+def test_the_fingerprint_covers_tokens_and_tokenizer_and_not_the_place(corpus, copy):
+    assert open_prepared(copy).fingerprint == corpus.fingerprint
+    index = corpus.index
+    same = fingerprint_of(index.tokenizer.sha256, index.dtype, index.splits)
+    assert same == corpus.fingerprint
+    assert fingerprint_of("0" * 64, index.dtype, index.splits) != same
+    assert fingerprint_of(index.tokenizer.sha256, "uint32", index.splits) != same
+    others = index.splits | {"train": index.splits["validation"]}
+    assert fingerprint_of(index.tokenizer.sha256, index.dtype, others) != same
+
+
+@pytest.mark.parametrize("name", ["train-00000.bin", "tokenizer.json"])
+@pytest.mark.parametrize("change", [edit, truncate, Path.unlink])
+def test_a_damaged_file_is_named_with_the_fix(copy, name, change):
+    change(copy / name)
+    with pytest.raises(CorpusError, match=f"{name}: .*; delete the folder {copy}"):
+        open_prepared(copy)
+
+
+def test_only_sizes_of_a_large_corpus_are_compared_at_each_start(copy, monkeypatch):
+    monkeypatch.setattr(corpus_module, "VERIFIED_BYTES", 0)
+    edit(copy / "train-00000.bin")
+    opened = open_prepared(copy)
+    with pytest.raises(CorpusError, match=r"train-00000\.bin: .* checksum"):
+        verify_files(copy, opened.index)
+    truncate(copy / "train-00000.bin")
+    with pytest.raises(CorpusError, match=r"train-00000\.bin: it has .* bytes"):
+        open_prepared(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "",
+        lambda text: json.dumps({**json.loads(text), "format_version": 99}),
+        lambda text: json.dumps({**json.loads(text), "dtype": "uint32"}),
+        # A number that neither the fingerprint nor another file holds.
+        lambda text: text.replace('"eos_id": 0', '"eos_id": 1'),
+    ],
+)
+def test_a_damaged_index_is_named_with_the_fix(copy, change):
+    file = copy / "index.json"
+    file.write_text(change(file.read_text()))
+    with pytest.raises(CorpusError, match=r"index\.json: the index .*delete the folder"):
+        open_prepared(copy)

@@ -4,6 +4,7 @@ read is named."""
 import importlib.util
 import json
 import random
+import shutil
 import struct
 from types import MappingProxyType, SimpleNamespace
 from typing import NamedTuple
@@ -12,9 +13,8 @@ import numpy as np
 import pytest
 from support.tiny_documents import make_documents, write_json_lines
 from support.token_files import write_nanogpt
-from support.word_tokenizer import save_tokenizer
 
-from switchtitan.data import DATASETS, DataConfig, open_corpus, sources
+from switchtitan.data import DATASETS, sources
 from switchtitan.data.config import SourceConfig
 from switchtitan.data.sources import TEXT_DOCUMENT_BYTES, read_text
 from switchtitan.errors import CorpusError
@@ -48,6 +48,13 @@ def write_parquet(folder):
     for name, part in (("0.parquet", TEXTS[:9]), ("1.parquet/1.parquet", TEXTS[9:])):
         table = pyarrow.table({"id": list(range(len(part))), "body": part})
         pyarrow.parquet.write_table(table, folder / name, row_group_size=4)
+
+
+def write_ids(folder):
+    """What follows the last end is a document too."""
+    write_nanogpt(folder / "a.bin", IDS[:-1], EOS)
+    with (folder / "a.bin").open("ab") as stream:
+        stream.write(np.array(IDS[-1], dtype="<u2").tobytes())
 
 
 def write_hub(folder):
@@ -92,7 +99,7 @@ ROWS = {
     "one split of hub": Row("hub", write_hub, TEXTS[:9], VALIDATION),
     "c4": Row("c4", write_c4, split="train"),
     "validation of c4": Row("c4", write_c4, TEXTS[:5], split="validation"),
-    "nanogpt": Row("nanogpt", lambda folder: write_nanogpt(folder / "a.bin", IDS, EOS), IDS),
+    "nanogpt": Row("nanogpt", write_ids, IDS),
 }
 
 
@@ -161,11 +168,6 @@ def test_a_document_may_be_longer_than_what_is_read_at_a_time(num_tokens, tmp_pa
     assert read(make_source("nanogpt", tmp_path)) == IDS
 
 
-def test_tokens_without_an_end_are_one_document(tmp_path):
-    (tmp_path / "a.bin").write_bytes(np.array([5, 6] * 9, dtype="<u2").tobytes())
-    assert read(make_source("nanogpt", tmp_path)) == [[5, 6] * 9]
-
-
 def test_the_standard_library_excludes_other_packages(tmp_path, monkeypatch):
     names = ["b.py", "a/c.py", "site-packages/x.py", "_sysconfigdata__linux.py", "config-3/y.py"]
     for name in [*names, "z.txt"]:
@@ -174,9 +176,6 @@ def test_the_standard_library_excludes_other_packages(tmp_path, monkeypatch):
     (tmp_path / "bad.py").write_bytes(b"\xff")
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     assert read(make_source("pystdlib")) == ["# a/c.py", "# b.py"]
-    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "missing")})
-    with pytest.raises(CorpusError, match=r"no \.py files"):
-        make_source("pystdlib")
 
 
 def test_every_chapter_of_the_english_corpus_is_a_document():
@@ -228,11 +227,10 @@ def nothing(folder):
         ("jsonl", write_lines("json.gz", "text"), truncate("0.json.gz"), r"0\.json\.gz: cannot"),
         ("jsonl", nothing, write("a.jsonl.zst", b"no zst"), r"a\.jsonl\.zst: cannot be read"),
         ("jsonl", write_lines("jsonl.zst", "text"), truncate("0.jsonl.zst"), r"0\.jsonl\.zst: can"),
-        ("parquet", write_parquet, truncate("0.parquet"), r"0\.parquet: cannot be read"),
         ("parquet", write_parquet, nothing, r"0\.parquet: .*text_column = 'text', found .*body"),
         ("parquet", write_latin_cell, nothing, r"a\.parquet: .*utf-8"),
         ("c4", write_c4, write("en/c4-train.00001-of-00002.json.gz", b"no"), "cannot be read"),
-        ("c4", nothing, nothing, r"c4-train\..*c4-validation\."),
+        ("c4", write_c4, lambda folder: shutil.rmtree(folder / "en"), r"c4-train\."),
         ("hub", write_hub, nothing, r"text_column = 'text', found .*body"),
         (
             "nanogpt",
@@ -240,15 +238,15 @@ def nothing(folder):
             write("a.bin", b"\1\2\3"),
             r"a\.bin: Size of .*available data is not a multiple",
         ),
-        ("nanogpt", nothing, write("a.bin", struct.pack("<3I", 20240520, 1, 1)), "llm.c's header"),
+        # llm.c's header.
+        ("nanogpt", nothing, write("a.bin", struct.pack("<3I", 20240520, 1, 1)), "token 55432"),
         ("parquet", nothing, nothing, r"no parquet files"),
     ],
 )
 def test_what_cannot_be_read_is_named(dataset, write, damage, words, tmp_path):
     write(tmp_path)
     # The files of others are opened when they are listed.
-    is_opened_before = dataset in ("text", "c4") and write is not nothing
-    source = make_source(dataset, tmp_path) if is_opened_before else None
+    source = make_source(dataset, tmp_path) if write is write_texts else None
     damage(tmp_path)
     with pytest.raises(CorpusError, match=words):
         read(source or make_source(dataset, tmp_path))
@@ -260,11 +258,3 @@ def test_a_configuration_or_split_that_is_not_there_is_named(tmp_path, config, s
     source = make_source("hub", tmp_path, **BODY, hub_config=config, hub_split=split)
     with pytest.raises(CorpusError, match=f"{split or config}.*hub_config"):
         read(source, source.splits[0] if source.splits else None)
-
-
-def test_a_token_outside_of_the_vocabulary_is_named(tmp_path):
-    tokenizer = save_tokenizer(tmp_path / "tokenizer.json", "</s>")
-    write_nanogpt(tmp_path / "in" / "a.bin", [[0, 1], [1], [2, 60_000], [0]], EOS)
-    keys = {"dataset": "nanogpt", "path": tmp_path / "in", "cache_dir": tmp_path / "corpora"}
-    with pytest.raises(CorpusError, match=r"a\.bin: it holds token 60000"):
-        open_corpus(DataConfig(**keys, tokenizer=str(tokenizer)))
