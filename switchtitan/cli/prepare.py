@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     if corpus.parts:
         print(f"mixture      {corpus.description}")
-    print(f"tokenizer    {corpus.vocab_size:,} tokens, documents end in {tokenizer.eos_token}")
+    print(f"tokenizer    {tokenizer.vocab_size:,} tokens, documents end in {tokenizer.eos_token}")
     print(f"fingerprint  {corpus.fingerprint}")
     if options.show is not None:
         result |= _show_sequences(corpus, options.split, seq_len, options.show, options.seed)

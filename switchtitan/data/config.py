@@ -18,8 +18,6 @@ else:
 
 TRAINED_TOKENIZER = "train"
 """The value of `tokenizer` that trains one on the corpus."""
-DEFAULT_TRAINED_VOCAB_SIZE = 4096
-DEFAULT_VALIDATION_FRACTION = 0.02
 
 
 class SourceConfig(Section):
@@ -118,6 +116,15 @@ class DataConfig(SourceConfig):
     reached; default: an error."""
 
     @property
+    def trained_vocab_size(self) -> int:
+        return self.vocab_size or 4096
+
+    @property
+    def held_out_fraction(self) -> float:
+        """Of documents, for validation."""
+        return self.validation_fraction or 0.02
+
+    @property
     def tokenizer_path(self) -> Path | None:
         """The local tokenizer that `tokenizer` names; None if it is trained or on the hub."""
         if self.tokenizer == TRAINED_TOKENIZER:
@@ -146,7 +153,6 @@ class DataConfig(SourceConfig):
 
     def fallback_config(self) -> "DataConfig":
         """The configuration to use if the hub cannot be reached."""
-        assert self.offline_dataset is not None
         keys = {"dataset": self.offline_dataset, "tokenizer": TRAINED_TOKENIZER}
         return self.model_copy(update=keys)
 

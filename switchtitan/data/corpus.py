@@ -10,12 +10,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from switchtitan.data.config import (
-    DEFAULT_TRAINED_VOCAB_SIZE,
-    DEFAULT_VALIDATION_FRACTION,
-    TRAINED_TOKENIZER,
-    DataConfig,
-)
+from switchtitan.data.config import TRAINED_TOKENIZER, DataConfig
 from switchtitan.data.mixture import PERIOD, MixedSequences, Schedule, Sequences
 from switchtitan.data.sequences import TokenSequences
 from switchtitan.data.sources import DATASETS, Source, hub_error
@@ -41,7 +36,7 @@ VERIFIED_BYTES = 1 << 30
 ones by size; `switchtitan prepare` verifies all."""
 HELD_OUT_DOCUMENT_TOKENS = 8192
 """A longer held-out document is cut at its end, so that few documents do not decide the loss of a
-small corpus: of the standard library, 0.06 of the split is the most for one document, not 0.21."""
+small corpus: of the standard library, one has 0.06 of the split, not 0.21."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +52,16 @@ class CorpusPlan:
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the folder exists; it gets its name only when it is complete."""
+        """Whether the folder exists; it gets its name when it is complete."""
         return self.folder.is_dir()
 
 
 def plan_corpus(config: DataConfig) -> CorpusPlan:
-    """Plans the corpus that `config` names, or the offline one if the hub cannot be reached.
-
-    A corpus that is already prepared is used without contacting the hub.
+    """Plans the corpus that `config` names, or the offline one if that is not prepared and the hub
+    cannot be reached.
 
     Raises:
-        CorpusError: if a file is missing, or the hub is needed and cannot be reached and there is
-            no fallback.
+        CorpusError: if a file is missing, or there is no offline one.
     """
     plan = plan_from_name(config)
     needs_hub = config.needs_hub_dataset or (
@@ -77,8 +70,10 @@ def plan_corpus(config: DataConfig) -> CorpusPlan:
     if plan.is_prepared or not needs_hub or (reason := hub_error()) is None:
         return plan
     path = f"path = {str(config.path)!r}, " if config.path is not None else ""
-    wanted = f"dataset = {config.dataset!r}, {path}tokenizer = {config.tokenizer!r}"
-    problem = f"{wanted}: the Hugging Face hub cannot be reached ({reason})"
+    problem = (
+        f"dataset = {config.dataset!r}, {path}tokenizer = {config.tokenizer!r}: the Hugging Face "
+        f"hub cannot be reached ({reason})"
+    )
     if config.offline_dataset is None:
         raise CorpusError(
             f"[data] {problem}; check the connection, prepare the corpus on a connected machine "
@@ -109,7 +104,7 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
     }
     # A hub dataset's splits are known only when the hub has been asked.
     if not (row.has_own_splits if row.comes_from_hub else source.splits):
-        identity["validation_fraction"] = config.validation_fraction or DEFAULT_VALIDATION_FRACTION
+        identity["validation_fraction"] = config.held_out_fraction
         identity["test_fraction"] = config.test_fraction
         identity["held_out_document_tokens"] = HELD_OUT_DOCUMENT_TOKENS
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -119,8 +114,7 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
 
 def _tokenizer_identity(config: DataConfig) -> str:
     if config.tokenizer == TRAINED_TOKENIZER:
-        vocab_size = config.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE
-        return f"byte-level BPE of {vocab_size} trained on the corpus"
+        return f"byte-level BPE of {config.trained_vocab_size} trained on the corpus"
     if config.tokenizer_path is not None:
         tokenizer = read_tokenizer(config.tokenizer_path)
         return f"sha256 {tokenizer.sha256}, documents end with {tokenizer.eos_token}"
@@ -202,12 +196,8 @@ def write_index(folder: Path, index: CorpusIndex) -> None:
 
 
 def read_index(folder: Path) -> CorpusIndex:
-    """Reads the index of a prepared corpus.
-
-    Raises:
-        CorpusError: if it is missing, corrupted or of another format, or names a file outside of
-            `folder`.
-    """
+    """Reads the index of a prepared corpus. Raises a CorpusError if it is missing, corrupted or of
+    another format, or names a file outside of `folder`."""
     try:
         contents = file_inside(folder, INDEX_FILE).read_bytes()
         index = CorpusIndex.model_validate_json(contents)
@@ -228,14 +218,8 @@ def read_index(folder: Path) -> CorpusIndex:
 
 
 def verify_files(folder: Path, index: CorpusIndex, max_bytes: int | None = None) -> None:
-    """Compares the sizes of all token files, and all files with their checksums.
-
-    Args:
-        max_bytes: the most bytes of tokens for which checksums are compared; default: any.
-
-    Raises:
-        CorpusError: for the first file that is missing or differs.
-    """
+    """Compares the sizes of all token files, and all files with their checksums unless the tokens
+    have more than `max_bytes`. Raises a CorpusError for the first file that differs."""
     token_bytes, num_bytes = np.dtype(index.dtype).itemsize, 0
     checksums = {TOKENIZER_FILE: index.tokenizer.sha256}
     try:
@@ -294,10 +278,6 @@ class Corpus:
         return self.parts or (self,)
 
     @property
-    def vocab_size(self) -> int:
-        return self.index.tokenizer.vocab_size
-
-    @property
     def eos_id(self) -> int:
         """The token that ends a document."""
         return self.index.tokenizer.eos_id
@@ -317,11 +297,8 @@ class Corpus:
         return read_tokenizer(self.folder, self.index.tokenizer.eos_token)
 
     def split(self, name: SplitName, seq_len: int) -> Sequences:
-        """The sequences of one split, of all sources of a mixture.
-
-        Raises:
-            CorpusError: if there is no such split, or it is shorter than one sequence.
-        """
+        """The sequences of one split, of all sources of a mixture. Raises a CorpusError if there is
+        no such split, or it is shorter than one sequence."""
         if self.schedule is not None:
             parts = [part._own_split(name, seq_len) for part in self.parts]
             return MixedSequences(parts, [part.name for part in self.parts], self.schedule)
@@ -351,20 +328,18 @@ class Corpus:
         )
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
-        """See `tokenizer.check_vocabulary`."""
-        check_vocabulary(self.vocab_size, model_vocab_size, f"the tokenizer of {self.folder}")
+        check_vocabulary(
+            self.index.tokenizer.vocab_size, model_vocab_size, f"the tokenizer of {self.folder}"
+        )
 
 
 def open_prepared(
     folder: Path, fallback_for: str | None = None, *, verifies: bool = True
 ) -> Corpus:
-    """Opens the prepared corpus in a folder.
+    """Opens the prepared corpus in a folder. Raises a CorpusError if a file is missing or damaged.
 
     Args:
         verifies: whether checksums are compared, if it is not larger than `VERIFIED_BYTES`.
-
-    Raises:
-        CorpusError: if a file is missing or damaged.
     """
     index = read_index(folder)
     verify_files(folder, index, VERIFIED_BYTES if verifies else 0)

@@ -112,9 +112,8 @@ class ValidationBatches:
     """A rank's batches of the first unshuffled sequences; warns if there are fewer than asked for.
 
     Every rank gets the same number of batches of the same shape. Padding sequences at the end have
-    only `IGNORED_TARGET` targets, so sums over targets and their counts do not depend on the number
-    of ranks. A batch may be all padding: divide by the count over all ranks, not by the batch's
-    own. For the arguments see `build_train_batches`."""
+    only `IGNORED_TARGET` targets, so sums and counts of targets do not depend on the number of
+    ranks. A batch may be all padding: divide by the count over all ranks, not by its own."""
 
     def __init__(
         self,

@@ -13,8 +13,8 @@ from switchtitan.data.sequences import TokenSequence, TokenSequences
 from switchtitan.errors import ConfigError
 
 PERIOD = 10_000
-"""Positions after which the choice of sources repeats: weights are rounded to multiples of one in
-10 000. Which sequences a source gives does not repeat."""
+"""Positions after which the choice of sources repeats, not that of their sequences; weights are
+rounded to multiples of one in 10 000."""
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,18 @@ class Schedule:
         R. Tijdeman, "The chairman assignment problem" (1980): of the sources that are behind, the
         one whose next turn is due first. With exact integers, so that all machines agree.
         """
-        num_sources = len(self.counts)
-        slack = max(2 * num_sources - 2, 1)
-        given = [0] * num_sources
-        chosen = np.empty(PERIOD, dtype=np.int64)
-        for position in range(PERIOD):
-            # Behind by so much, times PERIOD: the share of position + 1, less what it was given.
-            behind = [
-                count * (position + 1) - PERIOD * own
-                for count, own in zip(self.counts, given, strict=True)
-            ]
-            ready = [k for k in range(num_sources) if slack * behind[k] >= PERIOD]
-            best = min(
-                ready,
-                key=lambda k: Fraction(PERIOD * (slack - 1) - slack * behind[k], self.counts[k]),
-            )
-            given[best] += 1
-            chosen[position] = best
-        return chosen
+        slack = max(2 * len(self.counts) - 2, 1)
+        given, chosen = [0] * len(self.counts), list[int]()
+        for position in range(1, PERIOD + 1):
+            due = dict[int, Fraction]()
+            for source, count in enumerate(self.counts):
+                # Its share less what it was given, times PERIOD.
+                behind = count * position - PERIOD * given[source]
+                if slack * behind >= PERIOD:
+                    due[source] = Fraction(PERIOD * (slack - 1) - slack * behind, count)
+            chosen.append(min(due, key=due.__getitem__))
+            given[chosen[-1]] += 1
+        return np.array(chosen)
 
     @cached_property
     def _counts_before(self) -> NDArray[np.int64]:
@@ -62,7 +56,7 @@ class Schedule:
 
     def places(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns the source of each position, and the position in that source's own order."""
-        periods, offsets = np.divmod(np.asarray(positions, dtype=np.int64), PERIOD)
+        periods, offsets = np.divmod(positions, PERIOD)
         sources = self._sources[offsets]
         within = self._counts_before[offsets, sources]
         return sources, periods * np.asarray(self.counts)[sources] + within
@@ -101,20 +95,14 @@ class MixedSequences(Dataset[TokenSequence]):
     """The sequences of several sources; methods as those of `TokenSequences`.
 
     Index i is sequence i of the first source, then of the second one, and so on. In the global
-    order, a source that ends starts again in another order.
-
-    Args:
-        parts: all with one `seq_len`.
-        names: of the sources, for messages.
+    order, a source that ends starts again in another order. `names` are for messages.
     """
 
     def __init__(
         self, parts: Sequence[TokenSequences], names: Sequence[str], schedule: Schedule
     ) -> None:
-        self._parts = tuple(parts)
-        self.names = tuple(names)
-        self._schedule = schedule
-        self.seq_len = parts[0].seq_len
+        self._parts, self._schedule = tuple(parts), schedule
+        self.names, self.seq_len = tuple(names), parts[0].seq_len
         self._starts = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:

@@ -17,12 +17,7 @@ def sequence_index(seed: int, position: NDArray[np.int64], num_sequences: int) -
     once, in its own order.
 
     Args:
-        seed: the job's seed.
-        position: [...], global positions, 0 or more.
-        num_sequences: sequences in the split.
-
-    Returns:
-        [...] in [0, num_sequences).
+        position: [...], 0 or more.
     """
     epochs, offsets = np.divmod(np.asarray(position, dtype=np.int64), num_sequences)
     indices = np.empty_like(offsets)

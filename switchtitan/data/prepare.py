@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from fractions import Fraction
 from functools import cache
 from itertools import chain
@@ -19,12 +18,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from switchtitan.data.config import (
-    DEFAULT_TRAINED_VOCAB_SIZE,
-    DEFAULT_VALIDATION_FRACTION,
-    TRAINED_TOKENIZER,
-    DataConfig,
-)
+from switchtitan.data.config import TRAINED_TOKENIZER, DataConfig
 from switchtitan.data.corpus import (
     FORMAT_VERSION,
     HELD_OUT_DOCUMENT_TOKENS,
@@ -61,7 +55,7 @@ SEGMENT_TOKENS = 1 << 26
 """Tokens in a segment, which is one shard for each split. A stop loses the unfinished one: at most
 a minute of tokenizing on 2 cores."""
 TRAINING_SAMPLE_BYTES = 1 << 25
-"""A tokenizer is trained on the first 32 MiB of the training documents: a few seconds."""
+"""A tokenizer is trained on the first training documents: a few seconds."""
 BATCH_BYTES = 1 << 21
 BATCH_DOCUMENTS = 4096
 
@@ -77,7 +71,7 @@ def open_corpus(
     while the others wait.
 
     Args:
-        ranks: None for this process alone. Its waits must not time out during a preparation.
+        ranks: None for this process alone.
         model_vocab_size: the largest vocabulary that the tokenizer may have; by default any.
             Checked before a preparation too, which can take hours.
 
@@ -133,16 +127,14 @@ def _open(config: DataConfig, ranks: World | None, model_vocab_size: int | None)
 
 
 def prepare_corpus(plan: CorpusPlan, model_vocab_size: int | None = None) -> None:
-    """Prepares a corpus unless it exists, in `<folder>.partial`, which is renamed when it is
-    complete. A stopped preparation resumes after the last finished segment. Waits while another
-    process prepares the corpus.
+    """Prepares a corpus unless it exists, or waits while another process prepares it.
 
-    Args:
-        model_vocab_size: the largest vocabulary that the tokenizer may have; by default any.
+    The folder is `<folder>.partial` until it is complete. A stopped preparation resumes after the
+    last finished segment.
 
     Raises:
-        CorpusError: if the source or the tokenizer cannot be read, there are too few documents, or
-            the folder cannot be written.
+        CorpusError: if the source or the tokenizer cannot be read or does not fit the model, there
+            are too few documents, or the folder cannot be written.
     """
     if plan.is_prepared:
         return
@@ -172,20 +164,18 @@ class Progress(BaseModel):
     model_config = ConfigDict(strict=True)
 
     eos_token: str | None = None
-    """The end-of-document token of the saved tokenizer; None before it is saved."""
+    """Of the saved tokenizer; None before it is saved."""
     stream: int = 0
     """The stream being read, in the order of the source's splits."""
     position: Position | None = None
-    """The position at which to open that stream; None at its start."""
     documents: int = 0
     bytes_of_text: int = 0
-    """Non-empty documents read from that stream, and their bytes."""
+    """Where to go on in that stream, and the non-empty documents before it."""
     revision: str | None = None
-    """The commit of a dataset on the hub; None for other sources."""
+    """See `CorpusIndex`."""
     segments: int = 0
-    """Finished segments of all streams."""
     splits: dict[str, list[ShardRecord]] = {}
-    """Finished shards by split."""
+    """What is finished."""
 
 
 class _Preparation:
@@ -206,12 +196,12 @@ class _Preparation:
             logger.info("reading commit %s of the dataset", progress.revision)
         logger.info("preparing corpus: %s -> %s", self._source.description, self._plan.folder)
         for key in ("validation_fraction", "test_fraction"):
-            # Of the other datasets with splits, the configuration knows.
+            # Where a dataset always has its own splits, the keys are for other sources.
             is_void = self._source.splits and not row.has_own_splits
-            if is_void and not self._config.is_default(key):
+            if is_void and (value := getattr(self._config, key)) is not None:
                 raise CorpusError(
-                    f"[data] {key} = {getattr(self._config, key)} has no effect: "
-                    f"{self._source.description} has its own splits; leave it out"
+                    f"[data] {key} = {value} has no effect: {self._source.description} has its own "
+                    "splits; leave it out"
                 )
         # The splits to read; None is all documents, of which we hold some out.
         streams = self._source.splits or (None,)
@@ -237,7 +227,7 @@ class _Preparation:
             return read_tokenizer(config.tokenizer_path)
         if config.hub_tokenizer is not None:
             return fetch_tokenizer(config.hub_tokenizer)
-        vocab_size = config.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE
+        vocab_size = config.trained_vocab_size
         logger.info("training a byte-level BPE tokenizer of %d tokens on the corpus", vocab_size)
         max_bytes = min(config.max_bytes or TRAINING_SAMPLE_BYTES, TRAINING_SAMPLE_BYTES)
         documents = self._source.read(stream, None, None)
@@ -331,8 +321,7 @@ class _Preparation:
         os.rename(self._folder, plan.folder)
         sync_folder(plan.folder.parent)
         # Only now: a preparation killed before the rename resumes from it.
-        with suppress(OSError):
-            (plan.folder / PROGRESS_FILE).unlink()
+        (plan.folder / PROGRESS_FILE).unlink()
         counts = ", ".join(f"{index.num_tokens(split)} {split}" for split in splits)
         logger.info("corpus ready: %s tokens in %s", counts, plan.folder)
 
@@ -362,17 +351,17 @@ def _split_of(document: int, stream: str | None, config: DataConfig) -> str:
     """Returns the split of a document of a stream by its number."""
     if stream is not None:
         return stream
-    if is_held_out(document, config.validation_fraction or DEFAULT_VALIDATION_FRACTION):
+    if is_held_out(document, config.held_out_fraction):
         return "validation"
     is_test = config.test_fraction is not None and is_held_out(document, config.test_fraction, 1)
     return "test" if is_test else "train"
 
 
 def is_held_out(document: int, fraction: float, first: int = 0) -> bool:
-    """Whether a document is held out: number `first`, and one of each later 1 / fraction documents.
+    """Whether a document is held out: number `first`, and one of each later 1 / fraction documents,
+    chosen by a hash that is salted with `first`.
 
-    A hash, salted with `first`, chooses the later ones. The held-out fraction is exact, as written
-    in decimals, spread over the full corpus, and never empty. Blocks of documents are those of the
+    The held-out fraction is exact, as written in decimals. Blocks of documents are those of the
     period: 1 / 0.4 = 5/2 has blocks of 3 and 2 documents in turn."""
     period = _period_of(fraction)
     num_documents, num_blocks = period.numerator, period.denominator
@@ -408,12 +397,8 @@ def read_batches(
     num_documents: int = 0,
     num_bytes: int = 0,
 ) -> Iterator[Batch]:
-    """Yields the non-empty documents of a stream in batches, up to the limits. The document that
-    crosses `max_bytes` is the last.
-
-    Args:
-        documents: positioned after `num_documents` documents of `num_bytes` bytes in all.
-    """
+    """Yields the non-empty documents of a stream in batches, up to the limits. The stream is after
+    `num_documents` documents of `num_bytes` bytes. The one that crosses `max_bytes` is the last."""
     batch, before, position = list[Any](), num_bytes, Position()
     while num_documents < (max_documents or math.inf) and num_bytes < (max_bytes or math.inf):
         document, position = next(documents, (None, position))

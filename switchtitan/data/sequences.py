@@ -1,9 +1,10 @@
 """The sequences of a split, from memory-mapped token files."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,47 +24,37 @@ class TokenSequence(NamedTuple):
     """[seq] int32: 0 at the start, one more after each end of a document."""
 
 
+@dataclass(frozen=True, eq=False)
 class TokenSequences(Dataset[TokenSequence]):
     """The sequences of one split: sequence i holds tokens [i * seq_len, (i + 1) * seq_len] of the
     joined shards.
 
     Consecutive sequences share one token, the last target of one and the first input of the next,
-    so each token is a target once.
+    so each token is a target once."""
 
-    Args:
-        files: token files in order.
-        token_counts: tokens in each file.
-        dtype: "uint16" or "uint32", stored little-endian.
-        seq_len: tokens per sequence.
-        eos_id: the token that ends a document.
-    """
-
+    files: Sequence[Path]
+    token_counts: Sequence[int]
+    """Tokens in each file."""
+    dtype: str
+    """Of the files, little-endian."""
+    seq_len: int
+    eos_id: int
+    """The token that ends a document."""
     names = ("the training split",)
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        token_counts: Sequence[int],
-        *,
-        dtype: str,
-        seq_len: int,
-        eos_id: int,
-    ) -> None:
+    def __getstate__(self) -> dict[str, object]:
         # Pickling a memory map copies all tokens; a worker process maps the files again instead.
-        self._build = partial(
-            TokenSequences, files, token_counts, dtype=dtype, seq_len=seq_len, eos_id=eos_id
-        )
-        self.seq_len = seq_len
-        self.eos_id = eos_id
-        self._ends = np.cumsum(np.asarray(token_counts, dtype=np.int64))
-        stored = np.dtype(dtype).newbyteorder("<")
-        self._shards = [
-            np.memmap(file, dtype=stored, mode="r", shape=count)
-            for file, count in zip(files, token_counts, strict=True)
-        ]
+        return {key: value for key, value in vars(self).items() if key != "_shards"}
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return self._build, ()
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        return np.cumsum(self.token_counts)
+
+    @cached_property
+    def _shards(self) -> list[NDArray[Any]]:
+        dtype = np.dtype(self.dtype).newbyteorder("<")
+        counts = zip(self.files, self.token_counts, strict=True)
+        return [np.memmap(file, dtype=dtype, mode="r", shape=count) for file, count in counts]
 
     def __len__(self) -> int:
         return max(0, int(self._ends[-1]) - 1) // self.seq_len

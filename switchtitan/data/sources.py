@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from switchtitan.data.config import SourceConfig
 
 TEXT_DOCUMENT_BYTES = 64 * 1024
-"""A longer text file is split at line ends into documents of about this size, so that a corpus in a
-single file has documents to hold out."""
+"""A longer text file is split at line ends into documents of about this size, so that a single file
+has documents to hold out."""
 _BLOCK_TOKENS = 1 << 20
 
 Position = dict[str, Any]
@@ -63,9 +63,6 @@ class Source:
         return tuple(self.find_splits())
 
 
-# Files of text.
-
-
 def _files_source(
     patterns: Sequence[str],
     read_file: Callable[[Path, str], Iterator[str]],
@@ -74,10 +71,8 @@ def _files_source(
 ) -> Source:
     """The documents of a single file, or of all files of a folder that have one of `patterns`.
 
-    Args:
-        read_file: yields a file's documents, given the column with the text of records; a
-            ValueError says where the file is malformed.
-    """
+    `read_file` yields the documents of a file, given the column with the text of records; a
+    ValueError says where the file is malformed."""
     kind, path, column = config.dataset, config.folder, config.column
     files = _find_files(config, *patterns)
     states = _states(path, files)
@@ -172,9 +167,6 @@ def _read_parquet(file: Path, column: str) -> Iterator[str]:
                 yield _text_of({column: text}, column)
 
 
-# Text that comes with Python or a package.
-
-
 def _pystdlib(config: "SourceConfig", commit: str | None) -> Source:
     """The standard library of the running interpreter: one document per `.py` file, in the order of
     names, without build settings and files not in UTF-8."""
@@ -184,9 +176,8 @@ def _pystdlib(config: "SourceConfig", commit: str | None) -> Source:
     left_out = ("site-packages", "dist-packages", "__pycache__", "_sysconfigdata", "config-")
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(left_out)]
-        files += [
-            Path(folder, n) for n in names if n.endswith(".py") and not n.startswith(left_out)
-        ]
+        modules = (name for name in names if name.endswith(".py"))
+        files += [Path(folder, name) for name in modules if not name.startswith(left_out)]
     files.sort(key=lambda file: file.relative_to(root).as_posix())
     name = f"standard library of {platform.python_implementation()} {platform.python_version()}"
     num_bytes = sum(file.stat().st_size for file in files)
@@ -228,13 +219,10 @@ def _read_chapters(file: Path) -> Iterator[str]:
         yield text[starts[numbers[0]] : ends[numbers[-1]]].strip() + "\n"
 
 
-# The Hugging Face hub, and local folders with the same layout.
-
-
 def _hub(config: "SourceConfig", commit: str | None) -> Source:
     """A dataset by name. Documents are held out of `hub_split`. By default, "train" is read, and
     "validation" is the validation split if the dataset has one."""
-    name, split, keys = str(config.folder), config.hub_split, {"name": config.hub_config}
+    name, subset, split = str(config.folder), config.hub_config, config.hub_split
 
     def find_splits() -> tuple[str, ...]:
         from datasets import get_dataset_split_names
@@ -242,15 +230,15 @@ def _hub(config: "SourceConfig", commit: str | None) -> Source:
         if split is not None:
             return ()
         with _explained_errors(name):
-            names = get_dataset_split_names(name, config.hub_config, revision=commit)
+            names = get_dataset_split_names(name, subset, revision=commit)
         return ("train", "validation") if "validation" in names else ()
 
-    given = "" if config.hub_config is None else f", {config.hub_config}"
-    identity = {"kind": "hub", "name": name, "config": config.hub_config, "split": split}
+    identity = {"kind": "hub", "name": name, "config": subset, "split": split}
+    of_subset = "" if subset is None else f", {subset}"
     return Source(
-        f"{name}{given}, split {split or 'train'}, {config.column!r}",
+        f"{name}{of_subset}, split {split or 'train'}, {config.column!r}",
         identity | {"text_column": config.column},
-        _hub_reader(name, config.column, split or "train", revision=commit, **keys),
+        _hub_reader(name, config.column, split or "train", name=subset, revision=commit),
         find_splits,
         repository=None if Path(name).is_dir() else name,
     )
@@ -316,10 +304,8 @@ def _explained_errors(name: str) -> Iterator[None]:
 
 
 def hub_error() -> str | None:
-    """Returns why the hub cannot be reached, or None if it answers one request with any status.
-
-    Its clients would retry an unreachable host for 25 seconds or more per file and log each retry.
-    """
+    """Returns why the hub does not answer one request, or None. Its clients would retry for 25
+    seconds or more per file and log each retry."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -330,14 +316,10 @@ def hub_error() -> str | None:
     return None
 
 
-# Token ids.
-
-
 def _nanogpt(config: "SourceConfig", commit: str | None) -> Source:
     """Token files in nanoGPT's layout: little-endian, no header. `train.bin` and `val.bin` in a
     folder are its own splits; otherwise all `*.bin` files are read."""
-    path = config.folder
-    files: dict[str | None, list[Path]]
+    path, files = config.folder, dict[str | None, list[Path]]()
     files = {"train": [path / "train.bin"], "validation": [path / "val.bin"]}
     if not all(file.is_file() for (file,) in files.values()):
         files = {None: _find_files(config, "*.bin")}
@@ -387,21 +369,19 @@ def _cut_at_ends(
         yield tokens[document:], len(tokens)
 
 
-# The table of datasets.
-
-
 class Dataset(NamedTuple):
-    """A dataset's source, and the keys of `[data]` that it reads."""
+    """A value of `[data] dataset`."""
 
     open: Callable[["SourceConfig", str | None], Source]
     """Of the section and a commit on the hub (None: the newest). Reads no document."""
     keys: frozenset[str] = frozenset()
+    """Those of the section that it reads."""
     needs_path: bool = False
     holds_tokens: bool = False
     has_own_splits: bool = False
-    """Whether the source always has its own splits, so that no fraction is held out."""
+    """Always, so that no fraction is held out."""
     comes_from_hub: bool = False
-    """Whether it is on the Hugging Face hub, unless `path` is set to a folder."""
+    """Unless `path` is a folder."""
 
 
 _text = partial(_files_source, ("*.txt", "*.text", "*.md"), read_text)
@@ -421,4 +401,3 @@ DATASETS = {
     "parquet": Dataset(_parquet, _RECORDS, needs_path=True),
     "nanogpt": Dataset(_nanogpt, _PATH, needs_path=True, holds_tokens=True),
 }
-"""The datasets by `[data] dataset`."""

@@ -20,11 +20,8 @@ class TextSize(NamedTuple):
     """UTF-8 bytes of their text. Ends of documents have none."""
 
     def bits_per_byte(self, loss: float) -> float | None:
-        """Returns the bits that the model needs for one byte of text; None without text.
-
-        Args:
-            loss: the mean over the tokens, in nats.
-        """
+        """Returns the bits that a model needs for one byte of text; None without text. `loss` is
+        its mean over the tokens, in nats."""
         if self.num_bytes == 0:
             return None
         return loss * self.num_tokens / (math.log(2) * self.num_bytes)
@@ -40,14 +37,10 @@ def size_of_sequences(
 
 
 def num_text_bytes(tokens: NDArray[np.int64], documents: DocumentTokenizer) -> int:
-    """Returns the UTF-8 bytes of the text of `tokens[1:]`; tokens that end documents have none.
+    """Returns the UTF-8 bytes of the text of `tokens[1:]`, [tokens], without ends of documents.
 
     A byte-level tokenizer's are exact for any part of a document. Those of others are counted in
     the decoded text, which lacks what the tokenizer drops, such as T5's line breaks.
-
-    Args:
-        tokens: [tokens], several documents with their ends. The first token is not counted:
-            it is the context of the others.
     """
     table = bytes_by_token(documents)
     if table is not None:

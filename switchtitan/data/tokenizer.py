@@ -71,14 +71,11 @@ def check_vocabulary(vocab_size: int, model_vocab_size: int, where: str) -> None
 
 
 def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenizer:
-    """Reads a `tokenizer.json`, or the one in a folder.
+    """Reads a `tokenizer.json`, or the one in a folder. Raises a CorpusError if that fails.
 
     Args:
         eos_token: the token that ends a document; by default `eos_token` of a
             `tokenizer_config.json` next to the file, or the first common one in the vocabulary.
-
-    Raises:
-        CorpusError: if the file is missing, cannot be parsed, or has no end-of-document token.
     """
     try:
         file = file_inside(path, "tokenizer.json") if path.is_dir() else path
@@ -118,8 +115,7 @@ def is_cached(name: str) -> bool:
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> DocumentTokenizer:
     """Trains a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2); token 0 ends a document.
 
-    Any string can be encoded and decoded exactly, since the 256 bytes are in the vocabulary. The
-    vocabulary is smaller than `vocab_size` if the documents have too few pairs to merge."""
+    It has all 256 bytes, and less than `vocab_size` tokens if there are too few pairs to merge."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from switchtitan.config import toml_value
-from switchtitan.data.config import DEFAULT_TRAINED_VOCAB_SIZE, TRAINED_TOKENIZER
+from switchtitan.data.config import TRAINED_TOKENIZER
 from switchtitan.distributed.dtype import bf16_support, choose_dtype, gpu_problem
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
@@ -55,7 +55,7 @@ def check_held_out(config: "JobConfig") -> list[str]:
             f"[evaluation] test_tokens = {config.evaluation.test_tokens}: there is no test split; "
             "set [data] test_fraction, or remove test_tokens"
         )
-    vocab_size = data.vocab_size or DEFAULT_TRAINED_VOCAB_SIZE
+    vocab_size = data.trained_vocab_size
     trains_tokenizer = data.tokenizer == TRAINED_TOKENIZER or data.offline_dataset is not None
     if trains_tokenizer and vocab_size > config.model.vocab_size:
         problems.append(

@@ -78,9 +78,10 @@ def test_document_ids_count_the_ends_before_a_token():
 
 def test_pickling_reopens_the_files_instead_of_copying_the_tokens(tmp_path):
     sequences = write_shards(tmp_path, np.arange(100_000) % 1000, [40_000])
+    expected = sequences[9].tokens
     pickled = pickle.dumps(sequences)
     assert len(pickled) < 2000
-    assert torch.equal(pickle.loads(pickled)[9].tokens, sequences[9].tokens)
+    assert torch.equal(pickle.loads(pickled)[9].tokens, expected)
 
 
 @pytest.fixture(scope="module")
