@@ -142,9 +142,8 @@ class DataConfig(SourceConfig):
     @property
     def needs_hub_dataset(self) -> bool:
         """Whether the dataset itself comes from the hub."""
-        if not DATASETS[self.dataset].comes_from_hub:
-            return False
-        return self.path is None or (self.dataset == "hub" and not exists(self.folder))
+        is_local = self.path is not None and exists(self.folder)
+        return DATASETS[self.dataset].comes_from_hub and not is_local
 
     def source_config(self, number: int, tokenizer: str) -> "DataConfig":
         """The configuration of one source of a mixture."""

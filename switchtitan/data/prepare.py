@@ -246,8 +246,7 @@ class _Preparation:
             progress.documents,
             progress.bytes_of_text,
         )
-        limits = [size for size in (config.max_bytes, self._source.num_bytes) if size is not None]
-        total = min(limits, default=None)
+        total = config.max_bytes or self._source.num_bytes
         segment, num_tokens = list[Batch](), 0
         with progress_bar(f"tokenizing {stream or ''}".rstrip(), total=total, unit="B") as bar:
             bar.update(progress.bytes_of_text)
