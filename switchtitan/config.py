@@ -31,21 +31,17 @@ KeyPath = tuple[str, ...]
 """Path of a key, e.g. ("training", "steps")."""
 Expand = Callable[[str], Mapping[str, object]]
 """Value of a key -> the keys of its section that it stands for; raises a `ConfigError`."""
-
-
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
 def split_arguments(
     argv: Sequence[str], section: str | None = None
 ) -> tuple[Path | None, bool, dict[KeyPath, list[str]]]:
-    """Split `--config FILE`, `--help`, `--section.key value ...` and `--section.key=value`.
+    """Split a command line into the file of `--config`, whether `--help` is wanted, and the words
+    after each `--section.key`, also of `--section.key=value`.
 
     Args:
         section: its keys may be given without it, e.g. `--path` for `--data.path`.
-
-    Returns:
-        the file, whether help is wanted, and the words after each `--section.key`.
 
     Raises:
         ConfigError: if a word belongs to no option, or an option has no value or is given twice.
@@ -76,21 +72,16 @@ def split_arguments(
 
 
 def find_config(given: Path) -> Path:
-    """Return `given` if it exists, else the configuration of that name in `FOLDER`.
+    """Return `given` if it exists, else the installed configuration of that name.
 
-    `llama_350m_switchlora.toml` and `train_configs/llama_350m_switchlora.toml` work in any working
-    directory.
+    So `llama_350m.toml` and `train_configs/llama_350m.toml` work in any working directory.
     """
     files = [given, FOLDER / given, FOLDER.parent / given]
     return next((file for file in files if exists(file) and file.suffix == ".toml"), given)
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        ConfigError: if it is missing, cannot be read, or is not valid TOML.
-    """
+    """Read a TOML file; a `ConfigError` says why it cannot be read."""
     try:
         return parse_toml(file.read_text(encoding="utf-8"), str(file))
     except FileNotFoundError as error:
@@ -102,7 +93,7 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """Parse a TOML document; `where` names it in the `ConfigError` if it is not valid."""
+    """Parse a TOML document, which `where` names in errors."""
     try:
         return tomli.loads(text)
     except (ValueError, RecursionError) as error:
@@ -110,11 +101,7 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
 
 
 def load_table(file: Path, config_type: type[ConfigT]) -> ConfigT:
-    """Read and validate a file as one section.
-
-    Raises:
-        ConfigError: with all mistakes in one message.
-    """
+    """Read and validate a file as one section; a `ConfigError` names all mistakes."""
     try:
         return _validate(config_type, read_toml(file))
     except ValidationError as error:
@@ -139,10 +126,10 @@ def load_config(
     """Read, override and validate a configuration that consists of sections.
 
     Args:
-        file: the TOML file; None for an empty one.
+        file: None for an empty one.
         overrides: the words after each `--section.key`.
-        expansions: keys that stand for other keys of their section, e.g. ("model", "from_folder").
-            Those replace the keys of a base or, from the command line, of the file.
+        expansions: keys that stand for other keys of their section. Those replace the keys of a
+            base or, from the command line, of the file.
         say: called with a note on each key of the file that the command line drops.
 
     Raises:
@@ -161,7 +148,7 @@ def load_config(
 
 
 def section_types(config_type: type[Section]) -> dict[str, dict[str, type[Section]]]:
-    """Return each section's classes by `name`, or its only class by "" if no registry has it."""
+    """Return each section's classes by `name`, or its only class by ""."""
     types: dict[str, Any] = {}
     for section, of in config_type.model_fields.items():
         registries = [entry for entry in of.metadata if isinstance(entry, Registry)]
@@ -170,7 +157,7 @@ def section_types(config_type: type[Section]) -> dict[str, dict[str, type[Sectio
 
 
 def _with_bases(file: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Read a file, its base, the base of that, and so on; return the lowest first."""
+    """Return the tables of the lowest base up to the file's own."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     while True:
         table = read_toml(file)
@@ -269,7 +256,7 @@ class _Draft:
         return None
 
     def _expand(self, section: str, keys: dict[str, Any], origin: str) -> dict[str, Any]:
-        """Return the keys, after those that one of them stands for."""
+        """Return the keys, with those that one of them stands for."""
         for key, value in keys.items():
             if (section, key) not in self.expansions or value in (None, NONE):
                 continue
@@ -313,22 +300,16 @@ def _validate(section_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT
 
 
 def _explain(error: ValidationError) -> list[tuple[str, str, str]]:
-    """Return key, its value after the place in it, and what is wrong, for each mistake.
-
-    The key is empty for a mistake that concerns several keys.
-    """
+    """Return key (empty if it concerns several), place in it with its value, and what is wrong."""
     found: dict[tuple[str, str], list[str]] = {}
     for detail in error.errors():
         key, *rest = map(str, detail["loc"] or [""])
         # Steps into a list begin with a number; others are the branches of a union.
         steps = rest[next((at for at, step in enumerate(rest) if step.isdecimal()), len(rest)) :]
         place = "".join(f"[{step}]" if step.isdecimal() else f".{step}" for step in steps)
-        problem = detail["msg"].removeprefix("Value error, ")
-        problem = problem.replace("Input should be", "expected").replace(
-            "Field required", "missing"
-        )
-        if detail["type"] == "extra_forbidden":
-            problem = _UNKNOWN
+        problem = detail["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        fixed = {"missing": "missing", "extra_forbidden": _UNKNOWN}
+        problem = fixed.get(detail["type"], problem)
         value = toml_value(detail["input"])
         if key and detail["type"] != "missing" and len(value) <= 100:
             place += f" = {value}"
@@ -383,7 +364,7 @@ def _literal(word: str) -> object:
 
 
 def resolved_toml(config: Section) -> str:
-    """Return the full configuration, including defaults, as TOML that loads as an equal one."""
+    """Return the configuration with all defaults, as TOML that loads as an equal one."""
     lines = []
     for section, keys in config:
         lines += [f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in keys), ""]
@@ -410,7 +391,7 @@ def toml_value(value: object) -> str:
 
 
 def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return a nested table's values by dotted key, e.g. `training.steps`, with tuples as lists."""
+    """Return a nested table's values by dotted key, tuples as lists."""
     flat: dict[str, object] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
@@ -440,11 +421,7 @@ def _describe(schema: Mapping[str, Any]) -> str:
 
 
 def help_text(config: Section, usage: str) -> str:
-    """Return every key with its value, what it accepts and the first sentence of its description.
-
-    Args:
-        usage: the command, and what it does.
-    """
+    """Return `usage`, and every key with its value, what it accepts and its first sentence."""
     lines = [usage]
     for section, types in section_types(type(config)).items():
         lines += ["", f"[{section}]"]

@@ -51,10 +51,9 @@ class EnvironmentMismatchError(UserError):
 
 
 class RanksDisagreeError(UserError):
-    """Ranks no longer train the same model. Earlier checkpoints are valid to resume from."""
+    """Ranks no longer train the same model; the configuration was valid, as are checkpoints."""
 
     exit_status = 4
-    """Tells calling programs that the configuration was valid."""
 
 
 # How a command ends.
@@ -118,7 +117,7 @@ def is_output_closed() -> bool:
 
 
 def discard_output() -> None:
-    """Sends standard output to nowhere: else Python prints an error when it flushes it at exit."""
+    """Sends standard output to nowhere: Python would print an error when it flushes it at exit."""
     with suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

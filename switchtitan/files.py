@@ -14,8 +14,7 @@ _READ_BYTES = 1 << 22
 def write_atomically(file: Path, contents: str | bytes) -> None:
     """Write a file durably, strings as UTF-8. Readers see the old or the new contents, no mixture.
 
-    Of several writers at the same time, the last one wins. An error leaves the old contents; a
-    process that is killed may leave a file `<name>.<random>.new`.
+    The last of several writers wins. A killed process may leave a file `<name>.<random>.new`.
     """
     # A name that nobody can know: a link in its place would lead the write elsewhere.
     partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.new")
@@ -113,11 +112,11 @@ def is_plain_name(name: str) -> bool:
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """Return the file `name` of `folder`, for folders that somebody else may have written.
+    """Return the file `name` of a folder that somebody else may have written.
 
     Raises:
         ValueError: if `name` is not a plain file name, or is a link to a file outside of `folder`.
-            Links in a snapshot of the Hugging Face cache may lead to the `blobs` of its repository.
+            Links in a snapshot of the Hugging Face cache may lead to its `blobs`.
     """
     if not is_plain_name(name) or len(os.fsencode(name)) > 255:
         raise ValueError(f"{name[:255]!r} is not a plain file name")

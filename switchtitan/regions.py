@@ -11,15 +11,12 @@ OUTSIDE_STEP = ("evaluate", "save", "report")
 
 
 class RegionObserver(Protocol):
-    """Something that records regions. Regions are nested, and all of one thread."""
+    """Records regions, which are nested and all of one thread."""
 
-    def begin(self, name: str) -> None:
-        """Called at the start of a region."""
-        ...
+    def begin(self, name: str) -> None: ...
 
     def end(self) -> None:
         """Called at the end of the region begun last, also after an error."""
-        ...
 
 
 _observers: tuple[RegionObserver, ...] = ()

@@ -23,10 +23,7 @@ class Section(BaseModel):
     """Keys that do not affect results; they may change on resume."""
 
     def without_effect(self) -> list[str]:
-        """Return a message for each key that other keys of the section leave without effect.
-
-        Such as `min_factor = 0.2 has no effect with decay = "constant"`. Default: none.
-        """
+        """Return messages such as `min_factor = 0.2 has no effect with decay = "constant"`."""
         return []
 
     def is_default(self, key: str) -> bool:
@@ -57,11 +54,11 @@ class Component(Generic[ConfigT, Part]):
 class Registry(Generic[ConfigT, Part]):
     """A table from names to components of one kind.
 
-    As an annotation, `Annotated[MethodConfig, METHODS]`, it makes a field of the configuration a
-    section of one of its rows' classes, chosen by the key `name`.
+    `Annotated[MethodConfig, METHODS]` makes a field of the configuration a section of one of its
+    rows' classes, chosen by the key `name`.
 
     Args:
-        kind: the section that chooses from this table, e.g. "method". Error messages name it.
+        kind: the section that chooses from this table, e.g. "method".
         rows: components by name, which is the default of the key `name` of their section.
     """
 
@@ -73,11 +70,7 @@ class Registry(Generic[ConfigT, Part]):
         return iter(self.rows)
 
     def __getitem__(self, name: str) -> Component[ConfigT, Part]:
-        """Return the component called `name`.
-
-        Raises:
-            ConfigError: if there is none.
-        """
+        """Return a component; a `ConfigError` if there is none of this name."""
         if name not in self.rows:
             raise ConfigError(
                 f"[{self.kind}] name = {name!r}: expected one of {', '.join(sorted(self))}"
@@ -85,15 +78,11 @@ class Registry(Generic[ConfigT, Part]):
         return self.rows[name]
 
     def config_types(self) -> dict[str, type[ConfigT]]:
-        """Return every row's section class, by name."""
+        """Return the class of every row's section, by name."""
         return {name: component.config_type for name, component in self.rows.items()}
 
     def restore(self, section: Mapping[str, object]) -> ConfigT:
-        """Build a section from plain values, which may be those of all its keys.
-
-        Raises:
-            ConfigError: if the section's class does not accept them.
-        """
+        """Build a section from plain values; a `ConfigError` if its class does not accept them."""
         name = str(section.get("name"))
         try:
             return self[name].config_type.model_validate(section)

@@ -14,8 +14,7 @@ from switchtitan.config import toml_value
 from switchtitan.distributed.world import temporary_world
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.job.config import JobConfig
-from switchtitan.training.hooks import GarbageCollection
-from switchtitan.training.step import Stepper
+from switchtitan.training.step import GarbageCollection, Stepper
 
 WARM_UP_STEPS = 3
 """Untimed steps of each configuration: they compile, allocate and fill caches."""

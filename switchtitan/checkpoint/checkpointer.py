@@ -48,7 +48,7 @@ from switchtitan.files import (
     sha256_of_file,
     sync_folder,
 )
-from switchtitan.progress import progress_bar
+from switchtitan.process import progress_bar
 
 logger = logging.getLogger(__name__)
 

@@ -60,9 +60,9 @@ class CheckpointTensors:
         """Returns all tensors by name, with the current optimizer state."""
         return self._of_model | _prefixed(self._optimizer.state_dict())
 
-    def held(self) -> dict[str, Tensor]:
-        """Returns all tensors by name, and values outside the state that every rank computes."""
-        return self() | _prefixed(self._optimizer.replicated())
+    def held(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Returns all `tensors` by name, and values outside the state that every rank computes."""
+        return dict(tensors or self()) | _prefixed(self._optimizer.replicated())
 
     def restore(self, checkpoint: Path, world: World) -> None:
         """Loads model and optimizer from a checkpoint of any number of ranks; collective."""
@@ -76,11 +76,16 @@ class CheckpointTensors:
         # The default group of CUDA ranks does not communicate buffers that stay in host memory.
         check_replicas(self._of_model, self._device)
 
-    def check_state(self, numbers: Mapping[str, Tensor]) -> None:
-        """Compares replicas of model, optimizer, and further plain tensors on any device."""
-        # The state of some optimizers takes time to collect.
+    def check_state(
+        self, numbers: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Compares replicas of model, optimizer, and further plain tensors on any device.
+
+        Args:
+            tensors: what this object returned; by default it is collected, which can take time.
+        """
         if dist.is_initialized() and dist.get_world_size() > 1:
-            check_replicas(self.held() | dict(numbers), self._device)
+            check_replicas(self.held(tensors) | dict(numbers), self._device)
 
     def non_finite(self) -> list[str]:
         """Returns the names of the model's tensors with an inf or nan, see `norms.non_finite`."""

@@ -32,8 +32,7 @@ from switchtitan.generation.trained import (
     open_trained_model,
     saved_config,
 )
-from switchtitan.job.config import JobConfig
-from switchtitan.job.sections import EvaluationConfig
+from switchtitan.job.config import EvaluationConfig, JobConfig
 from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.console import perplexity_of

@@ -30,11 +30,10 @@ from torch.distributed.run import run as run_torchrun
 
 from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.cli.rendezvous import check_rendezvous, check_slurm_tasks
-from switchtitan.cores import num_cores, threads_per_process
 from switchtitan.distributed.world import raise_file_limit
 from switchtitan.errors import EXIT_STATUS_KEY, USER_ERROR_STATUS, final_line
-from switchtitan.job.config import ignore_note, parse_arguments, parse_unchecked
-from switchtitan.job.sections import RunConfig
+from switchtitan.job.config import RunConfig, parse_arguments, parse_unchecked
+from switchtitan.process import num_cores, threads_per_process
 
 OWN_COMMANDS = ("train", "benchmark")
 """The commands of `switchtitan` that run on several ranks."""
@@ -62,11 +61,14 @@ def run(words: Sequence[str]) -> None:
         least, _, most = options.nnodes.partition(":")
         counts = (least, options.nproc_per_node)  # or "gpu" processes, which torchrun counts
         keys = options.training_script_args
-        # The first rank prints the notes.
+
+        def ignore(note: str) -> None:
+            """The first rank prints it."""
+
         if most in ("", least) and all(count.isdecimal() for count in counts):
-            config = parse_arguments(keys, int(counts[0]) * int(counts[1]), ignore_note)
+            config = parse_arguments(keys, int(counts[0]) * int(counts[1]), ignore)
         else:
-            config = parse_unchecked(keys, ignore_note)
+            config = parse_unchecked(keys, ignore)
         _let_ranks_stop(options, config.checkpoint.grace_s, config.job.stop_signal)
     elif options.training_script != "benchmark":
         # A script of the user's, which may train with other keys.

@@ -21,8 +21,8 @@ from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from switchtitan import __version__, errors
-from switchtitan.cores import num_cores, set_thread_defaults
 from switchtitan.files import exists, write_atomically
+from switchtitan.process import num_cores, set_thread_defaults
 
 COMMANDS = {
     "train": "Train a model from a TOML configuration, or resume its run. One process is one rank.",

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from switchtitan.cli.rendezvous import check_slurm_tasks
-from switchtitan.cores import OtherLoad, num_cores
 from switchtitan.distributed.world import (
     is_launched,
     start_world,
@@ -17,6 +16,7 @@ from switchtitan.distributed.world import (
 from switchtitan.errors import UserError, exit_for, exit_for_stop
 from switchtitan.job.config import parse_arguments
 from switchtitan.observability.log import configure_logging
+from switchtitan.process import OtherLoad, num_cores
 from switchtitan.training.build import build_memory_snapshots, build_trainer
 from switchtitan.training.output import lock_output_dir
 from switchtitan.training.stop import Stop, Stopped

@@ -22,7 +22,7 @@ from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.observability import RESULTS_FILE
 from switchtitan.spectra.spectrum import summarize
 from switchtitan.spectra.weight_change import checkpoint_spectra
-from switchtitan.training.describe import CONFIG_FILE
+from switchtitan.training.output import CONFIG_FILE
 
 _KEYS_OF_A_MACHINE = {"job": {"name", "output_dir"}, "data": {"cache_dir"}}
 """Keys that change no result: names and folders."""

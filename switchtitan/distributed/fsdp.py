@@ -21,7 +21,7 @@ from switchtitan.distributed.shards import (
     row_range,
     shard_buffer,
 )
-from switchtitan.progress import progress_bar
+from switchtitan.process import progress_bar
 
 
 def shard_model(

@@ -78,34 +78,32 @@ def check_device(config: "JobConfig", device: str) -> list[str]:
     return problems
 
 
-def keys_without_effect(config: "JobConfig", device: str) -> list[str]:
+def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> list[str]:
     """Return a message for each key that this run does not use."""
-    training, profiler, steps = config.training, config.profiler, config.training.steps
-    void = [f"{message}; remove it" for message in config.without_effect()]
-
-    def add(is_void: bool, key: str, cause: str) -> None:
-        section, name = key.split(".")
-        if is_void and not getattr(config, section).is_default(name):
-            value = toml_value(getattr(getattr(config, section), name))
-            void.append(f"[{section}] {name} = {value} has no effect {cause}; remove it")
-
-    add(device == "cpu", "training.tf32", "on a CPU, which has no TF32")
-    auto = "on GPUs with TF32, which then train in bfloat16; " if training.dtype == "auto" else ""
-    is_fp32 = training.dtype == "float32"
-    add(device == "cuda" and not is_fp32, "training.tf32", f'{auto}without dtype = "float32"')
-    add(device == "cpu", "training.deterministic", "on a CPU, where runs are deterministic anyway")
+    training, profiler, on_gpu = config.training, config.profiler, device == "cuda"
     trains_all = f"with [method] name = {toml_value(config.method.name)}, which trains all weights"
-    add(not config.method.freezes_weights, "parallelism.frozen_weights", trains_all)
-    add(not config.method.freezes_weights, "training.frozen_dtype", trains_all)
-    short = f"with [training] steps = {steps}"
+    _, shard = mesh_shape(config.parallelism, num_ranks)
+    sums_nothing = shard == 1 or training.global_batch_size == num_ranks * training.local_batch_size
     snapshot_step = profiler.memory_snapshot_step
-    add(not profiler.enabled, "profiler.memory", "without enabled = true")
-    without = "without enabled = true or memory_snapshot_step"
-    add(not profiler.enabled and snapshot_step is None, "profiler.ranks", without)
-    add(device == "cpu", "profiler.memory_snapshot_step", "without a GPU")
-    is_late = device == "cuda" and snapshot_step is not None and snapshot_step > steps
-    add(is_late, "profiler.memory_snapshot_step", short)
-    return void
+    observes = profiler.enabled or snapshot_step is not None
+    is_late = snapshot_step is not None and snapshot_step > training.steps
+    void = [f"[{name}] {text}" for name, section in config for text in section.without_effect()]
+    for is_void, section, key, cause in (
+        (not on_gpu, "training", "tf32", "on a CPU, which has no TF32"),
+        (on_gpu and training.dtype != "float32", "training", "tf32", 'without dtype = "float32"'),
+        (not on_gpu, "training", "deterministic", "on a CPU, where runs are deterministic anyway"),
+        (not config.method.freezes_weights, "parallelism", "frozen_weights", trains_all),
+        (not config.method.freezes_weights, "training", "frozen_dtype", trains_all),
+        (sums_nothing, "parallelism", "accumulate_gradients", "with one micro-batch or one shard"),
+        (not profiler.enabled, "profiler", "memory", "without enabled = true"),
+        (not observes, "profiler", "ranks", "without enabled = true or memory_snapshot_step"),
+        (not on_gpu, "profiler", "memory_snapshot_step", "without a GPU"),
+        (on_gpu and is_late, "profiler", "memory_snapshot_step", "after the last step"),
+    ):
+        if is_void and not getattr(config, section).is_default(key):
+            value = toml_value(getattr(getattr(config, section), key))
+            void.append(f"[{section}] {key} = {value} has no effect {cause}")
+    return [f"{message}; remove it" for message in void]
 
 
 def _check_ranks(config: "JobConfig", num_ranks: int) -> list[str]:

@@ -1,11 +1,13 @@
-"""The configuration of a training run, and its command line."""
+"""The configuration of a training run: its sections, and its command line."""
 
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.config import (
@@ -28,12 +30,6 @@ from switchtitan.distributed.config import (
 )
 from switchtitan.distributed.world import device_type, num_ranks_from_launcher
 from switchtitan.job.checks import check, keys_without_effect
-from switchtitan.job.sections import (
-    EvaluationConfig,
-    RunConfig,
-    SpectrumConfig,
-    TrainingConfig,
-)
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.observability.config import MetricsConfig, ProfilerConfig
@@ -45,6 +41,95 @@ usage: switchtitan train [--config FILE] [--section.key value ...]
 Train the model that a TOML file describes. The default file is the quickstart.
 Every key of the file is also an option; `none` means no value.
 The defaults shown are the values in the file, or switchtitan's defaults."""
+
+
+class RunConfig(Section):
+    """`[job]`: name, output folder and seed of the run."""
+
+    name: str = Field(min_length=1)
+    """Name of the run in logs and TensorBoard."""
+    output_dir: Path
+    """Folder for checkpoints, logs and traces, relative to the working directory; created if
+    missing."""
+    seed: int = Field(default=42, ge=0, lt=2**63)
+    """Determines initial weights, order of the data and dropout."""
+    stop_signal: Literal["SIGUSR1", "SIGUSR2"] | None = "SIGUSR1"
+    """Signal, next to SIGTERM and SIGINT, after which the run finishes its step, saves and stops,
+    such as the one that a batch system sends before it pre-empts a job; "none" receives no other
+    signal."""
+
+
+class TrainingConfig(Section):
+    """`[training]`: number of steps, batch size and dtypes."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps of the run, including those before a resume."""
+    global_batch_size: int = Field(ge=1)
+    """Sequences per optimizer step over all ranks; a multiple of ranks x local_batch_size."""
+    local_batch_size: int = Field(ge=1)
+    """Sequences per rank and micro-step; lower it if memory is short. Gradients are accumulated
+    over micro-steps."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global norm; "none" disables clipping."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """dtype of activations and gradients. "auto" is bfloat16 if all devices multiply it natively
+    (NVIDIA GPUs since Ampere, AMD GPUs, x86 CPUs with AVX512-BF16), else float32; a resumed run
+    keeps its checkpoint's. "bfloat16" is an error on older GPUs, and slow on other CPUs. Trained
+    weights and optimizer state are always fp32."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of frozen weights; a resumed run cannot change it. With bfloat16, changes of frozen
+    weights are rounded stochastically: unbiased, but the error accumulates (6 % of the norm after
+    500 changes), so use it with methods that rarely or never change them. Needs a method that
+    freezes weights."""
+    tf32: bool = False
+    """Whether a GPU may round the factors of forward's and backward's fp32 products to TF32 (10
+    bits), which is faster. Updates always multiply in fp32. Only with dtype = "float32" on a
+    GPU."""
+    deterministic: bool = False
+    """Whether a GPU uses deterministic algorithms only, so that a resumed run is bitwise equal to
+    one that was not stopped, on as many GPUs of the same kind. Slower. An operation without such an
+    algorithm is an error. Not on a CPU, where runs always are."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do if the loss or the gradient is inf or nan on any rank. `stop` ends the run at the
+    next report, evaluation or save, before anything more is saved. `skip` skips the update of that
+    batch on all ranks: nothing but the count of skipped batches changes, and training continues as
+    if the batch were not in the data; 100 in a row end the run. With `skip` the host waits for the
+    device before every update, since it must know the norm; on a CPU, that takes no time."""
+
+
+class EvaluationConfig(Section):
+    """`[evaluation]`: loss on held-out sequences, and continuations of prompts."""
+
+    interval: int = Field(default=1000, ge=1)
+    """Optimizer steps between evaluations. The model is also evaluated before the first and after
+    the last step, unless the run is shorter than the interval."""
+    tokens: int = Field(default=10_000_000, ge=1)
+    """Validation tokens per evaluation, rounded down to full sequences; at least data.seq_len."""
+    test_tokens: int | None = Field(default=None, ge=1)
+    """Test tokens on which the trained model is evaluated once, after the last step, rounded down
+    to full sequences; at least data.seq_len. Needs data.test_fraction. "none" disables it."""
+    prompts: tuple[str, ...] = ()
+    """Texts that the model continues at each evaluation with the most probable tokens, up to the
+    end of a document; the log and TensorBoard's text tab show them. Default: none. They do not
+    change the training."""
+    prompt_tokens: int = Field(default=32, ge=1, le=1024)
+    """Maximum tokens of a continuation, at most 1024. Ranks gather a sharded model's weights once
+    for each, for all prompts together. A prompt and its continuation must fit data.seq_len."""
+
+    def without_effect(self) -> list[str]:
+        """See `registry.Section`."""
+        if self.prompts or self.is_default("prompt_tokens"):
+            return []
+        return [f"prompt_tokens = {self.prompt_tokens} has no effect without prompts"]
+
+
+class SpectrumConfig(Section):
+    """How often to measure the rank of the change of the linear layers' weights since step 0."""
+
+    interval: int | None = Field(default=None, ge=1)
+    """Optimizer steps between two measurements, at least 1; the last step is also measured.
+    Default: no measurement. Each gathers the dense weights on the main rank and takes O(out * in *
+    min(out, in)) time per layer."""
 
 
 class JobConfig(Section):
@@ -66,22 +151,12 @@ class JobConfig(Section):
     spectrum: SpectrumConfig
     profiler: ProfilerConfig
 
-    def without_effect(self) -> list[str]:
-        """Return messages for keys that other keys of their section leave without effect."""
-        return [
-            f"[{name}] {message}" for name, section in self for message in section.without_effect()
-        ]
-
 
 @cache
 def print_note(note: str) -> None:
     """Print a note on stderr, once; of several ranks only the first one prints it."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {note}", file=sys.stderr)
-
-
-def ignore_note(note: str) -> None:
-    """For processes that start ranks: the first rank prints the note."""
 
 
 def parse_arguments(
@@ -103,7 +178,7 @@ def parse_arguments(
     config = parse_unchecked(argv, say)
     num_ranks, device = num_ranks or num_ranks_from_launcher(), device_type()
     raise_together(check(config, num_ranks, device))
-    for message in keys_without_effect(config, device):
+    for message in keys_without_effect(config, num_ranks, device):
         say(message)
     return config
 

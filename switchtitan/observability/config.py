@@ -28,10 +28,6 @@ class MetricsConfig(Section):
     """Report how long a step spends in each region (data, forward, backward, reduce, clip, switch,
     update), and an evaluation and a save. On a GPU: the device's time, read without waiting."""
 
-    layers: bool = False
-    """Report norms of each layer's gradient and update, and the share of its frozen weight that the
-    step's merge changed. Reported steps take a copy of the local shards of all weights."""
-
 
 class ProfilerConfig(Section):
     """Steps to trace."""

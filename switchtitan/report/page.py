@@ -15,7 +15,7 @@ from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
 from switchtitan.observability import RESULTS_FILE
 from switchtitan.observability.curves import Curve, read_curves
-from switchtitan.training.describe import newest_config_file
+from switchtitan.training.output import newest_config_file
 
 Table = Sequence[Sequence[str]]
 """Rows of cells; the first row is the head."""
@@ -65,7 +65,7 @@ def read_run(folder: Path) -> RunRecord:
         ConfigError: if it is not the folder of a run, or a file is damaged.
     """
     curves = read_curves(folder)
-    results_file, (config_file, _) = folder / RESULTS_FILE, newest_config_file(folder)
+    results_file, config_file = folder / RESULTS_FILE, newest_config_file(folder)
     results: dict[str, Any] = {}
     try:
         if results_file.exists():

@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ _FILE = re.compile(r"step-(\d{9,})\.safetensors")
 
 @dataclass(kw_only=True)
 class RankTelemetry:
-    """A `training.hooks.Hook` that measures singular values of each linear layer's change."""
+    """A `training.trainer.Hook` that measures singular values of each linear layer's change."""
 
     model: nn.Module
     dense_weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -44,12 +43,8 @@ class RankTelemetry:
     last_step: int
     """Of the last measurement, at first the step that the run resumes from."""
 
-    def around(self, step: int) -> AbstractContextManager[None]:
-        """See `training.hooks.Hook`."""
-        return nullcontext()
-
     def is_due(self, step: int) -> bool:
-        """See `training.hooks.Hook`."""
+        """Whether to measure after `step` steps."""
         return step == self.num_steps or step % self.interval == 0
 
     def after(self, step: int) -> None:

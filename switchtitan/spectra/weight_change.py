@@ -17,7 +17,7 @@ from switchtitan.hub.dense_checkpoint import (
 )
 from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
 from switchtitan.models import MODELS
-from switchtitan.progress import progress_bar
+from switchtitan.process import progress_bar
 from switchtitan.spectra.spectrum import singular_values
 
 

@@ -1,32 +1,30 @@
-"""Builds a run from its configuration: a `Trainer`, or what takes its steps alone, a `Stepper`.
+"""Build a run from its configuration: a `Trainer`, or what takes its steps alone, a `Stepper`.
 
 What most runs do not use is imported where it is built.
 """
 
-import json
 import logging
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from switchtitan.checkpoint import (
     CHECKPOINTS_FOLDER,
     Checkpointer,
     CheckpointTensors,
-    check_same_run,
     find_checkpoint,
-    read_metadata,
 )
 from switchtitan.config import resolved_toml
 from switchtitan.contracts import Batch, Method, SummedLoss
 from switchtitan.data import Corpus, ValidationBatches, build_train_batches, open_corpus
+from switchtitan.data.text import size_of_sequences
 from switchtitan.distributed.blocks import checkpoint_activations, compile_blocks
-from switchtitan.distributed.dtype import agree_on_dtype, dtype_on
+from switchtitan.distributed.dtype import ComputeDtype, agree_on_dtype, dtype_on
 from switchtitan.distributed.fsdp import (
     cast_frozen_weights,
     materialize,
@@ -35,35 +33,30 @@ from switchtitan.distributed.fsdp import (
 )
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
 from switchtitan.distributed.world import World, device_name
-from switchtitan.errors import CheckpointError
 from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.environment import versions
-from switchtitan.observability.log import configure_logging
+from switchtitan.observability.region_times import RegionTimes
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput, peak_flops_per_s
 from switchtitan.optim import build_lr_schedule
 from switchtitan.training.describe import (
-    changed_keys,
     compared_values,
-    completed_identity,
     describe_run,
+    read_state,
     run_facts,
     run_identity,
-    start_output,
 )
 from switchtitan.training.evaluate import Evaluator, Evaluators, Prompts
-from switchtitan.training.hooks import Hook
+from switchtitan.training.output import start_output
 from switchtitan.training.step import Stepper, TrainState
 from switchtitan.training.stop import Stop
-from switchtitan.training.trainer import Trainer
+from switchtitan.training.trainer import Hook, Trainer
 
 if TYPE_CHECKING:
-    from switchtitan.data.text import TextSize
     from switchtitan.observability.profiler import Profiler
-    from switchtitan.spectra.weight_change import Origin
 
 logger = logging.getLogger(__name__)
 
@@ -75,55 +68,29 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         stop: when to stop before the last step; by default never.
 
     Raises:
-        UserError: if configuration, corpus and checkpoints do not fit together; nothing is written.
+        UserError: if configuration, corpus and checkpoints do not fit together.
     """
-    from switchtitan.observability.region_times import RegionTimes
-
-    configure_logging(is_main=world.is_main, rank=world.rank)
-    output_dir, num_steps = config.job.output_dir, config.training.steps
-    checkpoints = output_dir / CHECKPOINTS_FOLDER
-    # Before the corpus, whose preparation can take hours.
+    # What it starts from. Before the corpus, whose preparation can take hours.
+    checkpoints = config.job.output_dir / CHECKPOINTS_FOLDER
     checkpoint = world.together(
         lambda: find_checkpoint(checkpoints, config.checkpoint) if world.is_main else None
     )[0]
     corpus = open_checked_corpus(config, world)
-
-    # What the run starts from.
     identity, resolved = run_identity(config, corpus), resolved_toml(config)
-    checkpointer = Checkpointer(
-        checkpoints,
-        config.checkpoint,
-        world,
-        identity=identity,
-        metadata={"config": resolved, "corpus": corpus.description, "num_ranks": world.size},
-        versions=versions(),
-        latest=checkpoint,
-    )
-    state, changes, initial_weights = TrainState(), list[str](), None
+    state, changes = TrainState(), list[str]()
     if checkpoint is not None:
         state, changes = read_state(checkpoint, config, identity)
-    # Built before the model, because this rejects a corpus that is too small.
+
+    # What it reads. Before the model, because this rejects a corpus that is too small.
     batches = build_batches(config, corpus, world, state)
     loss = CrossEntropy(config.compile.loss)
     evaluators = build_evaluators(config, corpus, loss, world)
-    if checkpoint is None and config.checkpoint.initial_weights is not None:
-        initial_weights = read_initial_weights(config, state)
-    compute_dtype = agree_on_dtype(config.training.dtype, world, state.compute_dtype)
-    config.model.check_device(world.device.type, compute_dtype.dtype)
-    if state.compute_dtype not in (None, compute_dtype.name):
-        changes.append(f"compute dtype: {state.compute_dtype} -> {compute_dtype.name}")
-    state.compute_dtype = compute_dtype.name
-    origin = None
-    if config.spectrum.interval is not None:
-        from switchtitan.spectra.weight_change import Origin
-
-        source = state.initial_weights, state.initial_fingerprint
-        origin = Origin(config.model, config.job.seed, *source, build_method(config))
-        if checkpoint is not None:
-            # Raises if the weights that the run started from are missing.
-            world.together(origin.open if world.is_main else lambda: None)
 
     # The model and what updates it.
+    compute_dtype = _choose_dtype(config, world, state, changes)
+    initial_weights = None
+    if checkpoint is None and config.checkpoint.initial_weights is not None:
+        initial_weights = read_initial_weights(config, state)
     stepper = build_stepper(
         config,
         world,
@@ -138,34 +105,23 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     if checkpoint is not None:
         tensors.restore(checkpoint, world)
 
-    # What it writes: first here, after all checks.
-    start_output(output_dir, resolved, world, state.step, num_steps)
+    # What it writes: first here, after the checks.
+    start_output(config.job.output_dir, resolved, world, state.step, config.training.steps)
     describe_run(config, stepper, corpus, compute_dtype, checkpoint, changes)
-    reporter = Reporter(
-        config.metrics,
-        output_dir,
-        run_name=config.job.name,
-        num_steps=num_steps,
-        start_step=state.step,
-        is_main=world.is_main,
-        description=resolved,
-        facts=run_facts(config, world, stepper.model, corpus, compute_dtype),
-        first_validation_loss=state.first_validation_loss,
-        hparams=compared_values(config, world.size),
+    checkpointer = Checkpointer(
+        checkpoints,
+        config.checkpoint,
+        world,
+        identity=identity,
+        metadata={"config": resolved, "corpus": corpus.description, "num_ranks": world.size},
+        versions=versions(),
+        latest=checkpoint,
     )
-    # Only the bf16 peaks are known.
-    is_bf16 = compute_dtype.dtype == torch.bfloat16
-    throughput = Throughput(
-        tokens_per_step=config.training.global_batch_size * config.data.seq_len,
-        flops_per_token=stepper.model.num_flops_per_token(config.data.seq_len),
-        num_devices=world.size,
-        peak_flops_per_s=peak_flops_per_s(device_name(world.device)) if is_bf16 else None,
-        num_steps=num_steps,
-        start_step=state.step,
-    )
+    facts = run_facts(config, world, stepper.model, corpus, compute_dtype)
+    reporter = _build_reporter(config, world, state, resolved, facts)
     return Trainer(
         stepper=stepper,
-        num_steps=num_steps,
+        num_steps=config.training.steps,
         evaluate_interval=config.evaluation.interval,
         save_interval=config.checkpoint.interval,
         check_interval=config.parallelism.check_interval,
@@ -173,10 +129,10 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         checkpointer=checkpointer,
         tensors=tensors,
         reporter=reporter,
-        throughput=throughput,
+        throughput=_build_throughput(config, stepper, compute_dtype.dtype),
         profiler=_build_profiler(config, world, state, reporter),
         region_times=RegionTimes(world.device) if config.metrics.region_times else None,
-        hooks=_build_hooks(config, stepper, reporter, origin),
+        hooks=_build_hooks(config, stepper, reporter, is_restored=checkpoint is not None),
         stop=stop or Stop(),
     )
 
@@ -286,39 +242,15 @@ def build_evaluators(
             rank=world.rank,
             num_ranks=world.size,
         )
-
-        def read_size() -> "TextSize":
-            from switchtitan.data.text import size_of_sequences
-
-            return size_of_sequences(sequences, batches.num_sequences, corpus.tokenizer())
-
-        return Evaluator(batches, loss, world, read_size)
+        size = partial(size_of_sequences, sequences, batches.num_sequences)
+        return Evaluator(batches, loss, world, lambda: size(corpus.tokenizer()))
 
     keys, test, prompts = config.evaluation, None, None
     if keys.test_tokens is not None:
         test = evaluator_on("test", keys.test_tokens)
     if keys.prompts:
-        sizes = {"num_tokens": keys.prompt_tokens, "seq_len": seq_len}
-        prompts = Prompts(keys.prompts, corpus.tokenizer(), **sizes, device=world.device)
+        prompts = Prompts(keys.prompts, corpus.tokenizer(), keys.prompt_tokens, seq_len)
     return Evaluators(evaluator_on("validation", keys.tokens), test, prompts)
-
-
-def read_state(checkpoint: Path, config: JobConfig, identity: dict) -> tuple[TrainState, list[str]]:
-    """Read a checkpoint's training state, and list the keys that have changed since.
-
-    Raises:
-        CheckpointError: if the checkpoint belongs to another run, or its state is damaged.
-    """
-    metadata = read_metadata(checkpoint)
-    check_same_run(completed_identity(metadata.identity, config), identity)
-    try:
-        state = TypeAdapter(TrainState).validate_json(json.dumps(metadata.train_state))
-    except ValidationError as error:
-        raise CheckpointError(
-            f"{checkpoint}: train_state in metadata.json is damaged, or of a newer version of "
-            f"switchtitan ({' '.join(str(error).split())})"
-        ) from error
-    return state, changed_keys(metadata.config, resolved_toml(config))
 
 
 def read_initial_weights(config: JobConfig, state: TrainState) -> dict[str, Tensor]:
@@ -352,14 +284,57 @@ def build_memory_snapshots(config: JobConfig, world: World) -> AbstractContextMa
     return snapshot_if_memory_runs_out(config.job.output_dir, world.rank, has_history)
 
 
+def _choose_dtype(
+    config: JobConfig, world: World, state: TrainState, changes: list[str]
+) -> ComputeDtype:
+    """Choose the dtype of activations and gradients, and record it in `state`."""
+    chosen = agree_on_dtype(config.training.dtype, world, state.compute_dtype)
+    config.model.check_device(world.device.type, chosen.dtype)
+    if state.compute_dtype not in (None, chosen.name):
+        changes.append(f"compute dtype: {state.compute_dtype} -> {chosen.name}")
+    state.compute_dtype = chosen.name
+    return chosen
+
+
+def _build_reporter(
+    config: JobConfig, world: World, state: TrainState, resolved: str, facts: dict[str, object]
+) -> Reporter:
+    return Reporter(
+        config.metrics,
+        config.job.output_dir,
+        run_name=config.job.name,
+        num_steps=config.training.steps,
+        start_step=state.step,
+        is_main=world.is_main,
+        description=resolved,
+        facts=facts,
+        first_validation_loss=state.first_validation_loss,
+        hparams=compared_values(config, world.size),
+    )
+
+
+def _build_throughput(config: JobConfig, stepper: Stepper, dtype: torch.dtype) -> Throughput:
+    world, seq_len = stepper.world, config.data.seq_len
+    # Only the bf16 peaks are known.
+    peak = peak_flops_per_s(device_name(world.device)) if dtype == torch.bfloat16 else None
+    return Throughput(
+        tokens_per_step=config.training.global_batch_size * seq_len,
+        flops_per_token=stepper.model.num_flops_per_token(seq_len),
+        num_devices=world.size,
+        peak_flops_per_s=peak,
+        num_steps=config.training.steps,
+        start_step=stepper.state.step,
+    )
+
+
 def _build_profiler(
     config: JobConfig, world: World, state: TrainState, reporter: Reporter
 ) -> "Profiler | None":
-    if not config.profiler.enabled and config.profiler.memory_snapshot_step is None:
+    keys = config.profiler
+    if not keys.enabled and keys.memory_snapshot_step is None:
         return None
     from switchtitan.observability.profiler import Profiler
 
-    keys = config.profiler
     if world.device.type != "cuda":
         keys = keys.model_copy(update={"memory_snapshot_step": None})
     return Profiler(
@@ -372,27 +347,32 @@ def _build_profiler(
 
 
 def _build_hooks(
-    config: JobConfig, stepper: Stepper, reporter: Reporter, origin: "Origin | None"
+    config: JobConfig, stepper: Stepper, reporter: Reporter, is_restored: bool
 ) -> list[Hook]:
-    """Build what a run calls around its steps, in order."""
-    hooks: list[Hook] = []
-    if config.metrics.layers:
-        from switchtitan.training.layer_norms import LayerNorms
+    """Build what a run does between steps.
 
-        hooks.append(LayerNorms(stepper, reporter))
-    if origin is not None and config.spectrum.interval is not None:
-        from switchtitan.spectra.telemetry import SPECTRA_FOLDER, RankTelemetry
+    Raises:
+        CheckpointError: if the weights that a resumed run started from are missing.
+    """
+    if config.spectrum.interval is None:
+        return []
+    from switchtitan.spectra.telemetry import SPECTRA_FOLDER, RankTelemetry
+    from switchtitan.spectra.weight_change import Origin
 
-        telemetry = RankTelemetry(
-            model=stepper.model,
-            dense_weights=build_method(config).dense_weights,
-            origin=origin,
-            folder=config.job.output_dir / SPECTRA_FOLDER,
-            reporter=reporter,
-            world=stepper.world,
-            interval=config.spectrum.interval,
-            num_steps=config.training.steps,
-            last_step=stepper.state.step,
-        )
-        hooks.append(telemetry)
-    return hooks
+    method, world, state = build_method(config), stepper.world, stepper.state
+    source = state.initial_weights, state.initial_fingerprint
+    origin = Origin(config.model, config.job.seed, *source, method)
+    if is_restored:
+        world.together(origin.open if world.is_main else lambda: None)
+    telemetry = RankTelemetry(
+        model=stepper.model,
+        dense_weights=method.dense_weights,
+        origin=origin,
+        folder=config.job.output_dir / SPECTRA_FOLDER,
+        reporter=reporter,
+        world=world,
+        interval=config.spectrum.interval,
+        num_steps=config.training.steps,
+        last_step=state.step,
+    )
+    return [telemetry]

@@ -1,34 +1,30 @@
-"""What a run says of itself: its identity, its facts, its configuration, and the log's start."""
+"""What a run says of itself: its identity, what it resumes from, its facts, and the log's start."""
 
+import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from switchtitan.config import flatten, parse_toml, toml_value
+from switchtitan.checkpoint import check_same_run, read_metadata
+from switchtitan.config import flatten, parse_toml, resolved_toml, toml_value
 from switchtitan.data import Corpus
 from switchtitan.distributed.dtype import ComputeDtype
 from switchtitan.distributed.world import World, device_name
-from switchtitan.errors import OutputError
-from switchtitan.files import write_atomically
+from switchtitan.errors import CheckpointError
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.environment import commit, versions
-from switchtitan.observability.log import configure_logging
 from switchtitan.registry import Section
-from switchtitan.training.step import Stepper
+from switchtitan.training.step import Stepper, TrainState
 
 logger = logging.getLogger(__name__)
 
 _COMPARED_SECTIONS = ("model", "method", "optimizer", "lr_schedule", "training", "parallelism")
 _UNLISTED_KEYS = ("job.name", "job.output_dir", "data.cache_dir", "training.dtype")
 """Keys whose changes are not listed on resume; what `dtype` chose is compared apart."""
-
-CONFIG_FILE = "config.toml"
-"""File in the output folder with the configuration that the run started with."""
-_RESUMED_CONFIG = re.compile(r"config-from-step-(\d+)\.toml")
 
 
 def run_identity(config: JobConfig, corpus: Corpus) -> dict:
@@ -50,6 +46,24 @@ def run_identity(config: JobConfig, corpus: Corpus) -> dict:
     }
 
 
+def read_state(checkpoint: Path, config: JobConfig, identity: dict) -> tuple[TrainState, list[str]]:
+    """Reads a checkpoint's training state, and lists the keys that have changed since.
+
+    Raises:
+        CheckpointError: if the checkpoint belongs to another run, or its state is damaged.
+    """
+    metadata = read_metadata(checkpoint)
+    check_same_run(completed_identity(metadata.identity, config), identity)
+    try:
+        state = TypeAdapter(TrainState).validate_json(json.dumps(metadata.train_state))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{checkpoint}: train_state in metadata.json is damaged, or of a newer version of "
+            f"switchtitan ({' '.join(str(error).split())})"
+        ) from error
+    return state, changed_keys(metadata.config, resolved_toml(config))
+
+
 def completed_identity(saved: Mapping[str, object], config: JobConfig) -> dict[str, object]:
     """Returns a checkpoint's identity with the defaults of keys that are newer than it."""
     completed = dict(saved)
@@ -59,6 +73,18 @@ def completed_identity(saved: Mapping[str, object], config: JobConfig) -> dict[s
             defaults = _without_resumable_keys(type(section).model_construct())
             completed[name] = {**defaults, **values}
     return completed
+
+
+def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
+    """Returns the keys whose values differ in two configurations, as `key: old -> new`."""
+    before, now = (
+        flatten(parse_toml(text, "the saved configuration")) for text in (saved_toml, current_toml)
+    )
+    return [
+        f"{key}: {toml_value(before[key])} -> {toml_value(now[key])}"
+        for key in now
+        if key in before and before[key] != now[key] and key not in _UNLISTED_KEYS
+    ]
 
 
 def _without_resumable_keys(section: Section) -> dict[str, object]:
@@ -118,37 +144,16 @@ def describe_run(
     world, (replicate, shard) = stepper.world, stepper.world.mesh.shape
     layout = f"replicate {replicate} x shard {shard}"
     logger.info("%d rank(s) on %s: %s", world.size, device_name(world.device), layout)
-    has_one = config.training.global_batch_size == world.size * config.training.local_batch_size
-    if config.parallelism.accumulate_gradients == "sharded" and (has_one or shard == 1):
-        logger.info(
-            '[parallelism] accumulate_gradients = "sharded" saves nothing: %s',
-            "a step has one micro-batch" if has_one else "each rank holds all gradients",
-        )
     logger.info("compute dtype: %s", compute_dtype)
-    if checkpoint is None:
-        logger.info("starting a new run in %s", config.job.output_dir)
-    else:
-        logger.info("resuming from %s", checkpoint)
+    start = f"starting a new run in {config.job.output_dir}"
+    logger.info("%s", start if checkpoint is None else f"resuming from {checkpoint}")
     if changes and world.is_main:
         logger.warning("changed since that checkpoint: %s", "; ".join(changes))
-    compiles = config.compile.blocks or config.compile.loss or config.compile.optimizer
-    if compiles and stepper.state.step < config.training.steps:
+    if any(is_on for _, is_on in config.compile) and stepper.state.step < config.training.steps:
         logger.info(
             "compiling: the first step takes a minute or more; later runs use the cache; "
             "speed and ETA are measured from the second step"
         )
-
-
-def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
-    """Returns the keys whose values differ in two configurations, as `key: old -> new`."""
-    before, now = (
-        flatten(parse_toml(text, "the saved configuration")) for text in (saved_toml, current_toml)
-    )
-    return [
-        f"{key}: {toml_value(before[key])} -> {toml_value(now[key])}"
-        for key in now
-        if key in before and before[key] != now[key] and key not in _UNLISTED_KEYS
-    ]
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -159,46 +164,3 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         "frozen": sum(p.numel() for p in parameters if not p.requires_grad),
         "buffers": sum(buffer.numel() for buffer in model.buffers()),
     }
-
-
-def start_output(output_dir: Path, resolved: str, world: World, step: int, num_steps: int) -> None:
-    """Opens the run's log file; writes its configuration if steps are left after step `step`.
-
-    Raises:
-        OutputError: on every rank, if that fails.
-    """
-
-    def start() -> None:
-        if not world.is_main:
-            return
-        try:
-            configure_logging(is_main=True, log_file=output_dir / "train.log")
-            if step < num_steps:
-                write_config(output_dir, resolved, step)
-        except OSError as error:
-            raise OutputError(
-                f"[job] output_dir = {str(output_dir)!r}: cannot be written ({error}); free space, "
-                "or choose another"
-            ) from error
-
-    world.together(start)
-
-
-def write_config(output_dir: Path, resolved: str, step: int) -> None:
-    """Writes the configuration that a run has from `step` on, if it is another than before."""
-    if step == 0:
-        write_atomically(output_dir / CONFIG_FILE, resolved)
-        return
-    newest, _ = newest_config_file(output_dir)
-    if not newest.is_file() or newest.read_text(encoding="utf-8") != resolved:
-        write_atomically(output_dir / f"config-from-step-{step}.toml", resolved)
-
-
-def newest_config_file(output_dir: Path) -> tuple[Path, int]:
-    """Returns the file with the configuration of a run's last part, and the step it is from."""
-    files = {0: output_dir / CONFIG_FILE}
-    for file in output_dir.iterdir():
-        if match := _RESUMED_CONFIG.fullmatch(file.name):
-            files[int(match.group(1))] = file
-    step = max(files)
-    return files[step], step

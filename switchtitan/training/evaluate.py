@@ -91,21 +91,12 @@ class Prompts:
     """
 
     def __init__(
-        self,
-        prompts: Sequence[str],
-        documents: DocumentTokenizer,
-        *,
-        num_tokens: int,
-        seq_len: int,
-        device: torch.device,
+        self, prompts: Sequence[str], documents: DocumentTokenizer, num_tokens: int, seq_len: int
     ) -> None:
         # Most runs have no prompts.
         from switchtitan.generation.text import prompt_ids
 
-        self._prompts = prompts
-        self._documents = documents
-        self._num_tokens = num_tokens
-        self._device = device
+        self._prompts, self._documents, self._num_tokens = prompts, documents, num_tokens
         # An empty prompt begins a document.
         self._tokens = [prompt_ids(documents.tokenizer, of) or [documents.eos_id] for of in prompts]
         for index, tokens in enumerate(self._tokens):
@@ -124,19 +115,19 @@ class Prompts:
         """
         from switchtitan.generation.decoding import continuations
         from switchtitan.generation.sampling import Sampler, Sampling
-        from switchtitan.generation.text import TextStream
 
-        greedy, eos_id = Sampler(Sampling(temperature=0)), self._documents.eos_id
+        greedy, device = Sampler(Sampling(temperature=0)), next(model.parameters()).device
         # Never ends early: the ranks' passes must be equally many, whatever they compute.
-        steps = list(continuations(model, self._tokens, greedy, self._num_tokens, self._device))
-        pairs = []
-        for prompt, tokens, new in zip(
-            self._prompts, self._tokens, zip(*steps, strict=True), strict=True
-        ):
-            stream = TextStream(self._documents.tokenizer, tokens)
-            pieces = [stream.add(token) for token in takewhile(lambda of: of != eos_id, new)]
-            pairs.append((prompt, "".join(pieces) + stream.rest()))
-        return pairs
+        steps = list(continuations(model, self._tokens, greedy, self._num_tokens, device))
+        texts = map(self._text_after, self._tokens, zip(*steps, strict=True))
+        return list(zip(self._prompts, texts, strict=True))
+
+    def _text_after(self, tokens: Sequence[int], new: Sequence[int]) -> str:
+        """Returns the text of `new` up to the end of the document of `tokens`."""
+        new = list(takewhile(lambda token: token != self._documents.eos_id, new))
+        decode = self._documents.tokenizer.decode
+        text: str = decode([*tokens, *new])
+        return text[len(decode(tokens)) :]
 
 
 class Evaluators(NamedTuple):

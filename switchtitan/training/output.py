@@ -1,7 +1,9 @@
-"""The folder of a run: writable, the same one on every rank, and of one process at a time."""
+"""The folder of a run: of one process at a time, the same on every rank; its log and configuration
+files."""
 
 import atexit
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -12,10 +14,15 @@ from filelock import FileLock, Timeout
 
 from switchtitan.checkpoint import join_writers
 from switchtitan.distributed.world import World
-from switchtitan.errors import ConfigError
+from switchtitan.errors import ConfigError, OutputError
+from switchtitan.files import write_atomically
+from switchtitan.observability.log import configure_logging
 
 LOCK_FILE, OWNER_FILE = "run.lock", "run.owner"
 """In a run's folder: what is locked while the run trains, and the name of its process."""
+CONFIG_FILE = "config.toml"
+"""File in a run's folder with the configuration that the run started with."""
+_RESUMED_CONFIG = re.compile(r"config-from-step-\d+\.toml")
 _ENDS_WITHIN_S, _WRITER_ENDS_WITHIN_S = 10.0, 1.0
 """After a kill: workers of the process, as a network file system sees it. After a save: its
 thread."""
@@ -37,18 +44,27 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
     lock = FileLock(output_dir / LOCK_FILE)
     owner_file = output_dir / OWNER_FILE
     created: list[Path] = []
+    key = f"[job] output_dir = {str(output_dir)!r}"
 
     def acquire() -> str:
         if not world.is_main:
             return ""
-        with _explained(output_dir):
+        owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}"
+        try:
             created.extend(p for p in (output_dir, *output_dir.parents) if not p.exists())
             output_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=_ENDS_WITHIN_S)
-            owner = (
-                f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}"
-            )
             owner_file.write_text(owner, encoding="utf-8")
+        except Timeout as error:
+            raise ConfigError(
+                f"{key}: {_read(owner_file) or 'another process'}, trains in this folder; wait "
+                "until it ends, or stop it, or choose another output_dir"
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"{key}: expected a writable folder, but writing there failed ({error}); choose "
+                "another, or free space"
+            ) from error
         return owner
 
     try:
@@ -95,20 +111,44 @@ def _read(file: Path) -> str:
         return ""
 
 
-@contextmanager
-def _explained(output_dir: Path) -> Iterator[None]:
-    """Turns what goes wrong with the folder into one error."""
-    key = f"[job] output_dir = {str(output_dir)!r}"
-    try:
-        yield
-    except Timeout as error:
-        owner = _read(output_dir / OWNER_FILE) or "another process"
-        raise ConfigError(
-            f"{key}: {owner}, trains in this folder; wait until it ends, or stop it, or choose "
-            "another output_dir"
-        ) from error
-    except OSError as error:
-        raise ConfigError(
-            f"{key}: expected a writable folder, but writing there failed ({error}); choose "
-            "another, or free space"
-        ) from error
+def start_output(output_dir: Path, resolved: str, world: World, step: int, num_steps: int) -> None:
+    """Opens the run's log file; writes its configuration if steps are left after step `step`.
+
+    Raises:
+        OutputError: on every rank, if that fails.
+    """
+
+    def start() -> None:
+        if not world.is_main:
+            return
+        try:
+            configure_logging(is_main=True, log_file=output_dir / "train.log")
+            if step < num_steps:
+                write_config(output_dir, resolved, step)
+        except OSError as error:
+            raise OutputError(
+                f"[job] output_dir = {str(output_dir)!r}: cannot be written ({error}); free space, "
+                "or choose another"
+            ) from error
+
+    world.together(start)
+
+
+def write_config(output_dir: Path, resolved: str, step: int) -> None:
+    """Writes the configuration that a run has from `step` on, if it is another than before."""
+    if step == 0:
+        write_atomically(output_dir / CONFIG_FILE, resolved)
+        return
+    newest = newest_config_file(output_dir)
+    if not newest.is_file() or newest.read_text(encoding="utf-8") != resolved:
+        write_atomically(output_dir / f"config-from-step-{step}.toml", resolved)
+
+
+def newest_config_file(output_dir: Path) -> Path:
+    """Returns the file with the configuration of a run's last part."""
+    resumed = [file for file in output_dir.iterdir() if _RESUMED_CONFIG.fullmatch(file.name)]
+    return max(resumed, key=_step_of, default=output_dir / CONFIG_FILE)
+
+
+def _step_of(resumed_config: Path) -> int:
+    return int(resumed_config.stem.rpartition("-")[2])

@@ -1,5 +1,6 @@
 """One optimizer step: batch, forward, backward, clipping and update, for any model and method."""
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Generator
@@ -22,6 +23,10 @@ from switchtitan.distributed.shards import local
 from switchtitan.distributed.world import World
 from switchtitan.regions import STEP, region
 
+logger = logging.getLogger(__name__)
+
+YOUNG_INTERVAL, FULL_INTERVAL = 50, 1000
+"""Steps between collections of the young generations, which take milliseconds, and of all."""
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -53,17 +58,14 @@ class TrainState:
         return self.step + self.num_skipped
 
 
-logger = logging.getLogger(__name__)
-
-
 class StepResult(NamedTuple):
-    """The result of a step. Tensors stay on the device."""
+    """The result of a step. Tensors are 0-dim and stay on the device."""
 
     loss: Tensor
-    """0-dim: this rank's mean loss per token."""
+    """This rank's mean loss per token."""
     grad_norm: Tensor
-    """0-dim: the gradient's norm over all ranks, before clipping; nan if any rank's loss is not
-    finite. The same on every rank."""
+    """The gradient's norm over all ranks, before clipping, the same on every rank; nan if any
+    rank's loss is not finite."""
     is_skipped: bool
     """Whether the update is skipped because `grad_norm` is not finite."""
 
@@ -88,13 +90,10 @@ class Stepper:
     max_grad_norm: float | None
     """Gradients are clipped to this norm; None does not clip."""
     on_nonfinite: Literal["stop", "skip"]
-    """If the loss or the gradient is not finite on any rank. "stop": update the model; the caller
-    stops the run. "skip": skip the update on all ranks; the host waits for the norm in every step.
-    """
+    """If the loss or the gradient is not finite on any rank. "stop": update; the caller stops the
+    run. "skip": skip the update on all ranks; the host waits for the norm in every step."""
     state: TrainState
     """Changed in place by every step."""
-    on_gradients: Callable[[], None] | None = None
-    """Called when the gradients are in `grad`, before they are clipped."""
 
     def __post_init__(self) -> None:
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -119,8 +118,6 @@ class Stepper:
         with region("data"):
             micro_batches = next(self.batches)
         loss = self.forward_backward(micro_batches)
-        if self.on_gradients is not None:
-            self.on_gradients()
         grad_norm = self.clip_gradients(loss)
         is_skipped = self.on_nonfinite == "skip" and not bool(torch.isfinite(grad_norm))
         return StepResult(loss, grad_norm, is_skipped)
@@ -134,19 +131,16 @@ class Stepper:
             with region("data"):
                 tokens, targets, document_ids = batch.to(self.world.device)
             with region("forward"):
-                self._begin_micro_batch(is_last=index == len(micro_batches) - 1)
+                is_last = index == len(micro_batches) - 1
+                if is_last != self._is_last_micro_batch:  # it visits all modules
+                    begin_micro_batch(self.model, self.parallelism, is_last)
+                    self._is_last_micro_batch = is_last
                 apply_head = partial(self.loss, targets=targets, divisor=num_targets)
                 loss = self.model(tokens, document_ids, apply_head)
             with region("backward"):
                 loss.backward()
                 loss_sum += loss.detach()
         return loss_sum
-
-    def _begin_micro_batch(self, is_last: bool) -> None:
-        # It visits all modules, so only when something changes.
-        if is_last != self._is_last_micro_batch:
-            begin_micro_batch(self.model, self.parallelism, is_last)
-            self._is_last_micro_batch = is_last
 
     def clip_gradients(self, loss: Tensor) -> Tensor:
         """Clips the gradients to `max_grad_norm`; returns `StepResult.grad_norm`."""
@@ -195,3 +189,34 @@ class Stepper:
     def close(self) -> None:
         """Ends the processes that read batches."""
         self.batches.close()
+
+
+class GarbageCollection:
+    """A context in which, after the first step, only `step` collects garbage.
+
+    Python's collector runs inside a step, at different steps on different ranks, and ranks wait for
+    each other. After torch.compile, which leaves many objects, it stalls a step by about 0.25 s.
+    """
+
+    def __init__(self) -> None:
+        self._num_steps, self._was_enabled = 0, False
+
+    def __enter__(self) -> "GarbageCollection":
+        return self
+
+    def step(self) -> None:
+        """Counts a step, and collects if a collection is due."""
+        self._num_steps += 1
+        if self._num_steps == 1:
+            # Disabled after the first step, which starts the data workers: they inherit this
+            # setting and need their collector.
+            self._was_enabled = gc.isenabled()
+            gc.disable()
+        if self._num_steps == 1 or self._num_steps % FULL_INTERVAL == 0:
+            gc.collect()
+        elif self._num_steps % YOUNG_INTERVAL == 0:
+            gc.collect(generation=1)
+
+    def __exit__(self, *error: object) -> None:
+        if self._was_enabled:
+            gc.enable()

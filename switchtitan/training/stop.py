@@ -34,12 +34,8 @@ class Stop:
     """A context that receives SIGTERM, SIGINT, SIGHUP and added signals, in the main thread.
 
     During `steps`, `is_due` returns the first signal. Before and after, nothing can be lost: the
-    signal raises KeyboardInterrupt(number). A second signal to this process, 2 s after the first or
-    later, ends it.
-
-    Args:
-        is_launched: receive signals that are ignored too, which a launcher passes on. Otherwise
-            they stay ignored, as `nohup` asks for.
+    signal raises KeyboardInterrupt(number). A second signal, 2 s after the first or later, ends the
+    process. Ignored signals stay ignored, as `nohup` asks for, unless a launcher passes them on.
     """
 
     def __init__(self, is_launched: bool = False) -> None:
@@ -72,17 +68,17 @@ class Stop:
             self._previous[number] = signal.signal(number, self._handle)
 
     def configure(self, group: dist.ProcessGroup | None, grace_s: float) -> None:
-        """Sets the ranks to stop together, over gloo (None: a single one), and the seconds between
-        the signal and the end of the last save."""
+        """Sets the ranks to stop together, over gloo (None: a single one), and the seconds from the
+        signal to the end of the last save."""
         self._group, self._grace_s = group, grace_s
 
     @contextmanager
     def steps(self, describe_checkpoint: Callable[[], str]) -> Iterator[None]:
-        """Returns a context for the steps of a run and its last save; `describe_checkpoint` returns
-        what the run resumes from if it stops now.
+        """Returns a context for the steps of a run and its last save; raises Stopped on every rank
+        for a signal after the last `is_due`.
 
-        Raises:
-            Stopped: on every rank, for a signal after the last `is_due`.
+        Args:
+            describe_checkpoint: returns what the run resumes from if it stops now.
         """
         self._describe_checkpoint, self._is_in_steps = describe_checkpoint, True
         try:
@@ -104,8 +100,7 @@ class Stop:
             raise KeyboardInterrupt(self._number)
 
     def is_due(self) -> int | None:
-        """Returns the signal for which the run must save and stop here, the same on every rank;
-        None to continue. Collective."""
+        """Returns the signal to save and stop for, the same on every rank, or None; collective."""
         if not self._is_in_steps:
             return None
         number = self._number if self._group is None else self._agree()
@@ -118,10 +113,8 @@ class Stop:
         return number
 
     def _agree(self) -> int:
-        """Returns the signal of any rank at the last boundary; shares the one at this boundary.
-
-        So a step does not wait for the other ranks, and several ranks stop one step later.
-        """
+        """Returns a signal of any rank at the last boundary; shares the one at this boundary. So no
+        step waits for the other ranks, and several ranks stop one step later."""
         if self._agreement is not None:
             self._agreement.wait()
         number = int(self._flag)

@@ -1,10 +1,10 @@
 """Decides when a run evaluates, saves, reports and stops, for any model and method."""
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput, peak_memory_gib
 from switchtitan.regions import region
 from switchtitan.training.evaluate import Evaluators
-from switchtitan.training.hooks import GarbageCollection, Hook
-from switchtitan.training.step import Stepper, StepResult
+from switchtitan.training.step import GarbageCollection, Stepper, StepResult
 from switchtitan.training.stop import Stop, Stopped
 
 if TYPE_CHECKING:
@@ -27,16 +26,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
 MAX_SKIPPED_IN_A_ROW = 100
 """The run stops after this many skipped updates in a row: its weights will not recover."""
 
 
 class TrainingDivergedError(UserError):
-    """Losses, gradients or weights are no longer finite."""
+    """Losses, gradients or weights are no longer finite; the configuration was valid."""
 
     exit_status = 3
-    """Tells calling programs that the configuration was valid."""
+
+
+class Hook(Protocol):
+    """Work between steps. All ranks call its methods in the same order."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether to call `after` when `step` steps are done."""
+        ...
+
+    def after(self, step: int) -> None:
+        """Called after step `step`; all gradients have been finite so far."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -60,7 +68,7 @@ class Trainer:
     profiler: "Profiler | None"
     region_times: "RegionTimes | None"
     hooks: Sequence[Hook]
-    """What else to do around steps, in order: after evaluations, before saves."""
+    """What else to do between steps, in order: after evaluations, before saves."""
     stop: Stop
     """When to stop before the last step."""
 
@@ -72,9 +80,8 @@ class Trainer:
         """Takes the remaining steps; evaluates, reports and saves when due.
 
         Raises:
-            TrainingDivergedError: if a loss or a gradient is not finite and such updates are not
-                skipped, if too many were skipped in a row, or if a weight to save is not finite.
-                Nothing more is saved.
+            TrainingDivergedError: if a loss, a gradient or a weight to save is not finite, or too
+                many updates were skipped in a row. Nothing more is saved.
             RanksDisagreeError: if ranks no longer train the same model. Nothing more is saved.
             Stopped: by a signal, after the last step done was saved.
         """
@@ -91,39 +98,42 @@ class Trainer:
     def evaluate(self) -> None:
         """Reports the validation loss, and continuations of prompts."""
         self._stop_if_diverged()
+        state, model, prompts = self.stepper.state, self.stepper.model, self.evaluators.prompts
         with self.throughput.excluded(), region("evaluate"):
             self.tensors.check_replicas()
-            loss = self.evaluators.validation(self.stepper.model, self.stop.is_due)
-        state = self.stepper.state
+            loss = self.evaluators.validation(model, self.stop.is_due)
+            continuations = [] if prompts is None else prompts(model)
         if state.first_validation_loss is None:
             state.first_validation_loss = loss
         state.last_validation_loss = loss
         self.reporter.report(state.step, loss_metrics("validation", loss))
-        if self.evaluators.prompts is not None:
-            with self.throughput.excluded(), region("evaluate"):
-                continuations = self.evaluators.prompts(self.stepper.model)
-            self.reporter.report_continuations(state.step, continuations)
+        self.reporter.report_continuations(state.step, continuations)
 
     def save(self) -> None:
         """Saves a checkpoint, in the background if configured so."""
         self._stop_if_diverged()
         state = self.stepper.state
-        self.check_ranks()
         with self.throughput.excluded(), region("save"):
+            tensors = self.tensors()
+            self._check_ranks(tensors)
             # A finite gradient can still overflow a weight.
             if names := self.tensors.non_finite():
                 raise self._divergence(
                     f"weights are not finite at step {state.step} ({abbreviate(names)})",
                     "lower [optimizer] lr and resume",
                 )
-            self.checkpointer.save(state.step, self.tensors(), asdict(state))
+            self.checkpointer.save(state.step, tensors, asdict(state))
 
     def check_ranks(self) -> None:
         """Compares all that ranks hold alike, the numbers that determine the next step included.
 
         Raises:
-            RanksDisagreeError: on every rank, if ranks differ; names tensors and ranks.
+            RanksDisagreeError: on every rank, if ranks differ; names tensors.
         """
+        with self.throughput.excluded():
+            self._check_ranks()
+
+    def _check_ranks(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         state = self.stepper.state
         numbers = {
             "training.step": state.step,
@@ -131,8 +141,8 @@ class Trainer:
             "training.tokens_seen": state.tokens_seen,
             "training.lr_factor": self.stepper.lr_schedule(state.step),
         }
-        with self.throughput.excluded():
-            self.tensors.check_state({name: torch.tensor(of) for name, of in numbers.items()})
+        alike = {name: torch.tensor(number) for name, number in numbers.items()}
+        self.tensors.check_state(alike, tensors)
 
     def _run(self) -> None:
         state = self.stepper.state
@@ -150,8 +160,7 @@ class Trainer:
             if not self.stepper.world.broadcast(has_results):
                 self._finalize()
             return
-        is_short = self.num_steps < self.evaluate_interval
-        if is_short and state.first_validation_loss is None:
+        if self.num_steps < self.evaluate_interval and state.first_validation_loss is None:
             logger.info(
                 "no evaluation: the run is shorter than [evaluation] interval = %d",
                 self.evaluate_interval,
@@ -178,7 +187,7 @@ class Trainer:
         with region_times, profiler, GarbageCollection() as garbage:
             try:
                 while state.step < self.num_steps:
-                    result = self._step()
+                    result = self.stepper.step()
                     garbage.step()
                     skipped_in_a_row = skipped_in_a_row + 1 if result.is_skipped else 0
                     if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
@@ -195,12 +204,6 @@ class Trainer:
             except Stopped:
                 self._save_last_step()
                 raise
-
-    def _step(self) -> StepResult:
-        with ExitStack() as contexts:
-            for hook in self.hooks:
-                contexts.enter_context(hook.around(self.stepper.state.step + 1))
-            return self.stepper.step()
 
     def _after_step(self, result: StepResult) -> None:
         """Does what is due after an update. What was due after a skipped one is done already."""
@@ -270,7 +273,7 @@ class Trainer:
         if test is not None:
             test_loss = test(self.stepper.model)
             self.reporter.report(state.step, loss_metrics("test", test_loss))
-        values = {
+        values: dict[str, float | None] = {
             "step": state.step,
             "tokens_seen": state.tokens_seen,
             "batches_skipped": state.num_skipped,
@@ -319,16 +322,14 @@ class Trainer:
         """Writes results, and returns the error to raise. Collective: waits for a save."""
         self.checkpointer.finish()
         self.reporter.report_divergence(self.stepper.state.step, self.stepper.state.num_skipped)
-        checkpoint = self.checkpointer.latest
-        last_good = "there is no checkpoint yet"
-        if checkpoint is not None:
-            last_good = f"the last good checkpoint is {checkpoint}"
-        return TrainingDivergedError(f"{reason}; {last_good}; {advice}")
+        newest = self.checkpointer.latest
+        good = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        return TrainingDivergedError(f"{reason}; {good}; {advice}")
 
 
 class RunningLoss:
-    """The mean loss of several steps, and whether all their gradients were finite, both kept on the
-    device: reading them in every step would make the host wait for it."""
+    """The mean loss of several steps, and whether their gradients were finite, kept on the device:
+    reading them in every step would make the host wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._loss_sum = torch.zeros((), device=device)
@@ -351,7 +352,6 @@ class RunningLoss:
         return self._loss_sum / self._num_steps
 
     def reset(self) -> None:
-        """Starts a new mean."""
         self._loss_sum.zero_()
         self._num_steps = 0
 

@@ -50,13 +50,6 @@ def test_regions_are_timed(found):
     assert found["times"]["relora"]["time/reset_ms"] == pytest.approx(1 / 2)
 
 
-@pytest.mark.parametrize("name", checks.MEASURED)
-def test_norms_of_layers_are_measured_without_waiting(found, name):
-    steps = [Observed(*step) for step in found["norms"][name]]
-    assert len(steps) == 2
-    assert unexpected_in(name, steps) == {}
-
-
 @pytest.mark.parametrize("name", checks.SAVED)
 def test_a_save_waits_once_for_all_copies(found, name):
     # Values that are not finite: all tensors in host memory are copied to the device together.

@@ -105,7 +105,7 @@ LEGS = {
 }
 OBSERVED = (
     *(*SWITCHING, "--training.steps", str(NUM_STEPS), "--evaluation.interval", "100"),
-    *("--spectrum.interval", "5", "--metrics.layers", "true"),
+    *("--spectrum.interval", "5"),
 )
 PROFILED = (
     *("--profiler.enabled", "true", "--profiler.ranks", "all"),
@@ -361,7 +361,7 @@ def test_what_is_measured_does_not_depend_on_the_number_of_ranks(recorded, name,
     one, several = recorded("one", name), recorded(layout, name)
     assert several["reported"].keys() == one["reported"].keys()
     measured = {tag for values in one["reported"].values() for tag in values}
-    for prefix in ("rank/effective_mean", "rank/effective_by_layer/", "merged_share/"):
+    for prefix in ("rank/effective_mean", "rank/effective_by_layer/"):
         assert any(tag.startswith(prefix) for tag in measured), prefix
     for step, expected in one["reported"].items():
         found = several["reported"][step]

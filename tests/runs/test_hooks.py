@@ -1,8 +1,7 @@
-"""What runs around steps: garbage collection, norms of layers, traces, and prompts."""
+"""What runs around steps: garbage collection, traces, and prompts."""
 
 import gc
 import json
-import math
 import re
 import weakref
 from ast import literal_eval
@@ -15,9 +14,7 @@ from support.tiny import full_tensors, tiny_trainer
 
 from switchtitan.errors import ConfigError
 from switchtitan.regions import STEP
-from switchtitan.training.hooks import FULL_INTERVAL, YOUNG_INTERVAL, GarbageCollection
-
-LAYERS = ("--metrics.layers", "true")
+from switchtitan.training.step import FULL_INTERVAL, YOUNG_INTERVAL, GarbageCollection
 
 
 class Node:
@@ -73,56 +70,6 @@ def test_leaving_the_context_restores_the_collector(was_enabled, num_steps):
         assert gc.isenabled() == was_enabled
     finally:
         gc.enable()
-
-
-def weights(trainer):
-    parameters = trainer.stepper.model.named_parameters()
-    return {name: parameter.full_tensor().detach().clone() for name, parameter in parameters}
-
-
-@pytest.mark.parametrize("method", ["full_rank", "switchlora"])
-def test_norms_of_layers_are_those_of_full_tensors(corpora, method):
-    trainer = tiny_trainer(
-        corpora / "layer-norms", method, *LAYERS, "--training.max_grad_norm", "0.1"
-    )
-    (hook,) = trainer.hooks
-    trainer.stepper.step()
-    before, reported = weights(trainer), {}
-    trainer.reporter.report = lambda step, values: reported.update(values)
-    with hook.around(2):
-        grad_norm = float(trainer.stepper.step().grad_norm)
-    hook.after(2)
-    after = weights(trainer)
-    trainer.stepper.close()
-    # Before clipping, which this gradient exceeds.
-    assert grad_norm > 0.1
-    gradients = [value for tag, value in reported.items() if tag.startswith("gradient_norm/")]
-    assert math.hypot(*gradients) == pytest.approx(grad_norm, rel=1e-5)
-    layer = "model.layers.1.mlp.up_proj"
-    is_frozen = method != "full_rank"
-    change = {
-        name.removeprefix(f"{layer}."): (after[name] - before[name]).norm().item()
-        for name in after
-        if name.startswith(f"{layer}.")
-    }
-    frozen = change.pop("weight") if is_frozen else 0.0
-    assert reported[f"update_norm/{layer}"] == pytest.approx(math.hypot(*change.values()), rel=1e-5)
-    if is_frozen:
-        share = frozen / after[f"{layer}.weight"].norm().item()
-        assert share > 0
-        assert reported[f"merged_share/{layer}"] == pytest.approx(share, rel=1e-4)
-    else:
-        assert not any(tag.startswith("merged_share/") for tag in reported)
-
-
-def test_nothing_is_copied_in_steps_that_are_not_reported(corpora):
-    keys = (*LAYERS, "--metrics.interval", "4")
-    trainer = tiny_trainer(corpora / "layer-interval", "switchlora", *keys)
-    trainer.stepper.close()
-    (hook,) = trainer.hooks
-    with hook.around(3):
-        assert trainer.stepper.on_gradients is None
-    assert (hook.is_due(3), hook.is_due(4)) == (False, True)
 
 
 def test_a_trace_has_the_regions_of_all_its_steps(corpora):

@@ -14,13 +14,8 @@ from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.dtype import Bf16Support
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import CheckpointError
-from switchtitan.training.describe import (
-    changed_keys,
-    completed_identity,
-    newest_config_file,
-    run_identity,
-    write_config,
-)
+from switchtitan.training.describe import changed_keys, completed_identity, run_identity
+from switchtitan.training.output import newest_config_file, write_config
 
 
 def identity(folder, method, *overrides, fingerprint="abc"):
@@ -131,13 +126,13 @@ def test_keys_that_changed_since_a_checkpoint_are_listed(tmp_path):
 def test_a_resumed_run_writes_its_configuration_only_if_it_is_another(tmp_path):
     write_config(tmp_path, "lr = 1", 0)
     write_config(tmp_path, "lr = 1", 3)
-    assert newest_config_file(tmp_path) == (tmp_path / "config.toml", 0)
+    assert newest_config_file(tmp_path) == tmp_path / "config.toml"
     write_config(tmp_path, "lr = 2", 5)
     write_config(tmp_path, "lr = 2", 11)
-    assert newest_config_file(tmp_path) == (tmp_path / "config-from-step-5.toml", 5)
+    assert newest_config_file(tmp_path) == tmp_path / "config-from-step-5.toml"
     write_config(tmp_path, "lr = 1", 12)
-    newest, step = newest_config_file(tmp_path)
-    assert (newest.read_text(), step) == ("lr = 1", 12)
+    newest = newest_config_file(tmp_path)
+    assert (newest.read_text(), newest.stem) == ("lr = 1", "config-from-step-12")
     assert len([*tmp_path.iterdir()]) == 3
 
 
@@ -188,14 +183,3 @@ def test_an_explicit_dtype_changes_a_resumed_run_and_is_listed(corpora, monkeypa
     assert "changed since that checkpoint: compute dtype: float32 -> bfloat16" in caplog.text
     pretend(monkeypatch, False)
     assert run_steps(folder, 1)[1] == torch.bfloat16, "auto keeps the newest checkpoint's"
-
-
-SUMS = ("--parallelism.accumulate_gradients", "sharded")
-
-
-def test_a_run_says_at_its_start_what_gains_nothing(corpora, caplog):
-    caplog.set_level("INFO")
-    tiny_trainer(corpora / "default", "lora").stepper.close()
-    assert "saves nothing" not in caplog.text
-    tiny_trainer(corpora / "noticed", "lora", *SUMS).stepper.close()
-    assert 'accumulate_gradients = "sharded" saves nothing' in caplog.text

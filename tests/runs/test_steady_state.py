@@ -136,18 +136,3 @@ def test_evaluating_saving_and_inspecting_leave_no_tensors_to_the_garbage_collec
     trainer.stepper.step = counting_step
     trainer.train()
     assert least_growth(counts[1:]) <= 0
-
-
-def test_norms_of_layers_are_read_together(corpora):
-    """`tolist` of all layers together is not an operation on a CPU."""
-    trainer = tiny_trainer(corpora / "layer-reads", "switchlora", "--metrics.layers", "true")
-    (hook,) = trainer.hooks
-    trainer.stepper.step()
-    batch = next(trainer.stepper.batches)
-    trainer.stepper.close()
-    trainer.stepper.batches = iter([batch])
-    with RecordReadsBack() as record:
-        with hook.around(2):
-            trainer.stepper.step()
-        hook.after(2)
-    assert record.found == []

@@ -4,7 +4,6 @@ import ctypes
 import gc
 import os
 import threading
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +35,6 @@ class _Hook:
 
     def __init__(self, interval: int) -> None:
         self._interval = interval
-
-    def around(self, step: int) -> nullcontext:
-        return nullcontext()
 
     def is_due(self, step: int) -> bool:
         return step % self._interval == 0

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from switchtitan.cores import OtherLoad, num_cores, set_thread_defaults, threads_per_process
 from switchtitan.observability.log import configure_logging
+from switchtitan.process import OtherLoad, num_cores, set_thread_defaults, threads_per_process
 from switchtitan.regions import observe_regions, region, stop_observing_regions
 
 

@@ -24,16 +24,11 @@ from switchtitan.checkpoint import CheckpointTensors
 from switchtitan.checkpoint.tensors import copy_to_host
 from switchtitan.distributed.rows import RowExchange
 from switchtitan.distributed.shards import local
-from switchtitan.observability.config import MetricsConfig
 from switchtitan.observability.region_times import RegionTimes
-from switchtitan.observability.reporter import Reporter
-from switchtitan.training.layer_norms import LayerNorms
 from switchtitan.training.step import Stepper
 
 TIMED = ("switchlora", "host candidates", "relora", "sharded accumulation")
 """Cases whose regions are timed."""
-MEASURED = ("full rank", "lora", "switchlora", "switchlora, HSDP")
-"""Cases of which norms of layers are measured."""
 SAVED = ("switchlora, HSDP", "host candidates, HSDP")
 """Matrices share a storage, and some tensors are in host memory."""
 VOCABULARIES = (32100, 32000, 32104)
@@ -51,15 +46,13 @@ def steps_of_first_rank(folder: str) -> dict[str, Any]:
 def steps_of_last_rank(folder: str) -> dict[str, Any]:
     """Returns what the rank with the fewest rows does in steps, and in what runs during them."""
     rank = NUM_RANKS - 1
-    found: dict[str, Any] = {"steps": {}, "times": {}, "norms": {}, "saves": {}}
+    found: dict[str, Any] = {"steps": {}, "times": {}, "saves": {}}
     for name in sorted(UNEVEN):
         with observed_stepper(Path(folder), name, rank) as (stepper, races):
             if name in TIMED:
                 found["steps"][name], found["times"][name] = _timed_steps(stepper, name, races)
             else:
                 found["steps"][name] = steps_of(stepper, name, races)
-            if name in MEASURED:
-                found["norms"][name] = _steps_with_norms(stepper, Path(folder), races)
             if name in SAVED:
                 found["saves"][name] = _saves(stepper, races)
     found["updates"] = kernel_checks.kernels_of_updates(Path(folder), rank)
@@ -101,17 +94,6 @@ def _timed_steps(
         assert not times.means()
         LateEvent.has_passed = True
         return steps, times.means()
-
-
-def _steps_with_norms(stepper: Stepper, folder: Path, races: FindRaces) -> list[Observed]:
-    config = MetricsConfig(interval=1, tensorboard=False, progress_bar=False)
-    hook = LayerNorms(stepper, Reporter(config, folder, num_steps=99, is_main=False))
-
-    def step() -> None:
-        with hook.around(2):
-            stepper.step()
-
-    return [observe(step, races) for _ in range(2)]
 
 
 # Reads whether ranks disagree, for which fake tensors have no value.

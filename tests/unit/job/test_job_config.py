@@ -191,6 +191,11 @@ SNAPSHOT = ("--profiler.memory_snapshot_step", "50")
         ("cuda", 1, (*SNAPSHOT, "--training.steps", "50", "--profiler.ranks", "all"), None),
         ("cpu", 1, ("--profiler.memory", "true"), "[profiler] memory = true"),
         ("cpu", 1, ("--profiler.ranks", "all"), '[profiler] ranks = "all"'),
+        ("cpu", 1, ("--parallelism.accumulate_gradients", "sharded"),
+         '[parallelism] accumulate_gradients = "sharded"'),
+        ("cpu", 2, ("--parallelism.accumulate_gradients", "sharded"), None),
+        ("cpu", 6, ("--parallelism.accumulate_gradients", "sharded"),
+         '[parallelism] accumulate_gradients = "sharded"'),
         # By keys of the same section.
         ("cpu", 1, ("--lr_schedule.decay", "constant", "--lr_schedule.min_factor", "0.5"),
          "[lr_schedule] min_factor = 0.5"),
@@ -206,7 +211,7 @@ SNAPSHOT = ("--profiler.memory_snapshot_step", "50")
 )  # fmt: skip
 def test_a_key_without_effect_is_named_in_a_note(file, device, num_ranks, words, void):
     config = parse_unchecked(["--config", str(file), *words], say=str)
-    notes = keys_without_effect(config, device)
+    notes = keys_without_effect(config, num_ranks, device)
     assert [note.startswith(f"{void} has no effect") for note in notes] == [True] * bool(void)
 
 

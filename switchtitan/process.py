@@ -1,9 +1,18 @@
-"""How many cores this process may use, and the defaults of thread libraries that follow from it."""
+"""This process: how many cores and threads it has, and the progress bars that it shows."""
 
 import os
+import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+PROGRESS_DELAY_S = 3.0
+"""Shorter work has no bar."""
+_BUSY = (0, 1, 2, 5, 6)
+"""Columns of /proc/stat: user, nice, system, irq, softirq; the others are idle and iowait."""
 
 
 def num_cores(
@@ -12,11 +21,7 @@ def num_cores(
     """Returns the number of cores that this process may use, at least 1.
 
     That is the number of cores in its affinity mask, or the CPU quota of its control group
-    (cgroups v2, rounded down) if that is lower. `os.cpu_count` knows neither.
-
-    Args:
-        cgroup_root: where control groups are mounted.
-        own_cgroup: the control group of this process, see cgroups(7).
+    (cgroups(7), version 2, rounded down) if that is lower. `os.cpu_count` knows neither.
     """
     fewest = float(_num_cores_by_affinity())
     try:
@@ -35,15 +40,16 @@ def num_cores(
 
 
 def set_thread_defaults(environ: MutableMapping[str, str], num_cores: int) -> None:
-    """Sets environment variables of OpenMP and of tokenizers; variables that are set stay.
+    """Sets variables of OpenMP and of tokenizers that are not set.
 
-    Call it before torch is imported, because GNU's OpenMP reads its variables when it is loaded.
+    Call it before torch is imported: GNU's OpenMP reads its variables when it is loaded.
     """
     num_ranks = int(environ.get("LOCAL_WORLD_SIZE") or 1)
+    has_fewer = num_cores < _num_cores_by_affinity()
     # Otherwise torch's own default is better: it uses one thread on a core with two hyperthreads.
-    if num_ranks > 1 or num_cores < _num_cores_by_affinity():
+    if num_ranks > 1 or has_fewer:
         environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(num_cores, num_ranks)))
-    if num_cores < _num_cores_by_affinity():
+    if has_fewer:
         environ.setdefault("RAYON_NUM_THREADS", str(num_cores))
 
 
@@ -53,21 +59,14 @@ def threads_per_process(num_cores: int, num_processes: int) -> int:
 
 
 class OtherLoad:
-    """How busy other processes keep the cores of this one, from its creation on.
-
-    Args:
-        stat: see proc(5). Without such a file the load counts as zero.
-    """
+    """How busy other processes keep the cores of this one, from its creation on, by proc(5)."""
 
     def __init__(self, stat: Path = Path("/proc/stat")) -> None:
         self._stat = stat
         self._began_at, self._began_with = time.monotonic(), self._used_by_others_s()
 
     def warning(self, num_threads: int, num_cores: int) -> str | None:
-        """Returns advice if `num_threads` threads must share a core with other processes.
-
-        A parallel operation ends with its slowest thread, so that one busy core slows down all.
-        """
+        """Returns advice if threads must share a core with other processes; one slows down all."""
         used_s = self._used_by_others_s() - self._began_with
         busy = max(0.0, used_s / max(time.monotonic() - self._began_at, 1e-3))
         if num_threads == 1 or num_threads + busy < num_cores + 0.5:
@@ -80,25 +79,41 @@ class OtherLoad:
         )
 
     def _used_by_others_s(self) -> float:
-        """Busy seconds of the cores of the affinity mask, without those of this process and of its
-        ended children."""
+        """Busy seconds of the cores of the affinity mask, without this process and its children."""
         try:
-            lines = self._stat.read_text(encoding="utf-8").splitlines()
-        except OSError:
+            rows = map(str.split, self._stat.read_text(encoding="utf-8").splitlines())
+        except OSError:  # not Linux
             return 0.0
-        names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-        rows = (line.split() for line in lines if line.startswith("cpu"))
-        # user, nice, system, idle, iowait, irq, softirq
-        ticks = sum(
-            int(values[place]) for name, *values in rows if name in names for place in _BUSY
-        )
-        return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
-
-
-_BUSY = (0, 1, 2, 5, 6)
+        own_cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        ticks = [int(row[1 + column]) for row in rows if row[0] in own_cores for column in _BUSY]
+        return sum(ticks) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def _num_cores_by_affinity() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS
+
+
+def progress_bar(
+    description: str, items: Iterable[Any] | None = None, *, total: float | None, unit: str
+) -> "tqdm[Any]":
+    """Returns a bar on the first rank's standard error if that is a terminal; removed at its end.
+
+    Args:
+        items: iterating over the bar yields them and advances it; else `update` advances it.
+        unit: of what is counted, e.g. `"tensors"`; "B" counts bytes.
+    """
+    return tqdm(
+        items,
+        desc=description,
+        total=total,
+        unit=unit if unit == "B" else f" {unit}",
+        unit_scale=unit == "B",
+        unit_divisor=1024 if unit == "B" else 1000,
+        delay=PROGRESS_DELAY_S,
+        leave=False,
+        dynamic_ncols=True,
+        file=sys.stderr,
+        disable=os.environ.get("RANK", "0") != "0" or None,
+    )
