@@ -6,7 +6,7 @@ from typing import TypeVar
 from switchtitan.benchmark.counters import CountFlops
 from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
 from switchtitan.benchmark.steppers import fake_stepper
-from switchtitan.checkpoint import CheckpointTensors
+from switchtitan.checkpoint.save import CheckpointTensors
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.collectives import (
     CollectiveCount,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
 from switchtitan.cli.main import add_model_arguments, positive_int
 from switchtitan.cli.prepare import open_given
@@ -36,6 +35,7 @@ from switchtitan.job.config import EvaluationConfig, JobConfig
 from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.console import perplexity_of
+from switchtitan.process import progress_bar
 from switchtitan.training.evaluate import Evaluator
 
 _LOCAL_BATCH_SIZE = 8
@@ -85,14 +85,8 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         shard_model(model, world.shard_mesh, compute_dtype.dtype, ParallelismConfig())
         materialize(model, world.device, 0, trained.tensors)
         trained.tensors.clear()
-        batches = tqdm(
-            held_out.batches,
-            desc="evaluating",
-            total=held_out.num_batches,
-            unit="batch",
-            leave=False,
-            dynamic_ncols=True,
-            disable=None if world.is_main else True,  # None: on a terminal only
+        batches = progress_bar(
+            "evaluating", held_out.batches, total=held_out.num_batches, unit="batches"
         )
         loss = Evaluator(batches, CrossEntropy(compile_regions=False), world)(model)
         if not world.is_main:
@@ -150,7 +144,7 @@ def _open_corpus(
 ) -> Corpus:
     """Opens the corpus of the options, or of the run; checks that the model has its tokenizer."""
     metadata = trained.metadata
-    trained_on = metadata and metadata.identity_value("corpus", "fingerprint")
+    trained_on = metadata and metadata.identity_value("corpus", "fingerprint", str)
     if options.corpus is not None:
         corpus = open_given(options.corpus)
     elif config is not None:

@@ -13,13 +13,18 @@ from typing import Any
 
 import torch
 
-from switchtitan.checkpoint import CHECKPOINTS_FOLDER, find_given, read_metadata
+from switchtitan.checkpoint.load import find_given
+from switchtitan.checkpoint.save import CHECKPOINTS_FOLDER
 from switchtitan.data.corpus import TOKENIZER_FILE
 from switchtitan.generation.trained import find_corpus, trained_corpus
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.export_folder import MAX_SHARD_BYTES, export_dense
-from switchtitan.hub.model_card import write_model_card
-from switchtitan.hub.peft_folder import BASE_FOLDER, BaseWeights, write_adapter
+from switchtitan.hub.export_folder import (
+    MAX_SHARD_BYTES,
+    export_dense,
+    new_folder,
+    write_model_card,
+)
+from switchtitan.hub.peft_folder import BASE_FOLDER, reader_of_base, write_adapter
 from switchtitan.hub.verify_export import verify_export
 
 _LOADED_BY = {
@@ -83,32 +88,28 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         folder = run_folder / "exports" / checkpoint.resolve().name
     dtype: torch.dtype = getattr(torch, options.dtype)
     is_adapter = options.format == "peft"
-    metadata = read_metadata(checkpoint)
+    weights = DenseCheckpoint(checkpoint)
+    metadata = weights.metadata
     corpus_folder = find_corpus(metadata)
     index = trained_corpus(corpus_folder, metadata)
-    weights = DenseCheckpoint(checkpoint)
-    error: float | None = None
-
-    def finish(partial: Path) -> None:
-        nonlocal error
+    with new_folder(folder) as partial:
+        base = partial / BASE_FOLDER if is_adapter else partial
+        export_dense(
+            reader_of_base(weights) if is_adapter else weights.read,
+            weights.config,
+            base,
+            dtype,
+            seq_len=metadata.identity_value("data", "seq_len", int),
+            tokenizer_file=corpus_folder / TOKENIZER_FILE if index else None,
+            eos_id=index.tokenizer.eos_id if index else None,
+            max_shard_bytes=options.max_shard_size,
+        )
         if is_adapter:
-            _move_into_base(partial)
+            for file in base.glob("tokenizer*"):  # PEFT's users load it next to the adapter
+                shutil.copyfile(file, partial / file.name)
             write_adapter(weights, partial, folder.resolve() / BASE_FOLDER, dtype)
-        if not options.no_verify:
-            error = verify_export(weights, partial, dtype)
+        error = None if options.no_verify else verify_export(weights, partial, dtype)
         write_model_card(metadata, partial, options.command, _LOADED_BY[options.format])
-
-    export_dense(
-        BaseWeights(weights) if is_adapter else weights,
-        weights.config,
-        folder,
-        dtype,
-        seq_len=metadata.identity_number("data", "seq_len"),
-        tokenizer_file=corpus_folder / TOKENIZER_FILE if index else None,
-        eos_id=index.tokenizer.eos_id if index else None,
-        max_shard_bytes=options.max_shard_size,
-        finish=finish,
-    )
     missing = f"none: the run's corpus is not at {corpus_folder}"
     same = f"as those of the checkpoint's weights in {options.dtype}"
     result = {
@@ -121,14 +122,3 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for name, value in result.items():
         print(f"{name:<12}{value}")
     return result
-
-
-def _move_into_base(folder: Path) -> None:
-    """Moves the model's files to `base`; the tokenizer stays, since PEFT's users load it there."""
-    base = folder / BASE_FOLDER
-    base.mkdir()
-    for file in list(folder.iterdir()):
-        if file.name.startswith("tokenizer"):
-            shutil.copyfile(file, base / file.name)
-        elif file != base:
-            file.rename(base / file.name)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from switchtitan.checkpoint import find_given
+from switchtitan.checkpoint.load import find_given
 from switchtitan.comparison.config import ComparisonConfig, RowConfig
 from switchtitan.config import flatten, toml_value
 from switchtitan.errors import CheckpointError, ConfigError

@@ -30,14 +30,18 @@ def continuations(
         choose: the same on all ranks, e.g. a `Sampler`.
         device: where the model computes.
     """
-    decoding = _Decoding(model, prompts, num_tokens, device)
+    sequences = [list(prompt) for prompt in prompts]
+    capacity = max(map(len, prompts)) + num_tokens
+    cache = model.new_cache(len(prompts), capacity, device)
+    unread = sequences
     try:
-        chosen: list[int] | None = None
         for _ in range(num_tokens):
             with _inference(model):
-                logits = decoding.next_logits(chosen)
+                logits = _next_logits(model, unread, cache, device)
             chosen = choose(logits)
             yield chosen
+            sequences = [[*row, token] for row, token in zip(sequences, chosen, strict=True)]
+            unread = sequences if cache is None else [[token] for token in chosen]
     finally:
         free_gathered_weights(model)
 
@@ -54,45 +58,23 @@ def _inference(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-class _Decoding:
-    """The state between two tokens."""
+def _next_logits(
+    model: LanguageModel, unread: list[list[int]], cache: Cache | None, device: torch.device
+) -> Tensor:
+    """Reads tokens of each sequence; returns the logits [batch, vocabulary] after their last."""
+    tokens, lengths = _padded(unread, device)
+    rows = torch.arange(len(unread), device=device)
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        prompts: Sequence[Sequence[int]],
-        num_tokens: int,
-        device: torch.device,
-    ) -> None:
-        self._model = model
-        self._device = device
-        self._sequences = [list(prompt) for prompt in prompts]
-        capacity = max(map(len, prompts)) + num_tokens
-        self._cache: Cache | None = model.new_cache(len(prompts), capacity, device)
-
-    def next_logits(self, chosen: list[int] | None) -> Tensor:
-        """Appends the tokens chosen last; returns the logits [batch, vocabulary] of the next."""
-        if chosen is not None:
-            for sequence, token in zip(self._sequences, chosen, strict=True):
-                sequence.append(token)
-        if self._cache is None or chosen is None:
-            unread = self._sequences
-        else:
-            unread = [[token] for token in chosen]
-        tokens, lengths = _padded(unread, self._device)
-        rows = torch.arange(len(unread), device=self._device)
-
-        def logits_at_ends(hidden: Tensor, head: nn.Module) -> Tensor:
-            logits: Tensor = head(hidden[rows, lengths - 1])
-            return logits
-
-        document_ids = torch.zeros_like(tokens, dtype=torch.int32)
-        if self._cache is None:
-            recomputed: Tensor = self._model(tokens, document_ids, logits_at_ends)
-            return recomputed
-        logits: Tensor = self._model(tokens, document_ids, logits_at_ends, cache=self._cache)
-        self._cache.advance(lengths)
+    def logits_at_ends(hidden: Tensor, head: nn.Module) -> Tensor:
+        logits: Tensor = head(hidden[rows, lengths - 1])
         return logits
+
+    document_ids = torch.zeros_like(tokens, dtype=torch.int32)
+    cached = {} if cache is None else {"cache": cache}
+    logits: Tensor = model(tokens, document_ids, logits_at_ends, **cached)
+    if cache is not None:
+        cache.advance(lengths)
+    return logits
 
 
 def _padded(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """What a trained model is evaluated on: a split of a prepared corpus, or a text."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -86,7 +86,7 @@ def held_out_text(
         raise ConfigError(f"--text {file}: has no text; expected a UTF-8 file with text")
     # A text follows what the tokenizer begins with, or the end of a document.
     context = prefix_ids(own.tokenizer) or [own.eos_id]
-    batches = TextBatches(
+    batches = text_batches(
         [*context, *ids],
         num_context=len(context),
         seq_len=shape.seq_len,
@@ -98,48 +98,35 @@ def held_out_text(
     return HeldOut(batches, len(batches), TextSize(len(ids), len(text.encode())))
 
 
-class TextBatches:
-    """A rank's batches of a stream of tokens. Each token after the context is a target once.
+def text_batches(
+    tokens: Sequence[int],
+    *,
+    num_context: int,
+    seq_len: int,
+    eos_id: int,
+    local_batch_size: int,
+    rank: int,
+    num_ranks: int,
+) -> list[Batch]:
+    """Returns a rank's batches of tokens. Each token after the context is a target once.
 
     Sequence i holds tokens [i * seq_len, (i + 1) * seq_len]; the last one, and sequences that fill
     batches, are padded with `IGNORED_TARGET`. All ranks have the same number of batches of the same
     shape.
 
     Args:
-        tokens: the stream, its context first.
+        tokens: of a text, its context first.
         num_context: tokens that are no targets, at least one.
         eos_id: the token that ends a document.
     """
-
-    def __init__(
-        self,
-        tokens: Sequence[int],
-        *,
-        num_context: int,
-        seq_len: int,
-        eos_id: int,
-        local_batch_size: int,
-        rank: int,
-        num_ranks: int,
-    ) -> None:
-        self.num_targets = len(tokens) - num_context
-        num_sequences = -(-(len(tokens) - 1) // seq_len)
-        self._num_batches = -(-num_sequences // (num_ranks * local_batch_size))
-        num_padded = self._num_batches * num_ranks * local_batch_size * seq_len
-        stream = torch.tensor(tokens)
-        inputs = torch.full((num_padded,), eos_id)
-        inputs[: len(tokens) - 1] = stream[:-1]
-        targets = torch.full((num_padded,), IGNORED_TARGET)
-        targets[num_context - 1 : len(tokens) - 1] = stream[num_context:]
-        shape = (self._num_batches, num_ranks, local_batch_size, seq_len)
-        self._inputs = inputs.view(shape)[:, rank]
-        self._targets = targets.view(shape)[:, rank]
-        self._eos_id = eos_id
-
-    def __len__(self) -> int:
-        return self._num_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        for inputs, targets in zip(self._inputs, self._targets, strict=True):
-            ids = torch.stack([document_ids(tokens, self._eos_id) for tokens in inputs])
-            yield Batch(inputs, targets, ids)
+    num_sequences = -(-(len(tokens) - 1) // seq_len)
+    num_batches = -(-num_sequences // (num_ranks * local_batch_size))
+    shape = (num_batches, num_ranks, local_batch_size, seq_len)
+    inputs, targets = torch.full(shape, eos_id), torch.full(shape, IGNORED_TARGET)
+    stream = torch.tensor(tokens)
+    inputs.view(-1)[: len(tokens) - 1] = stream[:-1]
+    targets.view(-1)[num_context - 1 : len(tokens) - 1] = stream[num_context:]
+    return [
+        Batch(of_rank, wanted, torch.stack([document_ids(row, eos_id) for row in of_rank]))
+        for of_rank, wanted in zip(inputs[:, rank], targets[:, rank], strict=True)
+    ]

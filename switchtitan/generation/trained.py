@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from switchtitan.checkpoint import CheckpointMetadata, find_given, read_metadata
+from switchtitan.checkpoint.load import find_given
+from switchtitan.checkpoint.save import CheckpointMetadata
 from switchtitan.config import flatten, parse_toml, raise_together
 from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.data.corpus import CorpusIndex, read_index
@@ -16,10 +17,9 @@ from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import CheckpointError, CheckpointFormatError, ConfigError, CorpusError
 from switchtitan.files import is_plain_name
-from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
+from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.huggingface import CONFIG_NAME, read_config
-from switchtitan.hub.initial_weights import read_initial_weights
-from switchtitan.hub.model_folder import read_model_folder
+from switchtitan.hub.initial_weights import read_initial_weights, read_model_folder
 from switchtitan.hub.peft_folder import folder_of_model
 from switchtitan.job.checks import check_device, check_held_out
 from switchtitan.job.config import JobConfig, parse_unchecked
@@ -46,7 +46,7 @@ class TrainedModel:
     def max_positions(self) -> int | None:
         """Tokens of the longest sequence that it was made for; None if that is not known."""
         if self.metadata is not None:
-            return self.metadata.identity_number("data", "seq_len")
+            return self.metadata.identity_value("data", "seq_len", int)
         given = self.found_config.get("max_position_embeddings")
         return given if isinstance(given, int) and given > 0 else None
 
@@ -89,8 +89,7 @@ def open_trained_model(path: Path, config: ModelConfig | None = None) -> Trained
     folder = folder_of_model(path) if path.is_dir() else path.parent
     file = folder / CONFIG_NAME
     if config is None and (path.suffix == ".safetensors" or file.is_file()):
-        keys = read_model_folder(folder)
-        config = MODELS[str(keys["name"])].config_type.model_validate(keys)
+        config = MODELS.restore(read_model_folder(folder))
     if config is not None:
         source, tensors = read_initial_weights(path, config)
         found_config = read_config(file) if file.is_file() else {}
@@ -103,9 +102,8 @@ def open_trained_model(path: Path, config: ModelConfig | None = None) -> Trained
         raise CheckpointError(
             f"{error}, or a folder in Hugging Face's layout; for other weights, pass --config FILE"
         ) from error
-    metadata = read_metadata(checkpoint)
-    tensors = read_dense_checkpoint(checkpoint)
-    return TrainedModel(checkpoint, saved_model_config(checkpoint), tensors, metadata, {})
+    dense = DenseCheckpoint(checkpoint)
+    return TrainedModel(checkpoint, dense.config, dense.read(), dense.metadata, {})
 
 
 def saved_config(metadata: CheckpointMetadata) -> JobConfig:
@@ -183,7 +181,7 @@ def find_tokenizer(trained: TrainedModel, given: Path | None = None) -> Document
 def find_corpus(metadata: CheckpointMetadata) -> Path:
     """Returns the folder of the run's corpus, which need not exist."""
     config = flatten(parse_toml(metadata.config, "the saved configuration"))
-    cache_dir, name = config.get("data.cache_dir"), str(metadata.identity_value("corpus", "name"))
+    cache_dir, name = config.get("data.cache_dir"), metadata.identity_value("corpus", "name", str)
     if not isinstance(cache_dir, str) or "\0" in cache_dir or not is_plain_name(name):
         raise CheckpointError(
             f"the checkpoint names no folder of a corpus: data.cache_dir = {cache_dir!r}, "
@@ -204,7 +202,9 @@ def trained_corpus(folder: Path, metadata: CheckpointMetadata) -> CorpusIndex | 
     corpus = metadata.identity.get("corpus")
     # Of a mixture, the first source has the tokenizer.
     is_mixture = isinstance(corpus, dict) and "first_source" in corpus
-    expected = metadata.identity_value("corpus", "first_source" if is_mixture else "fingerprint")
+    expected = metadata.identity_value(
+        "corpus", "first_source" if is_mixture else "fingerprint", str
+    )
     if index.fingerprint != expected:
         raise CorpusError(
             f"{folder}: its fingerprint is {index.fingerprint}, but the run trained on {expected}; "

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -16,28 +15,46 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from switchtitan.checkpoint.save import CheckpointMetadata
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import CheckpointError, CorpusError, OutputError
 from switchtitan.files import make_folder, sync_folder, sync_tree
 from switchtitan.hub.dense_checkpoint import module_of
-from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, check_shapes, write_json
+from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, parameter_shapes, write_json
 from switchtitan.process import progress_bar
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Larger weights are split over several files."""
+ReadWeights = Callable[[Iterable[str]], Mapping[str, Tensor]]
+"""Names of parameters of the plain model -> their values."""
+# No TOML string that a configuration shows contains the fence at the start of a line.
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [switchtitan]
+---
 
+# A language model trained with switchtitan
 
-class DenseWeights(Protocol):
-    """The weights of a plain model, read on request: a checkpoint's, or its base's for PEFT."""
+{files}
 
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+| | |
+|---|---|
+{rows}
 
-    def read(self, names: Iterable[str]) -> Mapping[str, Tensor]: ...
+The run did not tune it to follow instructions. Its license is for its owner to choose.
+
+## Configuration of the run
+
+~~~~~~~~toml
+{config}
+~~~~~~~~
+"""
 
 
 def export_dense(
-    weights: DenseWeights,
+    read: ReadWeights,
     config: ModelConfig,
     folder: Path,
     dtype: torch.dtype,
@@ -46,26 +63,23 @@ def export_dense(
     tokenizer_file: Path | None = None,
     eos_id: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    finish: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Writes a folder that transformers loads: config, weights and, if given, a tokenizer.
 
-    Writes a `new_folder`. Holds one weights file and one layer in memory.
+    Holds one weights file and one layer in memory.
 
     Args:
-        folder: the folder to write, absent or empty.
+        read: returns weights of the model; asked for those of one module at a time.
+        folder: created if it does not exist, e.g. in a `new_folder`.
         dtype: of the stored weights.
         seq_len: tokens per sequence in training; max_position_embeddings in the config.
         tokenizer_file: a tokenizer.json to copy next to the weights.
         eos_id: the token that ends a document.
         max_shard_bytes: the maximum size of a weights file, unless one tensor is larger.
-        finish: called with the partial folder: adds files, or raises if the folder is not right.
 
     Raises:
-        CheckpointError: if the folder is not empty, names or shapes do not match the model, or
-            transformers has no class for it.
+        CheckpointError: if transformers has no class for the model.
         CorpusError: if the tokenizer cannot be read or has no token `eos_id`.
-        OutputError: if the folder cannot be written, or another process is writing it.
     """
     huggingface_config = config.huggingface_config(seq_len)
     if huggingface_config is None:
@@ -73,20 +87,18 @@ def export_dense(
             f"[model] name = {config.name!r}: transformers has no class for this model; evaluate "
             "and generate read the run's own checkpoint"
         )
-    check_shapes(weights.shapes, config, "the model to export")
     tokens = {"bos_token_id": None, "eos_token_id": eos_id}
     dtype_name = str(dtype).removeprefix("torch.")
     dtypes = {"torch_dtype": dtype_name, "dtype": dtype_name}  # of transformers 4 and 5
     in_generation = {"do_sample": True, **tokens, "pad_token_id": eos_id}
-    with new_folder(folder) as partial:
-        write_json(
-            partial / CONFIG_NAME, {**huggingface_config, **dtypes, **tokens, "pad_token_id": None}
-        )
-        write_json(partial / "generation_config.json", in_generation)
-        if tokenizer_file is not None:
-            _write_tokenizer(tokenizer_file, partial, seq_len, eos_id)
-        _write_weights(weights, partial, dtype, max_shard_bytes)
-        finish(partial)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / CONFIG_NAME, {**huggingface_config, **dtypes, **tokens, "pad_token_id": None}
+    )
+    write_json(folder / "generation_config.json", in_generation)
+    if tokenizer_file is not None:
+        _write_tokenizer(tokenizer_file, folder, seq_len, eos_id)
+    _write_weights(read, parameter_shapes(config), folder, dtype, max_shard_bytes)
 
 
 @contextmanager
@@ -110,13 +122,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
             )
         make_folder(folder.parent)
         partial = folder.with_name(f".{folder.name}.partial")
-        try:
-            partial.mkdir()
-        except FileExistsError as error:
-            raise OutputError(
-                f"{folder}: another process is writing this folder; if none is, it was killed: "
-                f"delete {partial}"
-            ) from error
+        partial.mkdir()
         try:
             yield partial
             sync_tree(partial)
@@ -127,8 +133,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
         raise OutputError(
-            f"{folder} cannot be written ({error}); choose another folder, or free space on its "
-            "disk"
+            f"{folder} cannot be written ({error}); choose another folder, free space on its disk, "
+            "or delete the partial folder if no other process is writing it"
         ) from error
 
 
@@ -150,19 +156,23 @@ def _write_tokenizer(tokenizer_file: Path, folder: Path, seq_len: int, eos_id: i
 
 
 def _write_weights(
-    weights: DenseWeights, folder: Path, dtype: torch.dtype, max_shard_bytes: int
+    read: ReadWeights,
+    shapes: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
 ) -> None:
     shards = split_state_dict_into_shards_factory(
-        dict(weights.shapes),
+        dict(shapes),
         get_storage_size=lambda shape: prod(shape) * dtype.itemsize,
         filename_pattern=WEIGHTS_NAME.replace(".", "{suffix}."),
         max_shard_size=max_shard_bytes,
     )
-    with progress_bar("exporting", total=len(weights.shapes), unit="weights") as progress:
+    with progress_bar("exporting", total=len(shapes), unit="weights") as progress:
         for file_name, names in shards.filename_to_tensors.items():
             converted: dict[str, Tensor] = {}
             for _, group in groupby(names, module_of):
-                for name, value in weights.read(group).items():
+                for name, value in read(group).items():
                     converted[name] = value.detach().to("cpu", dtype).contiguous()
                     progress.update()
             save_file(converted, folder / file_name, metadata={"format": "pt"})
@@ -171,3 +181,32 @@ def _write_weights(
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / f"{WEIGHTS_NAME}.index.json", index)
+
+
+def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, files: str) -> None:
+    """Writes what the model is, how it was trained, its losses and its configuration.
+
+    Args:
+        command: that exported it.
+        files: a sentence on what the folder holds and how to load it.
+    """
+    state = metadata.train_state
+    facts = {
+        **{key: metadata.identity_value(key, "name", str) for key in ("method", "model", "corpus")},
+        "steps": metadata.step,
+        "tokens seen": state.get("tokens_seen"),
+        "started from": state.get("initial_weights") or "random weights",
+        "validation loss before training": state.get("first_validation_loss"),
+        "last validation loss": state.get("last_validation_loss"),
+        "compute dtype": state.get("compute_dtype"),
+        "trained with": ", ".join(f"{key} {value}" for key, value in metadata.versions.items()),
+        "exported by": f"`{command}`",
+    }
+    rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value is not None]
+    card = _CARD.format(files=files, rows="\n".join(rows), config=metadata.config.strip())
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _cell(value: object) -> str:
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

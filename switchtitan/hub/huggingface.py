@@ -87,9 +87,10 @@ def mistakes_in(error: Exception) -> str:
     return "; ".join(messages)
 
 
-def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str) -> None:
+def check_shapes(weights: Mapping[str, Tensor], config: ModelConfig, source: str) -> None:
     """Raises a CheckpointError if names or shapes of weights from `source` are not the model's."""
     expected = parameter_shapes(config)
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     wrong = {
         "missing": [name for name in expected if name not in shapes],
         "unexpected": [name for name in shapes if name not in expected],
@@ -102,28 +103,6 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, sou
     problems = [f"{what}: {abbreviate(names)}" for what, names in wrong.items() if names]
     if problems:
         raise CheckpointError(f"{source} does not match [model]; {'; '.join(problems)}")
-
-
-def without_copies(
-    tensors: dict[str, Tensor], config: ModelConfig, path: Path
-) -> dict[str, Tensor]:
-    """Returns the weights without those that repeat another, such as a tied head's.
-
-    Raises:
-        CheckpointError: if a copy differs from the weight that it repeats.
-    """
-    kept = dict(tensors)
-    for copy, name in config.weight_copies().items():
-        if copy not in kept:
-            continue
-        repeated = kept.pop(copy)
-        weight = kept.setdefault(name, repeated)
-        if weight.dtype != repeated.dtype or not torch.equal(weight, repeated):
-            raise CheckpointError(
-                f"{path}: {copy} and {name} differ, but the model's head is tied "
-                "(tie_word_embeddings in config.json); remove one of them, or untie the head"
-            )
-    return kept
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -1,24 +1,26 @@
-"""Read the dense weights that a new run starts from."""
+"""Read the dense weights that a new run starts from, and the model that their folder describes."""
 
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from switchtitan.checkpoint import check_same_run, find_given
-from switchtitan.checkpoint.checkpointer import SUMS_FILE
+from switchtitan.checkpoint.load import find_given
+from switchtitan.checkpoint.save import SUMS_FILE
 from switchtitan.contracts import ModelConfig
+from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import sha256_of_file
-from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
-from switchtitan.hub.huggingface import check_shapes, read_dense, without_copies
-from switchtitan.hub.model_folder import check_model_folder
+from switchtitan.hub.dense_checkpoint import DenseCheckpoint
+from switchtitan.hub.huggingface import CONFIG_NAME, check_shapes, read_config, read_dense
 from switchtitan.hub.peft_folder import (
     ADAPTER_CONFIG_NAME,
     folder_of_model,
     is_adapter,
     read_adapted,
 )
+from switchtitan.models import MODELS
 
 
 class InitialWeights(NamedTuple):
@@ -40,22 +42,36 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
 
     Raises:
         CheckpointError: if there are no weights at `path`, or they do not match the model.
+        ConfigError: if a config.json next to them describes no model that is supported.
     """
     source = path
     if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors"))):
-        # Before the shapes, since a key of config.json says more than the shapes that follow.
-        check_model_folder(config, path)
+        file = (folder_of_model(path) if path.is_dir() else path.parent) / CONFIG_NAME
+        if file.is_file():
+            _check_same_model(MODELS.restore(read_model_folder(file.parent)), config, file)
         weights = read_adapted(path) if is_adapter(path) else read_dense(path)
         weights = without_copies(weights, config, path)
     else:
         source = find_given(path)
-        # Compares what shapes do not show, e.g. the number of heads.
-        saved = saved_model_config(source)
-        check_same_run({"model": saved.architecture()}, {"model": config.architecture()})
-        weights = read_dense_checkpoint(source)
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    check_shapes(shapes, config, f"[checkpoint] initial_weights = {str(path)!r}")
+        dense = DenseCheckpoint(source)
+        _check_same_model(dense.config, config, source)
+        weights = dense.read()
+    check_shapes(weights, config, f"[checkpoint] initial_weights = {str(path)!r}")
     return InitialWeights(source.absolute(), weights)
+
+
+def _check_same_model(theirs: ModelConfig, ours: ModelConfig, source: Path) -> None:
+    """Compares also what shapes do not show, e.g. the number of heads."""
+    found, expected = theirs.architecture(), ours.architecture()
+    differing = "; ".join(
+        f"{key} = {found.get(key)!r}, [model] has {expected.get(key)!r}"
+        for key in expected | found
+        if found.get(key) != expected.get(key)
+    )
+    if differing:
+        raise CheckpointError(
+            f"{source} describes another model: {differing}. Change [model] to match."
+        )
 
 
 def fingerprint(source: Path) -> str:
@@ -70,3 +86,57 @@ def fingerprint(source: Path) -> str:
         if is_adapter(source):  # the scale of its factors
             files.append(source / ADAPTER_CONFIG_NAME)
     return hashlib.sha256("".join(map(sha256_of_file, files)).encode()).hexdigest()
+
+
+# The model that a folder describes.
+def read_model_folder(folder: Path) -> dict[str, object]:
+    """Returns all keys of `[model]` that a folder's config.json determines, with `name`.
+
+    Args:
+        folder: in Hugging Face's layout, or with a PEFT adapter, whose base model is read.
+
+    Raises:
+        ConfigError: if there is no config.json, or it describes a model that is not supported;
+            names the keys, and what is supported.
+    """
+    try:
+        file = folder_of_model(folder) / CONFIG_NAME
+        found = read_config(file)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    by_type = {
+        model_type: (name, config_type)
+        for name, config_type in MODELS.config_types().items()
+        for model_type in config_type.huggingface_types
+    }
+    model_type = found.get("model_type")
+    if str(model_type) not in by_type:
+        supported = ", ".join(map(repr, sorted(by_type)))
+        raise ConfigError(f"{file}: model_type = {model_type!r}: expected one of {supported}")
+    name, config_type = by_type[str(model_type)]
+    try:
+        return {"name": name, **config_type.keys_from_huggingface(found)}
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def without_copies(
+    tensors: dict[str, Tensor], config: ModelConfig, path: Path
+) -> dict[str, Tensor]:
+    """Returns the weights without those that repeat another, such as a tied head's.
+
+    Raises:
+        CheckpointError: if a copy differs from the weight that it repeats.
+    """
+    kept = dict(tensors)
+    for copy, name in config.weight_copies().items():
+        if copy not in kept:
+            continue
+        repeated = kept.pop(copy)
+        weight = kept.setdefault(name, repeated)
+        if weight.dtype != repeated.dtype or not torch.equal(weight, repeated):
+            raise CheckpointError(
+                f"{path}: {copy} and {name} differ, but the model's head is tied "
+                "(tie_word_embeddings in config.json); remove one of them, or untie the head"
+            )
+    return kept

@@ -15,6 +15,7 @@ from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.files import exists
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
+from switchtitan.hub.export_folder import ReadWeights
 from switchtitan.hub.huggingface import (
     CONFIG_NAME,
     mistakes_in,
@@ -86,32 +87,30 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         ) from error
 
 
-class BaseWeights:
-    """The weights of a checkpoint without its low-rank updates, for `export_dense`.
+def reader_of_base(checkpoint: DenseCheckpoint) -> ReadWeights:
+    """Returns what reads a checkpoint's weights without their low-rank updates, in fp32.
 
     Raises:
         CheckpointError: if the checkpoint has no low-rank updates.
     """
+    method = checkpoint.method
+    updated = method.low_rank_updates(checkpoint.on_meta)
+    if not updated:
+        raise CheckpointError(
+            f"--format peft: [method] name = {method.config.name!r} has no frozen weights with a "
+            "low-rank update; export it without --format"
+        )
 
-    def __init__(self, checkpoint: DenseCheckpoint) -> None:
-        if not checkpoint.method.low_rank_updates(checkpoint.on_meta):
-            raise CheckpointError(
-                f"--format peft: [method] name = {checkpoint.method.config.name!r} has no frozen "
-                "weights with a low-rank update; export it without --format"
-            )
-        self._checkpoint = checkpoint
-        self.shapes: Mapping[str, tuple[int, ...]] = checkpoint.shapes
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Returns some of the weights, in fp32."""
-        names, method = list(names), self._checkpoint.method
-        tensors = self._checkpoint.read_trained(map(module_of, names))
-        updated = method.low_rank_updates(tensors)
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        names = list(names)
+        tensors = checkpoint.read_trained(map(module_of, names))
         dense = method.dense_weights(tensors)
         return {
             name: (tensors if module_of(name) in updated else dense)[name].to(torch.float32)
             for name in names
         }
+
+    return read
 
 
 def write_adapter(
@@ -156,7 +155,17 @@ def folder_of_model(path: Path) -> Path:
     Raises:
         CheckpointError: if the adapter is not supported, or its base is not on this machine.
     """
-    return _base_of(path, read_adapter_config(path)) if is_adapter(path) else path
+    if not is_adapter(path):
+        return path
+    own, named = path / BASE_FOLDER, read_adapter_config(path).base_model_name_or_path
+    if own.is_dir():
+        return own
+    if named is not None and exists(Path(named) / CONFIG_NAME):
+        return Path(named)
+    raise CheckpointError(
+        f"{path / ADAPTER_CONFIG_NAME}: base_model_name_or_path = {named!r}: no such folder; "
+        f"put the base model into {own}"
+    )
 
 
 def read_adapted(folder: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -175,7 +184,7 @@ def read_adapted(folder: Path, names: Iterable[str] | None = None) -> dict[str, 
         if match is None:
             raise CheckpointError(f"{file}: {name}: expected a factor of a layer")
         factors.setdefault(f"{match[1]}.weight", {})[match[2]] = factor
-    base = _base_of(folder, config)
+    base = folder_of_model(folder)
     weights = read_dense(base)
     if missing := sorted(factors.keys() - weights.keys()):
         raise CheckpointError(f"{base} lacks {abbreviate(missing)}, which {folder} updates")
@@ -201,15 +210,3 @@ def _merged(
         )
     lora_b, lora_a = factors["B"].float(), factors["A"].float()
     return torch.addmm(weight.float(), lora_b, lora_a, alpha=config.scale)
-
-
-def _base_of(folder: Path, config: AdapterConfig) -> Path:
-    own, named = folder / BASE_FOLDER, config.base_model_name_or_path
-    if own.is_dir():
-        return own
-    if named is not None and exists(Path(named) / CONFIG_NAME):
-        return Path(named)
-    raise CheckpointError(
-        f"{folder / ADAPTER_CONFIG_NAME}: base_model_name_or_path = {named!r}: no such folder; "
-        f"put the base model into {own}"
-    )

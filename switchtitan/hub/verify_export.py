@@ -1,6 +1,6 @@
 """Compare the logits of an exported folder with those of its checkpoint, one block at a time."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +12,12 @@ from switchtitan.contracts import ModelConfig
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
+from switchtitan.hub.export_folder import ReadWeights
 from switchtitan.hub.huggingface import read_dense
-from switchtitan.hub.model_folder import read_model_folder
+from switchtitan.hub.initial_weights import read_model_folder
 from switchtitan.hub.peft_folder import is_adapter, read_adapted
 from switchtitan.models import MODELS
 
-ReadTensors = Callable[[Iterable[str]], Mapping[str, Tensor]]
-"""Names of parameters -> their values."""
 _NUM_TOKENS = 64
 _WITHOUT_CHECK = "--no-verify writes the folder without this check"
 
@@ -64,7 +63,7 @@ def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype)
 
 @torch.no_grad()
 @full_precision()
-def _logits(config: ModelConfig, read: ReadTensors) -> Tensor:
+def _logits(config: ModelConfig, read: ReadWeights) -> Tensor:
     """Returns the logits [1, seq, vocabulary] of a plain model on random tokens."""
     with torch.device("meta"):
         model = MODELS.build(config).eval()
@@ -86,7 +85,7 @@ def _logits(config: ModelConfig, read: ReadTensors) -> Tensor:
     return functional_call(model, values, (tokens, documents))
 
 
-def _load(read: ReadTensors, prefix: str, block: nn.Module, args: object) -> None:
+def _load(read: ReadWeights, prefix: str, block: nn.Module, args: object) -> None:
     values = read([f"{prefix}{name}" for name, _ in block.named_parameters()])
     local = {name.removeprefix(prefix): value.float() for name, value in values.items()}
     block.load_state_dict(local, assign=True)

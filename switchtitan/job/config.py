@@ -198,7 +198,7 @@ def parse_unchecked(argv: Sequence[str], say: Callable[[str], None] = print_note
 
 def _model_in_folder(folder: str) -> dict[str, object]:
     # Imported here: most runs do not use it.
-    from switchtitan.hub.model_folder import read_model_folder
+    from switchtitan.hub.initial_weights import read_model_folder
 
     return read_model_folder(Path(folder))
 

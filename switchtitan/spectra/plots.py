@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from switchtitan.checkpoint import find_given, read_metadata
+from switchtitan.checkpoint.load import find_given, read_metadata
 from switchtitan.spectra.spectrum import (
     NUMERICAL_RANK_THRESHOLD,
     RankSummary,

@@ -6,15 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from switchtitan.checkpoint import read_metadata
 from switchtitan.contracts import Method, ModelConfig
 from switchtitan.distributed.initial import plain_value
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.dense_checkpoint import (
-    read_dense_checkpoint,
-    saved_method,
-    saved_model_config,
-)
+from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
 from switchtitan.models import MODELS
 from switchtitan.process import progress_bar
@@ -99,14 +94,14 @@ def checkpoint_spectra(checkpoint: Path) -> dict[str, Tensor]:
         CheckpointError: if the checkpoint is not complete, or the run's initial weights are no
             longer available.
     """
-    metadata = read_metadata(checkpoint)
+    dense = DenseCheckpoint(checkpoint)
+    metadata = dense.metadata
     path, checksum = (
         None if value is None else str(value)
         for value in map(metadata.train_state.get, ("initial_weights", "initial_fingerprint"))
     )
-    seed = metadata.identity_number("job", "seed")
-    config, method = saved_model_config(checkpoint), saved_method(checkpoint)
-    origin = Origin(config, seed, path, checksum, method)
-    changes = origin.changes(read_dense_checkpoint(checkpoint))
+    seed = metadata.identity_value("job", "seed", int)
+    origin = Origin(dense.config, seed, path, checksum, dense.method)
+    changes = origin.changes(dense.read())
     progress = progress_bar(str(checkpoint), changes, total=len(origin.layers), unit="layers")
     return {layer: singular_values(change) for layer, change in progress}

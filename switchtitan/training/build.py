@@ -13,12 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from switchtitan.checkpoint import (
-    CHECKPOINTS_FOLDER,
-    Checkpointer,
-    CheckpointTensors,
-    find_checkpoint,
-)
+from switchtitan.checkpoint.load import find_checkpoint, restore
+from switchtitan.checkpoint.save import CHECKPOINTS_FOLDER, Checkpointer, CheckpointTensors
 from switchtitan.config import resolved_toml
 from switchtitan.contracts import Batch, Method, SummedLoss
 from switchtitan.data import Corpus, ValidationBatches, build_train_batches, open_corpus
@@ -103,7 +99,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     )
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)
     if checkpoint is not None:
-        tensors.restore(checkpoint, world)
+        restore(checkpoint, tensors, world)
 
     # What it writes: first here, after the checks.
     start_output(config.job.output_dir, resolved, world, state.step, config.training.steps)

@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from switchtitan.checkpoint import check_same_run, read_metadata
+from switchtitan.checkpoint.load import check_same_run, read_metadata
 from switchtitan.config import flatten, parse_toml, resolved_toml, toml_value
 from switchtitan.data import Corpus
 from switchtitan.distributed.dtype import ComputeDtype

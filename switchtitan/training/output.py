@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from switchtitan.checkpoint import join_writers
+from switchtitan.checkpoint.save import join_writers
 from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError, OutputError
 from switchtitan.files import write_atomically

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from switchtitan.checkpoint import Checkpointer, CheckpointTensors, step_of
+from switchtitan.checkpoint.save import Checkpointer, CheckpointTensors, step_of
 from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
 from switchtitan.observability.console import perplexity_of

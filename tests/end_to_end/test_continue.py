@@ -10,8 +10,8 @@ from support.continued import write_continued_config
 from support.folders import draw_tokens, logits_of_transformers, save_random_model
 from support.word_tokenizer import save_tokenizer
 
-from switchtitan.checkpoint import read_metadata
-from switchtitan.hub.dense_checkpoint import read_dense_checkpoint, saved_model_config
+from switchtitan.checkpoint.load import read_metadata
+from switchtitan.hub.dense_checkpoint import DenseCheckpoint, saved_model_config
 from switchtitan.models import MODELS
 
 STEPS = ("--training.steps", "30", "--checkpoint.interval", "30", "--evaluation.interval", "30")
@@ -47,7 +47,7 @@ def test_an_export_has_the_logits_and_the_layout_of_the_run(continued, tmp_path)
     assert outcome.status == 0, outcome.errors
     checkpoint = home / "run" / "checkpoints" / "step-000000030"
     model = MODELS.build(saved_model_config(checkpoint))
-    model.load_state_dict(read_dense_checkpoint(checkpoint))
+    model.load_state_dict(DenseCheckpoint(checkpoint).read())
     tokens = draw_tokens(2, 40)
     with torch.no_grad():
         expected = model(tokens, torch.zeros(tokens.shape, dtype=torch.int32))

@@ -15,7 +15,7 @@ from support.checkpoints import tensor_checksums
 from support.damages import IN_PLACE, INTERVAL, NUM_STEPS, make_run, swap_in, train
 from support.long_form import IS_LONG
 
-from switchtitan.checkpoint.checkpointer import verify
+from switchtitan.checkpoint.load import verify
 
 END = NUM_STEPS + INTERVAL
 NEWEST, PREVIOUS = f"step-{NUM_STEPS:09d}", f"step-{NUM_STEPS - INTERVAL:09d}"

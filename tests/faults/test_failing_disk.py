@@ -27,8 +27,9 @@ from support.ranks import run_on_ranks
 from support.small_disk import Filler, small_disk
 from support.tiny import METHOD_KEYS, TINY, tiny_trainer
 
-from switchtitan.checkpoint import CheckpointConfig, Checkpointer
-from switchtitan.checkpoint.checkpointer import find_latest, verify
+from switchtitan.checkpoint.config import CheckpointConfig
+from switchtitan.checkpoint.load import find_latest, verify
+from switchtitan.checkpoint.save import Checkpointer
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError

@@ -70,8 +70,8 @@ def home(corpora):
     weights = HeldWeights(
         {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     )
-    export_dense(weights, model, folder / "hf", torch.float32)
-    export_dense(weights, model, folder / "sharded", torch.float32, max_shard_bytes=20_000)
+    export_dense(weights.read, model, folder / "hf", torch.float32)
+    export_dense(weights.read, model, folder / "sharded", torch.float32, max_shard_bytes=20_000)
     return folder
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from support.checkpoints import (
     is_writing,
+    make_checkpointer,
     num_pieces,
     read_all_tensors,
     wait_until_written,
@@ -19,9 +20,8 @@ from support.ranks import run_rows_on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from switchtitan.checkpoint import CheckpointConfig, Checkpointer
-from switchtitan.checkpoint.checkpointer import POLL_INTERVAL, find_latest, verify
-from switchtitan.checkpoint.tensors import load_tensors_
+from switchtitan.checkpoint.load import find_latest, load_tensors_, verify
+from switchtitan.checkpoint.save import POLL_INTERVAL
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.shards import local
 from switchtitan.distributed.world import start_world
@@ -54,17 +54,6 @@ def shard(values, layout="split"):
         return distribute_tensor(value, mesh, [Replicate(), split][-mesh.ndim :])
 
     return {name: distribute(name, value) for name, value in values.items()}
-
-
-def make_checkpointer(folder, **config):
-    return Checkpointer(
-        folder,
-        CheckpointConfig(**config),
-        start_world(ParallelismConfig()),
-        identity={},
-        metadata={},
-        versions={},
-    )
 
 
 def of_all_ranks(value):
@@ -133,9 +122,9 @@ def poll_a_long_save(folder):
     assert checkpointer.latest is not None
 
 
-def fail_on_last_rank(folder, async_save):
-    """The failure is raised on all ranks in the same step."""
-    checkpointer = make_checkpointer(folder, async_save=async_save)
+def fail_on_last_rank(folder):
+    """The failure of a background save is raised on all ranks in the same step."""
+    checkpointer = make_checkpointer(folder)
     tensors = shard(full_values())
     checkpointer.save(1, tensors, {})
     checkpointer.finish()
@@ -190,8 +179,7 @@ CHECKS = {
     2: {
         "saved on two": (save_and_change, "split"),
         "long save": (poll_a_long_save,),
-        "failure": (fail_on_last_rank, False),
-        "failure in the background": (fail_on_last_rank, True),
+        "failure": (fail_on_last_rank,),
         "during training": (save_during_training,),
         "other tensors": (refuse_other_tensors,),
     },

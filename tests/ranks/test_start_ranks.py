@@ -16,7 +16,8 @@ from support.insides import wait_for_shared_folders
 from support.ranks import run_forked, run_on_ranks
 from support.tiny_documents import make_documents, write_json_lines
 
-from switchtitan.checkpoint import CheckpointConfig, Checkpointer
+from switchtitan.checkpoint.config import CheckpointConfig
+from switchtitan.checkpoint.save import Checkpointer
 from switchtitan.data import DataConfig, open_corpus
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.config import ParallelismConfig

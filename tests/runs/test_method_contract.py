@@ -17,9 +17,9 @@ from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
-from switchtitan.hub.huggingface import read_dense, without_copies
-from switchtitan.hub.model_folder import read_model_folder
+from switchtitan.hub.dense_checkpoint import DenseCheckpoint
+from switchtitan.hub.huggingface import read_dense
+from switchtitan.hub.initial_weights import read_model_folder, without_copies
 from switchtitan.hub.peft_folder import read_adapted
 from switchtitan.methods import METHODS
 from switchtitan.methods.lora import Lora, LoraConfig
@@ -222,7 +222,7 @@ def test_dense_weights_in_the_plain_model_compute_the_same_logits(trained, name)
     assert {(tensor.dtype, tensor.device.type) for tensor in dense.values()} == {
         (torch.float32, "cpu")
     }
-    assert not differing(read_dense_checkpoint(one.checkpoint), dense)
+    assert not differing(DenseCheckpoint(one.checkpoint).read(), dense)
     with_buffers = method_of(one.config).dense_weights(one.saved_parameters | one.saved_buffers)
     assert not differing(with_buffers, dense)
     plain = MODELS.build(one.config.model)
@@ -274,7 +274,7 @@ def test_a_start_from_a_full_rank_checkpoint_computes_what_that_does(trained, tm
     dense = trained("full_rank")
     config = config_of(tmp_path, method)
     model = prepared_on_meta(config)
-    weights = read_dense_checkpoint(dense.checkpoint)
+    weights = DenseCheckpoint(dense.checkpoint).read()
     materialize(model, torch.device("cpu"), config.job.seed, weights)
     error = (logits(model) - dense.saved_logits).abs().max()
     # W - s B A + s B A: as above. A product without a frozen weight approximates W.

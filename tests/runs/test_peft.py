@@ -10,10 +10,10 @@ import torch
 from support.commands import run
 from support.trained import train_and_save
 
-from switchtitan.checkpoint import find_given
+from switchtitan.checkpoint.load import find_given
 from switchtitan.errors import CheckpointError
 from switchtitan.generation.trained import open_trained_model
-from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
+from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.peft_folder import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
@@ -157,7 +157,7 @@ def test_peft_computes_the_logits_of_a_run_from_its_adapter(exported):
 
 
 def test_reading_an_exported_adapter_gives_the_runs_dense_weights(exported):
-    dense = read_dense_checkpoint(find_given(exported.run))
+    dense = DenseCheckpoint(find_given(exported.run)).read()
     trained = open_trained_model(exported.folder)
     assert trained.tensors.keys() == dense.keys()
     assert all(torch.equal(trained.tensors[name], dense[name]) for name in dense)

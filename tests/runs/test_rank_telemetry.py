@@ -9,7 +9,7 @@ from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.dense_checkpoint import read_dense_checkpoint
+from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.methods import METHODS
 from switchtitan.methods.sltrain import support
 from switchtitan.models import MODELS
@@ -242,6 +242,6 @@ def test_a_warm_start_from_a_run_measures_from_the_checkpoint_it_read(corpora):
     origin = source / "run" / "checkpoints" / "step-000000003"
     assert resumed.stepper.state.initial_weights == str(origin.absolute())
     expected = expected_spectra(
-        merged_weights(folder, "full_rank", resumed), read_dense_checkpoint(origin)
+        merged_weights(folder, "full_rank", resumed), DenseCheckpoint(origin).read()
     )
     assert_spectra_are(read_spectra(folder / "run" / "spectra")[12], expected)

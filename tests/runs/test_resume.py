@@ -8,7 +8,7 @@ import torch
 from support.commands import run
 from support.tiny import tiny_config, tiny_trainer, train_steps
 
-from switchtitan.checkpoint import check_same_run
+from switchtitan.checkpoint.load import check_same_run
 from switchtitan.config import resolved_toml
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.dtype import Bf16Support

@@ -16,7 +16,7 @@ from support.skipping import SKIP
 from support.spoiled import spoil_next_gradient, spoil_next_loss
 from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 
-from switchtitan.checkpoint.checkpointer import list_step_folders
+from switchtitan.checkpoint.save import list_step_folders
 from switchtitan.data import open_corpus
 from switchtitan.errors import RanksDisagreeError
 from switchtitan.models import MODELS

@@ -10,7 +10,7 @@ from support.held_weights import HeldWeights
 from support.trained import save_run
 
 from switchtitan import models
-from switchtitan.checkpoint import find_given, read_metadata
+from switchtitan.checkpoint.load import find_given, read_metadata
 from switchtitan.errors import CheckpointError
 from switchtitan.hub import export_folder
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
@@ -133,13 +133,13 @@ class CountedWeights(HeldWeights):
 
 def test_an_export_reads_one_module_at_a_time_into_files_of_bounded_size(saved, tmp_path):
     dense, out = DenseCheckpoint(saved), tmp_path / "out"
-    weights = CountedWeights(dense.read(dense.shapes))
-    export_folder.export_dense(weights, dense.config, out, FP32, max_shard_bytes=30_000)
+    weights = CountedWeights(dense.read())
+    export_folder.export_dense(weights.read, dense.config, out, FP32, max_shard_bytes=30_000)
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 2
     assert all(file.stat().st_size < 33_000 for file in files)
     assert all(len({module_of(name) for name in group}) == 1 for group in weights.groups)
-    assert sorted(name for group in weights.groups for name in group) == sorted(dense.shapes)
+    assert sorted(name for group in weights.groups for name in group) == sorted(dense.names)
 
 
 def test_a_module_is_read_without_the_others_and_without_candidates(saved):
@@ -147,7 +147,7 @@ def test_a_module_is_read_without_the_others_and_without_candidates(saved):
     factors = [f"{layer}.lora_a", f"{layer}.lora_b", f"{layer}.weight"]
     assert sorted(dense.read_trained([layer])) == factors
     weight = f"{layer}.weight"
-    assert torch.equal(dense.read([weight])[weight], dense.read(dense.shapes)[weight])
+    assert torch.equal(dense.read([weight])[weight], dense.read()[weight])
 
 
 def test_the_model_card_says_how_the_model_was_made(saved, tmp_path):

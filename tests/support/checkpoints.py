@@ -16,10 +16,15 @@ import pytest
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
-from switchtitan.checkpoint import Checkpointer, read_tensors, saved_tensors, tensors
+from switchtitan.checkpoint import save
+from switchtitan.checkpoint.config import CheckpointConfig
+from switchtitan.checkpoint.load import read_tensors, saved_tensors
+from switchtitan.checkpoint.save import Checkpointer
+from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError, UserError
 
-WRITER: Any = tensors._Writer
+WRITER: Any = save._Writer
 """What writes tensors; its `write_data` and `finish` can be patched."""
 SUMS = "SHA256SUMS"
 
@@ -31,6 +36,19 @@ def refused(*parts: str, error: type[UserError] = CheckpointError) -> Iterator[N
         yield
     message = str(raised.value)
     assert all(part in message for part in parts), (parts, message)
+
+
+def make_checkpointer(folder: Path, latest: Path | None = None, **config: Any) -> Checkpointer:
+    """One for the ranks of this process group; collective. `config` as in `[checkpoint]`."""
+    return Checkpointer(
+        folder,
+        CheckpointConfig(**config),
+        start_world(ParallelismConfig()),
+        identity={"model": {"size": "9m", "betas": (0.9, 0.99)}},
+        metadata={"corpus": "a stand-in"},
+        versions={"torch": "2.0"},
+        latest=latest,
+    )
 
 
 def checksums(checkpoint: Path) -> dict[str, str]:

@@ -19,8 +19,8 @@ from support.checkpoints import WRITER, tensor_checksums
 from support.compiled import choose_backend
 from support.ranks import PRELOADED, free_port
 from support.tiny import METHOD_KEYS, TINY
-from switchtitan.checkpoint import Checkpointer
-from switchtitan.checkpoint.checkpointer import verify
+from switchtitan.checkpoint.load import verify
+from switchtitan.checkpoint.save import Checkpointer
 from switchtitan.cli import train
 from switchtitan.data import prepare
 from switchtitan.training import stop

@@ -31,7 +31,7 @@ run(sys.argv[1:])
 FAIL_IN_A_SAVE = """\
 import sys, time
 from pathlib import Path
-from switchtitan.checkpoint import Checkpointer
+from switchtitan.checkpoint.save import Checkpointer
 from switchtitan.cli import train
 from switchtitan.training.trainer import Trainer
 

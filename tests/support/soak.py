@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from support.checkpoints import wait_until_written
 from support.leftovers import num_tensors
-from switchtitan.checkpoint import join_writers
+from switchtitan.checkpoint.save import join_writers
 from switchtitan.training.trainer import Trainer
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

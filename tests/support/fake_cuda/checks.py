@@ -20,8 +20,7 @@ from support.fake_cuda.steps import (
     observed_stepper,
     steps_of,
 )
-from switchtitan.checkpoint import CheckpointTensors
-from switchtitan.checkpoint.tensors import copy_to_host
+from switchtitan.checkpoint.save import CheckpointTensors, copy_to_host
 from switchtitan.distributed.rows import RowExchange
 from switchtitan.distributed.shards import local
 from switchtitan.observability.region_times import RegionTimes

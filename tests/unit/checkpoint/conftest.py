@@ -1,11 +1,12 @@
 """A small state in a world of one rank."""
 
+from functools import partial
+
 import pytest
 import torch
+from support import checkpoints
 
-from switchtitan.checkpoint import CheckpointConfig, Checkpointer
-from switchtitan.distributed.config import ParallelismConfig
-from switchtitan.distributed.world import start_world, temporary_world
+from switchtitan.distributed.world import temporary_world
 
 
 @pytest.fixture
@@ -27,19 +28,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def make_checkpointer(folder):
-    def make(latest=None, **config):
-        return Checkpointer(
-            folder,
-            CheckpointConfig(**{"async_save": False, **config}),
-            start_world(ParallelismConfig()),
-            identity={"model": {"size": "9m", "betas": (0.9, 0.99)}},
-            metadata={"corpus": "a stand-in"},
-            versions={"torch": "2.0"},
-            latest=latest,
-        )
-
     with temporary_world():
-        yield make
+        yield partial(checkpoints.make_checkpointer, folder, async_save=False)
 
 
 @pytest.fixture

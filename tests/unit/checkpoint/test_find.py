@@ -8,8 +8,14 @@ import subprocess
 import pytest
 from support.checkpoints import SUMS, refused, rewrite_metadata
 
-from switchtitan.checkpoint import CheckpointConfig, check_same_run, find_checkpoint, find_given
-from switchtitan.checkpoint.checkpointer import find_latest, verify
+from switchtitan.checkpoint.config import CheckpointConfig
+from switchtitan.checkpoint.load import (
+    check_same_run,
+    find_checkpoint,
+    find_given,
+    find_latest,
+    verify,
+)
 from switchtitan.errors import CheckpointError, CheckpointFormatError
 
 FILES = ("metadata.json", SUMS, "__0_0.distcp", ".metadata")
@@ -78,18 +84,18 @@ def test_sha256sum_checks_all_other_files(saved):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_detected(saved, name):
-    """Also one of another checkpoint; the checkpoint before is found."""
+def test_a_damaged_file_is_detected_and_the_checkpoint_before_is_found(saved, name):
+    """Also one flipped bit, of which 150 are tried, and the file of another checkpoint."""
     file = saved / "step-000000010" / name
     before = file.read_bytes()
-    damages = (
-        before[:-1],
-        b"",
-        before + b"\0",
-        bytes(len(before)),
-        b"".join(before.splitlines(keepends=True)[:-1]),
-        (saved / "step-000000001" / name).read_bytes(),
-    )
+    damages = [before[:-1], b"", before + b"\0", bytes(len(before))]
+    damages.append(b"".join(before.splitlines(keepends=True)[:-1]))
+    damages.append((saved / "step-000000001" / name).read_bytes())
+    bits = range(8 * len(before))
+    for bit in random.Random(0).sample(bits, min(150, len(bits))):
+        changed = bytearray(before)
+        changed[bit // 8] ^= 1 << bit % 8
+        damages.append(changed)
     for damage in damages:
         file.write_bytes(damage)
         with refused(str(file.parent)):
@@ -99,18 +105,27 @@ def test_a_damaged_file_is_detected(saved, name):
     assert verify(file.parent).step == 10
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_single_flipped_bit_is_detected(saved, name):
-    """150 bits of each file."""
-    file = saved / "step-000000002" / name
-    data = file.read_bytes()
-    bits = range(8 * len(data))
-    for bit in random.Random(0).sample(bits, min(150, len(bits))):
-        changed = bytearray(data)
-        changed[bit // 8] ^= 1 << bit % 8
-        file.write_bytes(changed)
-        with refused():
-            verify(file.parent)
+def test_a_file_of_tensors_without_a_checksum_is_refused(saved):
+    sums = saved / "step-000000010" / SUMS
+    lines = sums.read_text().splitlines(keepends=True)
+    sums.write_text("".join(line for line in lines if not line.endswith(".distcp\n")))
+    with refused("SHA256SUMS lacks __0_0.distcp"):
+        verify(sums.parent)
+
+
+def test_an_error_of_the_disk_is_not_an_empty_folder_and_fails_no_save(
+    make_checkpointer, tensors, saved, monkeypatch, caplog
+):
+    def fail(path):
+        raise OSError(116, "Stale file handle", str(path))
+
+    checkpointer = make_checkpointer()
+    monkeypatch.setattr(type(saved), "iterdir", fail)
+    with refused("Stale file handle"):
+        find_latest(saved)
+    checkpointer.save(11, tensors, {})
+    assert checkpointer.latest == saved / "step-000000011"
+    assert "could not delete older checkpoints" in caplog.text
 
 
 # Other runs and formats.
@@ -176,7 +191,12 @@ def test_a_checkpoint_of_another_format_is_refused_and_untouched(
 
 @pytest.mark.parametrize(("keep_latest", "kept"), [(1, [10]), (2, [9, 10]), (0, [2, 9, 10])])
 def test_only_the_newest_are_kept(make_checkpointer, tensors, folder, keep_latest, kept):
-    save_steps(make_checkpointer(keep_latest=keep_latest), tensors, 2, 9, 10)
+    """And nothing of an interrupted deletion."""
+    checkpointer = make_checkpointer(keep_latest=keep_latest)
+    save_steps(checkpointer, tensors, 2)
+    half_deleted = shutil.copytree(folder / "step-000000002", folder / ".step-000000001.partial")
+    (half_deleted / "metadata.json").unlink()
+    save_steps(checkpointer, tensors, 9, 10)
     assert names(folder) == [f"step-{step:09d}" for step in kept]
 
 
@@ -221,31 +241,3 @@ def test_a_damaged_newer_checkpoint_does_not_count_as_kept(make_checkpointer, te
     assert names(folder) == [f"step-00000000{step}" for step in (1, 2, 3)]
     save_steps(resumed, tensors, 4)
     assert names(folder) == [f"step-00000000{step}" for step in (2, 3, 4)]
-
-
-def test_a_file_of_tensors_without_a_checksum_is_refused(saved):
-    newest = saved / "step-000000010"
-    sums = newest / "SHA256SUMS"
-    lines = sums.read_text().splitlines(keepends=True)
-    sums.write_text("".join(line for line in lines if not line.endswith(".distcp\n")))
-    with pytest.raises(CheckpointError, match=r"SHA256SUMS lacks __0_0.distcp"):
-        verify(newest)
-    assert find_latest(saved).name == "step-000000002"
-
-
-def test_an_error_of_the_disk_is_not_an_empty_folder(saved, monkeypatch):
-    def fail(path):
-        raise OSError(116, "Stale file handle", str(path))
-
-    monkeypatch.setattr(type(saved), "iterdir", fail)
-    with pytest.raises(CheckpointError, match="Stale file handle"):
-        find_latest(saved)
-
-
-def test_an_interrupted_deletion_is_completed(make_checkpointer, tensors, folder):
-    checkpointer = make_checkpointer(keep_latest=1)
-    save_steps(checkpointer, tensors, 1)
-    half_deleted = (folder / "step-000000001").rename(folder / ".step-000000001.partial")
-    (half_deleted / "metadata.json").unlink()
-    save_steps(checkpointer, tensors, 2)
-    assert names(folder) == ["step-000000002"]

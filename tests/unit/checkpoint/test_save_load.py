@@ -2,16 +2,21 @@
 
 import errno
 import threading
-import time
 
 import pytest
 import torch
 from support.checkpoints import refused, write_when, writes_fail
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from switchtitan.checkpoint import CheckpointConfig, find_checkpoint, read_metadata, read_tensors
-from switchtitan.checkpoint.checkpointer import verify
-from switchtitan.checkpoint.tensors import copy_to_host, load_tensors_
+from switchtitan.checkpoint.config import CheckpointConfig
+from switchtitan.checkpoint.load import (
+    find_checkpoint,
+    load_tensors_,
+    read_metadata,
+    read_tensors,
+    verify,
+)
+from switchtitan.checkpoint.save import copy_to_host
 
 
 def assert_same(found, expected):
@@ -45,16 +50,6 @@ def test_saved_state_loads_bitwise(make_checkpointer, tensors, tmp_path, async_s
     assert_same(loaded(checkpointer.latest, tensors), tensors)
     dcp_to_torch_save(checkpointer.latest, tmp_path / "state.pt")
     assert_same(torch.load(tmp_path / "state.pt", weights_only=True), tensors)
-
-
-def test_poll_completes_a_background_save(make_checkpointer, tensors):
-    checkpointer = make_checkpointer(async_save=True)
-    checkpointer.poll()
-    checkpointer.save(1, tensors, {})
-    deadline = time.monotonic() + 60
-    while checkpointer.latest is None and time.monotonic() < deadline:
-        checkpointer.poll()
-    verify(checkpointer.latest)
 
 
 def test_a_save_reuses_the_memory_of_the_previous_one_once_written(

@@ -105,7 +105,7 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     config = CONFIGS[name]
     model = random_model(config)
     weights = HeldWeights(model.state_dict())
-    export_dense(weights, config, tmp_path / "out", torch.float32, seq_len=64)
+    export_dense(weights.read, config, tmp_path / "out", torch.float32, seq_len=64)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for prompt, ours in zip(PROMPTS, run(model, num_tokens=30), strict=True):
         generated = theirs.generate(
@@ -255,12 +255,6 @@ def test_pieces_of_random_words_are_the_text_of_all(word_pieces):
         cut = len(words[0])
         pieces = pieces_of(word_pieces, ids[:cut], ids[cut:])
         assert word_pieces.decode(ids[:cut]) + "".join(pieces) == word_pieces.decode(ids)
-
-
-def test_a_word_after_the_prompt_keeps_its_space(word_pieces):
-    a, b = (word_pieces.token_to_id(piece) for piece in ("▁a", "▁b"))
-    assert pieces_of(word_pieces, [a], [b, a]) == [" b", " a", ""]
-    assert pieces_of(word_pieces, [], [b, a]) == ["b", " a", ""]
 
 
 def test_a_prompt_begins_as_the_tokenizer_begins_texts_and_does_not_end(byte_level):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from switchtitan.contracts import IGNORED_TARGET
-from switchtitan.generation.held_out import TextBatches
+from switchtitan.generation.held_out import text_batches
 
 STREAM = [1, 40, 5, 6, 7, 1, 8, 9, 10, 11, 12, 13, 1, 14]
 
@@ -15,7 +15,7 @@ STREAM = [1, 40, 5, 6, 7, 1, 8, 9, 10, 11, 12, 13, 1, 14]
 @pytest.mark.parametrize("num_context", [1, 2])
 def test_every_token_of_a_text_after_the_context_is_a_target_once(num_ranks, seq_len, num_context):
     keys = {"num_context": num_context, "seq_len": seq_len, "eos_id": 1, "local_batch_size": 2}
-    batches = [TextBatches(STREAM, rank=r, num_ranks=num_ranks, **keys) for r in range(num_ranks)]
+    batches = [text_batches(STREAM, rank=r, num_ranks=num_ranks, **keys) for r in range(num_ranks)]
     assert len({len(own) for own in batches}) == 1
     pairs = []
     for batch in itertools.chain.from_iterable(zip(*batches, strict=True)):
@@ -23,10 +23,9 @@ def test_every_token_of_a_text_after_the_context_is_a_target_once(num_ranks, seq
         flat = zip(batch.tokens.flatten().tolist(), batch.targets.flatten().tolist(), strict=True)
         pairs += [pair for pair in flat if pair[1] != IGNORED_TARGET]
     assert pairs == list(itertools.pairwise(STREAM))[num_context - 1 :]
-    assert len(pairs) == batches[0].num_targets
 
 
 def test_documents_of_a_text_are_told_apart():
     keys = {"num_context": 1, "seq_len": 7, "eos_id": 1, "local_batch_size": 2}
-    (batch,) = TextBatches(STREAM, rank=0, num_ranks=1, **keys)
+    (batch,) = text_batches(STREAM, rank=0, num_ranks=1, **keys)
     assert batch.document_ids.tolist()[0] == [0, 1, 1, 1, 1, 1, 2]

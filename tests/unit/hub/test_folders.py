@@ -26,43 +26,26 @@ def test_a_folder_has_its_files_only_when_it_is_complete(tmp_path, exists):
     with new_folder(out) as partial:
         (partial / "file").write_text("1")
         assert not out.exists() or names_in(out) == []
+        refused = pytest.raises(OutputError, match=r"File exists: .*\.out\.partial.*other process")
+        with refused, new_folder(out):
+            pass
     assert names_in(tmp_path / "a") == ["out"]
     assert names_in(out) == ["file"]
+    # It is kept.
+    for given in (out, out / "file"):
+        with pytest.raises(CheckpointError, match="not empty"), new_folder(given):
+            pass
+    assert (out / "file").read_text() == "1"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, CheckpointError])
 def test_nothing_is_left_after_an_error(tmp_path, error):
-    def write_and_fail():
-        with new_folder(tmp_path / "out") as partial:
-            (partial / "file").write_text("1")
-            raise error
-
-    with pytest.raises(error):
-        write_and_fail()
-    assert names_in(tmp_path) == []
-
-
-def test_a_second_writer_is_refused_and_changes_nothing(tmp_path):
-    with new_folder(tmp_path / "out") as partial:
+    with pytest.raises(error), new_folder(tmp_path / "out") as partial:  # noqa: PT012
         (partial / "file").write_text("1")
-        refused = pytest.raises(OutputError, match=r"another process .*delete .*\.out\.partial")
-        with refused, new_folder(tmp_path / "out"):
-            pass
-    assert names_in(tmp_path / "out") == ["file"]
-
-
-@pytest.mark.parametrize("content", ["file", "folder"])
-def test_what_exists_is_kept(tmp_path, content):
-    mine = tmp_path / "out" if content == "file" else tmp_path / "out" / "mine"
-    mine.parent.mkdir(exist_ok=True)
-    mine.write_text("mine")
-    with pytest.raises(CheckpointError, match="not empty"), new_folder(tmp_path / "out"):
-        pass
-    assert names_in(tmp_path) == ["out"]
-    assert mine.read_text() == "mine"
-    # A folder that cannot be.
+        raise error
     with pytest.raises(OutputError, match="cannot be written"), new_folder(tmp_path / ("a" * 300)):
         pass
+    assert names_in(tmp_path) == []
 
 
 def test_all_files_and_names_are_flushed_before_the_rename(tmp_path, monkeypatch):

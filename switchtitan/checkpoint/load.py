@@ -1,0 +1,282 @@
+"""Find, verify and load checkpoints, on any number of ranks. No code of a file runs."""
+
+import json
+import logging
+import pickle
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, filesystem, metadata
+
+from switchtitan.checkpoint.config import RESUME_AUTO, RESUME_NEVER, CheckpointConfig
+from switchtitan.checkpoint.save import (
+    CHECKPOINTS_FOLDER,
+    FORMAT_VERSION,
+    METADATA_FILE,
+    OPTIMIZER,
+    SUMS_FILE,
+    TENSOR_FILES,
+    CheckpointMetadata,
+    CheckpointTensors,
+    list_step_folders,
+    sums_text,
+)
+from switchtitan.config import flatten
+from switchtitan.distributed.world import World
+from switchtitan.errors import CheckpointError, CheckpointFormatError, abbreviate
+from switchtitan.files import exists, file_inside, sha256_of_file
+from switchtitan.process import progress_bar
+
+logger = logging.getLogger(__name__)
+
+_SUMS_LINE = re.compile(rf"([0-9a-f]{{64}})  ({TENSOR_FILES}|{METADATA_FILE})\n")
+_READABLE = {
+    *((metadata.__name__, name) for name in (*metadata.__all__, "_MEM_FORMAT_ENCODING")),
+    (filesystem.__name__, "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+}
+"""(module, name) of all that torch's index consists of, besides dtypes. Exact: a prefix would allow
+("torch.distributed.checkpoint.filesystem", "os.system")."""
+
+
+# Finding.
+def find_checkpoint(folder: Path, config: CheckpointConfig) -> Path | None:
+    """Returns the checkpoint that a run resumes from; None means a new run.
+
+    Args:
+        folder: the run's own checkpoints; need not exist.
+
+    Raises:
+        CheckpointError: if the given checkpoint or initial weights are missing or damaged, or all
+            own checkpoints are, or the run would mix its checkpoints with those of another.
+    """
+    resume, present, found = config.resume, list_step_folders(folder), None
+    continued = {path.resolve() for path in (folder, folder.parent, *present[:1])}
+    key = f"[checkpoint] resume = {resume!r}"
+    if resume == RESUME_AUTO:
+        found = find_latest(folder)
+        if present and found is None:
+            raise CheckpointError(
+                f"{key}: none of the {len(present)} checkpoints in {folder} is complete (see the "
+                "warnings above); move that folder away to start from scratch"
+            )
+    elif present and (resume == RESUME_NEVER or Path(resume).resolve() not in continued):
+        raise CheckpointError(
+            f"{key}: {folder} already holds {len(present)} checkpoints, the newest is "
+            f"{present[0].name}; use another [job] output_dir, or move that folder away, or set "
+            "resume = 'auto' to resume from the newest"
+        )
+    elif resume != RESUME_NEVER:
+        try:
+            found = find_given(Path(resume))
+        except CheckpointError as error:
+            raise type(error)(f"{key}: {error}") from error
+    weights = config.initial_weights
+    if found is None and weights is not None and not exists(Path(weights)):
+        raise CheckpointError(f"[checkpoint] initial_weights = {weights!r}: no such file or folder")
+    return found
+
+
+def find_given(path: Path) -> Path:
+    """Returns the complete checkpoint at `path`, or the newest one of the run or folder there.
+
+    Raises:
+        CheckpointError: if there is none, or this version does not read its format.
+    """
+    if (path / METADATA_FILE).is_file():
+        verify(path)
+        return path
+    if latest := find_latest(path) or find_latest(path / CHECKPOINTS_FOLDER):
+        return latest
+    raise CheckpointError(
+        f"no complete checkpoint at {path}: expected a folder step-000001000 with {METADATA_FILE}, "
+        "a folder of such folders, or a run's output folder"
+    )
+
+
+def find_latest(folder: Path) -> Path | None:
+    """Returns the newest complete checkpoint in `folder`, or None; logs why it skips one."""
+    for path in list_step_folders(folder):
+        try:
+            verify(path)
+            return path
+        except CheckpointFormatError:
+            raise
+        except CheckpointError as error:
+            logger.warning("skipping an incomplete checkpoint: %s", error)
+    return None
+
+
+# Verifying.
+def verify(path: Path) -> CheckpointMetadata:
+    """Compares all files with their checksums, which reads the full checkpoint once.
+
+    Raises:
+        CheckpointFormatError: if this version does not read the format.
+        CheckpointError: names the first problem.
+    """
+    if not (path / SUMS_FILE).exists():
+        read_metadata(path)  # earlier formats have no such file
+    with _reading(path / SUMS_FILE):
+        text = file_inside(path, SUMS_FILE).read_text(encoding="ascii")
+    sums = {name: digest for digest, name in _SUMS_LINE.findall(text)}
+    if text != sums_text(sums) or not sums.keys() >= {METADATA_FILE, ".metadata"}:
+        raise CheckpointError(f"{path}: {SUMS_FILE} is corrupted")
+    with ThreadPoolExecutor(4) as readers, _reading(path):  # hashlib releases the GIL
+        found = readers.map(lambda name: sha256_of_file(file_inside(path, name)), sums)
+        bar = progress_bar(f"verifying {path.name}", found, total=len(sums), unit="files")
+        for (name, expected), digest in zip(sums.items(), bar, strict=True):
+            if digest != expected:
+                raise CheckpointError(f"{path}: {name} differs from its checksum in {SUMS_FILE}")
+        pieces = _Reader(path).read_metadata().storage_data.values()
+    if missing := {piece.relative_path for piece in pieces} - sums.keys():
+        raise CheckpointError(f"{path}: {SUMS_FILE} lacks {', '.join(sorted(missing))}")
+    return read_metadata(path)
+
+
+def read_metadata(path: Path) -> CheckpointMetadata:
+    """Reads a checkpoint's `metadata.json`, without comparing checksums.
+
+    Raises:
+        CheckpointFormatError: if this version does not read the format.
+        CheckpointError: if it is missing or damaged.
+    """
+    with _reading(path / METADATA_FILE):
+        contents = json.loads((path / METADATA_FILE).read_bytes())
+        version = contents["format_version"]
+        if version == FORMAT_VERSION:
+            return CheckpointMetadata.model_validate(contents)
+    raise CheckpointFormatError(
+        f"{path}: the checkpoint has format {version}, but this version of switchtitan reads "
+        f"format {FORMAT_VERSION}; resume, evaluate or export it with the version that wrote it, "
+        "or start a new run in another [job] output_dir"
+    )
+
+
+def check_same_run(saved: Mapping[str, object], current: Mapping[str, object]) -> None:
+    """Compares two identities, nested mappings of plain values.
+
+    Raises:
+        CheckpointError: names every differing key by its dotted path, with both values and the fix.
+    """
+    before, now, absent = flatten(saved), flatten(current), "(absent)"
+    differences = "".join(
+        f"\n  {key}: saved with {before.get(key, absent)!r}, now {now.get(key, absent)!r}"
+        for key in {**before, **now}
+        if before.get(key, absent) != now.get(key, absent)
+    )
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint belongs to another run:{differences}\n"
+            "set these back to resume that run, or start a new one in another [job] output_dir"
+        )
+
+
+# Loading what is verified.
+def restore(checkpoint: Path, tensors: CheckpointTensors, world: World) -> None:
+    """Loads model and optimizer from a checkpoint of any number of ranks; collective."""
+    collected = tensors()
+    world.together(lambda: load_tensors_(checkpoint, collected))
+    own = {name: collected[name] for name in collected if name.startswith(OPTIMIZER)}
+    tensors.optimizer.load_state_dict({name.removeprefix(OPTIMIZER): own[name] for name in own})
+
+
+def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fills all of a checkpoint's `tensors` in place; DTensors may be sharded differently.
+
+    Raises:
+        CheckpointError: before any tensor changes, if names, shapes or dtypes differ.
+    """
+    saved, expected = _described(saved_tensors(path)), _described(tensors)
+    differing = [
+        f"{name} (saved: {saved.get(name)}, expected: {expected.get(name)})"
+        for name in sorted({*saved, *expected})
+        if saved.get(name) != expected.get(name)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path} does not fit this run: it differs in {abbreviate(differing)}. Use the "
+            "configuration it was saved with, or start a new run in another [job] output_dir"
+        )
+    _read_(path, tensors)
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns full tensors by name, on the CPU."""
+    saved = saved_tensors(path)
+    with _reading(path):
+        tensors = {name: torch.empty_like(saved[name], device="cpu") for name in names}
+    _read_(path, tensors)
+    return tensors
+
+
+def saved_tensors(path: Path) -> dict[str, Tensor]:
+    """Returns all tensors by name, on the meta device."""
+    with _reading(path):
+        saved: dict[str, Any] = _Reader(path).read_metadata().state_dict_metadata
+        return {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            for name, entry in saved.items()
+        }
+
+
+def _read_(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with _reading(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is .*single process")
+        # No joint planning.
+        dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=True)
+
+
+class _Reader(filesystem.FileSystemReader):
+    """Reads tensors with `torch.load(weights_only=True)`, as torch does."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            index: metadata.Metadata = _IndexUnpickler(file).load()
+        for piece in index.storage_data.values():
+            if not re.fullmatch(TENSOR_FILES, piece.relative_path):
+                raise ValueError(f"its index lists {piece.relative_path!r}")
+        return index
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Finds the classes of torch's index and no others, so that a file cannot run code.
+
+    A crafted file can still set attributes of these classes in this process.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) not in _READABLE and not is_dtype:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises a `CheckpointError` for whatever is wrong with a file: readers raise many kinds."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (Exception, CheckpointException) as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):
+            cause, _ = next(iter(error.failures.values()))
+        reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
+        if isinstance(cause, pickle.UnpicklingError):
+            reason = f"holds more than tensors, which was not loaded; do not trust it ({reason})"
+        raise CheckpointError(f"{path}: {reason}") from error
