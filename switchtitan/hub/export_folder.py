@@ -105,7 +105,7 @@ def export_dense(
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yields the folder `.NAME.partial`, flushed and renamed to `folder` if the block succeeds.
 
-    If the block fails, or is interrupted, nothing is left.
+    If the block fails, or is interrupted, nothing is left but the folders above it.
 
     Args:
         folder: absent or empty. Folders above it are created.
