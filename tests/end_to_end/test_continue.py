@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 from support.commands import result_of, run
-from support.continued import write_continued_config
 from support.folders import draw_tokens, logits_of_transformers, save_random_model
-from support.word_tokenizer import save_tokenizer
+from support.tiny import write_continued_config
+from support.tiny_documents import save_tokenizer
 
 from switchtitan.checkpoint.load import read_metadata
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, saved_model_config

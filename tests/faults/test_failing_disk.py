@@ -12,19 +12,20 @@ import pytest
 import torch
 from support.checkpoints import WRITER, read_all_tensors, refused, tensor_checksums
 from support.commands import run
-from support.disk_faults import CASES
 from support.failing_disk import (
+    CASES,
     Call,
     Fault,
+    Filler,
     build,
     call_preloaded,
     folder_in_memory,
     logged_calls,
     preloaded,
     set_faults,
+    small_disk,
 )
 from support.ranks import run_on_ranks
-from support.small_disk import Filler, small_disk
 from support.tiny import METHOD_KEYS, TINY, tiny_trainer
 
 from switchtitan.checkpoint.config import CheckpointConfig

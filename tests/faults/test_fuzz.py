@@ -12,13 +12,11 @@ from types import SimpleNamespace
 import pytest
 import tomli
 import torch
+from support.folders import HeldWeights
 from support.fuzzing import EXTREME_NUMBERS, STRANGE_STRINGS, fuzz, mutate_bytes, mutate_json
-from support.held_weights import HeldWeights
 from support.long_form import IS_LONG, num_cases
 from support.tiny import METHOD_KEYS, TINY, tiny_config
-from support.tiny_documents import make_documents, write_json_lines
-from support.token_files import write_nanogpt
-from support.word_tokenizer import save_tokenizer
+from support.tiny_documents import make_documents, save_tokenizer, write_json_lines, write_nanogpt
 
 from switchtitan.config import toml_value
 from switchtitan.data import DATASETS, DataConfig, open_corpus, open_prepared

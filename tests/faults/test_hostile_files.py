@@ -18,8 +18,8 @@ import pytest
 import torch
 from support.checkpoints import rewrite_index, rewrite_metadata, update_checksums
 from support.commands import run
+from support.folders import HeldWeights
 from support.fuzzing import limited_cpu_time
-from support.held_weights import HeldWeights
 from support.tiny import tiny_config, tiny_trainer
 from support.tiny_documents import make_documents, write_json_lines
 

@@ -4,8 +4,7 @@ import logging
 import sys
 
 import torch
-from support.failing_disk import Fault, build, call_preloaded, set_faults
-from support.small_disk import Filler, small_disk
+from support.failing_disk import Fault, Filler, build, call_preloaded, set_faults, small_disk
 
 from switchtitan.observability import TENSORBOARD_FOLDER
 from switchtitan.observability.config import ProfilerConfig

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from support.checkpoints import refused
 from support.insides import wait_for_owners
-from support.launched_runs import launched, start_failing_in_a_save
+from support.interrupted import launched, start_failing_in_a_save
 from support.long_form import IS_LONG, num_cases
 from support.ranks import PRELOADED, run_on_ranks
 from support.tiny import tiny_config

@@ -4,8 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from support.estimates import communication_of_a_step
-from support.peak_memory import peak_extra_bytes
+from support.observed import communication_of_a_step, peak_extra_bytes
 from support.ranks import run_on_ranks
 from support.tiny import COMPILED, tiny_config, tiny_stepper, tiny_trainer
 
@@ -99,9 +98,7 @@ def check_estimates(rank, folder, num_ranks, expected):
             check_state(side, stepper, estimate)
         else:
             count_state(stepper)
-        allocated = min(
-            peak_extra_bytes(stepper.step, stepper.world.device) for _ in range(NUM_PROFILED_STEPS)
-        )
+        allocated = min(peak_extra_bytes(stepper.step) for _ in range(NUM_PROFILED_STEPS))
         if rank == 0:
             check_allocated(side, allocated, config, num_ranks, estimate)
         stepper.close()

@@ -8,13 +8,19 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from support.continued import write_continued_config
 from support.layouts import LAYOUTS, RELATIVE_LOSS_TOLERANCE, Recorded, asked_for
-from support.leftovers import tensors_left
+from support.nonfinite import SKIP, differing, outcome
+from support.observed import tensors_left
 from support.packages import HAS_TORCHAO
 from support.ranks import run_rows_on_ranks
-from support.skipping import SKIP, differing, outcome
-from support.tiny import METHOD_KEYS, full_tensors, tiny_config, tiny_trainer, train_steps
+from support.tiny import (
+    METHOD_KEYS,
+    full_tensors,
+    tiny_config,
+    tiny_trainer,
+    train_steps,
+    write_continued_config,
+)
 
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import parse_arguments

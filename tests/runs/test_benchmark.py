@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from support.operations import CountOperations
+from support.observed import CountOperations
 from support.switchlora_layers import build_layer, build_optimizer, set_gradients
 from support.tiny import METHOD_KEYS, TINY, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.estimates import communication_of_a_step, estimate_all_micro_batches
+from support.observed import communication_of_a_step, estimate_all_micro_batches
 from support.packages import needs_torchao
 from support.tiny import tiny_config
 

@@ -6,8 +6,7 @@ import gc
 import pytest
 import torch
 from support.compiled import SWITCHLORA_COMPILED, compiled_functions
-from support.leftovers import least_growth, num_tensors
-from support.reads_back import RecordReadsBack
+from support.observed import RecordReadsBack, least_growth, num_tensors
 from support.tiny import COMPILED, tiny_trainer, train_steps
 from torch._dynamo.utils import compilation_time_metrics, counters
 

@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.skipping import SKIP, differing, outcome
-from support.spoiled import spoil_next_gradient
+from support.nonfinite import SKIP, differing, outcome, spoil_next_gradient
 from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 from torch import nn
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.checkpoints import write_when
-from support.skipping import SKIP
-from support.spoiled import spoil_next_gradient, spoil_next_loss
+from support.nonfinite import SKIP, spoil_next_gradient, spoil_next_loss
 from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 
 from switchtitan.checkpoint.save import list_step_folders

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.commands import run
-from support.held_weights import HeldWeights
+from support.folders import HeldWeights
 from support.trained import save_run
 
 from switchtitan import models

@@ -1,14 +1,17 @@
 """A declared comparison of three rows on the tiny configuration, and made-up results."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from support.tiny import TINY
+from support.tiny import tiny_toml
 from switchtitan.comparison.comparison import Comparison, State, follow
 from switchtitan.comparison.config import ComparisonConfig
 from switchtitan.comparison.runs import Run, RunResult, config_sha256
 from switchtitan.config import resolved_toml
+from switchtitan.observability import TENSORBOARD_FOLDER
+from switchtitan.observability.tensorboard import TensorBoardWriter
 
 GRID = """
 name = "two"
@@ -57,15 +60,12 @@ def write_grid(folder: Path, grid: str = GRID, changes: Mapping[str, str] | None
     Args:
         changes: parts of the base -> their replacements, next to those of every comparison.
     """
-    base = TINY.format(folder=folder / "runs", method="full_rank", method_keys="")
     fitting = {
         "[evaluation]": "[evaluation]\ntest_tokens = 160",
         "num_workers = 0": "num_workers = 0\ntest_fraction = 0.1",
         "tensorboard = false": "tensorboard = true",
     }
-    for given, changed in (fitting | dict(changes or {})).items():
-        assert given in base, given
-        base = base.replace(given, changed)
+    base = tiny_toml(folder / "runs", "full_rank", fitting | (changes or {}))
     (folder / "base.toml").write_text(base)
     file = folder / "grid.toml"
     file.write_text(grid.format(folder=folder))
@@ -110,6 +110,17 @@ def train(
         results |= {run: result_of(run, *losses(run)) for run in due}
         stages.append(due)
     return follow(config, results.get), stages
+
+
+def write_curves(folder, final, num_steps=60):
+    """Writes the event file of a run whose loss falls to about `final`."""
+    writer = TensorBoardWriter(folder / TENSORBOARD_FOLDER, 0)
+    for step in range(1, num_steps + 1):
+        loss = final + 4 * math.exp(-step / 12)
+        values = {"loss/train": loss, "optimizer/lr": 1e-2 * min(1, step / 10)}
+        values |= {"data/tokens_seen": 128.0 * step, "switch/candidate_coverage": step / 100}
+        writer.write(step, values | ({"loss/validation": loss + 0.1} if step % 10 == 0 else {}))
+    writer.close()
 
 
 def finish(run: Run, validation_loss: float, test_loss: float = 9.0, **other: object) -> None:

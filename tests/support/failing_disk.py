@@ -1,4 +1,5 @@
-"""A disk that fails on purpose: calls of the C library fail for some paths, at their n-th call.
+"""Disks that fail on purpose, or are small: calls of the C library fail for some paths, at their
+n-th call.
 
 `failing_disk.c` is compiled once and preloaded into a process, which then sets its faults:
 
@@ -15,11 +16,11 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 
@@ -42,7 +43,7 @@ class Fault:
     times: int = 1
     """How many calls fail; 0 for all later ones."""
 
-    def __str__(self) -> str:
+    def __str__(self):
         return f"{self.operation}|{self.path}|{self.at}|{self.times}|{self.outcome}"
 
 
@@ -57,7 +58,7 @@ class Call(NamedTuple):
     """Empty if the call was left alone."""
 
 
-def build(folder: Path) -> Path:
+def build(folder):
     """Compiles the library in `folder`; skips the test without a C compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
@@ -71,7 +72,7 @@ def build(folder: Path) -> Path:
 
 
 @contextmanager
-def folder_in_memory() -> Iterator[Path]:
+def folder_in_memory():
     """Yields a folder for many saves: a flush to a disk takes longer than the rest of a small one.
 
     On the system's disk if there is no file system in memory.
@@ -83,19 +84,13 @@ def folder_in_memory() -> Iterator[Path]:
 
 
 @contextmanager
-def preloaded(library: Path) -> Iterator[None]:
+def preloaded(library):
     """Processes that are started in this context, not forked, have the library loaded."""
-    before = os.environ.get("LD_PRELOAD")
-    os.environ["LD_PRELOAD"] = str(library)
-    try:
+    with patch.dict(os.environ, LD_PRELOAD=str(library)):
         yield
-    finally:
-        del os.environ["LD_PRELOAD"]
-        if before is not None:
-            os.environ["LD_PRELOAD"] = before
 
 
-def call_preloaded(library: Path, function: Callable[..., None], *args: object) -> None:
+def call_preloaded(library, function, *args):
     """Calls `function(*args)` in a new process with the library; fails if that fails.
 
     Args:
@@ -108,15 +103,15 @@ def call_preloaded(library: Path, function: Callable[..., None], *args: object) 
     assert process.exitcode == 0, f"exit code {process.exitcode}; see its traceback above"
 
 
-def set_faults(*faults: Fault) -> None:
+def set_faults(*faults):
     """Replaces all faults of this process, in which the library is preloaded."""
     ctypes.CDLL(None).failing_disk_set("\n".join(map(str, faults)).encode())
 
 
 @contextmanager
-def logged_calls(file: Path, pattern: str = "*") -> Iterator[list[Call]]:
+def logged_calls(file, pattern):
     """Yields a list that holds this process's calls for matching paths after the context."""
-    calls: list[Call] = []
+    calls = []
     log = ctypes.CDLL(None).failing_disk_log
     log(str(file).encode(), pattern.encode())
     try:
@@ -126,3 +121,115 @@ def logged_calls(file: Path, pattern: str = "*") -> Iterator[list[Call]]:
         for line in file.read_text().splitlines():
             operation, path, other, outcome = line.split("\t")
             calls.append(Call(operation, Path(path), Path(other) if other else None, outcome))
+
+
+# Small disks
+
+
+@contextmanager
+def small_disk(folder, num_bytes):
+    """A file system of this size at `folder`, which is created. Skips if this user cannot mount."""
+    folder.mkdir()
+    options = f"size={num_bytes},nr_inodes=1000"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user cannot mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+class Filler:
+    """A file of another program that takes the free space of a disk."""
+
+    def __init__(self, disk):
+        self._file = disk / "filler"
+
+    def fill(self, num_bytes_left=0):
+        """Takes all free space but `num_bytes_left`, a multiple of 4096."""
+        descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
+            while True:
+                os.write(descriptor, bytes(4096))
+        except OSError:
+            os.ftruncate(descriptor, max(0, os.fstat(descriptor).st_size - num_bytes_left))
+        finally:
+            os.close(descriptor)
+
+    def free(self):
+        """Deletes the file."""
+        self._file.unlink(missing_ok=True)
+
+
+# Every phase of a save, with every way in which its calls can fail, and what follows
+
+FILES = {
+    "tensor file": "*.partial/__0_0.distcp",
+    "torch's index": "*.partial/.metadata.tmp",
+    "metadata": "*.partial/metadata.json",
+    "checksums": "*.partial/SHA256SUMS",
+}
+TEXTS = {
+    "EIO": "Input/output error",
+    "ENOSPC": "No space left on device",
+    "EROFS": "Read-only file system",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Faults during the save of step 2, after that of step 1, and what follows."""
+
+    faults: tuple[Fault, ...]
+    is_saved: bool = False
+    """Whether the save succeeds nevertheless."""
+    is_visible: bool = False
+    """Whether a failed save's folder has its final name, and is complete."""
+    is_damaged: bool = False
+    """Whether the save seems to succeed, and its damage is found on resume."""
+    leaves: str = ""
+    """The name of a folder that is only deleted at the next save."""
+    warning: str = ""
+    """Part of the error or warning; default: the error's text."""
+
+    @property
+    def message(self):
+        return self.warning or TEXTS.get(self.faults[0].outcome, "")
+
+
+def _cases():
+    yield from _faults_of_files()
+    for error in TEXTS:
+        folder, index = "*.partial", FILES["torch's index"]
+        older = "could not delete an older checkpoint"
+        yield f"partial folder: {error}", Case((Fault("mkdir", folder, error),))
+        yield f"rename of torch's index: {error}", Case((Fault("rename", index, error),))
+        yield f"fsync of the partial folder: {error}", Case((Fault("fsync", folder, error),))
+        yield f"rename: {error}", Case((Fault("rename", folder, error),))
+        of_folder = Fault("fsync", "*/checkpoints", error)
+        yield f"fsync of the folder: {error}", Case((of_folder,), is_visible=True)
+        of_older = Fault("rename", "*/.step-000000001.partial", error)
+        yield f"rename before pruning: {error}", Case((of_older,), is_saved=True, warning=older)
+        unlink = Fault("unlink", "*.partial/*", error, at=2)
+        left = ".step-000000001.partial"
+        yield f"pruning: {error}", Case((unlink,), is_saved=True, leaves=left, warning=older)
+        is_read_only = error == "EROFS"
+        operations = ("write", "rename", "unlink", "mkdir")[: 4 if is_read_only else 3]
+        faults = tuple(Fault(each, "*/checkpoints*", error, times=0) for each in operations)
+        left = "" if is_read_only else ".step-000000002.partial"
+        yield f"everything from the tensor file on: {error}", Case(faults, leaves=left)
+
+
+def _faults_of_files():
+    for name, path in FILES.items():
+        for error in ("EIO", "ENOSPC"):
+            for operation in ("create", "write", "fsync"):
+                yield f"{operation} of the {name}: {error}", Case((Fault(operation, path, error),))
+        yield f"write of the {name}: short", Case((Fault("write", path, "short"),), is_saved=True)
+        for outcome in ("lost", "flip"):
+            fault = Fault("write", path, outcome)
+            yield f"write of the {name}: {outcome}", Case((fault,), is_saved=True, is_damaged=True)
+
+
+CASES = dict(_cases())

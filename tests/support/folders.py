@@ -1,12 +1,8 @@
-"""Folders in Hugging Face's layout, written by transformers, with random models of odd shapes."""
-
-from pathlib import Path
-from typing import Any
+"""Random models of odd shapes in Hugging Face's layout, written by transformers, and in memory."""
 
 import torch
-from torch import Tensor
 
-_SHAPES: dict[str, Any] = {
+_SHAPES = {
     "vocab_size": 1000,
     "hidden_size": 54,
     "intermediate_size": 77,
@@ -15,6 +11,7 @@ _SHAPES: dict[str, Any] = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 256,
 }
+_DEFAULT = {"rope_type": "default", "rope_theta": 700.0}
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -26,42 +23,26 @@ _LLAMA3 = {
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 
 
-def _configs() -> dict[str, Any]:
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config
-
-    default = {"rope_type": "default", "rope_theta": 700.0}
-    return {
-        "llama": LlamaConfig(**_SHAPES, rms_norm_eps=1e-3, rope_parameters=default),
-        "llama, as many key heads": LlamaConfig(**{**_SHAPES, "num_key_value_heads": 9}),
-        "llama3, tied": LlamaConfig(
-            **_SHAPES, head_dim=8, tie_word_embeddings=True, rope_parameters=_LLAMA3
-        ),
-        "llama, linear": LlamaConfig(**_SHAPES, rope_parameters=_LINEAR),
-        # Heads of a width that hidden_size is no multiple of.
-        "mistral": MistralConfig(
-            **{**_SHAPES, "num_attention_heads": 12}, head_dim=4, sliding_window=None
-        ),
-        "qwen2": Qwen2Config(**_SHAPES, rms_norm_eps=1e-5),
-        "qwen2, tied": Qwen2Config(**_SHAPES, tie_word_embeddings=True),
-    }
+KINDS = {
+    "llama": {"rms_norm_eps": 1e-3, "rope_parameters": _DEFAULT},
+    "llama, as many key heads": {"num_key_value_heads": 9},
+    "llama3, tied": {"head_dim": 8, "tie_word_embeddings": True, "rope_parameters": _LLAMA3},
+    "llama, linear": {"rope_parameters": _LINEAR},
+    # Heads of a width that hidden_size is no multiple of.
+    "mistral": {"num_attention_heads": 12, "head_dim": 4, "sliding_window": None},
+    "qwen2": {"rms_norm_eps": 1e-5},
+    "qwen2, tied": {"tie_word_embeddings": True},
+}
+"""Name, which begins with the model's -> its settings."""
 
 
-KINDS = [
-    "llama",
-    "llama, as many key heads",
-    "llama3, tied",
-    "llama, linear",
-    "mistral",
-    "qwen2",
-    "qwen2, tied",
-]
-
-
-def save_random_model(kind: str, folder: Path, max_shard_size: str = "5GB") -> Path:
+def save_random_model(kind, folder, max_shard_size="5GB"):
     """Saves a model whose norms and biases are random too; returns the folder."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(_configs()[kind])
+    name = kind.partition(",")[0].removesuffix("3")
+    config = AutoConfig.for_model(name, **{**_SHAPES, **KINDS[kind]})
+    model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -71,14 +52,25 @@ def save_random_model(kind: str, folder: Path, max_shard_size: str = "5GB") -> P
     return folder
 
 
-def draw_tokens(batch: int, seq: int) -> Tensor:
+def draw_tokens(batch, seq):
     return torch.randint(0, 1000, (batch, seq), generator=torch.Generator().manual_seed(5))
 
 
-def logits_of_transformers(folder: Path, tokens: Tensor) -> Tensor:
+def logits_of_transformers(folder, tokens):
     """The logits [batch, seq, vocabulary] that transformers computes in fp32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model(input_ids=tokens).logits
+
+
+class HeldWeights:
+    """Weights in memory, to export; see `hub.export_folder.DenseWeights`."""
+
+    def __init__(self, tensors):
+        self._tensors = tensors
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def read(self, names):
+        return {name: self._tensors[name] for name in names}

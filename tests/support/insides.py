@@ -1,6 +1,7 @@
-"""Reaches inside the product, where no public name shows what ranks do."""
+"""Reaches inside the product, where no public name shows what it does."""
 
 from switchtitan.distributed import initial
+from switchtitan.models import loss
 from switchtitan.training import output
 
 
@@ -17,3 +18,21 @@ def wait_for_shared_folders(seconds):
 def wait_for_owners(seconds):
     """Sets how long a run waits, in this process, for another one to leave its folder."""
     output._ENDS_WITHIN_S = seconds
+
+
+def align_rows(monkeypatch, is_aligned):
+    """Pads rows of logits on a CPU as on a GPU, or does not."""
+    devices = {"cpu"} if is_aligned else {"cuda"}
+    monkeypatch.setattr(loss, "_DEVICES_WITH_ALIGNED_ROWS", devices)
+
+
+def record_strides(cross_entropy):
+    """Returns a list to which each chunk adds its logits' stride of rows."""
+    strides, compute = [], cross_entropy._loss_and_gradient
+
+    def recorded(logits, *args):
+        strides.append(logits.stride(0))
+        return compute(logits, *args)
+
+    cross_entropy._loss_and_gradient = recorded
+    return strides

@@ -2,23 +2,21 @@
 
 import json
 import os
-import random
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import torch.multiprocessing as mp
-
 from support.checkpoints import WRITER, tensor_checksums
-from support.compiled import choose_backend
-from support.ranks import PRELOADED, free_port
-from support.tiny import METHOD_KEYS, TINY
+from support.ranks import join_ranks, leave_launcher, prepare_rank, started_ranks
+from support.sessions import Started, started
+from support.tiny import tiny_toml
 from switchtitan.checkpoint.load import verify
 from switchtitan.checkpoint.save import Checkpointer
 from switchtitan.cli import train
@@ -29,7 +27,7 @@ from switchtitan.training.step import Stepper
 
 NUM_STEPS, INTERVAL = 12, 4
 """Length of a run, and the interval of saves."""
-PHASES: dict[str, tuple[object, str, float]] = {
+PHASES = {
     "start-up": (train, "build_trainer", 0.4),
     "preparation": (prepare, "prepare_corpus", 0.2),
     "training": (Stepper, "step", 0.05),
@@ -40,7 +38,6 @@ PHASES: dict[str, tuple[object, str, float]] = {
 """Name of a phase -> owner and name of the function that it is, and about how many seconds it
 takes."""
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_LONGEST_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -64,9 +61,7 @@ class Interrupt:
     number: int = signal.SIGKILL
 
 
-def random_interrupt(
-    source: random.Random, phase: str, num_ranks: int, is_killed: bool
-) -> Interrupt:
+def random_interrupt(source, phase, num_ranks, is_killed):
     """Returns a random moment of a phase at which a run is killed, or told to stop."""
     _, _, longest_s = PHASES[phase]
     delay_s = source.uniform(0, longest_s)
@@ -82,36 +77,27 @@ def random_interrupt(
     return Interrupt(phase, source.randint(1, calls.get(phase, 1)), delay_s, rank)
 
 
-def arguments(folder: Path, cache_dir: Path, is_async: bool) -> list[str]:
+def arguments(folder, cache_dir, is_async):
     """Writes the configuration of a run in `folder`; returns the arguments of `train`.
 
     It evaluates and saves at different steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.toml"
-    text = TINY.format(folder=folder, method="switchlora", method_keys=METHOD_KEYS["switchlora"])
-    for before, after in (
-        ("steps = 40", f"steps = {NUM_STEPS}"),
-        ("[checkpoint]\ninterval = 20", f"[checkpoint]\ninterval = {INTERVAL}"),
-        ("interval = 20\ntokens", "interval = 3\ntokens"),
-        ("[job]", '[job]\nstop_signal = "SIGUSR1"'),
-        ("async_save = false", f"async_save = {str(is_async).lower()}"),
+    changes = {
+        "steps = 40": f"steps = {NUM_STEPS}",
+        "[checkpoint]\ninterval = 20": f"[checkpoint]\ninterval = {INTERVAL}",
+        "interval = 20\ntokens": "interval = 3\ntokens",
+        "[job]": '[job]\nstop_signal = "SIGUSR1"',
+        "async_save = false": f"async_save = {str(is_async).lower()}",
         # Less to compute in a step.
-        ("num_layers = 2", "num_layers = 1"),
-    ):
-        assert before in text, before
-        text = text.replace(before, after)
-    file.write_text(text)
+        "num_layers = 2": "num_layers = 1",
+    }
+    file.write_text(tiny_toml(folder, "switchlora", changes))
     return ["--config", str(file), "--data.cache_dir", str(cache_dir)]
 
 
-def run(
-    words: list[str],
-    num_ranks: int,
-    log: Path,
-    interrupt: Interrupt | None = None,
-    plant: Callable[[], None] | None = None,
-) -> list[int]:
+def run(words, num_ranks, log, interrupt=None, plant=None):
     """Runs `switchtitan train` on gloo ranks; returns the exit codes of all ranks.
 
     Args:
@@ -120,53 +106,16 @@ def run(
         interrupt: None lets the ranks end by themselves.
         plant: called first in every rank; importable from its module.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    environ = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
-    ranks = [
-        context.Process(
-            target=_train, args=(rank, num_ranks, environ, words, log, interrupt, plant)
-        )
-        for rank in range(num_ranks)
-    ]
-    for process in ranks:
-        process.start()
     kills_others = interrupt is None or interrupt.number == signal.SIGKILL
-    try:
-        _wait(ranks, kills_others)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.join()
-    return [process.exitcode or 0 for process in ranks]
+    with started_ranks(num_ranks, _train, words, log, interrupt, plant) as ranks:
+        assert join_ranks(ranks, 120, ends_with_first=kills_others), "a rank hung"
+    return [process.exitcode for process in ranks]
 
 
-def _wait(ranks: list[BaseProcess], kills_others: bool) -> None:
-    """Waits for all ranks, or for the first one that fails."""
-    deadline = time.monotonic() + _LONGEST_S
-    while any(process.is_alive() for process in ranks):
-        assert time.monotonic() < deadline, "a rank hung"
-        if kills_others and any(process.exitcode not in (None, 0) for process in ranks):
-            time.sleep(0.2)
-            return
-        time.sleep(0.01)
-
-
-def _train(
-    rank: int,
-    num_ranks: int,
-    environ: dict[str, str],
-    words: list[str],
-    log: Path,
-    interrupt: Interrupt | None,
-    plant: Callable[[], None] | None,
-) -> None:
-    os.environ.clear()
-    os.environ.update(environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    choose_backend()
-    if num_ranks > 1:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks))
-        os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(num_ranks))
+def _train(rank, num_ranks, environ, words, log, interrupt, plant):
+    prepare_rank(rank, num_ranks, environ)
+    if num_ranks == 1:
+        leave_launcher()
     target = log if rank == 0 else Path(os.devnull)
     output = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -181,19 +130,19 @@ def _train(
     train.run(words)
 
 
-def _signals_inside(function: Callable, interrupt: Interrupt) -> Callable:
+def _signals_inside(function, interrupt):
     """Wraps the function of a phase: the process receives the signal inside of it, wherever it is
     then."""
     num_calls = 0
     inside = threading.Event()
 
-    def send() -> None:
+    def send():
         time.sleep(interrupt.delay_s)
         inside.wait()
         os.kill(os.getpid(), interrupt.number)
 
     @wraps(function)
-    def wrapped(*args: object, **keys: object) -> object:
+    def wrapped(*args, **keys):
         nonlocal num_calls
         num_calls += 1
         inside.set()
@@ -207,19 +156,12 @@ def _signals_inside(function: Callable, interrupt: Interrupt) -> Callable:
     return wrapped
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run leaves: equal for equal runs."""
+def outcome(folder):
+    """Returns what a finished run has left: equal for equal runs. Its output is in the file `log`.
 
-    tensors: dict[str, str]
-    """Checksums of the files with the tensors of the last checkpoint."""
-    train_state: dict
-    losses: dict[str, str]
-    """The last printed loss of each step."""
-
-
-def outcome(folder: Path) -> Outcome:
-    """Returns what a finished run has left. Its output is in the file `log`."""
+    Checksums of the files with the tensors of the last checkpoint, the saved state, and the last
+    printed loss of each step.
+    """
     checkpoint = folder / "run" / "checkpoints" / f"step-{NUM_STEPS:09d}"
     metadata = verify(checkpoint)
     losses = {}
@@ -227,38 +169,34 @@ def outcome(folder: Path) -> Outcome:
         step, _, rest = line.strip().partition("/")
         if step.isdecimal() and rest.split()[0] == str(NUM_STEPS):
             losses[step] = rest.split()[1]
-    return Outcome(
-        tensor_checksums(checkpoint),
-        json.loads(json.dumps(metadata.train_state)),
-        losses,
-    )
+    return tensor_checksums(checkpoint), json.loads(json.dumps(metadata.train_state)), losses
 
 
-def steps_in(printed: str) -> list[int]:
+def steps_in(printed):
     """The steps that a run has reported."""
     return [int(step) for step in re.findall(rf"^ *(\d+)/{NUM_STEPS} +\d", printed, re.MULTILINE)]
 
 
-def saved_steps(folder: Path) -> list[int]:
+def saved_steps(folder):
     """The steps of all checkpoints of the run in a folder."""
     names = [path.name for path in (folder / "run" / "checkpoints").glob("step-*")]
     return sorted(int(name.removeprefix("step-")) for name in names if "." not in name)
 
 
-def check_folders(folder: Path) -> None:
+def check_folders(folder):
     """Every folder that has a checkpoint's name is complete."""
     for step in saved_steps(folder):
         verify(folder / "run" / "checkpoints" / f"step-{step:09d}")
 
 
-# What can be planted in each rank.
+# What can be planted in each rank
 
 
-def save_slowly() -> None:
+def save_slowly():
     """The second save takes half a minute."""
     write_data, num_saves = WRITER.write_data, 0
 
-    def write_slowly(*args: object) -> object:
+    def write_slowly(*args):
         nonlocal num_saves
         num_saves += 1
         if num_saves > 1:
@@ -268,13 +206,13 @@ def save_slowly() -> None:
     WRITER.write_data = write_slowly
 
 
-def save_slowly_and_interrupt() -> None:
+def save_slowly_and_interrupt():
     """During the second save, which takes half a minute, a second signal arrives."""
     save_slowly()
     stop.SAME_ACTION_S = 0.3
     write_slowly, num_saves = WRITER.write_data, 0
 
-    def write_and_interrupt(*args: object) -> object:
+    def write_and_interrupt(*args):
         nonlocal num_saves
         num_saves += 1
         if num_saves > 1:
@@ -282,3 +220,94 @@ def save_slowly_and_interrupt() -> None:
         return write_slowly(*args)
 
     WRITER.write_data = write_and_interrupt
+
+
+# Interpreters of their own
+
+PROGRAM = """\
+import os, signal, sys
+from switchtitan.cli.train import run
+from switchtitan.training.step import Stepper
+
+step = Stepper.step
+
+def die_in_step_7(stepper):
+    if stepper.state.step == 6 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+    return step(stepper)
+
+Stepper.step = die_in_step_7
+run(sys.argv[1:])
+"""
+"""Trains; rank 1 is killed in step 7 unless it was restarted."""
+FAIL_IN_A_SAVE = """\
+import sys, time
+from pathlib import Path
+from switchtitan.checkpoint.save import Checkpointer
+from switchtitan.cli import train
+from switchtitan.training.trainer import Trainer
+
+complete, after_step = Checkpointer._write, Trainer._after_step
+
+def complete_when_allowed(checkpointer, *args):
+    while not Path(sys.argv[1]).exists():
+        time.sleep(0.02)
+    return complete(checkpointer, *args)
+
+def fail_during_a_save(trainer, result):
+    after_step(trainer, result)
+    if trainer.checkpointer._in_flight is not None:
+        raise RuntimeError("out of memory")
+
+Checkpointer._write = complete_when_allowed
+Trainer._after_step = fail_during_a_save
+train.run(sys.argv[2:])
+"""
+"""Trains on one rank, and fails while its first save is in progress."""
+LAUNCH = ("-m", "switchtitan", "launch", "--nproc_per_node", "2", "--max-restarts", "2")
+LAUNCH += ("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0")
+
+
+class Run(Started):
+    """A launcher and its two ranks."""
+
+    def __init__(self, launcher, folder):
+        super().__init__(launcher.process, launcher.output)
+        self._folder = folder
+
+    def reported_steps(self, num_steps):
+        return [int(step) for step in re.findall(rf"(\d+)/{num_steps} +\d", self.said)]
+
+    def saved_steps(self):
+        return saved_steps(self._folder)
+
+    def ranks(self):
+        """The processes that the launcher has started."""
+        return [
+            child
+            for child in self.children()
+            if b"--config" in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
+
+
+@contextmanager
+def launched(folder, cache_dir, *keys):
+    """Starts a run on two ranks, of which one is killed in step 7."""
+    own = arguments(folder, cache_dir, is_async=False)
+    script = folder / "program.py"
+    script.write_text(PROGRAM)
+    command = [sys.executable, *LAUNCH, str(script), *own, *keys]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with started(command, folder / "output.txt", env=environment) as launcher:
+        yield Run(launcher, folder)
+
+
+def start_failing_in_a_save(may_complete, *words):
+    """Starts a run that fails during a save in the background; the save ends once a file exists."""
+    return subprocess.Popen(
+        [sys.executable, "-c", FAIL_IN_A_SAVE, str(may_complete), *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

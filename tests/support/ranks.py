@@ -6,7 +6,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,22 +26,13 @@ PRELOADED = [
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
 ]
-
-# Ranks with gloo must not use GPUs.
-WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 LAUNCHER_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT"),
 )
 
 
-def run_on_ranks(
-    num_ranks: int,
-    function: Callable[..., None],
-    *args: object,
-    timeout_s: float = 600,
-    start_method: str = "forkserver",
-) -> None:
+def run_on_ranks(num_ranks, function, *args, timeout_s=600, start_method="forkserver"):
     """Calls `function(rank, *args)` on `num_ranks` gloo ranks; fails if any of them fails.
 
     Args:
@@ -54,13 +45,7 @@ def run_on_ranks(
     _run_all(_run_rank, num_ranks, function, args, timeout_s, start_method)
 
 
-def run_rows_on_ranks(
-    num_ranks: int,
-    function: Callable[..., None],
-    rows: Iterable[str],
-    *args: object,
-    timeout_s: float = 1500,
-) -> dict[str, str]:
+def run_rows_on_ranks(num_ranks, function, rows, *args, timeout_s=1500):
     """Calls `function(rank, row, *args)` for each row, all rows in the same ranks.
 
     A row that fails, or hangs, ends its ranks; the rows after it get new ones.
@@ -68,7 +53,7 @@ def run_rows_on_ranks(
     Returns:
         The errors of the rows that failed, by row.
     """
-    pending, errors = list(rows), dict[str, str]()
+    pending, errors = list(rows), {}
     while pending:
         with tempfile.TemporaryDirectory() as done:
             try:
@@ -82,7 +67,7 @@ def run_rows_on_ranks(
     return errors
 
 
-def run_forked(function: Callable[..., None], *args: object, timeout_s: float = 300) -> None:
+def run_forked(function, *args, timeout_s=300):
     """Calls `function(*args)` in a process of its own, without a launcher's variables.
 
     Raises:
@@ -91,99 +76,60 @@ def run_forked(function: Callable[..., None], *args: object, timeout_s: float = 
     _run_all(_run_alone, 1, function, args, timeout_s)
 
 
-def run_on_gpus(
-    num_ranks: int, function: Callable[..., None], *args: object, timeout_s: float = 900
-) -> None:
+def run_on_gpus(num_ranks, function, *args, timeout_s=900):
     """Like `run_on_ranks`, with a GPU for each rank; `function` starts the world."""
     _run_all(_run_gpu_rank, num_ranks, function, args, timeout_s)
 
 
-def num_gpus() -> int:
+def num_gpus():
     """Returns the number of visible GPUs."""
     return torch.cuda.device_count()
 
 
-def _run_all(
-    run_rank: Callable[..., None],
-    num_ranks: int,
-    function: Callable[..., None],
-    args: tuple,
-    timeout_s: float,
-    start_method: str = "forkserver",
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context(start_method)
-        context.set_forkserver_preload(PRELOADED)
-        environ = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
-        ranks = [
-            context.Process(
-                target=run_rank, args=(rank, num_ranks, folder, environ, function, args)
-            )
-            for rank in range(num_ranks)
-        ]
+@contextmanager
+def started_ranks(num_ranks, target, *args, start_method="forkserver"):
+    """Yields the processes that call `target(rank, num_ranks, environ, *args)`, and kills them.
+
+    Args:
+        target: calls `prepare_rank` first; importable from its module.
+    """
+    context = mp.get_context(start_method)
+    context.set_forkserver_preload(PRELOADED)
+    environ = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(_free_port()))
+    ranks = [
+        context.Process(target=target, args=(rank, num_ranks, environ, *args))
+        for rank in range(num_ranks)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        yield ranks
+    finally:
         for process in ranks:
-            process.start()
-        try:
-            _join(ranks, timeout_s)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.join()
-        codes = [process.exitcode for process in ranks]
-        errors = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
-        assert codes == [0] * num_ranks, "\n".join(
-            [*errors, f"exit codes {codes}: -9 is a rank that waited or hung for {timeout_s} s"]
-        )
+            process.kill()
+            process.join()
 
 
-def _join(ranks: list, timeout_s: float) -> None:
+def join_ranks(ranks, timeout_s, ends_with_first=True):
+    """Waits until all ranks have ended; returns whether they did in time.
+
+    Args:
+        ends_with_first: whether to return when one has failed, as torchrun: the others may wait
+            for it in a collective.
+    """
     deadline = time.monotonic() + timeout_s
-    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
-        # The others wait in a collective for the failed one.
-        if any(process.exitcode not in (None, 0) for process in ranks):
-            time.sleep(1.0)
-            return
-        time.sleep(0.05)
+    while any(process.is_alive() for process in ranks):
+        if ends_with_first and any(process.exitcode not in (None, 0) for process in ranks):
+            time.sleep(0.5)
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
-def _run_rank(rank, num_ranks, folder, environ, function, args):
-    _prepare_rank(rank, num_ranks, environ | WITHOUT_GPUS)
-    store = dist.FileStore(f"{folder}/store", num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
-    _call(rank, folder, function, args)
-    dist.destroy_process_group()
-
-
-def _call_rows(
-    rank: int, done: str, function: Callable[..., None], rows: list[str], args: tuple
-) -> None:
-    for place, row in enumerate(rows):
-        function(rank, row, *args)
-        dist.barrier()
-        if rank == 0:
-            Path(done, str(place)).touch()
-
-
-def _run_alone(rank, num_ranks, folder, environ, function, args):
-    _prepare_rank(rank, num_ranks, environ | WITHOUT_GPUS)
-    for name in LAUNCHER_VARIABLES:
-        del os.environ[name]
-    _call(rank, folder, lambda _, *args: function(*args), args)
-
-
-def _run_gpu_rank(rank, num_ranks, folder, environ, function, args):
-    _prepare_rank(rank, num_ranks, environ)
-    _call(rank, folder, function, args)
-    stop_world()
-
-
-def _prepare_rank(rank: int, num_ranks: int, environ: dict[str, str]) -> None:
+def prepare_rank(rank, num_ranks, environ, sees_gpus=False):
+    """Prepares a forked process of a launcher."""
     faulthandler.enable()
     torch.set_num_threads(1)
     choose_backend()
@@ -191,17 +137,59 @@ def _prepare_rank(rank: int, num_ranks: int, environ: dict[str, str]) -> None:
     np.random.seed()
     # The fork server has the environment of its start.
     os.environ.clear()
-    os.environ.update(
-        environ,
-        OMP_NUM_THREADS="1",
-        RANK=str(rank),
-        WORLD_SIZE=str(num_ranks),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(num_ranks),
-    )
+    os.environ.update(environ, OMP_NUM_THREADS="1")
+    if not sees_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks))
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(num_ranks))
 
 
-def _call(rank: int, folder: str, function: Callable[..., None], args: tuple) -> None:
+def leave_launcher():
+    """Removes a launcher's variables."""
+    for name in LAUNCHER_VARIABLES:
+        del os.environ[name]
+
+
+def _run_all(run_rank, num_ranks, function, args, timeout_s, start_method="forkserver"):
+    with tempfile.TemporaryDirectory() as folder:
+        with started_ranks(
+            num_ranks, run_rank, folder, function, args, start_method=start_method
+        ) as ranks:
+            join_ranks(ranks, timeout_s)
+        codes = [process.exitcode for process in ranks]
+        errors = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
+        assert codes == [0] * num_ranks, "\n".join(
+            [*errors, f"exit codes {codes}: -9 is a rank that waited or hung for {timeout_s} s"]
+        )
+
+
+def _free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def _run_rank(rank, num_ranks, environ, folder, function, args):
+    prepare_rank(rank, num_ranks, environ)
+    store = dist.FileStore(f"{folder}/store", num_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    _call(rank, folder, function, args)
+    dist.destroy_process_group()
+
+
+def _run_alone(rank, num_ranks, environ, folder, function, args):
+    prepare_rank(rank, num_ranks, environ)
+    leave_launcher()
+    _call(rank, folder, lambda _, *args: function(*args), args)
+
+
+def _run_gpu_rank(rank, num_ranks, environ, folder, function, args):
+    prepare_rank(rank, num_ranks, environ, sees_gpus=True)
+    _call(rank, folder, function, args)
+    stop_world()
+
+
+def _call(rank, folder, function, args):
     try:
         function(rank, *args)
         if dist.is_initialized():
@@ -209,3 +197,11 @@ def _call(rank: int, folder: str, function: Callable[..., None], args: tuple) ->
     except BaseException:
         Path(folder, f"error-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
         os._exit(1)
+
+
+def _call_rows(rank, done, function, rows, args):
+    for place, row in enumerate(rows):
+        function(rank, row, *args)
+        dist.barrier()
+        if rank == 0:
+            Path(done, str(place)).touch()

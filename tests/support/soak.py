@@ -11,12 +11,11 @@ import torch
 import torch.distributed as dist
 
 from support.checkpoints import wait_until_written
-from support.leftovers import num_tensors
+from support.observed import num_tensors
 from switchtitan.checkpoint.save import join_writers
-from switchtitan.training.trainer import Trainer
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-RISES: dict[str, float] = {
+RISES = {
     # Pages that the allocator keeps differ from sample to sample.
     "memory_bytes": 4 << 20,
     "shared_memory_bytes": _PAGE_BYTES,
@@ -33,23 +32,22 @@ spectra and the log grow with the steps, by design."""
 class _Hook:
     """A hook of the trainer that is due every `interval` steps."""
 
-    def __init__(self, interval: int) -> None:
-        self._interval = interval
+    def __init__(self, output_dir, interval):
+        self._checkpoints, self._interval = output_dir / "checkpoints", interval
 
-    def is_due(self, step: int) -> bool:
+    def is_due(self, step):
         return step % self._interval == 0
 
 
 class Sampler(_Hook):
     """Measures its process."""
 
-    def __init__(self, trainer: Trainer, output_dir: Path, interval: int) -> None:
-        super().__init__(interval)
+    def __init__(self, trainer, output_dir, interval):
+        super().__init__(output_dir, interval)
         self._trainer = trainer
-        self._checkpoints = output_dir / "checkpoints"
-        self.samples: dict[int, dict[str, float]] = {}
+        self.samples = {}
 
-    def after(self, step: int) -> None:
+    def after(self, step):
         wait_until_written(self._trainer.checkpointer)
         assert join_writers(timeout_s=10.0)
         dist.barrier()  # the main rank renames and deletes checkpoints
@@ -69,14 +67,12 @@ class Sampler(_Hook):
 class Leaks(_Hook):
     """Keeps some of everything before each sample."""
 
-    def __init__(self, output_dir: Path, interval: int) -> None:
-        super().__init__(interval)
-        self._checkpoints = output_dir / "checkpoints"
+    def __init__(self, output_dir, interval):
+        super().__init__(output_dir, interval)
         self._end = threading.Event()
-        self._kept: list[object] = []
-        self._files: list[int] = []
+        self._kept, self._files = [], []
 
-    def after(self, step: int) -> None:
+    def after(self, step):
         self._kept.append(bytearray(os.urandom(4 << 20)))
         self._kept.append(torch.ones(1 << 14).share_memory_())
         self._kept += [torch.ones(1) for _ in range(3)]
@@ -85,19 +81,19 @@ class Leaks(_Hook):
         self._checkpoints.mkdir(exist_ok=True)
         (self._checkpoints / f"left-{step}").write_bytes(bytes(20_000))
 
-    def close(self) -> None:
+    def close(self):
         self._end.set()
         for descriptor in self._files:
             os.close(descriptor)
 
 
-def _shared_memory_bytes() -> int:
+def _shared_memory_bytes():
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if "RssShmem" in line)
     return int(line.split()[1]) << 10
 
 
-def rising(samples: dict[int, dict[str, float]], warmup_steps: int) -> dict[str, float]:
+def rising(samples, warmup_steps):
     """Returns the quantities that rise by more than `RISES`: by how much, by a least-squares line
     through the samples after the warm-up."""
     steps = [step for step in samples if step > warmup_steps]

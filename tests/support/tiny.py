@@ -1,20 +1,19 @@
 """A small training run: a LLaMA of about ten thousand weights on a slice of the embedded corpus."""
 
 import os
-from pathlib import Path
+import re
 
 import torch
 
 from switchtitan.distributed.world import start_world
-from switchtitan.job.config import JobConfig, parse_arguments
+from switchtitan.job.config import parse_arguments
 from switchtitan.training.build import (
     build_batches,
     build_stepper,
     build_trainer,
     open_checked_corpus,
 )
-from switchtitan.training.step import Stepper, TrainState
-from switchtitan.training.trainer import Trainer
+from switchtitan.training.step import TrainState
 
 COMPILED = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")
 MINI = "_mini"
@@ -83,23 +82,45 @@ tensorboard = false
 """
 
 
-def tiny_config(folder: Path, method: str, *overrides: str, num_ranks: int = 1) -> JobConfig:
+def tiny_toml(folder, method, changes=None):
+    """The file of a tiny run in `folder`; `changes`: parts of it -> their replacements."""
+    name, keys = method.removesuffix(MINI), METHOD_KEYS[method]
+    text = TINY.format(folder=folder, method=name, method_keys=keys)
+    for given, changed in (changes or {}).items():
+        assert given in text, given
+        text = text.replace(given, changed)
+    return text
+
+
+def write_continued_config(folder, model_folder, method="switchlora"):
+    """Writes the file of a tiny run in `folder` that continues a model of Hugging Face's layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {"[checkpoint]\n": f"[checkpoint]\ninitial_weights = '{model_folder}'\n"}
+    model = f"[model]\nfrom_folder = '{model_folder}'\n"
+    text = re.sub(
+        r"\[model\].*(?=\[method\])", model, tiny_toml(folder, method, weights), flags=re.S
+    )
+    file = folder / f"{method}-{os.getpid()}.toml"
+    file.write_text(text)
+    return file
+
+
+def tiny_config(folder, method, *overrides, num_ranks=1):
     """The configuration of a tiny run in `folder`; `overrides` as on the command line."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{method}-{os.getpid()}.toml"
-    name, keys = method.removesuffix(MINI), METHOD_KEYS[method]
-    file.write_text(TINY.format(folder=folder, method=name, method_keys=keys))
+    file.write_text(tiny_toml(folder, method))
     return parse_arguments(["--config", str(file), *overrides], num_ranks)
 
 
-def tiny_trainer(folder: Path, method: str, *overrides: str, num_ranks: int = 1) -> Trainer:
+def tiny_trainer(folder, method, *overrides, num_ranks=1):
     """A tiny run on the ranks of this process group, ready to train."""
     torch.set_num_threads(1)
     config = tiny_config(folder, method, *overrides, num_ranks=num_ranks)
     return build_trainer(config, start_world(config.parallelism))
 
 
-def tiny_stepper(config: JobConfig) -> Stepper:
+def tiny_stepper(config):
     """A tiny run's stepper on the ranks of this process group; the caller closes it."""
     torch.set_num_threads(1)
     world = start_world(config.parallelism)
@@ -107,14 +128,14 @@ def tiny_stepper(config: JobConfig) -> Stepper:
     return build_stepper(config, world, batches)
 
 
-def train_steps(trainer: Trainer, num_steps: int) -> list[float]:
+def train_steps(trainer, num_steps):
     """Runs `num_steps` steps; returns the mean loss over all ranks of each."""
     return [
         trainer.stepper.world.mean(trainer.stepper.step().loss).item() for _ in range(num_steps)
     ]
 
 
-def full_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+def full_tensors(trainer):
     """Copies of all tensors of a checkpoint, as full tensors; collective."""
     return {
         name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()

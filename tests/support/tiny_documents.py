@@ -1,26 +1,17 @@
-"""Small documents and their files, for tests of corpora."""
+"""Small documents, token files and tokenizers, for tests of corpora."""
 
 import gzip
 import json
 import random
-from pathlib import Path
 
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "épsilon",
-    "ζeta",
-    "日本",
-    "naïve",
-    "🙂",
-    "if",
-    "the",
-    "of\tand\r\nnext",
-]
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+
+WORDS = ["alpha", "beta", "gamma", "épsilon", "ζeta", "日本", "naïve", "🙂", "if", "the"]
+WORDS += ["of\tand\r\nnext"]
 
 
-def make_documents(count: int, seed: int = 0) -> list[str]:
+def make_documents(count, seed=0):
     """Documents of 5 to 40 words, partly non-ASCII, with both kinds of line ends."""
     draw = random.Random(seed)
     return [
@@ -29,7 +20,7 @@ def make_documents(count: int, seed: int = 0) -> list[str]:
     ]
 
 
-def write_json_lines(file: Path, documents: list[str], key: str = "text") -> None:
+def write_json_lines(file, documents, key="text"):
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps({"url": "x", key: document}) + "\n" for document in documents)
     if file.suffix == ".gz":
@@ -40,3 +31,27 @@ def write_json_lines(file: Path, documents: list[str], key: str = "text") -> Non
         file.write_bytes(zstandard.compress(lines.encode()))
     else:
         file.write_text(lines, encoding="utf-8")
+
+
+def write_nanogpt(file, documents, eos_id, dtype="uint16"):
+    """Writes token ids without a header, as nanoGPT does."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    flat = [token for ids in documents for token in (*ids, eos_id)]
+    file.write_bytes(np.array(flat, dtype=dtype).tobytes())
+
+
+def save_tokenizer(file, *special_tokens, ids_from=0):
+    """A word-level tokenizer that truncates, pads and prepends a token by default, which a
+    corpus must ignore."""
+    vocabulary = {"[UNK]": ids_from, "a": ids_from + 1, "b": ids_from + 2}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special_tokens])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{special_tokens[0]} $A", special_tokens=[(special_tokens[0], 3)]
+    )
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(file))
+    return file

@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.comparisons import GRID, LR, finish, finish_all, loss_of, result_of, train, write_grid
-from support.reported import write_curves
+from support.comparisons import (
+    GRID,
+    LR,
+    finish,
+    finish_all,
+    loss_of,
+    result_of,
+    train,
+    write_curves,
+    write_grid,
+)
 from support.trained import save_run
 
 from switchtitan.comparison.comparison import Comparison, follow

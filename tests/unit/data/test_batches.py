@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.smallest import SMALLEST
+from support.tiny import tiny_toml
 from support.tiny_documents import make_documents, write_json_lines
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -273,8 +273,13 @@ def test_keys_of_one_source_have_no_effect_on_a_mixture(mixture_config):
 def test_tables_of_a_file_are_a_mixture_and_the_saved_configuration_too(tmp_path):
     source = '[[data.sources]]\ndataset = "{}"\nweight = {}\n'
     tables = source.format("c4", 7) + source.format("text", 3) + 'path = "books"\n'
-    file, smallest = tmp_path / "run.toml", SMALLEST.format(folder="outputs/a")
-    file.write_text(f'{smallest}[data]\ntokenizer = "t5-base"\n{tables}')
+    file = tmp_path / "run.toml"
+    changes = {
+        'dataset = "pystdlib"': 'tokenizer = "t5-base"',
+        "max_bytes = 200000\nvocab_size = 270\n": "",
+        "[training]": f"{tables}[training]",
+    }
+    file.write_text(tiny_toml("outputs", "full_rank", changes))
     job = parse_arguments(["--config", str(file)])
     given_sources = [(source.dataset, source.weight) for source in job.data.sources]
     assert given_sources == [("c4", 7.0), ("text", 3.0)]

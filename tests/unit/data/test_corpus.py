@@ -17,9 +17,7 @@ from support.preparation import (
     tokens_of,
     use_small_batches,
 )
-from support.tiny_documents import make_documents, write_json_lines
-from support.token_files import write_nanogpt
-from support.word_tokenizer import save_tokenizer
+from support.tiny_documents import make_documents, save_tokenizer, write_json_lines, write_nanogpt
 
 from switchtitan.data import DataConfig, open_corpus, open_prepared, plan_corpus
 from switchtitan.data import corpus as corpus_module

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from support.tiny_documents import make_documents, write_json_lines
-from support.token_files import write_nanogpt
+from support.tiny_documents import make_documents, write_json_lines, write_nanogpt
 
 from switchtitan.data import DATASETS, sources
 from switchtitan.data.config import SourceConfig

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from support.held_weights import HeldWeights
+from support.folders import HeldWeights
 from support.tiny import full_tensors, tiny_trainer, train_steps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.folders import save_random_model
-from support.smallest import SMALLEST
+from support.tiny import tiny_toml
 
 from switchtitan.data.tokenizer import read_tokenizer, train_tokenizer
 from switchtitan.errors import CorpusError
@@ -96,6 +96,6 @@ def test_without_a_tokenizer_both_folders_are_named(base, adapter):
 
 def test_a_checkpoint_of_a_compiled_run_is_opened_without_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    saved = SMALLEST.format(folder="outputs/a") + '[data]\ndataset = "pystdlib"\n'
-    config = saved_config(SimpleNamespace(config=saved + "[compile]\nblocks = true\n"))
+    saved = tiny_toml("outputs", "full_rank", {"[compile]": "[compile]\nblocks = true"})
+    config = saved_config(SimpleNamespace(config=saved))
     assert config.compile.blocks

@@ -6,8 +6,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.folders import KINDS, draw_tokens, logits_of_transformers, save_random_model
-from support.held_weights import HeldWeights
+from support.folders import (
+    KINDS,
+    HeldWeights,
+    draw_tokens,
+    logits_of_transformers,
+    save_random_model,
+)
 
 from switchtitan.errors import CheckpointError, ConfigError, CorpusError
 from switchtitan.hub.export_folder import export_dense

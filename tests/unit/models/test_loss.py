@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.losses import align_rows, record_strides
+from support.insides import align_rows, record_strides
 from support.tiny import tiny_config
 from torch import nn
 from torch._dynamo.utils import counters

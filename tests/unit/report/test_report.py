@@ -1,15 +1,34 @@
 """The page of runs: figures as written, keys that differ, and text that stays text."""
 
+import json
 from html.parser import HTMLParser
 
 import pytest
-from support.reported import write_run
+from support.comparisons import write_curves
 
 from switchtitan.errors import ConfigError
 from switchtitan.report.curves import draw_curves
 from switchtitan.report.page import read_run, write_page
 
+CONFIG = """
+[job]
+name = "run"
+[method]
+name = "switchlora"
+rank = {rank}
+[training]
+steps = 60
+"""
 HOSTILE = '</table><script>alert("&amp;")</script>'
+
+
+def write_run(folder, rank=8):
+    """Writes the folder of a finished run."""
+    write_curves(folder, final=3.0)
+    (folder / "config.toml").write_text(CONFIG.format(rank=rank))
+    results = {"step": 60, "loss/test": 3.2, "num_parameters": {"trainable": 1_370_000}}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
 
 
 class Tables(HTMLParser):

@@ -1,0 +1,122 @@
+"""What calls do: operations, reads, memory, tensors that they leave, and bytes that they send."""
+
+import gc
+from itertools import accumulate, pairwise
+from unittest.mock import patch
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from support.tiny import train_steps
+from switchtitan.benchmark import estimate
+from switchtitan.benchmark.steppers import fake_stepper
+from switchtitan.observability.collectives import CountCommunication, CountingMode
+
+_aten = torch.ops.aten
+_ALLOCATIONS = (_aten.empty, _aten.new_empty, _aten.empty_like)
+_READS_BACK = {
+    _aten._local_scalar_dense,  # of `item()`, `float()` and `bool()`
+    _aten.is_nonzero,
+    _aten.equal,
+    # The lengths of their results depend on values.
+    _aten.nonzero,
+    _aten.masked_select,
+    _aten._unique2,
+}
+
+
+class CountOperations(CountingMode):
+    """A context that counts torch operations on this rank's tensors, without views and allocations.
+
+    An operation on a list of tensors counts once, although it may launch several kernels: CUDA
+    launches one per entry if they are not contiguous. So this does not count kernels.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.num_operations = 0
+
+    def count(self, func, args, kwargs, result):
+        self.num_operations += not (func.is_view or func.overloadpacket in _ALLOCATIONS)
+
+
+class RecordReadsBack(TorchDispatchMode):
+    """Records operations for which the host would wait if their tensors were on a GPU; not
+    `tolist`, `numpy` and `cpu`, which are none on a CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        picks_by_mask = func.overloadpacket is _aten.index and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if picks_by_mask or func.overloadpacket in _READS_BACK:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def peak_extra_bytes(call):
+    """The peak of bytes that `call` allocates on a CPU; drops its result.
+
+    Allocator overhead and library workspaces are not counted.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    return max(accumulate((num_bytes for _, num_bytes in sorted(changes)), initial=0))
+
+
+def num_tensors():
+    """Number of tensors that Python tracks, including garbage."""
+    # Not isinstance, which asks weak proxies for the class of their referent.
+    return sum(issubclass(type(entry), torch.Tensor) for entry in gc.get_objects())
+
+
+def least_growth(counts):
+    """Least difference of consecutive counts: tensors created once and kept are not garbage."""
+    return min(after - before for before, after in pairwise(counts))
+
+
+def tensors_left(trainer, num_steps):
+    """Number of tensors left by steps without garbage collection: the minimum of two runs."""
+    train_steps(trainer, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        counts = [num_tensors()]
+        for _ in range(2):
+            train_steps(trainer, num_steps)
+            counts.append(num_tensors())
+        return least_growth(counts)
+    finally:
+        gc.enable()
+
+
+def estimate_all_micro_batches(config, num_ranks):
+    """Simulates every micro-batch of a step; `estimate_step` simulates a few."""
+    with patch.object(estimate, "_NUM_SIMULATED", config.training.global_batch_size):
+        return estimate.estimate_step(config, num_ranks)
+
+
+def communication_of_a_step(config, num_ranks, step=2):
+    """Counts what one of `num_ranks` ranks sends in a step; `CountCommunication` defines the bytes.
+
+    Runs uncompiled training steps on fake tensors; see `fake_stepper`.
+
+    Args:
+        step: from 1; earlier steps run too. Not the first by default, since a method may do work
+            only then. For events that become rarer during a run, an early step is an upper bound.
+    """
+    with fake_stepper(config, num_ranks) as stepper:
+        for _ in range(step - 1):
+            stepper.step()
+        with CountCommunication() as counter:
+            stepper.step()
+    return counter.counts
