@@ -10,6 +10,7 @@ each row, its tests must fail. Ends with status 1 if a mutation survives.
 
 import argparse
 import importlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -17,10 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tomli
@@ -39,19 +37,7 @@ PRELOADED = (
 )
 
 
-@dataclass
-class Case:
-    """Tests that run in a copy of the project, with the fault of a row or without one."""
-
-    tests: list[str]
-    row: dict[str, Any] | None = None
-    status: int | None = None
-    """How pytest ended; 124 after a timeout."""
-    duration_s: float = 0.0
-    output: str = ""
-
-
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-k", dest="text", default="", help="rows with this text only")
     parser.add_argument("--ledger", type=Path, default=LEDGER, help="another file of rows")
@@ -68,106 +54,94 @@ def main() -> None:
         sys.exit(0 if pass_unchanged(rows, copies) and are_killed(rows, copies) else 1)
 
 
-def pass_unchanged(rows: list[dict[str, Any]], copies: list[Path]) -> bool:
+def pass_unchanged(rows, copies):
     """Runs the tests of all rows without a fault, so that each row's failure has one cause."""
-    files: dict[str, list[str]] = {}
+    files = {}
     for test in sorted({test for row in rows for test in row["tests"]}):
         files.setdefault(test.partition("::")[0], []).append(test)
-    failed = [
-        case for case in run([Case(tests) for tests in files.values()], copies) if case.status
-    ]
-    for case in failed:
-        print(f"error: {case.tests} fail unchanged, with status {case.status}:\n{case.output}")
-    return not failed
+    all_pass = True
+    for case, status, _, output in run([{"tests": tests} for tests in files.values()], copies):
+        if status:
+            all_pass = False
+            print(f"error: {case['tests']} fail unchanged, with status {status}:\n{output}")
+    return all_pass
 
 
-def are_killed(rows: list[dict[str, Any]], copies: list[Path]) -> bool:
+def are_killed(rows, copies):
     """Runs each row's tests with its fault, and prints how they ended."""
     num_killed = 0
-    for case in run([Case(row["tests"], row) for row in rows], copies):
-        outcome = OUTCOMES.get(case.status, f"INVALID (pytest ended with status {case.status})")
-        row = case.row
-        print(f"{outcome:8} {case.duration_s:4.0f} s  {row['file']}: {row['property']}", flush=True)
-        if outcome == "killed":
+    for row, status, duration_s, output in run(rows, copies):
+        outcome = OUTCOMES.get(status, f"INVALID (pytest ended with status {status})")
+        print(f"{outcome:8} {duration_s:4.0f} s  {row['file']}: {row['property']}", flush=True)
+        if status == 1:
             num_killed += 1
         else:
-            print(case.output)
+            print(output)
     print(f"{num_killed} of {len(rows)} mutations killed")
     return num_killed == len(rows)
 
 
-def run(cases: list[Case], copies: list[Path]) -> Iterator[Case]:
-    """Runs cases, one in each copy at a time; yields each when it has ended."""
-    waiting, free = list(reversed(cases)), list(copies)
-    running: dict[int, tuple[Case, Path, float]] = {}
+def run(cases, copies):
+    """Runs the tests of rows, or of what has no fault to plant, one in each copy at a time.
+
+    Yields each when it has ended: with pytest's status, negative after a timeout, the seconds that
+    it took, and the end of what it printed.
+    """
+    context = multiprocessing.get_context("fork")
+    waiting, free, running = list(reversed(cases)), list(copies), {}
     while waiting or running:
         while waiting and free:
             case, copy = waiting.pop(), free.pop()
-            if case.row:
-                (copy / case.row["file"]).write_text(mutated(case.row))
-            running[fork_tests(copy, case.tests)] = case, copy, time.monotonic()
+            if "file" in case:
+                (copy / case["file"]).write_text(mutated(case))
+            process = context.Process(target=run_tests, args=(copy, case["tests"]))
+            process.start()
+            running[process] = case, copy, time.monotonic()
         time.sleep(0.1)
-        for pid, (case, copy, start) in list(running.items()):
-            case.status = status_of(pid, start)
-            if case.status is None:
+        for process, (case, copy, start) in list(running.items()):
+            duration_s = time.monotonic() - start
+            if process.is_alive() and duration_s < TIMEOUT_S:
                 continue
-            case.duration_s = time.monotonic() - start
-            case.output = log_of(copy).read_text(errors="replace")[-3000:]
-            if case.row:
-                shutil.copy2(PROJECT / case.row["file"], copy / case.row["file"])
-            del running[pid]
+            if process.is_alive():
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            if "file" in case:
+                shutil.copy2(PROJECT / case["file"], copy / case["file"])
+            del running[process]
             free.append(copy)
-            yield case
+            output = log_of(copy).read_text(errors="replace")[-3000:]
+            yield case, process.exitcode, duration_s, output
 
 
-def fork_tests(copy: Path, tests: list[str]) -> int:
-    """Starts pytest in the copy; returns its process."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 70
-    try:
-        os.setsid()
-        log = os.open(log_of(copy), os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.chdir(copy)
-        os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1")
-        # Not the folder of this script, which is of the unchanged project.
-        sys.path[0] = str(copy)
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
+def run_tests(copy, tests):
+    """Runs pytest in the copy, in a process and a session of its own."""
+    os.setsid()
+    log = os.open(log_of(copy), os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(copy)
+    os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1")
+    # Not the folder of this script, which is of the unchanged project.
+    sys.path[0] = str(copy)
+    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+    sys.stdout.flush()
+    # Without the handlers at the end of an interpreter, some of which are this fork's parent's.
+    os._exit(status)
 
 
-def log_of(copy: Path) -> Path:
+def log_of(copy):
     return copy.with_name(f"{copy.name}.log")
 
 
-def status_of(pid: int, start: float) -> int | None:
-    """Returns how a process ended, 124 if it was killed after TIMEOUT_S, None while it runs."""
-    ended, status = os.waitpid(pid, os.WNOHANG)
-    if ended:
-        return os.waitstatus_to_exitcode(status)
-    if time.monotonic() - start < TIMEOUT_S:
-        return None
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return 124
-
-
-def mutated(row: dict[str, Any]) -> str:
+def mutated(row):
     """Returns the row's file with the fault planted."""
     text = (PROJECT / row["file"]).read_text()
-    if text.count(row["before"]) != 1:
-        sys.exit(
-            f"error: {row['file']}: {row['before']!r} occurs {text.count(row['before'])} times"
-        )
+    if (num_found := text.count(row["before"])) != 1:
+        sys.exit(f"error: {row['file']}: {row['before']!r} occurs {num_found} times")
     return text.replace(row["before"], row["after"])
 
 
-def copy_project(folder: Path) -> Path:
+def copy_project(folder):
     """Copies what git tracks or would track."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(listing, cwd=PROJECT, capture_output=True, text=True, check=True).stdout

@@ -4,7 +4,6 @@
     ./scripts/test.sh --numbers -k galore            those of runs with this text in their name
     ./scripts/test.sh --numbers --rounding           floats may differ, see below
     ./scripts/test.sh --numbers --write              stores this checkout's numbers
-    ./scripts/test.sh --numbers --against CHECKOUT   ratios of times and memory, this / CHECKOUT
 
 tests/data/reference_numbers.json has, for tiny runs of every method, optimizer and model, the
 training and validation losses and norms of gradients of 40 steps; the tensors of exports; the
@@ -18,8 +17,7 @@ of the portable ones move them by 3e-6, and by 1e-4 for later losses, 4e-3 for n
 A tensor's checksum is not compared then, but its norm. An intended change of a number is stored
 with --write, in a commit that says why.
 
-Only the command line is used: `switchtitan train` and `export`, event files, safetensors. Ratios
-are medians over rounds, in which both checkouts take turns. Compare on a quiet machine.
+Only the command line is used: `switchtitan train` and `export`, event files, safetensors.
 """
 
 import argparse
@@ -28,14 +26,12 @@ import json
 import os
 import runpy
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from functools import cache, partial
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
@@ -118,18 +114,6 @@ AT_REST = "--optimizer.lr 1e-30 --checkpoint.interval 5 --checkpoint.keep_latest
 SLOTS = {"swap": SWITCHLORA, "constant": CONSTANT}
 STEPS_OF_SLOTS = (5, 10, 20, 40)
 
-# Large enough that arithmetic decides.
-TIMED = (
-    "--model.hidden_size 256 --model.intermediate_size 688 --model.num_layers 4 --data.seq_len 128 "
-    "--training.steps 15 --evaluation.interval 15 --checkpoint.interval 15"
-)
-TIMED_METHODS = {
-    name: METHODS[name].replace("rank 6", "rank 64")
-    for name in ("full_rank", "switchlora", "galore")
-}
-NUM_STEPS_TO_WARM_UP = 4
-
-
 class CommandError(Exception):
     """A command has failed."""
 
@@ -139,19 +123,15 @@ def main():
     parser.add_argument("-k", dest="text", default="", help="runs with this text in their name")
     parser.add_argument("--write", action="store_true", help="store this checkout's numbers")
     parser.add_argument("--rounding", action="store_true", help="compare floats up to rounding")
-    parser.add_argument("--against", type=Path, help="another checkout, to compare times with")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each checkout (default: 3)")
     options = parser.parse_args()
-    if options.against is None and any(os.environ.get(key) != PORTABLE[key] for key in PORTABLE):
+    if any(os.environ.get(key) != PORTABLE[key] for key in PORTABLE):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **PORTABLE})
     stored = json.loads(STORED.read_text()) if STORED.exists() else {"numbers": {}}
     # Not a TemporaryDirectory, which the end of a fork would remove.
     folder = tempfile.mkdtemp()
     os.chdir(folder)
     try:
-        if options.against is not None:
-            print_ratios(options.against.absolute(), options.text, options.rounds)
-        elif options.write:
+        if options.write:
             write(options.text, stored["numbers"])
         else:
             sys.exit(1 if compare(options.text, stored, options.rounding) else 0)
@@ -247,9 +227,16 @@ def measured(text):
 
 def curves(keys):
     """Returns the values of all steps by metric."""
-    points = read_points(train(keys))
+    import numpy
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = str(train(keys) / "tensorboard")
+    events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
     return {
-        name: [value for _, _, value in points[tag]] for name, tag in TAGS.items() if points[tag]
+        # Values are float32.
+        name: [float(str(numpy.float32(event.value))) for event in events.Scalars(tag)]
+        for name, tag in TAGS.items()
+        if tag in events.Tags()["scalars"]
     }
 
 
@@ -329,75 +316,6 @@ def run_in_fork(words):
     _, status = os.waitpid(process, 0)
     if status != 0:
         raise CommandError(f"switchtitan {' '.join(words)}:\n{Path('output').read_text()[-3000:]}")
-
-
-def read_points(run):
-    """Returns (time, step, value) of a run's metrics by tag; values are float32."""
-    import numpy
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    tags = events.Tags()["scalars"]
-    return {
-        tag: [
-            (event.wall_time, event.step, float(str(numpy.float32(event.value))))
-            for event in (events.Scalars(tag) if tag in tags else [])
-        ]
-        for tag in TAGS.values()
-    }
-
-
-def print_ratios(other, text, num_rounds):
-    """Prints times and memory of this checkout, and their ratios to those of `other`."""
-    has_bf16 = {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
-    print(f"{'':32}{'start':>16}{'step':>18}{'memory':>18}")
-    for method, keys in TIMED_METHODS.items():
-        for dtype in ("float32", "bfloat16") if has_bf16 else ("float32",):
-            for num_threads in (1, 2):
-                name = f"{method}, {dtype}, {num_threads} threads"
-                if text not in name:
-                    continue
-                words = f"{TIMED} {keys} --training.dtype {dtype}"
-                rounds = [
-                    [resources(checkout, words, num_threads) for checkout in (PROJECT, other)]
-                    for _ in range(num_rounds)
-                ]
-                medians = [
-                    [statistics.median(values) for values in zip(*of_checkout, strict=True)]
-                    for of_checkout in zip(*rounds, strict=True)
-                ]
-                shown = [
-                    f"{new:8.{digits}f} {unit:3} {new / old:.2f}x"
-                    for new, old, digits, unit in zip(
-                        *medians, (1, 1, 0), ("s", "ms", "MiB"), strict=True
-                    )
-                ]
-                print(f"{name:32}{'  '.join(shown)}", flush=True)
-
-
-def resources(checkout, keys, num_threads):
-    """Returns seconds to the end of the first step, ms of a step, and MiB of memory at most."""
-    run = Path(tempfile.mkdtemp(dir=".")).absolute()
-    words = ["train", "--config", str(BASE), "--job.output_dir", str(run), *keys.split()]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(checkout),
-        "OMP_NUM_THREADS": str(num_threads),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    start = time.time()
-    with open("output", "w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "switchtitan", *words],
-            env=environment, stdout=output, stderr=output,
-        )  # fmt: skip
-        _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
-        sys.exit(f"error: {checkout}: {' '.join(words)}:\n{Path('output').read_text()[-3000:]}")
-    times = [at for at, _, _ in read_points(run)[TAGS["losses"]]]
-    steps = [after - before for before, after in pairwise(times)]
-    step_s = statistics.median(steps[NUM_STEPS_TO_WARM_UP:])
-    return times[0] - start, 1000 * step_s, usage.ru_maxrss / 1024
 
 
 if __name__ == "__main__":
