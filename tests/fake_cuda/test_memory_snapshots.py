@@ -1,7 +1,5 @@
 """Snapshots of GPU memory, on fake CUDA: one if memory runs out, one on request, none otherwise."""
 
-from pathlib import Path
-
 import pytest
 from support.fake_cuda import memory_checks
 from support.fake_cuda.process import needs_compiler, run_check
@@ -13,9 +11,7 @@ START, STOP = f"record(max_entries={MAX_EVENTS})", "record(enabled=None)"
 
 @needs_compiler
 @pytest.mark.parametrize("step", [None, 7])
-def test_memory_that_runs_out_leaves_a_snapshot_and_raises_the_same_error(
-    tmp_path: Path, step: int | None
-) -> None:
+def test_memory_that_runs_out_leaves_a_snapshot_and_raises_the_same_error(tmp_path, step):
     found = run_check(memory_checks.snapshot_of_a_step_that_runs_out, str(tmp_path), step)
     assert found["is_same"]
     assert found["files"] == ["rank0-out-of-memory.pickle"]
@@ -23,7 +19,7 @@ def test_memory_that_runs_out_leaves_a_snapshot_and_raises_the_same_error(
 
 
 @needs_compiler
-def test_snapshots_are_written_on_request_and_not_after_other_errors(tmp_path: Path) -> None:
+def test_snapshots_are_written_on_request_and_not_after_other_errors(tmp_path):
     found = run_check(memory_checks.snapshots_of_other_ends, str(tmp_path))
     assert found["error"] == found["other rank"] == []
     assert found["request"] == ["rank0-step-000000007.pickle"]

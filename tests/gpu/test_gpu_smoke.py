@@ -1,7 +1,5 @@
 """A tiny run on a GPU: bfloat16, all regions compiled."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from support.tiny import COMPILED, METHOD_KEYS, tiny_trainer, train_steps
@@ -10,7 +8,7 @@ from switchtitan.distributed.world import stop_world
 
 
 @pytest.fixture(autouse=True)
-def leave_world() -> Iterator[None]:
+def leave_world():
     torch._dynamo.reset()
     yield
     stop_world()

@@ -1,7 +1,6 @@
 """Training on all visible GPUs over NCCL: the same as on one, and the same after a resume."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from support.ranks import num_gpus, run_on_gpus
 from support.tiny import METHOD_KEYS, full_tensors, tiny_trainer, train_steps
 
 from switchtitan.methods.switchlora.method import SwitchLoraOptimizer
-from switchtitan.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]
 
@@ -23,15 +21,13 @@ METHODS = [method for method in METHOD_KEYS if not method.endswith("_mini")]
 HSDP = ("--parallelism.replicate", "2")
 
 
-def batch() -> tuple[str, ...]:
+def batch():
     """A global batch of the same size on one GPU and on all."""
     size = str(4 * num_gpus())
     return "--training.global_batch_size", size, "--training.local_batch_size", "1"
 
 
-def train(
-    rank: int, folder: Path, method: str, keys: tuple[str, ...], num_ranks: int, num_steps: int
-) -> None:
+def train(rank, folder, method, keys, num_ranks, num_steps):
     """Trains up to `num_steps`, resuming from the folder's newest checkpoint, and saves.
 
     Writes the main rank's losses, and the full tensors, to `result-<num_ranks>.pt`.
@@ -47,11 +43,11 @@ def train(
         torch.save((losses, tensors), folder / f"result-{num_ranks}-{num_steps}.pt")
 
 
-def result(folder: Path, num_ranks: int, num_steps: int) -> tuple[list[float], dict]:
+def result(folder, num_ranks, num_steps):
     return torch.load(folder / f"result-{num_ranks}-{num_steps}.pt")
 
 
-def assert_same_losses(losses: list[float], expected: list[float]) -> None:
+def assert_same_losses(losses, expected):
     torch.testing.assert_close(
         torch.tensor(losses), torch.tensor(expected), rtol=RELATIVE_LOSS_TOLERANCE, atol=0
     )
@@ -64,7 +60,7 @@ def assert_same_losses(losses: list[float], expected: list[float]) -> None:
         *((method, ("--optimizer.name", "muon")) for method in ("full_rank", "switchlora")),
     ],
 )
-def test_all_gpus_train_as_one_does(corpora: Path, method: str, keys: tuple[str, ...]) -> None:
+def test_all_gpus_train_as_one_does(corpora, method, keys):
     name = " ".join(["nccl", method, *keys])
     sharded, single = corpora / name, corpora / f"{name} on one"
     run_on_gpus(num_gpus(), train, sharded, method, keys, num_gpus(), NUM_STEPS)
@@ -75,7 +71,7 @@ def test_all_gpus_train_as_one_does(corpora: Path, method: str, keys: tuple[str,
 
 
 @pytest.mark.parametrize("method", ["full_rank", "switchlora", "galore"])
-def test_replicas_train_as_one_gpu_does(corpora: Path, method: str) -> None:
+def test_replicas_train_as_one_gpu_does(corpora, method):
     if num_gpus() % 2:
         pytest.skip(f"two replicas need an even number of GPUs, {num_gpus()} are visible")
     replicated, single = corpora / f"replicas {method}", corpora / f"replicas {method} on one"
@@ -87,7 +83,7 @@ def test_replicas_train_as_one_gpu_does(corpora: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["full_rank", "switchlora", "relora", "galore"])
-def test_a_run_resumes_on_all_gpus_and_on_one(corpora: Path, method: str) -> None:
+def test_a_run_resumes_on_all_gpus_and_on_one(corpora, method):
     straight, saved, on_one = (
         corpora / f"{name} {method}" for name in ("straight", "saved", "saved, on one")
     )
@@ -102,7 +98,7 @@ def test_a_run_resumes_on_all_gpus_and_on_one(corpora: Path, method: str) -> Non
     assert_same_losses(result(on_one, 1, NUM_STEPS)[0], expected)
 
 
-def switch_only(rank: int, folder: Path, num_ranks: int) -> None:
+def switch_only(rank, folder, num_ranks):
     """Switches many times without an update; the layers' functions must not change."""
     keys = ("--training.steps", str(2 * NUM_SWITCHES))
     trainer = tiny_trainer(folder, "switchlora", *keys, *batch(), num_ranks=num_ranks)
@@ -123,7 +119,7 @@ def switch_only(rank: int, folder: Path, num_ranks: int) -> None:
         assert not torch.equal(changed[f"{name}.lora_a"], vectors[f"{name}.lora_a"]), name
 
 
-def merged_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+def merged_weights(trainer):
     """W + s B A of each layer in fp64, by the layer's name; collective."""
     tensors = full_tensors(trainer)
     scales = {
@@ -139,9 +135,7 @@ def merged_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("override", ["", "1"], ids=["default", "TF32 asked for"])
-def test_switches_keep_the_layers_function(
-    corpora: Path, monkeypatch: pytest.MonkeyPatch, override: str
-) -> None:
+def test_switches_keep_the_layers_function(corpora, monkeypatch, override):
     if override:
         # Containers of GPU vendors set this.
         monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", override)

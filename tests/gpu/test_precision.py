@@ -1,7 +1,5 @@
 """On a GPU, a switch changes W + s B A by rounding in fp32 only, and runs repeat bitwise."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from support.switchlora_layers import effective_weight, relative_change
@@ -11,7 +9,6 @@ from switchtitan.distributed.precision import allow_tf32, use_full_precision
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods.lowrank import low_rank_layers
-from switchtitan.training.trainer import Trainer
 
 # Multiples of 16, for which cuBLAS has TF32 kernels.
 LARGER = (
@@ -22,13 +19,13 @@ NUM_SWITCHING_STEPS = 500
 
 
 @pytest.fixture(autouse=True)
-def leave_world() -> Iterator[None]:
+def leave_world():
     yield
     stop_world()
     torch.use_deterministic_algorithms(False)
 
 
-def drift(trainer: Trainer, update: str) -> float:
+def drift(trainer, update):
     """The largest relative change of W + s B A in 500 switching steps without learning."""
     stepper = trainer.stepper
     layers = low_rank_layers(stepper.model)
@@ -49,7 +46,7 @@ def drift(trainer: Trainer, update: str) -> float:
 class Unsharded:
     """A layer's unsharded tensors, with the names that `effective_weight` reads."""
 
-    def __init__(self, layer: torch.nn.Module) -> None:
+    def __init__(self, layer):
         self.scale = layer.scale
         for name, tensor in layer.named_parameters():
             full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

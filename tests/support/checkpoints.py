@@ -6,14 +6,9 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from threading import Event
-from typing import Any
 
 import pytest
-from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from switchtitan.checkpoint import save
@@ -22,15 +17,15 @@ from switchtitan.checkpoint.load import read_tensors, saved_tensors
 from switchtitan.checkpoint.save import Checkpointer
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.world import start_world
-from switchtitan.errors import CheckpointError, UserError
+from switchtitan.errors import CheckpointError
 
-WRITER: Any = save._Writer
+WRITER = save._Writer
 """What writes tensors; its `write_data` and `finish` can be patched."""
 SUMS = "SHA256SUMS"
 
 
 @contextmanager
-def refused(*parts: str, error: type[UserError] = CheckpointError) -> Iterator[None]:
+def refused(*parts, error=CheckpointError):
     """The block raises an error whose message has all `parts`."""
     with pytest.raises(error) as raised:
         yield
@@ -38,7 +33,7 @@ def refused(*parts: str, error: type[UserError] = CheckpointError) -> Iterator[N
     assert all(part in message for part in parts), (parts, message)
 
 
-def make_checkpointer(folder: Path, latest: Path | None = None, **config: Any) -> Checkpointer:
+def make_checkpointer(folder, latest=None, **config):
     """One for the ranks of this process group; collective. `config` as in `[checkpoint]`."""
     return Checkpointer(
         folder,
@@ -51,18 +46,18 @@ def make_checkpointer(folder: Path, latest: Path | None = None, **config: Any) -
     )
 
 
-def checksums(checkpoint: Path) -> dict[str, str]:
+def checksums(checkpoint):
     """The contents of `SHA256SUMS`, by file name."""
     lines = (checkpoint / SUMS).read_text().splitlines()
     return {name: digest for digest, name in (line.split("  ") for line in lines)}
 
 
-def tensor_checksums(checkpoint: Path) -> dict[str, str]:
+def tensor_checksums(checkpoint):
     """The checksums of the files with tensors: equal for equal tensors."""
     return {name: digest for name, digest in checksums(checkpoint).items() if "distcp" in name}
 
 
-def update_checksums(checkpoint: Path) -> None:
+def update_checksums(checkpoint):
     """Updates `SHA256SUMS` after a change of other files."""
     names = sorted(file.name for file in checkpoint.iterdir() if file.name != SUMS)
     digests = (hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in names)
@@ -70,7 +65,7 @@ def update_checksums(checkpoint: Path) -> None:
     (checkpoint / SUMS).write_text("".join(lines))
 
 
-def rewrite_metadata(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def rewrite_metadata(checkpoint, change):
     """Applies `change` to the contents of `metadata.json`, and updates checksums."""
     file = checkpoint / "metadata.json"
     metadata = json.loads(file.read_text())
@@ -79,7 +74,7 @@ def rewrite_metadata(checkpoint: Path, change: Callable[[dict[str, Any]], object
     update_checksums(checkpoint)
 
 
-def rewrite_index(checkpoint: Path, change: Callable[[Any], object]) -> None:
+def rewrite_index(checkpoint, change):
     """Applies `change` to torch's index of the tensors, and updates checksums."""
     file = checkpoint / ".metadata"
     index = pickle.loads(file.read_bytes())
@@ -88,41 +83,41 @@ def rewrite_index(checkpoint: Path, change: Callable[[Any], object]) -> None:
     update_checksums(checkpoint)
 
 
-def read_all_tensors(checkpoint: Path) -> dict[str, Tensor]:
+def read_all_tensors(checkpoint):
     return read_tensors(checkpoint, saved_tensors(checkpoint))
 
 
-def num_pieces(checkpoint: Path) -> dict[str, int]:
+def num_pieces(checkpoint):
     """The number of pieces of each tensor, as torch reads it."""
-    tensors: dict[str, Any] = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     return {name: len(tensor.chunks) for name, tensor in tensors.items()}
 
 
-def is_writing(checkpointer: Checkpointer) -> bool:
+def is_writing(checkpointer):
     """Whether a background save of this rank is under way."""
     in_flight = checkpointer._in_flight
     return in_flight is not None and not in_flight.done()
 
 
-def wait_until_written(checkpointer: Checkpointer) -> None:
+def wait_until_written(checkpointer):
     while is_writing(checkpointer):
         time.sleep(0.005)
 
 
-def writes_fail(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def writes_fail(number, monkeypatch):
     """Writes of tensors fail with an errno."""
 
-    def write(*arguments: Any) -> Any:
+    def write(*arguments):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(WRITER, "write_data", write)
 
 
-def write_when(allowed: Event, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
+def write_when(allowed, monkeypatch):
     """Saves write only once allowed; each adds its tensors' addresses to the returned list."""
     write_data, places = WRITER.write_data, []
 
-    def write(writer: Any, plan: Any, planner: Any) -> Any:
+    def write(writer, plan, planner):
         places.append({name: tensor.data_ptr() for name, tensor in planner.state_dict.items()})
         assert allowed.wait(60)
         return write_data(writer, plan, planner)

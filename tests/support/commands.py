@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import signal
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from switchtitan.cli.main import main
 from switchtitan.distributed.world import stop_world
@@ -24,7 +24,7 @@ class Outcome(NamedTuple):
     errors: str
     """Standard error."""
 
-    def check_refused(self, *parts: str) -> None:
+    def check_refused(self, *parts):
         """Checks that the command ended with status 2 and one message with all `parts`."""
         assert self.status == 2, (self.status, self.output[-2000:], self.errors[-2000:])
         assert "Traceback (most recent call last)" not in self.errors
@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
         assert all(part in text for part in parts), (parts, text)
 
 
-def run(*words: object) -> Outcome:
+def run(*words):
     """Runs `switchtitan` with these arguments. Its exceptions other than an exit are raised."""
     output, errors = io.StringIO(), io.StringIO()
     status = 0
@@ -59,9 +59,9 @@ def run(*words: object) -> Outcome:
     return Outcome(status, output.getvalue(), errors.getvalue())
 
 
-def result_of(*words: object) -> dict[str, Any]:
+def result_of(*words):
     """Runs a command that must succeed; returns what it prints with `--json -`."""
     outcome = run(*words, "--json", "-")
     assert outcome.status == 0, outcome.errors
-    result: dict[str, Any] = json.loads(outcome.output)
+    result = json.loads(outcome.output)
     return result

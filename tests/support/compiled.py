@@ -27,7 +27,7 @@ def choose_backend():
     torch.compile = compile_with_backend
 
 
-def compiled_functions() -> Counter[str]:
+def compiled_functions():
     """Number of compilations of this process by the function's name, since metrics were cleared."""
     return Counter(entry.co_name for entry in get_compilation_metrics() if entry.co_name)
 

@@ -1,16 +1,12 @@
 """The numbers of ranks on which tests of sharding train, and how they are compared."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
 from support.ranks import run_rows_on_ranks
 
 # In running order.
-LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+LAYOUTS = {
     "two": (2, ()),
     "one": (1, ()),
     "four": (4, ()),
@@ -22,7 +18,7 @@ RELATIVE_LOSS_TOLERANCE = 1e-5
 singular values near zero."""
 
 
-def asked_for(request: pytest.FixtureRequest, rows: Iterable[str]) -> list[str]:
+def asked_for(request, rows):
     """Returns those of `rows` that are parameters of the module's selected tests."""
     parameters = {
         value
@@ -43,17 +39,12 @@ class Recorded:
         sessions: name -> number of ranks and rows, in running order.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        run: Callable[[int, str, Path, str], Any],
-        sessions: Mapping[str, tuple[int, Sequence[str]]],
-    ) -> None:
+    def __init__(self, folder, run, sessions):
         folder.mkdir()
         self._folder, self._run, self._sessions = folder, run, sessions
-        self._errors: dict[str, dict[str, str]] = {}
+        self._errors = {}
 
-    def __call__(self, session: str, row: str) -> Any:
+    def __call__(self, session, row):
         """Returns what a row recorded; fails with its error."""
         for earlier, (num_ranks, rows) in self._sessions.items():
             if earlier not in self._errors:
@@ -66,13 +57,11 @@ class Recorded:
         return torch.load(_file(self._folder, session, row))
 
 
-def _run_and_save(
-    rank: int, row: str, run: Callable[[int, str, Path, str], Any], folder: Path, session: str
-) -> None:
+def _run_and_save(rank, row, run, folder, session):
     recorded = run(rank, row, folder, session)
     if rank == 0:
         torch.save(recorded, _file(folder, session, row))
 
 
-def _file(folder: Path, session: str, row: str) -> Path:
+def _file(folder, session, row):
     return folder / f"{session} {row}.pt"

@@ -5,6 +5,6 @@ import os
 IS_LONG = os.environ.get("SWITCHTITAN_FAULTS") == "long"
 
 
-def num_cases(long: int, short: int) -> int:
+def num_cases(long, short):
     """The number of cases in the long or in the short form."""
     return long if IS_LONG else short

@@ -1,33 +1,32 @@
 """Parameters and gradients for tests of optimizers, equal in every call."""
 
-from collections.abc import Mapping
-from types import ModuleType
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from switchtitan.contracts import TrainingOptimizer
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""By the parameter's name."""
 NUM_STEPS = 12
-_START = 1000
 
 
-def draw(shapes: Shapes, step: int) -> list[Tensor]:
-    """Returns a step's gradients."""
+def draw(shapes, step):
+    """Returns a step's gradients; `shapes` are by the parameter's name."""
     generator = torch.Generator().manual_seed(step)
     return [torch.randn(shape, generator=generator) for shape in shapes.values()]
 
 
-def parameters(shapes: Shapes) -> dict[str, nn.Parameter]:
-    return {
-        name: nn.Parameter(value) for name, value in zip(shapes, draw(shapes, _START), strict=True)
-    }
+def parameters(shapes):
+    values = zip(shapes, draw(shapes, 1000), strict=True)
+    return {name: nn.Parameter(value) for name, value in values}
 
 
-def train(optimizer: TrainingOptimizer, named: dict[str, nn.Parameter], steps: range) -> None:
+def placed(value, mesh):
+    """The tensor, sharded along dimension 0 over a mesh, or over the last dimension of one with
+    replicas."""
+    if mesh is None:
+        return value
+    return distribute_tensor(value, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)])
+
+
+def train(optimizer, named, steps):
     """Takes steps with a learning rate that grows to its peak in step `NUM_STEPS`."""
     shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
     for step in steps:
@@ -38,6 +37,6 @@ def train(optimizer: TrainingOptimizer, named: dict[str, nn.Parameter], steps: r
         optimizer.zero_grad()
 
 
-def limit_elements_per_call(monkeypatch: Any, module: ModuleType, num_elements: int) -> None:
+def limit_elements_per_call(monkeypatch, module, num_elements):
     """Makes the parts small in which uncompiled operations of a module take large tensors."""
     monkeypatch.setattr(module, "_MAX_ELEMENTS", num_elements)

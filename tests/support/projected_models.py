@@ -1,13 +1,9 @@
 """A model with weights of every orientation, and gradients, full or sharded."""
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch import nn
 
-from switchtitan.contracts import TrainingOptimizer
+from support.optimizer_steps import placed
 from switchtitan.optim import AdamWConfig
 
 ADAM = AdamWConfig(lr=0.03, betas=(0.8, 0.97), eps=1e-2, weight_decay=0.2, decay_norms=True)
@@ -19,7 +15,7 @@ RANK = 3
 class OddModel(nn.Module):
     """A square weight, a tall one, a wide one, and parameters that are not projected."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.q_proj = nn.Linear(5, 5, bias=False)
         self.up_proj = nn.Linear(5, 7)
@@ -27,28 +23,26 @@ class OddModel(nn.Module):
         self.lm_head = nn.Linear(5, 11, bias=False)
 
 
-def draw_model(dtype: torch.dtype = torch.float32, mesh: DeviceMesh | None = None) -> OddModel:
+def draw_model(mesh=None):
     """The model with fixed random values; sharded along dimension 0 over a mesh's last one."""
-    model = OddModel().to(dtype)
+    model = OddModel()
     generator = torch.Generator().manual_seed(5)
     for name, parameter in list(model.named_parameters()):
-        value = torch.randn(parameter.shape, generator=generator, dtype=dtype)
+        value = torch.randn(parameter.shape, generator=generator)
         module_name, _, local_name = name.rpartition(".")
-        setattr(model.get_submodule(module_name), local_name, nn.Parameter(_placed(value, mesh)))
+        setattr(model.get_submodule(module_name), local_name, nn.Parameter(placed(value, mesh)))
     return model
 
 
-def draw_gradients(
-    num_steps: int, dtype: torch.dtype = torch.float32
-) -> Iterator[dict[str, Tensor]]:
+def draw_gradients(num_steps):
     """Gradients of every parameter for each step: a constant part and noise, scaled by 1 to 10.
 
     Singular values of the constant part are 30 % apart, so singular vectors are well-determined.
     """
     generator = torch.Generator().manual_seed(6)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype)
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
 
     constant = {}
     for name, parameter in OddModel().named_parameters():
@@ -58,24 +52,16 @@ def draw_gradients(
             left, _, right = torch.linalg.svd(draw(*parameter.shape), full_matrices=False)
             constant[name] = left * 0.7 ** torch.arange(left.shape[1]) @ right
     for _ in range(num_steps):
-        size = 10 ** torch.rand((), generator=generator, dtype=dtype)
+        size = 10 ** torch.rand((), generator=generator)
         yield {name: (value + 0.1 * draw(*value.shape)) * size for name, value in constant.items()}
 
 
-def give_gradients(
-    model: nn.Module, gradients: dict[str, Tensor], mesh: DeviceMesh | None = None
-) -> None:
+def give_gradients(model, gradients, mesh=None):
     for name, parameter in model.named_parameters():
-        parameter.grad = _placed(gradients[name].clone(), mesh)
+        parameter.grad = placed(gradients[name].clone(), mesh)
 
 
-def lr_factor(step: int) -> float:
-    return (step + 1) / NUM_STEPS
-
-
-def steps_next_to_adamw(
-    model: OddModel, optimizer: TrainingOptimizer
-) -> Iterator[tuple[dict[str, Tensor], float]]:
+def steps_next_to_adamw(model, optimizer):
     """Steps the optimizer of a drawn model; yields the gradients and the rate of each step.
 
     No step but the first compiles. Parameters that are not projected must equal those that torch's
@@ -93,8 +79,9 @@ def steps_next_to_adamw(
         fused=True,
     )
     for step, gradients in enumerate(draw_gradients(NUM_STEPS)):
-        lr = ADAM.lr * lr_factor(step)
-        optimizer.set_lr(lr_factor(step))
+        lr_factor = (step + 1) / NUM_STEPS
+        lr = ADAM.lr * lr_factor
+        optimizer.set_lr(lr_factor)
         adamw.param_groups[0]["lr"] = lr
         give_gradients(model, gradients)
         give_gradients(plain, gradients)
@@ -105,9 +92,3 @@ def steps_next_to_adamw(
         for name in others:
             assert torch.equal(model.get_parameter(name), plain.get_parameter(name)), name
         yield gradients, lr
-
-
-def _placed(value: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    if mesh is None:
-        return value
-    return distribute_tensor(value, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)])

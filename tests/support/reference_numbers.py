@@ -114,6 +114,7 @@ AT_REST = "--optimizer.lr 1e-30 --checkpoint.interval 5 --checkpoint.keep_latest
 SLOTS = {"swap": SWITCHLORA, "constant": CONSTANT}
 STEPS_OF_SLOTS = (5, 10, 20, 40)
 
+
 class CommandError(Exception):
     """A command has failed."""
 

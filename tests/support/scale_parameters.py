@@ -1,10 +1,8 @@
 """Parameters of every role for tests of SCALE, full or sharded."""
 
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch import nn
 
-from support.optimizer_steps import draw
+from support.optimizer_steps import draw, parameters, placed
 from switchtitan.optim import TrainedParameter
 
 SHAPES = {
@@ -20,23 +18,13 @@ HEAD = "head.weight"
 TREATED = ("layers.0.proj.weight", "layers.0.proj.lora_b")
 
 
-def placed(value: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """The tensor, sharded along dimension 0 over a mesh, or over the last dimension of one with
-    replicas."""
-    if mesh is None:
-        return value
-    return distribute_tensor(value, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)])
-
-
-def start(mesh: DeviceMesh | None = None) -> dict[str, nn.Parameter]:
+def start(mesh=None):
     """The same values in every call."""
-    values = zip(SHAPES, draw(SHAPES, 1000), strict=True)
-    return {name: nn.Parameter(placed(value, mesh)) for name, value in values}
+    named = parameters(SHAPES).items()
+    return {name: nn.Parameter(placed(value.detach(), mesh)) for name, value in named}
 
 
-def give_gradients(
-    named: dict[str, nn.Parameter], step: int, mesh: DeviceMesh | None = None
-) -> dict[str, Tensor]:
+def give_gradients(named, step, mesh=None):
     """Gives the parameters a step's gradients; returns them in full."""
     gradients = dict(zip(SHAPES, draw(SHAPES, step), strict=True))
     for name, parameter in named.items():
@@ -44,7 +32,7 @@ def give_gradients(
     return gradients
 
 
-def trained(named: dict[str, nn.Parameter]) -> list[TrainedParameter]:
+def trained(named):
     return [
         TrainedParameter(
             name,

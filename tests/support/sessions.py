@@ -5,29 +5,27 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 
 class Started:
     """A command that runs, and the file with its standard output and error."""
 
-    def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
+    def __init__(self, process, output):
         self.process = process
         self.output = output
 
     @property
-    def said(self) -> str:
+    def said(self):
         return self.output.read_text()
 
-    def children(self) -> list[int]:
+    def children(self):
         """The processes that the command has started, and not those that they have started."""
         threads = Path(f"/proc/{self.process.pid}/task").iterdir()
         return [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
 
-    def wait_until(self, is_reached: Callable[[], object], timeout_s: float = 180) -> None:
+    def wait_until(self, is_reached, timeout_s=180):
         """Waits for a condition, at most `timeout_s` seconds and while the command runs."""
         deadline = time.monotonic() + timeout_s
         while not is_reached():
@@ -35,13 +33,13 @@ class Started:
             assert time.monotonic() < deadline, self.said
             time.sleep(0.02)
 
-    def wait_for(self, text: str) -> None:
+    def wait_for(self, text):
         """Waits until the command has printed what matches the expression."""
         self.wait_until(lambda: re.search(text, self.said))
 
 
 @contextmanager
-def started(command: Sequence[str], output: Path, **options: Any) -> Iterator[Started]:
+def started(command, output, **options):
     """Starts a command; at the end of the block, stops it and kills what is left of its group.
 
     Args:

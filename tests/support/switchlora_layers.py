@@ -1,39 +1,34 @@
 """SwitchLoRA layers with an optimizer, without a model."""
 
-from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
 from switchtitan.distributed import random
 from switchtitan.distributed.random import generator_for
-from switchtitan.distributed.rows import Spans
-from switchtitan.methods.lowrank import LowRankLinear, balanced_bounds
+from switchtitan.methods.lowrank import balanced_bounds
 from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.methods.switchlora import update
-from switchtitan.methods.switchlora.candidates import Candidates, StoredCandidates
+from switchtitan.methods.switchlora.candidates import StoredCandidates
 from switchtitan.methods.switchlora.method import SwitchLoraLinear, SwitchLoraOptimizer
-from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig, VectorSpan
+from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
-from switchtitan.optim import AdamW, AdamWConfig
+from switchtitan.optim import AdamW
 from switchtitan.optim.muon import MuonConfig
 
 
-def with_interval(interval: float, **keys: Any) -> SwitchLoraConfig:
+def with_interval(interval, **keys):
     """A configuration with any interval, also one that is refused because it meets the limits."""
     return SwitchLoraConfig(**keys).model_copy(update={"interval": interval})
 
 
-def flat(spans: Spans) -> list[int]:
+def flat(spans):
     """The vectors of spans, in order."""
     return [vector for span in spans for vector in span]
 
 
-def build_layer(
-    out_features: int, in_features: int, rank: int, scale: float, dtype: torch.dtype, seed: int = 0
-) -> SwitchLoraLinear:
+def build_layer(out_features, in_features, rank, scale, dtype, seed=0):
     """A layer with balanced initial candidates and a random weight of variance 1 / in."""
     bounds = balanced_bounds(out_features, in_features, rank)
     layer = SwitchLoraLinear(in_features, out_features, rank, scale, bounds)
@@ -47,13 +42,7 @@ def build_layer(
     return layer.to(dtype)
 
 
-def build_rule(
-    keys: AdamWConfig | MuonConfig,
-    layers: Mapping[str, LowRankLinear],
-    plan: Plan | None = None,
-    compute_dtype: torch.dtype = torch.float32,
-    compile_step: bool = False,
-) -> VectorAdamW | FactorMuon:
+def build_rule(keys, layers, plan=None, compute_dtype=torch.float32, compile_step=False):
     """A rule for all vectors; by default its plan never switches."""
     if plan is None:
         rank = next(iter(layers.values())).rank
@@ -64,7 +53,7 @@ def build_rule(
     return VectorAdamW(keys, Factors(layers), plan, compile_step)
 
 
-def step_rule(rule: VectorAdamW | FactorMuon, frozen: Sequence[VectorSpan] = ()) -> None:
+def step_rule(rule, frozen=()):
     """Steps a rule of `build_rule`, which holds these vectors still."""
     plan = rule._plan
     for factor, layer, vectors in frozen:
@@ -73,15 +62,7 @@ def step_rule(rule: VectorAdamW | FactorMuon, frozen: Sequence[VectorSpan] = ())
     rule.step()
 
 
-def build_optimizer(
-    config: SwitchLoraConfig,
-    keys: AdamWConfig | MuonConfig,
-    layers: list[SwitchLoraLinear],
-    num_steps: int,
-    candidates: Candidates | None = None,
-    seed: int = 0,
-    compile_step: bool = False,
-) -> SwitchLoraOptimizer:
+def build_optimizer(config, keys, layers, num_steps, candidates=None, seed=0, compile_step=False):
     """An optimizer of these layers only, named layer0, layer1, ...; no full-rank parameters."""
     named = {f"layer{index}": layer for index, layer in enumerate(layers)}
     plan = Plan(config, num_steps, np.array([layer.num_candidates for layer in layers]))
@@ -95,25 +76,25 @@ def build_optimizer(
     )
 
 
-def freeze_steps_left(state: dict[str, torch.Tensor], freeze_steps: int) -> torch.Tensor:
+def freeze_steps_left(state, freeze_steps):
     """Steps for which each vector is still frozen, [2, layers, rank], from an optimizer's state."""
     since = state["switch.step"] - state["switch.last_switched"].flip(0)
     return (freeze_steps - since).clamp(min=0)
 
 
-def vector_steps(optimizer: SwitchLoraOptimizer) -> torch.Tensor:
+def vector_steps(optimizer):
     """Steps since each vector's reset, [2, layers, rank]."""
     return torch.from_numpy(optimizer._plan.num_updates().copy())
 
 
-def set_gradients(layers: list[LowRankLinear], value: float) -> None:
+def set_gradients(layers, value):
     """The same gradient for every element of every factor."""
     for layer in layers:
         for factor in (layer.lora_a, layer.lora_b):
             factor.grad = torch.full_like(factor, value)
 
 
-def effective_weight(layer: LowRankLinear) -> torch.Tensor:
+def effective_weight(layer):
     """W + s B A in float64."""
     weight, lora_a, lora_b = (
         tensor.detach().to(torch.float64) for tensor in (layer.weight, layer.lora_a, layer.lora_b)
@@ -121,14 +102,12 @@ def effective_weight(layer: LowRankLinear) -> torch.Tensor:
     return weight + layer.scale * lora_b.T @ lora_a
 
 
-def relative_change(after: torch.Tensor, before: torch.Tensor) -> float:
+def relative_change(after, before):
     """|after - before| / |before| in Frobenius norms."""
     return ((after - before).norm() / before.norm()).item()
 
 
-def requested_and_switched(
-    optimizer: SwitchLoraOptimizer, num_steps: int
-) -> tuple[np.ndarray, np.ndarray]:
+def requested_and_switched(optimizer, num_steps):
     """Switches `num_steps` times; returns how many vectors of each layer were due and switched."""
     plan, requested = optimizer._plan, 0
     for _ in range(num_steps):
@@ -137,12 +116,12 @@ def requested_and_switched(
     return np.asarray(requested), plan.num_switched
 
 
-def limit_elements(monkeypatch: Any, per_call: int = 2**25, in_cache: int = 2**16) -> None:
+def limit_elements(monkeypatch, per_call=2**25, in_cache=2**16):
     """Limits the groups of factors, and the blocks that a CPU updates at a time."""
     monkeypatch.setattr(update, "_ELEMENTS_PER_CALL", per_call)
     monkeypatch.setattr(update, "_ELEMENTS_IN_CACHE", in_cache)
 
 
-def draw_few_at_a_time(monkeypatch: Any, num_elements: int) -> None:
+def draw_few_at_a_time(monkeypatch, num_elements):
     """Draws random vectors in parts of so many elements."""
     monkeypatch.setattr(random, "_DRAWN_AT_A_TIME", num_elements)

@@ -97,50 +97,33 @@ class ReferenceLayer(nn.Module):
     @torch.no_grad()
     def update(self, lr, betas, eps, weight_decay):
         """AdamW on each vector, then decrements the freeze timers."""
-        for i in range(self.rank):
-            for vector, gradient, moments, steps, rest in (
-                (
-                    self.A[i],
-                    self.A.grad[i],
-                    [m[i] for m in self.moments_a],
-                    self.steps_a,
-                    self.rest_a,
-                ),
-                (
-                    self.B[:, i],
-                    self.B.grad[:, i],
-                    [m[:, i] for m in self.moments_b],
-                    self.steps_b,
-                    self.rest_b,
-                ),
-            ):
-                if rest[i] > 0:
-                    gradient = torch.zeros_like(gradient)
+        moments_b = [moment.T for moment in self.moments_b]
+        for vectors, gradients, moments, steps, rest in (
+            (self.A, self.A.grad, self.moments_a, self.steps_a, self.rest_a),
+            (self.B.T, self.B.grad.T, moments_b, self.steps_b, self.rest_b),
+        ):
+            for i in range(self.rank):
+                gradient = torch.zeros_like(gradients[i]) if rest[i] > 0 else gradients[i]
                 steps[i] += 1
-                moments[0].copy_(betas[0] * moments[0] + (1 - betas[0]) * gradient)
-                moments[1].copy_(betas[1] * moments[1] + (1 - betas[1]) * gradient**2)
+                mean, square = moments[0][i], moments[1][i]
+                mean.copy_(betas[0] * mean + (1 - betas[0]) * gradient)
+                square.copy_(betas[1] * square + (1 - betas[1]) * gradient**2)
                 if rest[i] > 0:
                     rest[i] -= 1
                     continue
-                mean = moments[0] / (1 - betas[0] ** steps[i])
-                square = moments[1] / (1 - betas[1] ** steps[i])
-                vector -= lr * weight_decay * vector
-                vector -= lr * mean / (square.sqrt() + eps)
+                mean = mean / (1 - betas[0] ** steps[i])
+                square = square / (1 - betas[1] ** steps[i])
+                vectors[i] -= lr * weight_decay * vectors[i]
+                vectors[i] -= lr * mean / (square.sqrt() + eps)
 
 
 class ReferenceSwitchLora:
     """One step of all layers; torch's AdamW trains the other parameters."""
 
-    def __init__(
-        self, layers, others, *, rates, interval, freeze_steps, lr, betas, eps, weight_decay
-    ):
-        self.layers, self.rates, self.interval, self.freeze_steps = (
-            layers,
-            rates,
-            interval,
-            freeze_steps,
-        )
-        self.hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    def __init__(self, layers, others, rates, interval, freeze_steps, **hyper):
+        self.layers, self.rates = layers, rates
+        self.interval, self.freeze_steps = interval, freeze_steps
+        self.hyper = hyper  # of AdamW
         self.dense = torch.optim.AdamW(others, foreach=False, **self.hyper)
         self.step_number = 0
         self.num_switched = [0] * len(layers)

@@ -9,7 +9,6 @@ import torch
 from support.commands import run
 from support.tiny import tiny_trainer, train_steps
 from switchtitan.distributed.world import stop_world
-from switchtitan.training.trainer import Trainer
 
 TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 270
 _EVERY_FIVE_STEPS = (
@@ -30,15 +29,19 @@ class Trained(NamedTuple):
     """Of `TOKENS`, from the model that was trained."""
 
 
-def train_and_export(folder: Path) -> Trained:
+def _quiet():
+    """As in a process of its own, in which no run has set up its log."""
+    logging.getLogger("switchtitan").setLevel(logging.WARNING)
+
+
+def train_and_export(folder):
     """Trains a tiny run in `folder / "run"`, and exports its newest checkpoint."""
     trainer = tiny_trainer(folder, "switchlora", *_EVERY_FIVE_STEPS)
     trainer.train()
     with torch.no_grad():
         logits = trainer.stepper.model(TOKENS, torch.zeros_like(TOKENS, dtype=torch.int32))
     stop_world()
-    # As in a process of its own, in which no run has set up its log.
-    logging.getLogger("switchtitan").setLevel(logging.WARNING)
+    _quiet()
     (config,) = folder.glob("*.toml")
     outcome = run("export", folder / "run")
     assert outcome.status == 0, outcome.errors
@@ -48,25 +51,24 @@ def train_and_export(folder: Path) -> Trained:
     return Trained(folder / "run", config, exported, loss, logits)
 
 
-def train_and_save(folder: Path, method: str, *overrides: str, num_steps: int = 7) -> Trainer:
+def train_and_save(folder, method, *overrides, num_steps=7):
     """Trains a tiny run, saves and closes it; its folder is `folder / "run"`."""
     trainer = tiny_trainer(folder, method, *overrides)
     train_steps(trainer, num_steps)
     trainer.save()
     trainer.checkpointer.finish()
     trainer.close()
-    # As in a process of its own, in which no run has set up its log.
-    logging.getLogger("switchtitan").setLevel(logging.WARNING)
+    _quiet()
     return trainer
 
 
-def save_run(folder: Path, method: str = "switchlora", *overrides: str, num_steps: int = 7) -> Path:
+def save_run(folder, method="switchlora", num_steps=7):
     """Trains a tiny run and saves it; returns its folder."""
-    train_and_save(folder, method, *overrides, num_steps=num_steps)
+    train_and_save(folder, method, num_steps=num_steps)
     return folder / "run"
 
 
-def save_qwen(folder: Path, tokenizer_folder: Path, **settings: object) -> None:
+def save_qwen(folder, tokenizer_folder, **settings):
     """Saves a random Qwen2 with clearly different logits, and a tokenizer of 270 tokens."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 

@@ -1,10 +1,7 @@
 """Runs that take steps on fake CUDA: every method, and every option that a step depends on."""
 
-from pathlib import Path
-
 from support.packages import HAS_TORCHAO
 from support.tiny import tiny_config
-from switchtitan.job.config import JobConfig
 
 NUM_RANKS = 8
 PERIOD = 2
@@ -109,16 +106,16 @@ _OFTEN = {
 2, 4, ..."""
 
 
-def num_steps_of(name: str) -> int:
+def num_steps_of(name):
     """Returns the number of steps of a case: the first, which fills caches, and a period."""
     return 6 if name in LONG else 1 + PERIOD
 
 
-def method_of(name: str) -> str:
+def method_of(name):
     return CASES[name].split()[0]
 
 
-def config_of(folder: Path, name: str) -> JobConfig:
+def config_of(folder, name):
     """Returns the configuration of a case, on `NUM_RANKS` ranks."""
     method, *options = CASES[name].split()
     # One sequence per rank and micro-batch; one block, unless options copy activations.

@@ -1,8 +1,6 @@
 """Steps, saves and measurements of a rank on fake CUDA; called in new processes."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -11,10 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from support.fake_cuda import kernel_checks, plants, python_api
 from support.fake_cuda.cases import CASES, NUM_RANKS, ON_CPU, UNEVEN
-from support.fake_cuda.races import FindRaces
 from support.fake_cuda.steps import (
-    Collectives,
-    Observed,
     collectives_on_cpu,
     observe,
     observed_stepper,
@@ -24,7 +19,6 @@ from switchtitan.checkpoint.save import CheckpointTensors, copy_to_host
 from switchtitan.distributed.rows import RowExchange
 from switchtitan.distributed.shards import local
 from switchtitan.observability.region_times import RegionTimes
-from switchtitan.training.step import Stepper
 
 TIMED = ("switchlora", "host candidates", "relora", "sharded accumulation")
 """Cases whose regions are timed."""
@@ -33,19 +27,19 @@ SAVED = ("switchlora, HSDP", "host candidates, HSDP")
 VOCABULARIES = (32100, 32000, 32104)
 
 
-def steps_of_first_rank(folder: str) -> dict[str, Any]:
+def steps_of_first_rank(folder):
     """Returns what rank 0 does in steps of all cases."""
-    found: dict[str, Any] = {"steps": {}}
+    found = {"steps": {}}
     for name in CASES:
         with observed_stepper(Path(folder), name, 0) as (stepper, races):
             found["steps"][name] = steps_of(stepper, name, races)
     return found | {"on a CPU": _on_cpu(Path(folder), list(CASES), 0)}
 
 
-def steps_of_last_rank(folder: str) -> dict[str, Any]:
+def steps_of_last_rank(folder):
     """Returns what the rank with the fewest rows does in steps, and in what runs during them."""
     rank = NUM_RANKS - 1
-    found: dict[str, Any] = {"steps": {}, "times": {}, "saves": {}}
+    found = {"steps": {}, "times": {}, "saves": {}}
     for name in sorted(UNEVEN):
         with observed_stepper(Path(folder), name, rank) as (stepper, races):
             if name in TIMED:
@@ -58,7 +52,7 @@ def steps_of_last_rank(folder: str) -> dict[str, Any]:
     return found | {"on a CPU": _on_cpu(Path(folder), sorted(UNEVEN), rank)}
 
 
-def plants_and_kernels(folder: str) -> dict[str, Any]:
+def plants_and_kernels(folder):
     """Returns what observers find in what is planted, and kernels of rank 0."""
     return {
         "plants": plants.planted(Path(folder)),
@@ -67,7 +61,7 @@ def plants_and_kernels(folder: str) -> dict[str, Any]:
     }
 
 
-def _on_cpu(folder: Path, names: list[str], rank: int) -> dict[str, list[Collectives]]:
+def _on_cpu(folder, names, rank):
     return {name: collectives_on_cpu(folder, name, rank) for name in names if name in ON_CPU}
 
 
@@ -76,13 +70,11 @@ class LateEvent(python_api.FakeEvent):
 
     has_passed = False
 
-    def query(self) -> bool:
+    def query(self):
         return LateEvent.has_passed and super().query()
 
 
-def _timed_steps(
-    stepper: Stepper, name: str, races: FindRaces
-) -> tuple[list[Observed], dict[str, float]]:
+def _timed_steps(stepper, name, races):
     """Returns what is observed in steps whose regions are timed, and mean times."""
     LateEvent.has_passed = False
     with (
@@ -97,7 +89,7 @@ def _timed_steps(
 
 # Reads whether ranks disagree, for which fake tensors have no value.
 @patch.object(RowExchange, "check", lambda exchange: None)
-def _saves(stepper: Stepper, races: FindRaces) -> dict[str, Any]:
+def _saves(stepper, races):
     """Returns what each part of two saves does, also if none waits for copies, and their memory."""
     found = {"saves": [dict(parts) for parts in _two_saves(stepper, races)], **_memory(stepper)}
     with patch.object(python_api.FakeStream, "synchronize", lambda stream: None):
@@ -105,7 +97,7 @@ def _saves(stepper: Stepper, races: FindRaces) -> dict[str, Any]:
     return found
 
 
-def _two_saves(stepper: Stepper, races: FindRaces) -> Iterator[dict[str, Observed]]:
+def _two_saves(stepper, races):
     """Yields, by part: the search for values that are not finite, the collection of what is saved,
     its copies, reading them in the background, and the next step."""
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)
@@ -122,7 +114,7 @@ def _two_saves(stepper: Stepper, races: FindRaces) -> Iterator[dict[str, Observe
         yield {name: observe(part, races) for name, part in parts.items()}
 
 
-def _fake(tensors: CheckpointTensors) -> dict[str, Tensor]:
+def _fake(tensors):
     """Returns what is saved; tensors made from NumPy arrays, which are real, as fake ones."""
     return {
         name: tensor
@@ -132,7 +124,7 @@ def _fake(tensors: CheckpointTensors) -> dict[str, Tensor]:
     }
 
 
-def _memory(stepper: Stepper) -> dict[str, int]:
+def _memory(stepper):
     """Returns the bytes of a rank's tensors, and of the storages of their copies."""
     own = _fake(CheckpointTensors(stepper.model, stepper.optimizer))
     return {
@@ -142,6 +134,6 @@ def _memory(stepper: Stepper) -> dict[str, int]:
     }
 
 
-def _bytes_of_storages(tensors: dict[str, Tensor]) -> int:
+def _bytes_of_storages(tensors):
     storages = [local(tensor).untyped_storage() for tensor in tensors.values()]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

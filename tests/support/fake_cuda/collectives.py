@@ -7,33 +7,29 @@ work of the current stream.
 (torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp)
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 
 from support.fake_cuda import python_api
 from support.fake_cuda.operations import arguments_of, tensors_in
-from support.fake_cuda.python_api import Actor, Clock
+from support.fake_cuda.python_api import Actor
 from switchtitan.observability.collectives import group_of
 
 WAIT = "_c10d_functional::wait_tensor"
 _NAMESPACES = ("c10d", "_c10d_functional")
 
-_streams: dict[str, Actor] = {}
+_streams = {}
 """By the name of the process group."""
-_ends_of_works: dict[dist.Work, Clock] = {}
+_ends_of_works = {}
 """Work -> what has ended once it is waited for. Works are known by their Python objects."""
-_ends_of_results: dict[int, Clock] = {}
+_ends_of_results = {}
 """Address of a functional collective's result -> the same."""
-_tensors_of_works: dict[dist.Work, list[Tensor]] = {}
+_tensors_of_works = {}
 """The tensors that a work keeps alive until it is waited for."""
 
 
-def stream_of(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Actor | None:
+def stream_of(func, args, kwargs):
     """Returns the stream of an asynchronous collective; None for any other operation."""
     if func.namespace not in _NAMESPACES or not _is_asynchronous(func, args, kwargs):
         return None
@@ -41,7 +37,7 @@ def stream_of(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Actor | None
     return _streams.setdefault(name, Actor(f"the stream of group {name}"))
 
 
-def start(stream: Actor, tensors: list[Tensor], result: Any) -> None:
+def start(stream, tensors, result):
     """Lets others wait for the collective that `stream` has started last.
 
     Args:
@@ -57,30 +53,30 @@ def start(stream: Actor, tensors: list[Tensor], result: Any) -> None:
             _ends_of_results[tensor.untyped_storage()._cdata] = dict(stream.clock)
 
 
-def wait_for_result(tensor: Tensor) -> None:
+def wait_for_result(tensor):
     """Makes the current stream wait for a functional collective. Later calls do nothing."""
     end = _ends_of_results.pop(tensor.untyped_storage()._cdata, {})
     python_api.current_stream().actor.wait_for(end)
 
 
-def forget_streams() -> None:
+def forget_streams():
     """Forgets all process groups and their works."""
     for known in (_streams, _ends_of_works, _ends_of_results, _tensors_of_works):
         known.clear()
 
 
-def install() -> None:
+def install():
     """Lets `Work.wait` of the fake process group be seen, for the rest of this process."""
     FakeWork.wait = FakeWork.synchronize = _wait_for_work
 
 
-def _wait_for_work(work: dist.Work, timeout: object = None) -> bool:
+def _wait_for_work(work, timeout=None):
     python_api.current_stream().actor.wait_for(_ends_of_works.get(work, {}))
     _tensors_of_works.pop(work, None)
     return True
 
 
-def _is_asynchronous(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+def _is_asynchronous(func, args, kwargs):
     if func.namespace == "_c10d_functional":
         return True
     return all(

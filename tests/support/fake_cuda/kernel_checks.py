@@ -1,9 +1,7 @@
 """Kernels of switches, updates and losses on fake CUDA tensors."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +12,7 @@ from support.fake_cuda.kernels import CountKernels
 from support.fake_cuda.steps import fake_cuda_stepper
 from support.tiny import tiny_config
 from switchtitan.distributed.config import CompileConfig
-from switchtitan.job.config import JobConfig, parse_arguments
+from switchtitan.job.config import parse_arguments
 from switchtitan.models.head import Head
 from switchtitan.models.loss import CrossEntropy
 
@@ -37,7 +35,7 @@ NUM_TOKENS, DIM = 36864, 1024
 """Of a micro-batch of the published 350M run."""
 
 
-def kernels_of_switches(folder: Path, rank: int) -> dict[str, dict[str, int]]:
+def kernels_of_switches(folder, rank):
     """Returns the kernels of a step's switch by case and operation; "addmm_" is a layer's fold."""
     uncompiled = [f"--compile.{key}=false" for key in CompileConfig.model_fields]
     configs = {
@@ -52,12 +50,12 @@ def kernels_of_switches(folder: Path, rank: int) -> dict[str, dict[str, int]]:
     return {name: _kernels_of_switch(config, rank) for name, config in configs.items()}
 
 
-def _config(folder: Path, words: str) -> JobConfig:
+def _config(folder, words):
     words += " --training.local_batch_size 1"
     return tiny_config(folder, "switchlora", *words.split(), num_ranks=NUM_RANKS)
 
 
-def _kernels_of_switch(config: JobConfig, rank: int) -> dict[str, int]:
+def _kernels_of_switch(config, rank):
     with fake_cuda_stepper(config, NUM_RANKS, rank) as stepper:
         # This step takes none of the vectors that the previous one puts back.
         stepper.optimizer.switch()
@@ -66,7 +64,7 @@ def _kernels_of_switch(config: JobConfig, rank: int) -> dict[str, int]:
     return dict(kernels.counts)
 
 
-def kernels_of_updates(folder: Path, rank: int) -> dict[str, dict[str, int]]:
+def kernels_of_updates(folder, rank):
     """Returns the kernels of the update of all factors by case and operation.
 
     Regions that are compiled run eagerly; "compiled" counts their calls if `[compile] optimizer` is
@@ -90,8 +88,8 @@ def kernels_of_updates(folder: Path, rank: int) -> dict[str, dict[str, int]]:
     return results
 
 
-def _as_one_kernel(region: Callable[..., Any], kernels: CountKernels) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
+def _as_one_kernel(region, kernels):
+    def call(*args, **kwargs):
         counts = kernels.counts.copy()
         result = region(*args, **kwargs)
         kernels.counts = counts + Counter(compiled=1)
@@ -100,13 +98,13 @@ def _as_one_kernel(region: Callable[..., Any], kernels: CountKernels) -> Callabl
     return call
 
 
-def kernels_of_loss(vocabulary: int) -> tuple[dict[str, int], list[tuple[int, ...]]]:
+def kernels_of_loss(vocabulary):
     """Returns the kernels of the eager loss and its backward pass in bf16, by operation, and the
     strides of the logits of each chunk."""
-    strides: list[tuple[int, ...]] = []
+    strides = []
 
     class Count(CountKernels):
-        def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+        def count(self, func, args, kwargs, result):
             super().count(func, args, kwargs, result)
             if func is torch.ops.aten.mm.out and kwargs["out"].shape[1] == vocabulary:
                 strides.append(kwargs["out"].stride())

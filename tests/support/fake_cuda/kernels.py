@@ -2,11 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from support.fake_cuda.operations import is_on_cuda, tensors_in
 from switchtitan.observability.collectives import CountingMode
@@ -39,11 +36,11 @@ class CountKernels(CountingMode):
         counts: by the name of the operation; lists also say "fast" or "slow".
     """
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.counts: Counter[str] = Counter()
+        self.counts = Counter()
 
-    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+    def count(self, func, args, kwargs, result):
         if not any(map(is_on_cuda, tensors_in((args, kwargs, result)))):
             return
         namespace, _, name = func.name().split(".")[0].partition("::")
@@ -58,7 +55,7 @@ class CountKernels(CountingMode):
             self.counts[name] += 1
 
 
-def _is_list_of_tensors(argument: object) -> bool:
+def _is_list_of_tensors(argument):
     return (
         isinstance(argument, (list, tuple))
         and bool(argument)
@@ -66,7 +63,7 @@ def _is_list_of_tensors(argument: object) -> bool:
     )
 
 
-def _takes_fast_path(lists: list[list[Tensor]]) -> bool:
+def _takes_fast_path(lists):
     """Whether each list has one dtype, all tensors are dense, and entries of a position match.
 
     (aten/src/ATen/native/ForeachUtils.h)
@@ -81,7 +78,7 @@ def _takes_fast_path(lists: list[list[Tensor]]) -> bool:
     )
 
 
-def _num_launches(lists: list[list[Tensor]]) -> int:
+def _num_launches(lists):
     num_launches = num_tensors = num_blocks = 0
     for tensor in lists[0]:
         num_tensors += 1

@@ -1,7 +1,6 @@
 """Checks of memory snapshots on fake CUDA; each function runs in a new process."""
 
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -12,12 +11,12 @@ from switchtitan.observability.config import ProfilerConfig
 from switchtitan.observability.profiler import Profiler, snapshot_if_memory_runs_out
 
 
-def snapshot_of_a_step_that_runs_out(folder: str, step: int | None) -> dict[str, Any]:
+def snapshot_of_a_step_that_runs_out(folder, step):
     """Returns what happens if a step of a rank runs out of memory."""
     with observed_stepper(Path(folder), "full rank", 0) as (stepper, _):
         failure = torch.OutOfMemoryError("CUDA out of memory")
 
-        def run_out(*_: object) -> None:
+        def run_out(*_):
             raise failure
 
         python_api.memory_calls.clear()
@@ -31,7 +30,7 @@ def snapshot_of_a_step_that_runs_out(folder: str, step: int | None) -> dict[str,
     return {"is_same": is_same, "files": files, "calls": list(python_api.memory_calls)}
 
 
-def snapshots_of_other_ends(folder: str) -> dict[str, Any]:
+def snapshots_of_other_ends(folder):
     """Returns the files after a run that ends with another error, one on request, one that resumed
     after the requested step, one of another rank, and one on a full disk."""
     root = Path(folder)
@@ -40,7 +39,7 @@ def snapshots_of_other_ends(folder: str) -> dict[str, Any]:
             raise ValueError("another")
     except ValueError:
         pass
-    found: dict[str, Any] = {"calls": {}}
+    found = {"calls": {}}
     for name, rank, steps_done in (("request", 0, 5), ("resumed", 0, 8), ("other rank", 1, 5)):
         python_api.memory_calls.clear()
         config = ProfilerConfig(memory_snapshot_step=7)

@@ -1,12 +1,9 @@
 """The tensors, arguments and caller of an operation of torch's dispatcher."""
 
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 import switchtitan
 
@@ -14,14 +11,14 @@ _PROJECT = str(Path(switchtitan.__file__).parent)
 _COUNTERS = "collectives.py"
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
+def tensors_in(tree):
     """Returns the tensors in nested sequences and mappings; faster than torch's pytrees."""
-    found: list[Tensor] = []
+    found = []
     _collect(tree, found)
     return found
 
 
-def _collect(tree: Any, found: list[Tensor]) -> None:
+def _collect(tree, found):
     if isinstance(tree, torch.Tensor):
         found.append(tree)
     elif isinstance(tree, (list, tuple)):
@@ -32,12 +29,12 @@ def _collect(tree: Any, found: list[Tensor]) -> None:
             _collect(part, found)
 
 
-def is_on_cuda(tensor: Tensor) -> bool:
+def is_on_cuda(tensor):
     """Like `tensor.is_cuda`, which dispatches an operation for a fake tensor."""
     return tensor.device.type == "cuda"
 
 
-def arguments_of(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+def arguments_of(func, args, kwargs):
     """Yields each argument of the operation's schema, and its value or default."""
     for position, argument in enumerate(func._schema.arguments):
         if position < len(args):
@@ -46,7 +43,7 @@ def arguments_of(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[
             yield argument, kwargs.get(argument.name, argument.default_value)
 
 
-def project_line() -> str:
+def project_line():
     """The innermost line of `switchtitan` outside of counters; "torch" if there is none."""
     frame = sys._getframe(1)
     while frame is not None:

@@ -1,15 +1,11 @@
 """Mistakes planted on fake CUDA, which observers must find; and what looks alike and is right."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
-from torch import Tensor
 
 from support.fake_cuda.kernels import CountKernels
 from support.fake_cuda.python_api import FakeEvent, FakeStream
@@ -24,7 +20,7 @@ Found = dict[str, dict[str, list[str]]]
 DEVICE = torch.device("cuda", 0)
 
 
-def planted(folder: Path) -> dict[str, Any]:
+def planted(folder):
     """Returns what is found by kind of plant."""
     with observed_stepper(folder, "gathered once", 0) as (stepper, races):
         return {
@@ -37,11 +33,11 @@ def planted(folder: Path) -> dict[str, Any]:
         }
 
 
-def _found(plants: dict[str, dict[str, Any]], find: Callable[[Any], list[str]]) -> Found:
+def _found(plants, find):
     return {kind: {name: find(plants[kind][name]) for name in plants[kind]} for kind in plants}
 
 
-COPIES: dict[str, dict[str, Callable[[Tensor], object]]] = {
+COPIES = {
     "wrong": {
         "number": lambda table: table.__setitem__(3, 5),
         "pageable": lambda table: torch.ones(4).to(table.device, non_blocking=True),
@@ -54,7 +50,7 @@ COPIES: dict[str, dict[str, Callable[[Tensor], object]]] = {
         "page-locked": lambda table: torch.ones(4).pin_memory().to(table.device, non_blocking=True),
     },
 }
-READS: dict[str, dict[str, Callable[[Tensor], object]]] = {
+READS = {
     "wrong": {
         "item": lambda table: table[0].item(),
         "bool": lambda table: bool(table.isfinite().all()),
@@ -70,14 +66,14 @@ READS: dict[str, dict[str, Callable[[Tensor], object]]] = {
 }
 
 
-def _blocking_copies(plant: Callable[[Tensor], object]) -> list[str]:
+def _blocking_copies(plant):
     table = torch.zeros(8, device=DEVICE)
     with FindBlockingCopies() as copies:
         plant(table)
     return copies.found
 
 
-def _reads(plant: Callable[[Tensor], object]) -> list[str]:
+def _reads(plant):
     """Returns the reads that are found, or the exception."""
     table = torch.zeros(8, device=DEVICE)
     with FindHostReads() as reads:
@@ -91,16 +87,16 @@ def _reads(plant: Callable[[Tensor], object]) -> list[str]:
 class _StreamWithEmptyEvents(FakeStream):
     """A stream whose events record nothing, so that no one waits for its work."""
 
-    def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
+    def record_event(self, event=None):
         return event or FakeEvent()
 
 
-def _read_at_once(copy: CopyToHost) -> Tensor:
+def _read_at_once(copy):
     copy.source = None
     return copy.destination
 
 
-BACKGROUND_COPIES: dict[str, dict[str, Any]] = {
+BACKGROUND_COPIES = {
     "wrong": {
         "other streams are deaf": patch.object(FakeStream, "wait_stream", lambda *_: None),
         "events record nothing": patch.object(torch.cuda, "Stream", _StreamWithEmptyEvents),
@@ -111,7 +107,7 @@ BACKGROUND_COPIES: dict[str, dict[str, Any]] = {
 }
 
 
-def _races_of_background_copies(mistake: Any) -> list[str]:
+def _races_of_background_copies(mistake):
     """Copies to the host and from the host, as host candidates do."""
     with mistake, FindRaces() as races:
         copies = HostCopies(DEVICE)
@@ -126,30 +122,30 @@ def _races_of_background_copies(mistake: Any) -> list[str]:
 class _Gather:
     """An asynchronous all_gather of `own` into `full`, over two ranks."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.groups = [dist.new_group([0, 1]) for _ in range(2)]
         self.own, self.full = (torch.ones(size, device=DEVICE) for size in (8, 16))
         self.work = self.start(self.full, 0)
 
-    def start(self, full: Tensor, group: int) -> dist.Work:
+    def start(self, full, group):
         work = dist.all_gather_single(full, self.own, group=self.groups[group], async_op=True)
         assert work is not None
         return work
 
-    def wait(self) -> "_Gather":
+    def wait(self):
         self.work.wait()
         return self
 
-    def wait_for_another(self, group: int) -> "_Gather":
+    def wait_for_another(self, group):
         self.start(self.full.new_empty(16), group).wait()
         return self
 
-    def wait_in_another_stream(self) -> "_Gather":
+    def wait_in_another_stream(self):
         with torch.cuda.stream(torch.cuda.Stream()):
             return self.wait()
 
 
-COLLECTIVES: dict[str, dict[str, Callable[[_Gather], object]]] = {
+COLLECTIVES = {
     "wrong": {
         "the result is read at once": lambda gather: gather.full.mul(2),
         "the input is written at once": lambda gather: gather.own.add_(1),
@@ -170,14 +166,14 @@ COLLECTIVES: dict[str, dict[str, Callable[[_Gather], object]]] = {
 }
 
 
-def _races_of_collective(use: Callable[[_Gather], object]) -> list[str]:
+def _races_of_collective(use):
     with FindRaces() as races:
         use(_Gather())
     return races.found
 
 
 _clip = Stepper.clip_gradients
-STEPS: dict[str, Callable[[Stepper], Any]] = {
+STEPS = {
     "nothing": lambda stepper: nullcontext(),
     "item": lambda stepper: _clipping(stepper, lambda norm: norm.item()),
     "collective": lambda stepper: _clipping(stepper, stepper.world.sum),
@@ -188,11 +184,11 @@ STEPS: dict[str, Callable[[Stepper], Any]] = {
 """Name -> a patch with which a step makes a mistake."""
 
 
-def _clipping(stepper: Stepper, then: Callable[[Tensor], object]) -> Any:
+def _clipping(stepper, then):
     return patch.object(stepper, "clip_gradients", lambda loss: then(_clip(stepper, loss)))
 
 
-def _observed(stepper: Stepper, plant: Callable[[Stepper], Any], races: FindRaces) -> list:
+def _observed(stepper, plant, races):
     """Returns what is observed in a step, or the exception."""
     with plant(stepper):
         try:
@@ -201,7 +197,7 @@ def _observed(stepper: Stepper, plant: Callable[[Stepper], Any], races: FindRace
             return [str(error)]
 
 
-def _kernels_of_switches(stepper: Stepper) -> list[int]:
+def _kernels_of_switches(stepper):
     """Returns the number of kernels of a switch without and with an operation for each layer."""
     weights = [parameter for parameter in stepper.model.parameters() if parameter.ndim == 2]
     counts = []

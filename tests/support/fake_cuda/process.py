@@ -10,27 +10,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 _SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 
 
-def compiler() -> str | None:
+def compiler():
     """The C++ compiler, from $CXX or $PATH; None if not found."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def has_cuda_build() -> bool:
+def has_cuda_build():
     """Whether torch is built with CUDA, and so has a device of its own to register."""
     return (_torch_folder() / "lib" / "libtorch_cuda.so").exists()
 
 
-def _torch_folder() -> Path:
+def _torch_folder():
     """The folder of the package torch, which is not imported."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
@@ -44,7 +42,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def run_check(check: Callable[..., Any], *arguments: Any, timeout_s: float = 1800) -> Any:
+def run_check(check, *arguments, timeout_s=1800):
     """Returns `check(*arguments)`, called in a new process; arguments and result are JSON.
 
     Args:
@@ -66,7 +64,7 @@ def run_check(check: Callable[..., Any], *arguments: Any, timeout_s: float = 180
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def _load() -> None:
+def _load():
     """Adds a CUDA device that does nothing to the torch that this process imports later."""
     torch_folder = _torch_folder()
     library = _build(torch_folder)
@@ -76,7 +74,7 @@ def _load() -> None:
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-def _build(torch_folder: Path) -> Path:
+def _build(torch_folder):
     """The library for this source, torch and compiler, in the user's cache folder."""
     key = hashlib.sha256(
         _SOURCE.read_bytes() + f"{version('torch')} {compiler()}".encode()
@@ -98,7 +96,7 @@ def _build(torch_folder: Path) -> Path:
     return library
 
 
-def _main() -> None:
+def _main():
     _load()
     # Imports torch, after the library.
     from support.fake_cuda import collectives, python_api

@@ -7,13 +7,10 @@ Whoever waits for an actor learns what that actor knows.
 """
 
 import weakref
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
@@ -24,22 +21,22 @@ class Actor:
         clock: actor -> its last operation that has ended before the next operation of this one.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name):
         self.name = name
-        self.clock: Clock = {}
+        self.clock = {}
 
-    def advance(self) -> int:
+    def advance(self):
         """Counts an operation; returns its number, from 1."""
         self.clock[self] = self.clock.get(self, 0) + 1
         return self.clock[self]
 
-    def wait_for(self, clock: "Clock") -> None:
+    def wait_for(self, clock):
         """Starts the next operation after all that `clock` has seen."""
         for actor, number in clock.items():
             if number > self.clock.get(actor, 0):
                 self.clock[actor] = number
 
-    def has_seen(self, actor: "Actor", number: int) -> bool:
+    def has_seen(self, actor, number):
         """Whether this operation of `actor` has ended before the next operation of this one."""
         return self.clock.get(actor, 0) >= number
 
@@ -52,45 +49,45 @@ host = Actor("the host")
 class PinnedMemory:
     """The page-locked host memory: fake tensors do not have this flag."""
 
-    def __init__(self) -> None:
-        self._storages: set[int] = set()
+    def __init__(self):
+        self._storages = set()
 
-    def add(self, tensor: Tensor) -> None:
+    def add(self, tensor):
         storage = tensor.untyped_storage()
         self._storages.add(storage._cdata)
         weakref.finalize(storage, self._storages.discard, storage._cdata)
 
-    def __contains__(self, tensor: Tensor) -> bool:
+    def __contains__(self, tensor):
         return tensor.untyped_storage()._cdata in self._storages
 
 
 pinned_memory = PinnedMemory()
-host_waits: list[str] = []
+host_waits = []
 """Calls for which the host waits for the device, since the last clear."""
 
 
 class FakeEvent:
     """A `torch.cuda.Event`."""
 
-    def __init__(self, *args: Any, **keys: Any) -> None:
-        self._clock: Clock = {}
+    def __init__(self, *args, **keys):
+        self._clock = {}
 
-    def record(self, stream: "FakeStream | None" = None) -> None:
+    def record(self, stream=None):
         self._clock = dict((stream or current_stream()).actor.clock)
 
-    def wait(self, stream: "FakeStream | None" = None) -> None:
+    def wait(self, stream=None):
         (stream or current_stream()).actor.wait_for(self._clock)
 
-    def query(self) -> bool:
+    def query(self):
         # True: so the host knows that the event's work has ended.
         host.wait_for(self._clock)
         return True
 
-    def synchronize(self) -> None:
+    def synchronize(self):
         host_waits.append("Event.synchronize")
         host.wait_for(self._clock)
 
-    def elapsed_time(self, end: "FakeEvent") -> float:
+    def elapsed_time(self, end):
         """Milliseconds: always 1. As CUDA, refuses events that may not have ended."""
         for event in (self, end):
             if not all(host.has_seen(actor, number) for actor, number in event._clock.items()):
@@ -104,22 +101,22 @@ class FakeStream:
     device = torch.device("cuda", 0)
     _num_streams = 0
 
-    def __init__(self, *args: Any, **keys: Any) -> None:
+    def __init__(self, *args, **keys):
         self.actor = Actor(f"stream {FakeStream._num_streams}")
         FakeStream._num_streams += 1
 
-    def wait_stream(self, stream: "FakeStream") -> None:
+    def wait_stream(self, stream):
         self.actor.wait_for(stream.actor.clock)
 
-    def wait_event(self, event: FakeEvent) -> None:
+    def wait_event(self, event):
         event.wait(self)
 
-    def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
+    def record_event(self, event=None):
         event = event or FakeEvent()
         event.record(self)
         return event
 
-    def synchronize(self) -> None:
+    def synchronize(self):
         host_waits.append("Stream.synchronize")
         host.wait_for(self.actor.clock)
 
@@ -127,19 +124,19 @@ class FakeStream:
 _current_streams = [FakeStream()]
 
 
-def forget_streams() -> None:
+def forget_streams():
     """Starts with a new default stream, after which no work of others is known."""
     host.clock.clear()
     _current_streams[:] = [FakeStream()]
 
 
-def current_stream(device: object = None) -> FakeStream:
+def current_stream(device=None):
     """`torch.cuda.current_stream`; stream 0 is the default."""
     return _current_streams[-1]
 
 
 @contextmanager
-def _stream(stream: FakeStream) -> Iterator[None]:
+def _stream(stream):
     _current_streams.append(stream)
     try:
         yield
@@ -147,19 +144,19 @@ def _stream(stream: FakeStream) -> Iterator[None]:
         _current_streams.pop()
 
 
-recorded_streams: dict[int, list[FakeStream]] = {}
+recorded_streams = {}
 """Address of a storage -> the streams that `record_stream` has named for it."""
 
 
-def _record_stream(tensor: Tensor, stream: FakeStream) -> None:
+def _record_stream(tensor, stream):
     recorded_streams.setdefault(tensor.untyped_storage()._cdata, []).append(stream)
 
 
-def _synchronize(device: object = None) -> None:
+def _synchronize(device=None):
     host_waits.append("synchronize")
 
 
-def _pin_memory(tensor: Tensor, device: object = None) -> Tensor:
+def _pin_memory(tensor, device=None):
     pinned = tensor.clone()
     pinned_memory.add(pinned)
     return pinned
@@ -168,25 +165,25 @@ def _pin_memory(tensor: Tensor, device: object = None) -> Tensor:
 _data_ptr = torch.Tensor.data_ptr
 
 
-def _address(tensor: Tensor) -> int:
+def _address(tensor):
     """`Tensor.data_ptr`; of a fake tensor, which has no memory, what tells storages apart."""
     return tensor.untyped_storage()._cdata if isinstance(tensor, FakeTensor) else _data_ptr(tensor)
 
 
-memory_calls: list[str] = []
+memory_calls = []
 """Calls that record and write the history of memory."""
 
 
-def _record_memory_history(**keys: object) -> None:
+def _record_memory_history(**keys):
     memory_calls.append(f"record({', '.join(f'{key}={value}' for key, value in keys.items())})")
 
 
-def _dump_snapshot(filename: str) -> None:
+def _dump_snapshot(filename):
     memory_calls.append("dump")
     Path(filename).write_bytes(b"")
 
 
-def install() -> None:
+def install():
     """Replaces the functions of `torch.cuda` for the rest of this process."""
     functions = {
         "Stream": FakeStream,

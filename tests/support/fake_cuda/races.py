@@ -1,14 +1,10 @@
 """Finds accesses to memory that do not wait for each other, on the host and on streams."""
 
 import weakref
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
 
 from support.fake_cuda import collectives, python_api
 from support.fake_cuda.operations import arguments_of, is_on_cuda, project_line, tensors_in
-from support.fake_cuda.python_api import Actor, host
+from support.fake_cuda.python_api import host
 from support.fake_cuda.waits import is_non_blocking
 from switchtitan.observability.collectives import CountingMode
 
@@ -26,12 +22,12 @@ class _Accesses:
         reads: since then, by actor: number, operation.
     """
 
-    def __init__(self, owner: Actor) -> None:
+    def __init__(self, owner):
         self.owner = owner
-        self.write: tuple[Actor, int, str] | None = None
-        self.reads: dict[Actor, tuple[int, str]] = {}
+        self.write = None
+        self.reads = {}
 
-    def all(self) -> list[tuple[Actor, int, str]]:
+    def all(self):
         reads = [(actor, number, name) for actor, (number, name) in self.reads.items()]
         return reads if self.write is None else [self.write, *reads]
 
@@ -49,13 +45,13 @@ class FindRaces(CountingMode):
         found: descriptions.
     """
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.found: list[str] = []
-        self._accesses: dict[int, _Accesses] = {}
-        self._released: dict[Actor, list[tuple[Actor, int, str]]] = {}
+        self.found = []
+        self._accesses = {}
+        self._released = {}
 
-    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+    def count(self, func, args, kwargs, result):
         name = func.name().split(".")[0]
         if func.is_view or name.startswith("prim::") or name == "aten::is_pinned":
             return
@@ -95,7 +91,7 @@ class FindRaces(CountingMode):
         if name in _COPIES and len(devices) > 1 and not is_non_blocking(args, kwargs):
             host.wait_for(stream.clock)
 
-    def _know(self, tensor: Tensor, stream: Actor) -> _Accesses:
+    def _know(self, tensor, stream):
         """The accesses to the tensor's storage; `stream` allocates it if it is new."""
         storage = tensor.untyped_storage()
         address = storage._cdata
@@ -109,7 +105,7 @@ class FindRaces(CountingMode):
                     self._check(stream, access, "an allocation reuses memory")
         return self._accesses[address]
 
-    def _release(self, address: int, is_cuda: bool) -> None:
+    def _release(self, address, is_cuda):
         accesses = self._accesses.pop(address, None)
         recorded = python_api.recorded_streams.pop(address, [])
         # The allocator of page-locked memory waits for copies that use it.
@@ -122,20 +118,20 @@ class FindRaces(CountingMode):
             if access[0] not in (accesses.owner, host) and access[0] not in recorded_actors
         )
 
-    def _read(self, tensor: Tensor, actor: Actor, number: int, name: str) -> None:
+    def _read(self, tensor, actor, number, name):
         accesses = self._know(tensor, actor)
         if accesses.write is not None:
             self._check(actor, accesses.write, f"{name} reads")
         accesses.reads[actor] = number, name
 
-    def _write(self, tensor: Tensor, actor: Actor, number: int, name: str) -> None:
+    def _write(self, tensor, actor, number, name):
         accesses = self._know(tensor, actor)
         for access in accesses.all():
             self._check(actor, access, f"{name} writes")
         accesses.write = actor, number, name
         accesses.reads.clear()
 
-    def _check(self, actor: Actor, earlier: tuple[Actor, int, str], what: str) -> None:
+    def _check(self, actor, earlier, what):
         other, number, name = earlier
         if not actor.has_seen(other, number):
             self.found.append(
@@ -144,7 +140,7 @@ class FindRaces(CountingMode):
             )
 
 
-def _written(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> list[Tensor]:
+def _written(func, args, kwargs, result):
     """Results and arguments that the operation writes."""
     written = tensors_in(result)
     for argument, given in arguments_of(func, args, kwargs):
@@ -155,5 +151,5 @@ def _written(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> 
     return written
 
 
-def _is_host_scalar(tensor: Tensor) -> bool:
+def _is_host_scalar(tensor):
     return tensor.device.type == "cpu" and tensor.ndim == 0

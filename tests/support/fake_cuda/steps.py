@@ -1,9 +1,7 @@
 """Steps of cases on fake CUDA tensors: what is observed in them, and what they may do."""
 
-from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -20,11 +18,9 @@ from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.contracts import Batch
 from switchtitan.distributed.fsdp import _allocate
 from switchtitan.distributed.world import World, mesh_shape, stop_world
-from switchtitan.job.config import JobConfig
 from switchtitan.observability.collectives import CountCommunication
 from switchtitan.training import build as builder
 from switchtitan.training.build import build_stepper
-from switchtitan.training.step import Stepper
 
 Collectives = dict[str, list[float]]
 """Kind -> number and bytes that a rank sends."""
@@ -46,7 +42,7 @@ class Observed(NamedTuple):
 
 
 @contextmanager
-def fake_cuda_stepper(config: JobConfig, num_ranks: int, rank: int) -> Iterator[Stepper]:
+def fake_cuda_stepper(config, num_ranks, rank):
     """Yields the stepper of one of `num_ranks` ranks with a CUDA device each.
 
     Weights are allocated, not drawn, which would take a third of the time. Run steps inside the
@@ -68,11 +64,11 @@ def fake_cuda_stepper(config: JobConfig, num_ranks: int, rank: int) -> Iterator[
         stop_world()
 
 
-def _without_initial_values() -> Any:
+def _without_initial_values():
     return patch.object(builder, "materialize", lambda model, device, *_: _allocate(model, device))
 
 
-def _batches(config: JobConfig, num_ranks: int) -> Generator[list[Batch], None, None]:
+def _batches(config, num_ranks):
     """Yields micro-batches in page-locked memory, as the data loader does with a GPU."""
     local_size = config.training.local_batch_size
     num_micro_batches = config.training.global_batch_size // (num_ranks * local_size)
@@ -85,7 +81,7 @@ def _batches(config: JobConfig, num_ranks: int) -> Generator[list[Batch], None, 
 
 
 @contextmanager
-def observed_stepper(folder: Path, name: str, rank: int) -> Iterator[tuple[Stepper, FindRaces]]:
+def observed_stepper(folder, name, rank):
     """Yields the stepper of a case after its first step, and what has observed its accesses."""
     races = FindRaces()
     with fake_cuda_stepper(config_of(folder, name), NUM_RANKS, rank) as stepper:
@@ -94,7 +90,7 @@ def observed_stepper(folder: Path, name: str, rank: int) -> Iterator[tuple[Stepp
         yield stepper, races
 
 
-def observe(step: Callable[[], object], races: FindRaces) -> Observed:
+def observe(step, races):
     """Returns what is observed while `step` runs; `races` has observed what ran before."""
     python_api.host_waits.clear()
     races.found.clear()
@@ -105,11 +101,11 @@ def observe(step: Callable[[], object], races: FindRaces) -> Observed:
     return Observed(copies.found, reads.found, waits, list(races.found), collectives_in(sent))
 
 
-def collectives_in(sent: CountCommunication) -> Collectives:
+def collectives_in(sent):
     return {kind: [count.num_calls, count.bytes_sent] for kind, count in sent.counts.items()}
 
 
-def collectives_on_cpu(folder: Path, name: str, rank: int) -> list[Collectives]:
+def collectives_on_cpu(folder, name, rank):
     """Returns the collectives of steps 2, 3, ... of a case on a CPU, for one period."""
     found = []
     with (
@@ -124,12 +120,12 @@ def collectives_on_cpu(folder: Path, name: str, rank: int) -> list[Collectives]:
     return found
 
 
-def steps_of(stepper: Stepper, name: str, races: FindRaces) -> list[Observed]:
+def steps_of(stepper, name, races):
     """Returns what is observed in steps 2, 3, ... of a case."""
     return [observe(stepper.step, races) for _ in range(num_steps_of(name) - 1)]
 
 
-def unexpected_in(name: str, steps: list[Observed]) -> dict[int, Observed]:
+def unexpected_in(name, steps):
     """Returns steps of a case that do what is not documented, by number, from 2."""
     return {
         number: step
@@ -141,7 +137,7 @@ def unexpected_in(name: str, steps: list[Observed]) -> dict[int, Observed]:
     }
 
 
-def _is_documented_read(name: str, number: int, reads: list[str]) -> bool:
+def _is_documented_read(name, number, reads):
     operations = {read.split(" at ")[0] for read in reads}
     if name == "skip":
         # Reads the gradient's norm in every step.
@@ -156,7 +152,7 @@ def _is_documented_read(name: str, number: int, reads: list[str]) -> bool:
     return not reads
 
 
-def _is_documented_wait(name: str, waits: list[str]) -> bool:
+def _is_documented_wait(name, waits):
     """Whether the host waits at most for vectors that were put back two steps ago, or for what an
     earlier step has measured: the last one, since cases switch often."""
     may_wait = "host candidates" in name

@@ -1,10 +1,6 @@
 """Finds what the host waits for: copies between host and device, and reads of its values."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     is_traceable_wrapper_subclass_type,
@@ -35,11 +31,11 @@ class FindBlockingCopies(CountingMode):
         found: each operation, and the project's line that calls it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.found: list[str] = []
+        self.found = []
 
-    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+    def count(self, func, args, kwargs, result):
         inputs, outputs = tensors_in((args, kwargs)), tensors_in(result)
         if kwargs.get("pin_memory"):
             for tensor in outputs:
@@ -50,12 +46,12 @@ class FindBlockingCopies(CountingMode):
             self.found.append(f"{func} at {project_line()}")
 
 
-def is_non_blocking(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+def is_non_blocking(args, kwargs):
     """Whether a copy's arguments ask the host not to wait."""
     return bool(kwargs.get("non_blocking")) or True in args[2:]
 
 
-def _passes(func: Any, args: tuple, kwargs: Mapping[str, Any], tensors: list[Tensor]) -> bool:
+def _passes(func, args, kwargs, tensors):
     """Whether the host does not wait."""
     name = func.name().split(".")[0]
     if name in _ALLOCATIONS:
@@ -79,18 +75,12 @@ class FindHostReads(TorchDispatchMode):
         found: each operation, and the project's line that calls it.
     """
 
-    def __init__(self, *counters: CountingMode) -> None:
+    def __init__(self, *counters):
         super().__init__()
         self._counters = counters
-        self.found: list[str] = []
+        self.found = []
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         # A DTensor dispatches to operations on its local tensor.
         if any(map(is_traceable_wrapper_subclass_type, types)):
             return NotImplemented
@@ -106,7 +96,7 @@ class FindHostReads(TorchDispatchMode):
         return result
 
 
-def _one(tensor: Tensor) -> bool | int | float:
+def _one(tensor):
     if tensor.dtype == torch.bool:
         return True
     return 1.0 if tensor.is_floating_point() else 1
