@@ -57,21 +57,7 @@ def test_mistakes_are_found_and_nothing_else(found, kind):
     assert [name for name, findings in plants["wrong"].items() if not findings] == []
 
 
-def test_mistakes_in_a_step_are_found(found):
-    steps = found["plants"]["steps"]
-    right = Observed(*steps["nothing"])
+def test_streams_that_do_not_wait_are_found_in_a_step(found):
+    right, wrong = (Observed(*step) for step in found["plants"]["steps"])
     assert right.copies == right.reads == right.waits == right.races == []
-    (read,) = Observed(*steps["item"]).reads
-    assert read.startswith("_local_scalar_dense at ")
-    num_calls, _ = Observed(*steps["collective"]).collectives["all_reduce"]
-    assert num_calls == right.collectives["all_reduce"][0] + 1
-    races = Observed(*steps["no wait"]).races
-    assert races
-    (message,) = steps["devices"]
-    assert "cuda:0" in message
-    assert "cpu" in message
-
-
-def test_a_kernel_per_layer_is_found(found):
-    without, with_it = found["plants"]["kernels"]
-    assert with_it > without + 10
+    assert wrong.races

@@ -8,7 +8,6 @@ Whoever waits for an actor learns what that actor knows.
 
 import weakref
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -170,19 +169,6 @@ def _address(tensor):
     return tensor.untyped_storage()._cdata if isinstance(tensor, FakeTensor) else _data_ptr(tensor)
 
 
-memory_calls = []
-"""Calls that record and write the history of memory."""
-
-
-def _record_memory_history(**keys):
-    memory_calls.append(f"record({', '.join(f'{key}={value}' for key, value in keys.items())})")
-
-
-def _dump_snapshot(filename):
-    memory_calls.append("dump")
-    Path(filename).write_bytes(b"")
-
-
 def install():
     """Replaces the functions of `torch.cuda` for the rest of this process."""
     functions = {
@@ -200,8 +186,6 @@ def install():
     }
     for name, function in functions.items():
         setattr(torch.cuda, name, function)
-    torch.cuda.memory._record_memory_history = _record_memory_history  # type: ignore[assignment]
-    torch.cuda.memory._dump_snapshot = _dump_snapshot
     torch.Tensor.data_ptr = _address  # type: ignore[method-assign]
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign]
     torch.Tensor.record_stream = _record_stream  # type: ignore[method-assign]

@@ -1,13 +1,20 @@
-"""Traces of a few steps, and their summaries: nested regions, threads, kernels and allocations."""
+"""Traces of a few steps, and snapshots of GPU memory."""
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 
 from switchtitan.observability.config import ProfilerConfig
-from switchtitan.observability.profiler import Profiler
+from switchtitan.observability.profiler import (
+    MAX_EVENTS,
+    Profiler,
+    snapshot_if_memory_runs_out,
+)
+
+START, STOP = {"max_entries": MAX_EVENTS}, {"enabled": None}
 
 
 def work(steps, profiler):
@@ -83,3 +90,65 @@ def test_profiling_recompiles_nothing(tmp_path, fresh_compiler):
             profiler.step()
     assert profiler.trace is not None
     assert counter.frame_count == 1
+
+
+# Snapshots: one if memory runs out, one on request, none otherwise.
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls that record and write the history of GPU memory."""
+    calls = []
+
+    def dump(file):
+        calls.append("dump")
+        Path(file).touch()
+
+    module = "torch.cuda.memory"
+    monkeypatch.setattr(f"{module}._record_memory_history", lambda **keys: calls.append(keys))
+    monkeypatch.setattr(f"{module}._dump_snapshot", dump)
+    return calls
+
+
+@pytest.mark.parametrize("has_history", [False, True])
+def test_memory_that_runs_out_leaves_a_snapshot_and_raises_the_same_error(
+    tmp_path, calls, has_history
+):
+    failure = torch.OutOfMemoryError("CUDA out of memory")
+    with (
+        pytest.raises(torch.OutOfMemoryError) as raised,
+        snapshot_if_memory_runs_out(tmp_path, 0, has_history),
+    ):
+        raise failure
+    assert raised.value is failure
+    assert [file.name for file in tmp_path.glob("memory/*")] == ["rank0-out-of-memory.pickle"]
+    assert calls == ([START, "dump", STOP] if has_history else ["dump"])
+
+
+def test_other_errors_leave_none_and_a_full_disk_does_not_hide_that_memory_ran_out(tmp_path, calls):
+    with pytest.raises(KeyError), snapshot_if_memory_runs_out(tmp_path, 0, False):
+        raise KeyError
+    (tmp_path / "memory").write_text("a file instead of a folder")
+    with (
+        pytest.raises(torch.OutOfMemoryError),
+        snapshot_if_memory_runs_out(tmp_path, 0, False),
+    ):
+        raise torch.OutOfMemoryError
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("rank", "steps_done", "names"),
+    [
+        (0, 5, ["rank0-step-000000007.pickle"]),
+        # Resumed after the requested step.
+        (0, 8, ["rank0-step-000000009.pickle"]),
+        (1, 5, []),
+    ],
+)
+def test_a_requested_snapshot_ends_the_recording(tmp_path, calls, rank, steps_done, names):
+    config = ProfilerConfig(memory_snapshot_step=7)
+    with Profiler(config, tmp_path, rank=rank, steps_done=steps_done) as profiler:
+        work(4, profiler)
+    assert [file.name for file in tmp_path.glob("memory/*")] == names
+    assert calls == [*["dump"] * len(names), STOP]
