@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support.optimizer_steps import parameters, train
+from support.optimizer_steps import build, parameters, train
 
-from switchtitan.optim import OPTIMIZERS, AdamWConfig, TrainedParameter
+from switchtitan.optim import AdamWConfig
 from switchtitan.optim.muon import MuonConfig
 
 SHAPES = {
@@ -22,16 +22,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 def trained(config, compile_step, compute_dtype=torch.float32):
     """Parameters after some steps, and the state; nothing compiles after the first step."""
     named = parameters(SHAPES)
-    entries = [
-        TrainedParameter(
-            name,
-            parameter,
-            is_in_block=name.startswith("layers."),
-            compute_dtype=compute_dtype,
-        )
-        for name, parameter in named.items()
-    ]
-    optimizer = OPTIMIZERS.build(config, entries, compile_step)
+    optimizer = build(config, named, compile_step=compile_step, compute_dtype=compute_dtype)
     train(optimizer, named, range(1))
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(optimizer, named, range(1, NUM_STEPS))

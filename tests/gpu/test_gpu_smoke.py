@@ -4,16 +4,6 @@ import pytest
 import torch
 from support.tiny import COMPILED, METHOD_KEYS, tiny_trainer, train_steps
 
-from switchtitan.distributed.world import stop_world
-
-
-@pytest.fixture(autouse=True)
-def leave_world():
-    torch._dynamo.reset()
-    yield
-    stop_world()
-
-
 ON_HOST = ("--method.candidates_device", "host")
 FROZEN_IN_BF16 = ("--training.frozen_dtype", "bfloat16")
 FROZEN_REPLICATED = ("--parallelism.frozen_weights", "replicate")
@@ -32,6 +22,7 @@ RUNS = [
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("method", "overrides"), RUNS)
 def test_a_compiled_bfloat16_run_on_cuda_lowers_its_loss(corpora, method, overrides):
     trainer = tiny_trainer(

@@ -18,10 +18,12 @@ LARGER = (
 NUM_SWITCHING_STEPS = 500
 
 
+pytestmark = pytest.mark.gpu
+
+
 @pytest.fixture(autouse=True)
-def leave_world():
+def use_any_algorithm():
     yield
-    stop_world()
     torch.use_deterministic_algorithms(False)
 
 
@@ -53,7 +55,6 @@ class Unsharded:
             setattr(self, name, full.detach())
 
 
-@pytest.mark.gpu
 def test_switches_keep_the_weights_while_training_uses_tf32(corpora):
     trainer = tiny_trainer(
         corpora / "tf32",
@@ -66,7 +67,6 @@ def test_switches_keep_the_weights_while_training_uses_tf32(corpora):
     assert drift(trainer, "stepper") < 2e-6
 
 
-@pytest.mark.gpu
 def test_switches_in_tf32_would_change_the_weights(corpora):
     """The negative control of the test above."""
     trainer = tiny_trainer(
@@ -76,14 +76,12 @@ def test_switches_in_tf32_would_change_the_weights(corpora):
     assert drift(trainer, "optimizer alone") > 2e-5
 
 
-@pytest.mark.gpu
 def test_the_variable_of_nvidia_is_refused(monkeypatch):
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     with pytest.raises(EnvironmentMismatchError, match="NVIDIA_TF32_OVERRIDE"):
         use_full_precision("cuda")
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_deterministic_runs_repeat_bitwise(corpora, dtype):
     losses = []

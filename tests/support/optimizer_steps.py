@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from switchtitan.optim import OPTIMIZERS, TrainedParameter
+
 NUM_STEPS = 12
 
 
@@ -24,6 +26,22 @@ def placed(value, mesh):
     if mesh is None:
         return value
     return distribute_tensor(value, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)])
+
+
+def build(config, named, treated=None, compile_step=False, compute_dtype=torch.float32):
+    """The optimizer of these parameters; a method treats those of `treated`, or all."""
+    entries = [
+        TrainedParameter(
+            name,
+            parameter,
+            is_other=treated is not None and name not in treated,
+            is_in_block=name.startswith("layers."),
+            is_head=name == "head.weight",
+            compute_dtype=compute_dtype,
+        )
+        for name, parameter in named.items()
+    ]
+    return OPTIMIZERS.build(config, entries, compile_step)
 
 
 def train(optimizer, named, steps):

@@ -46,6 +46,25 @@ def draw_model(method=None):
     return model
 
 
+def transformers_llama(config):
+    """The LLaMA of transformers with the shapes of our configuration."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=config.sizes.hidden_size,
+            intermediate_size=config.sizes.intermediate_size,
+            num_hidden_layers=config.sizes.num_layers,
+            num_attention_heads=config.sizes.num_heads,
+            num_key_value_heads=config.kv_heads,
+            vocab_size=config.vocab_size,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=False,
+        )
+    )
+
+
 def draw_batch(step):
     return torch.randint(VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(step))
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from support.commands import run
+from support.small_llama import transformers_llama
 from support.tiny import tiny_config, tiny_trainer, train_steps
 from torch import nn
 
@@ -32,19 +33,7 @@ DOCUMENTS = torch.zeros_like(TOKENS, dtype=torch.int32)
 
 def transformers_model(activation):
     """LLaMA of transformers, each of whose linear layers is two, with a function between them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=KEYS["hidden_size"],
-        intermediate_size=KEYS["intermediate_size"],
-        num_hidden_layers=KEYS["num_layers"],
-        num_attention_heads=KEYS["num_heads"],
-        num_key_value_heads=KEYS["num_kv_heads"],
-        vocab_size=KEYS["vocab_size"],
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=False,
-    )
-    other = LlamaForCausalLM(config)
+    other = transformers_llama(ColaConfig(**KEYS, rank=RANK))
     for block in other.model.layers:
         for part in (block.self_attn, block.mlp):
             for name, linear in list(part.named_children()):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from support.small_llama import transformers_llama
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
@@ -39,21 +40,7 @@ def build(**overrides):
 
 def huggingface_model(model):
     """The same model with the same weights; loading is strict, so names are equal."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    ours = model.config
-    config = LlamaConfig(
-        hidden_size=ours.sizes.hidden_size,
-        intermediate_size=ours.sizes.intermediate_size,
-        num_hidden_layers=ours.sizes.num_layers,
-        num_attention_heads=ours.sizes.num_heads,
-        num_key_value_heads=ours.kv_heads,
-        vocab_size=ours.vocab_size,
-        rms_norm_eps=ours.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta},
-        tie_word_embeddings=False,
-    )
-    other = LlamaForCausalLM(config)
+    other = transformers_llama(model.config)
     other.load_state_dict(model.state_dict(), strict=True)
     return other
 

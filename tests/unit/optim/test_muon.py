@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from support.optimizer_steps import draw, limit_elements_per_call, parameters, train
+from support.optimizer_steps import build, draw, limit_elements_per_call, parameters, train
 
-from switchtitan.optim import OPTIMIZERS, TrainedParameter, muon
+from switchtitan.optim import muon
 from switchtitan.optim.muon import MuonConfig, orthogonalize, orthogonalize_all
 
 LR, OTHER_LR, DECAY, MOMENTUM = 0.03, 0.007, 0.2, 0.9
@@ -29,17 +29,7 @@ NUM_STEPS = 12
 
 
 def ours(named, compute_dtype=torch.float32, **keys):
-    trained = [
-        TrainedParameter(
-            name,
-            parameter,
-            is_other=name not in MATRICES,
-            is_in_block=name.startswith("layers."),
-            compute_dtype=compute_dtype,
-        )
-        for name, parameter in named.items()
-    ]
-    return OPTIMIZERS.build(MuonConfig(**(KEYS | keys)), trained, False)
+    return build(MuonConfig(**(KEYS | keys)), named, MATRICES, compute_dtype=compute_dtype)
 
 
 def lr_of(name):
@@ -76,13 +66,9 @@ def train_by_torch(nesterov):
     optimizers = {}
     for name, parameter in named.items():
         if name.startswith("layers.") and parameter.ndim == 2:
+            keys = {"momentum": MOMENTUM, "nesterov": nesterov, "weight_decay": DECAY}
             optimizers[name] = torch.optim.Muon(
-                [parameter],
-                lr=lr_of(name),
-                momentum=MOMENTUM,
-                nesterov=nesterov,
-                weight_decay=DECAY,
-                adjust_lr_fn="match_rms_adamw",
+                [parameter], lr_of(name), adjust_lr_fn="match_rms_adamw", **keys
             )
         else:
             decay = DECAY if parameter.ndim > 1 else 0.0

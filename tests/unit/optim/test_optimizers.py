@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.optimizer_steps import draw, parameters, train
+from support.optimizer_steps import build, draw, parameters, train
 from support.packages import needs_torchao
 from support.scale_parameters import HEAD, TRANSPOSED, give_gradients, start, trained
 from support.small_llama import draw_model
@@ -16,7 +16,7 @@ from switchtitan.errors import ConfigError
 from switchtitan.methods.full_rank import FullRank, FullRankConfig
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.models import MODELS
-from switchtitan.optim import OPTIMIZERS, AdamWConfig, TrainedParameter, trained_parameters
+from switchtitan.optim import OPTIMIZERS, AdamWConfig, trained_parameters
 from switchtitan.optim.adamw8bit import AdamW8bitConfig
 from switchtitan.optim.muon import MuonConfig
 from switchtitan.optim.scale import ScaleConfig
@@ -60,27 +60,17 @@ def marked(names):
 
 
 def ours(config, named, compile_step=False):
-    entries = [
-        TrainedParameter(
-            name,
-            parameter,
-            is_other=name not in METHOD_TREATS,
-            is_in_block=name.startswith("layers."),
-            is_head=name == "head.weight",
-        )
-        for name, parameter in named.items()
-    ]
-    return OPTIMIZERS.build(config, entries, compile_step)
+    return build(config, named, METHOD_TREATS, compile_step)
 
 
 def train_both(choice):
     """Steps ours and one optimizer of torch for each parameter, whose rate and decay are written
     out; a norm waits in every third step, and keeps its own count of steps."""
-    config, build = CHOICES[choice]
+    config, build_theirs = CHOICES[choice]
     named, theirs = parameters(SHAPES), parameters(SHAPES)
     optimizer = ours(config, named)
     optimizers = {
-        name: build(
+        name: build_theirs(
             [parameter],
             lr=LR if name in METHOD_TREATS else OTHER_LR,
             weight_decay=0.0 if "norm" in name else DECAY,

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from support.optimizer_steps import parameters, train
+from support.optimizer_steps import build, parameters, train
 from support.packages import needs_torchao
 from support.tiny import tiny_config
 
 from switchtitan.errors import ConfigError
-from switchtitan.optim import OPTIMIZERS, AdamWConfig, TrainedParameter
+from switchtitan.optim import AdamWConfig
 from switchtitan.optim.adamw8bit import AdamW8bitConfig, block_size
 
 # In 8 bits: blocks of 96 and of 127; too small; a vector.
@@ -19,8 +19,7 @@ FP32 = AdamWConfig(**KEYS)
 def trained(config, steps):
     """Parameters after some steps, and the optimizer's state."""
     named = parameters(SHAPES)
-    entries = [TrainedParameter(*item) for item in named.items()]
-    optimizer = OPTIMIZERS.build(config, entries, False)
+    optimizer = build(config, named)
     train(optimizer, named, steps)
     return named, optimizer.state_dict()
 
