@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from support.checkpoints import refused
 from support.insides import wait_for_owners
-from support.interrupted import launched, start_failing_in_a_save
+from support.interrupted import launched, saved_steps, start_failing_in_a_save
 from support.long_form import IS_LONG, num_cases
 from support.ranks import PRELOADED, run_on_ranks
 from support.tiny import tiny_config
@@ -32,13 +32,16 @@ def test_all_ranks_restart_after_one_was_killed_and_stop_after_a_signal(
     keys = ("--training.steps", "2000", "--checkpoint.interval", "3")
     with launched(tmp_path, corpora / "corpora", *keys) as run:
         run.wait_for(r"resuming from .*step-000000006(.|\n)* 8/2000 +\d")
-        os.kill(run.process.pid if receiver == "launcher" else run.ranks()[-1], signal.SIGTERM)
+        os.kill(
+            run.process.pid if receiver == "launcher" else run.children(b"--config")[-1],
+            signal.SIGTERM,
+        )
         assert run.process.wait(timeout=120) == 143, run.said
         said = run.said
-    steps = run.reported_steps(2000)
+    steps = [int(step) for step in re.findall(r"(\d+)/2000 +\d", said)]
     # Step 7 was not reported before the kill, or was taken twice.
     assert [step for step in steps if step > 7] == list(range(8, steps[-1] + 1))
-    assert run.saved_steps()[-1] == steps[-1]
+    assert saved_steps(tmp_path)[-1] == steps[-1]
     assert said.count("resuming from ") == 1, "a signal restarts nothing"
     assert re.search(rf"stopped at step {steps[-1]}; the same command resumes from", said)
     assert not (tmp_path / "run" / OWNER_FILE).exists()

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from support.ranks import num_gpus, run_on_gpus
+from support.switchlora_layers import merged_weights, relative_change
 from support.tiny import METHOD_KEYS, full_tensors, tiny_trainer, train_steps
 
 from switchtitan.methods.switchlora.method import SwitchLoraOptimizer
@@ -113,25 +114,9 @@ def switch_only(rank, folder, num_ranks):
     trainer.stepper.close()
     changed = full_tensors(trainer)
     for name, weight in before.items():
-        error = (after[name] - weight).norm() / weight.norm()
-        assert error < RELATIVE_FUNCTION_TOLERANCE, (name, float(error))
+        assert relative_change(after[name], weight) < RELATIVE_FUNCTION_TOLERANCE, name
         # All vectors were exchanged.
         assert not torch.equal(changed[f"{name}.lora_a"], vectors[f"{name}.lora_a"]), name
-
-
-def merged_weights(trainer):
-    """W + s B A of each layer in fp64, by the layer's name; collective."""
-    tensors = full_tensors(trainer)
-    scales = {
-        name: module.scale
-        for name, module in trainer.stepper.model.named_modules()
-        if f"{name}.lora_a" in tensors
-    }
-    return {
-        name: tensors[f"{name}.weight"].double()
-        + scale * tensors[f"{name}.lora_b"].double().t() @ tensors[f"{name}.lora_a"].double()
-        for name, scale in scales.items()
-    }
 
 
 @pytest.mark.parametrize("override", ["", "1"], ids=["default", "TF32 asked for"])

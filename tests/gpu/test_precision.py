@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from support.switchlora_layers import effective_weight, relative_change
+from support.switchlora_layers import merged_weights, relative_change
 from support.tiny import tiny_trainer, train_steps
 
 from switchtitan.distributed.precision import allow_tf32, use_full_precision
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import EnvironmentMismatchError
-from switchtitan.methods.lowrank import low_rank_layers
 
 # Multiples of 16, for which cuBLAS has TF32 kernels.
 LARGER = (
@@ -16,7 +15,6 @@ LARGER = (
     *("--method.rank", "64", "--method.interval", "2"),
 )
 NUM_SWITCHING_STEPS = 500
-
 
 pytestmark = pytest.mark.gpu
 
@@ -29,30 +27,16 @@ def use_any_algorithm():
 
 def drift(trainer, update):
     """The largest relative change of W + s B A in 500 switching steps without learning."""
-    stepper = trainer.stepper
-    layers = low_rank_layers(stepper.model)
-    before = {name: effective_weight(Unsharded(layer)) for name, layer in layers.items()}
+    stepper, before = trainer.stepper, merged_weights(trainer)
     stepper.optimizer.set_lr(0.0)
     for parameter in stepper.model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     for _ in range(NUM_SWITCHING_STEPS):
-        stepper.update() if update == "stepper" else stepper.optimizer.step()
+        update()
     stepper.close()
-    return max(
-        relative_change(effective_weight(Unsharded(layer)), before[name])
-        for name, layer in layers.items()
-    )
-
-
-class Unsharded:
-    """A layer's unsharded tensors, with the names that `effective_weight` reads."""
-
-    def __init__(self, layer):
-        self.scale = layer.scale
-        for name, tensor in layer.named_parameters():
-            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            setattr(self, name, full.detach())
+    after = merged_weights(trainer)
+    return max(relative_change(after[name], weight) for name, weight in before.items())
 
 
 def test_switches_keep_the_weights_while_training_uses_tf32(corpora):
@@ -64,7 +48,7 @@ def test_switches_keep_the_weights_while_training_uses_tf32(corpora):
     )
     assert torch.backends.cuda.matmul.allow_tf32
     # fp32 rounds at 6e-8, and 500 roundings are a random walk.
-    assert drift(trainer, "stepper") < 2e-6
+    assert drift(trainer, trainer.stepper.update) < 2e-6
 
 
 def test_switches_in_tf32_would_change_the_weights(corpora):
@@ -73,7 +57,7 @@ def test_switches_in_tf32_would_change_the_weights(corpora):
         corpora / "tf32-control", "switchlora", *LARGER, "--training.steps", "600"
     )
     allow_tf32()
-    assert drift(trainer, "optimizer alone") > 2e-5
+    assert drift(trainer, trainer.stepper.optimizer.step) > 2e-5
 
 
 def test_the_variable_of_nvidia_is_refused(monkeypatch):

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 
 from support.checkpoints import WRITER, tensor_checksums
 from support.ranks import join_ranks, leave_launcher, prepare_rank, started_ranks
-from support.sessions import Started, started
+from support.sessions import started
 from support.tiny import tiny_toml
 from switchtitan.checkpoint.load import verify
 from switchtitan.checkpoint.save import Checkpointer
@@ -269,38 +268,13 @@ LAUNCH = ("-m", "switchtitan", "launch", "--nproc_per_node", "2", "--max-restart
 LAUNCH += ("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0")
 
 
-class Run(Started):
-    """A launcher and its two ranks."""
-
-    def __init__(self, launcher, folder):
-        super().__init__(launcher.process, launcher.output)
-        self._folder = folder
-
-    def reported_steps(self, num_steps):
-        return [int(step) for step in re.findall(rf"(\d+)/{num_steps} +\d", self.said)]
-
-    def saved_steps(self):
-        return saved_steps(self._folder)
-
-    def ranks(self):
-        """The processes that the launcher has started."""
-        return [
-            child
-            for child in self.children()
-            if b"--config" in Path(f"/proc/{child}/cmdline").read_bytes()
-        ]
-
-
-@contextmanager
 def launched(folder, cache_dir, *keys):
-    """Starts a run on two ranks, of which one is killed in step 7."""
+    """Starts a run on two ranks, of which one is killed in step 7; see `sessions.started`."""
     own = arguments(folder, cache_dir, is_async=False)
     script = folder / "program.py"
     script.write_text(PROGRAM)
     command = [sys.executable, *LAUNCH, str(script), *own, *keys]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with started(command, folder / "output.txt", env=environment) as launcher:
-        yield Run(launcher, folder)
+    return started(command, folder / "output.txt", env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def start_failing_in_a_save(may_complete, *words):

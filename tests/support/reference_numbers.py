@@ -6,8 +6,7 @@
     ./scripts/test.sh --numbers --write              stores this checkout's numbers
 
 tests/data/reference_numbers.json has, for tiny runs of every method, optimizer and model, the
-training and validation losses and norms of gradients of 40 steps; the tensors of exports; the
-vectors that SwitchLoRA has put into each slot.
+training and validation losses and norms of gradients of 40 steps, and the tensors of exports.
 
 Runs take one thread and torch's portable kernels, so CPUs agree on the bits. Two things remain that
 may differ elsewhere: another version of torch, which is named, and compiled regions. There, and for
@@ -109,10 +108,6 @@ EXPORTS = {
     "switchlora, peft": (SWITCHLORA, "peft"),
     "lora, peft": (LORA, "peft"),
 }
-# Updates are too small to change a number, so a vector keeps its bits wherever it is put.
-AT_REST = "--optimizer.lr 1e-30 --checkpoint.interval 5 --checkpoint.keep_latest 0"
-SLOTS = {"swap": SWITCHLORA, "constant": CONSTANT}
-STEPS_OF_SLOTS = (5, 10, 20, 40)
 
 
 class CommandError(Exception):
@@ -214,7 +209,6 @@ def measured(text):
     parts = {
         **{f"run {name}": partial(curves, keys) for name, keys in RUNS.items()},
         **{f"export {name}": partial(exported, *how) for name, how in EXPORTS.items()},
-        **{f"slots {name}": partial(slots, keys) for name, keys in SLOTS.items()},
     }
     for name, measure in parts.items():
         if text in name:
@@ -242,31 +236,22 @@ def curves(keys):
 
 
 def exported(keys, form):
-    """Returns dtype, shape, norm and checksum of each tensor that a run exports."""
+    """Returns dtype, shape, norm and checksum of each tensor that a run exports, by its name."""
+    from safetensors.torch import load_file
+
+    run = train(keys)
+    folder = run / form
+    run_in_fork(["export", str(run), "--folder", str(folder), "--format", form, "--no-verify"])
     return {
-        name: [
+        str(file.parent.relative_to(folder) / name): [
             str(tensor.dtype).removeprefix("torch."),
             "x".join(map(str, tensor.shape)),
             tensor.double().norm().item(),
             "sha256 " + hashlib.sha256(tensor.numpy().tobytes()).hexdigest(),
         ]
-        for name, tensor in export(train(keys), form).items()
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(file).items()
     }
-
-
-def slots(keys):
-    """Returns which vector is in each slot of a factor after some steps: numbers from 0, in the
-    order in which vectors are seen first."""
-    run, found, seen = train(f"{keys} {AT_REST}"), {}, {}
-    for step in STEPS_OF_SLOTS:
-        for name, tensor in export(run, "peft", step).items():
-            if "lora_" in name:
-                vectors = tensor if "lora_A" in name else tensor.T
-                known = seen.setdefault(name, {})
-                found.setdefault(name, []).append(
-                    [known.setdefault(vector.numpy().tobytes(), len(known)) for vector in vectors]
-                )
-    return found
 
 
 @cache
@@ -275,21 +260,6 @@ def train(keys):
     run = Path(tempfile.mkdtemp(dir=".")).absolute()
     run_in_fork(["train", "--config", str(BASE), "--job.output_dir", str(run), *keys.split()])
     return run
-
-
-def export(run, form, step=40):
-    """Returns the tensors of an export by folder and name."""
-    from safetensors.torch import load_file
-
-    folder = run / f"{form}-{step}"
-    checkpoint = run / f"checkpoints/step-{step:09}"
-    words = ["--folder", str(folder), "--format", form, "--no-verify"]
-    run_in_fork(["export", str(checkpoint), *words])
-    return {
-        str(file.parent.relative_to(folder) / name): tensor
-        for file in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
 
 
 def run_in_fork(words):

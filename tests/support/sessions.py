@@ -20,10 +20,11 @@ class Started:
     def said(self):
         return self.output.read_text()
 
-    def children(self):
-        """The processes that the command has started, and not those that they have started."""
+    def children(self, word=b""):
+        """The processes that the command itself has started, with this in their command line."""
         threads = Path(f"/proc/{self.process.pid}/task").iterdir()
-        return [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
+        pids = [pid for thread in threads for pid in (thread / "children").read_text().split()]
+        return [int(pid) for pid in pids if word in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def wait_until(self, is_reached, timeout_s=180):
         """Waits for a condition, at most `timeout_s` seconds and while the command runs."""

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from support.tiny import full_tensors
 from switchtitan.distributed import random
 from switchtitan.distributed.random import generator_for
 from switchtitan.methods.lowrank import balanced_bounds
@@ -100,6 +101,21 @@ def effective_weight(layer):
         tensor.detach().to(torch.float64) for tensor in (layer.weight, layer.lora_a, layer.lora_b)
     )
     return weight + layer.scale * lora_b.T @ lora_a
+
+
+def merged_weights(trainer):
+    """W + s B A of each layer in fp64, by the layer's name; collective."""
+    tensors = full_tensors(trainer)
+    scales = {
+        name: module.scale
+        for name, module in trainer.stepper.model.named_modules()
+        if f"{name}.lora_a" in tensors
+    }
+    return {
+        name: tensors[f"{name}.weight"].double()
+        + scale * tensors[f"{name}.lora_b"].double().t() @ tensors[f"{name}.lora_a"].double()
+        for name, scale in scales.items()
+    }
 
 
 def relative_change(after, before):
