@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from support.small_llama import SEED, draw_batch, draw_model, logits_of
+from support.small_llama import SEED, draw_model, loss_and_gradients
 from support.switchlora_layers import build_optimizer, freeze_steps_left, vector_steps
 from support.switchlora_reference import (
     ReferenceLayer,
@@ -42,17 +41,15 @@ def initial_candidates(config, name, layer):
     if config.candidates == "swap":
         return layer.candidates_a, layer.candidates_b.T
     out_features, in_features = layer.weight.shape
-    std_a = (RANK * out_features**0.5 / in_features**1.5) ** 0.25 * 3**-0.25
-    std_b = (RANK / (out_features * in_features) ** 0.5) ** 0.25 * 3**-0.25
-    bounds = (
-        (3**0.5 * std_a, 3**0.5 * std_b)
-        if config.init == "switchlora"
-        else (in_features**-0.5, 0.0)
-    )
+    bound_a, bound_b = in_features**-0.5, 0.0
+    if config.init == "switchlora":
+        # Uniform numbers have bounds of 3^(1/2) deviations.
+        bound_a = 3**0.25 * (RANK * out_features**0.5 / in_features**1.5) ** 0.25
+        bound_b = 3**0.25 * (RANK / (out_features * in_features) ** 0.5) ** 0.25
     count = min(layer.weight.shape)
-    candidates_a = constant_candidates(SEED, f"{name}.lora_a", count, in_features, bounds[0])
-    candidates_b = constant_candidates(SEED, f"{name}.lora_b", count, out_features, bounds[1]).T
-    return candidates_a.double(), candidates_b.double()
+    candidates_a = constant_candidates(SEED, f"{name}.lora_a", count, in_features, bound_a)
+    candidates_b = constant_candidates(SEED, f"{name}.lora_b", count, out_features, bound_b)
+    return candidates_a.double(), candidates_b.T.double()
 
 
 def build_reference(config):
@@ -83,13 +80,10 @@ def build_reference(config):
 
 def run_step(model, optimizer, step):
     """Train one step on its own batch; return the loss."""
-    loss = F.cross_entropy(logits_of(model, step).flatten(0, 1), draw_batch(step)[:, 1:].flatten())
-    loss.backward()
+    loss = loss_and_gradients(model, step)
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
-    for parameter in model.parameters():
-        parameter.grad = None
-    return loss.item()
+    return loss
 
 
 def pairs_of_tensors(name, layer, state, reference):
@@ -102,13 +96,9 @@ def pairs_of_tensors(name, layer, state, reference):
     if reference.puts_back:
         pairs["candidates_a"] = layer.candidates_a, reference.candidates_a
         pairs["candidates_b"] = layer.candidates_b, reference.candidates_b.T
-    moments = {
-        "lora_a": reference.moments_a,
-        "lora_b": [moment.T for moment in reference.moments_b],
-    }
-    for factor, expected in moments.items():
-        for key, value in zip(("exp_avg", "exp_avg_sq"), expected, strict=True):
-            pairs[f"{factor}.{key}"] = state[f"{name}.{factor}.{key}"], value
+    for place, key in enumerate(("exp_avg", "exp_avg_sq")):
+        pairs[f"lora_a.{key}"] = state[f"{name}.lora_a.{key}"], reference.moments_a[place]
+        pairs[f"lora_b.{key}"] = state[f"{name}.lora_b.{key}"], reference.moments_b[place].T
     return pairs
 
 
@@ -161,22 +151,15 @@ def build_golden(golden, compile_step):
     hyper = json.loads(str(golden["hyper_json"]))
     layer = SwitchLoraLinear(28, 23, GOLDEN_RANK, hyper["scaling"], (1.0, 1.0))
     layer.store_candidates(on_host=False)
-    with torch.no_grad():
-        for target, name in (
-            (layer.weight, "W"),
-            (layer.lora_a, "A"),
-            (layer.candidates_a, "poolA"),
-            (layer.candidates_b, "poolB"),
-        ):
-            target.copy_(torch.from_numpy(golden[f"mlp.init.{name}"]))
-        layer.lora_b.copy_(torch.from_numpy(golden["mlp.init.B"]).T)
+    names = {"weight": "W", "lora_a": "A", "candidates_a": "poolA", "candidates_b": "poolB"}
+    tensors = {name: torch.from_numpy(golden[f"mlp.init.{key}"]) for name, key in names.items()}
+    layer.load_state_dict(tensors | {"lora_b": torch.from_numpy(golden["mlp.init.B"]).T})
     config = SwitchLoraConfig(
         rank=GOLDEN_RANK, interval=10, decay="constant", freeze_steps=GOLDEN_FREEZE_STEPS
     )
-    adamw = AdamWConfig(lr=hyper["lr"])
-    return layer, build_optimizer(
-        config, adamw, [layer], NUM_GOLDEN_STEPS, compile_step=compile_step
-    )
+    keys = AdamWConfig(lr=hyper["lr"])
+    optimizer = build_optimizer(config, keys, [layer], NUM_GOLDEN_STEPS, compile_step=compile_step)
+    return layer, optimizer
 
 
 def check_golden_trajectory(compile_step=False):
@@ -184,8 +167,7 @@ def check_golden_trajectory(compile_step=False):
     with np.load(GOLDEN) as file:
         golden = dict(file)
     layer, optimizer = build_golden(golden, compile_step)
-    slots_a = np.asarray(golden["mlp.init.selA"]).copy()
-    slots_b = np.asarray(golden["mlp.init.selB"]).copy()
+    slots_a, slots_b = (golden[f"mlp.init.{name}"].copy() for name in ("selA", "selB"))
     timers = torch.zeros(2, GOLDEN_RANK)
     shares_of_frozen = []
     for t in range(NUM_GOLDEN_STEPS):
@@ -196,8 +178,7 @@ def check_golden_trajectory(compile_step=False):
         norm = torch.nn.utils.clip_grad_norm_([layer.lora_a, layer.lora_b], 1.0)
         # Of all vectors, frozen ones included.
         assert norm.item() == pytest.approx(float(golden["grad_norm"][t]), rel=1e-5)
-        factors = layer.lora_a, layer.lora_b
-        squares = torch.stack([factor.grad.square().sum(1) for factor in factors])
+        squares = torch.stack([f.grad.square().sum(1) for f in (layer.lora_a, layer.lora_b)])
         shares_of_frozen.append((squares[timers > 0].sum() / squares.sum()).item())
         optimizer.step()
         optimizer.zero_grad()

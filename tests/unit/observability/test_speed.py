@@ -81,25 +81,6 @@ def test_excluded_time_counts_for_the_time_left_only(clock):
     assert throughput.mean_tokens_per_s == pytest.approx(400)  # 20 steps in 30 s
 
 
-@pytest.mark.parametrize("compile_s", [0, 60, 600])
-@pytest.mark.parametrize("evaluate_s", [0, 5])
-def test_the_time_left_is_within_a_third_of_the_truth(clock, compile_s, evaluate_s):
-    """Steps of 1 s, the first also compiles; an evaluation after every 25th step."""
-    throughput = throughput_of(clock, start_step=0, num_steps=200)
-    shown = {}
-    for step in range(1, 201):
-        clock.now += 1 + (compile_s if step == 1 else 0)
-        if step == 1 or step % 10 == 0:
-            shown[step] = clock.now, throughput.measure(step).get("throughput/eta_s")
-        if step % 25 == 0:
-            with throughput.excluded():
-                clock.now += evaluate_s
-    assert shown.pop(1)[1] is None
-    for step, (now, time_left_s) in shown.items():
-        # The last evaluations weigh much in the last steps: 1 s for each evaluation that is left.
-        assert time_left_s == pytest.approx(clock.now - now, rel=0.3, abs=2 * evaluate_s), step
-
-
 @pytest.mark.parametrize(
     ("name", "teraflops"),
     [
