@@ -38,10 +38,10 @@ def start_preparation(config, stop_after=0):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def use_small_batches(monkeypatch, num_documents=8, segment_tokens=500):
+def use_small_batches(monkeypatch, num_documents=8):
     """Lets preparations tokenize few documents at a time, in small segments."""
     monkeypatch.setattr(prepare, "BATCH_DOCUMENTS", num_documents)
-    monkeypatch.setattr(prepare, "SEGMENT_TOKENS", segment_tokens)
+    monkeypatch.setattr(prepare, "SEGMENT_TOKENS", 500)
 
 
 def count_encoded(monkeypatch, stop_after=None):

@@ -45,7 +45,7 @@ def run_on_ranks(num_ranks, function, *args, timeout_s=600, start_method="forkse
     _run_all(_run_rank, num_ranks, function, args, timeout_s, start_method)
 
 
-def run_rows_on_ranks(num_ranks, function, rows, *args, timeout_s=1500):
+def run_rows_on_ranks(num_ranks, function, rows, *args):
     """Calls `function(rank, row, *args)` for each row, all rows in the same ranks.
 
     A row that fails, or hangs, ends its ranks; the rows after it get new ones.
@@ -57,9 +57,7 @@ def run_rows_on_ranks(num_ranks, function, rows, *args, timeout_s=1500):
     while pending:
         with tempfile.TemporaryDirectory() as done:
             try:
-                run_on_ranks(
-                    num_ranks, _call_rows, done, function, pending, args, timeout_s=timeout_s
-                )
+                run_on_ranks(num_ranks, _call_rows, done, function, pending, args, timeout_s=1500)
                 return errors
             except AssertionError as error:
                 failed, *pending = pending[len(os.listdir(done)) :]
@@ -67,18 +65,18 @@ def run_rows_on_ranks(num_ranks, function, rows, *args, timeout_s=1500):
     return errors
 
 
-def run_forked(function, *args, timeout_s=300):
+def run_forked(function, *args):
     """Calls `function(*args)` in a process of its own, without a launcher's variables.
 
     Raises:
         AssertionError: as `run_on_ranks`.
     """
-    _run_all(_run_alone, 1, function, args, timeout_s)
+    _run_all(_run_alone, 1, function, args, timeout_s=300)
 
 
-def run_on_gpus(num_ranks, function, *args, timeout_s=900):
+def run_on_gpus(num_ranks, function, *args):
     """Like `run_on_ranks`, with a GPU for each rank; `function` starts the world."""
-    _run_all(_run_gpu_rank, num_ranks, function, args, timeout_s)
+    _run_all(_run_gpu_rank, num_ranks, function, args, timeout_s=900)
 
 
 def num_gpus():

@@ -26,9 +26,9 @@ class Started:
         pids = [pid for thread in threads for pid in (thread / "children").read_text().split()]
         return [int(pid) for pid in pids if word in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
-    def wait_until(self, is_reached, timeout_s=180):
-        """Waits for a condition, at most `timeout_s` seconds and while the command runs."""
-        deadline = time.monotonic() + timeout_s
+    def wait_until(self, is_reached):
+        """Waits for a condition, at most three minutes and while the command runs."""
+        deadline = time.monotonic() + 180
         while not is_reached():
             assert self.process.poll() is None, self.said
             assert time.monotonic() < deadline, self.said

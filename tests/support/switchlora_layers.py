@@ -43,14 +43,14 @@ def build_layer(out_features, in_features, rank, scale, dtype, seed=0):
     return layer.to(dtype)
 
 
-def build_rule(keys, layers, plan=None, compute_dtype=torch.float32, compile_step=False):
+def build_rule(keys, layers, plan=None, compile_step=False):
     """A rule for all vectors; by default its plan never switches."""
     if plan is None:
         rank = next(iter(layers.values())).rank
         config = SwitchLoraConfig(rank=rank, freeze_steps=1, reset_moments="none")
         plan = Plan(config, 1000, np.full(len(layers), rank))
     if isinstance(keys, MuonConfig):
-        return FactorMuon(keys, Factors(layers, compute_dtype), plan, compile_step)
+        return FactorMuon(keys, Factors(layers), plan, compile_step)
     return VectorAdamW(keys, Factors(layers), plan, compile_step)
 
 
@@ -63,7 +63,7 @@ def step_rule(rule, frozen=()):
     rule.step()
 
 
-def build_optimizer(config, keys, layers, num_steps, candidates=None, seed=0, compile_step=False):
+def build_optimizer(config, keys, layers, num_steps, candidates=None, compile_step=False):
     """An optimizer of these layers only, named layer0, layer1, ...; no full-rank parameters."""
     named = {f"layer{index}": layer for index, layer in enumerate(layers)}
     plan = Plan(config, num_steps, np.array([layer.num_candidates for layer in layers]))
@@ -73,7 +73,7 @@ def build_optimizer(config, keys, layers, num_steps, candidates=None, seed=0, co
         build_rule(keys, named, plan, compile_step=compile_step),
         AdamW(keys, []),
         candidates or StoredCandidates(layers),
-        FrozenWeights(named, seed, compile_step),
+        FrozenWeights(named, 0, compile_step),
     )
 
 

@@ -22,9 +22,7 @@ class ReferenceLayer(nn.Module):
             counterpart's first moment.
     """
 
-    def __init__(
-        self, weight, candidates_a, candidates_b, rank, scale, puts_back=True, resets="counterpart"
-    ):
+    def __init__(self, weight, candidates_a, candidates_b, rank, scale, puts_back, resets):
         super().__init__()
         self.puts_back, self.resets = puts_back, resets
         self.rank, self.scale, self.num_candidates = rank, scale, min(weight.shape)

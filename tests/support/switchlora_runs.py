@@ -30,8 +30,8 @@ GOLDEN_RANK, GOLDEN_FREEZE_STEPS, NUM_GOLDEN_STEPS = 20, 5, 40
 GOLDEN_TOLERANCE = 2e-6  # fp32, forty steps of Adam; an independent port reached 2.4e-7
 
 
-def build_ours(config, num_steps=NUM_STEPS, compile_step=False):
-    method = SwitchLora(config, num_steps, seed=SEED)
+def build_ours(config, compile_step=False):
+    method = SwitchLora(config, NUM_STEPS, seed=SEED)
     model = draw_model(method)
     return model, method.build_optimizer(model, ADAMW, compile_step)
 

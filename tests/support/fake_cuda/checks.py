@@ -56,7 +56,7 @@ def plants_and_kernels(folder):
     """Returns what observers find in what is planted, and kernels of rank 0."""
     return {
         "plants": plants.planted(Path(folder)),
-        "switches": kernel_checks.kernels_of_switches(Path(folder), 0),
+        "switches": kernel_checks.kernels_of_switches(0),
         "losses": [kernel_checks.kernels_of_loss(size) for size in VOCABULARIES],
     }
 

@@ -18,12 +18,12 @@ from switchtitan.models.loss import CrossEntropy
 
 # Real widths, since torch cuts lists of tensors into launches by their sizes.
 LARGE = Path(__file__).parents[3] / "train_configs/llama_350m_switchlora.toml"
-LARGE_SWITCHES = {"stored": "", "constant": "--method.candidates constant"}
 SWITCHES = {
+    "stored": "",
+    "constant": "--method.candidates constant",
     "host": "--method.candidates_device host",
     "replicated": "--parallelism.frozen_weights replicate",
 }
-DEPTHS = (1, 3)
 UPDATES = {
     # The structure of the 350M model: 168 layers, 336 factors of two widths.
     "350M": "--model.num_layers 24 --model.num_kv_heads 2 --method.rank 8 --compile.optimizer true",
@@ -35,33 +35,19 @@ NUM_TOKENS, DIM = 36864, 1024
 """Of a micro-batch of the published 350M run."""
 
 
-def kernels_of_switches(folder, rank):
+def kernels_of_switches(rank):
     """Returns the kernels of a step's switch by case and operation; "addmm_" is a layer's fold."""
     uncompiled = [f"--compile.{key}=false" for key in CompileConfig.model_fields]
-    configs = {
-        name: parse_arguments(["--config", str(LARGE), *uncompiled, *words.split()], NUM_RANKS)
-        for name, words in LARGE_SWITCHES.items()
-    }
+    results = {}
     for name, words in SWITCHES.items():
-        for num_blocks in DEPTHS:
-            configs[f"{name}, {num_blocks}"] = _config(
-                folder, f"{words} --model.num_layers {num_blocks}"
-            )
-    return {name: _kernels_of_switch(config, rank) for name, config in configs.items()}
-
-
-def _config(folder, words):
-    words += " --training.local_batch_size 1"
-    return tiny_config(folder, "switchlora", *words.split(), num_ranks=NUM_RANKS)
-
-
-def _kernels_of_switch(config, rank):
-    with fake_cuda_stepper(config, NUM_RANKS, rank) as stepper:
-        # This step takes none of the vectors that the previous one puts back.
-        stepper.optimizer.switch()
-        with CountKernels() as kernels:
+        words = ["--config", str(LARGE), *uncompiled, *words.split()]
+        with fake_cuda_stepper(parse_arguments(words, NUM_RANKS), NUM_RANKS, rank) as stepper:
+            # This step takes none of the vectors that the previous one puts back.
             stepper.optimizer.switch()
-    return dict(kernels.counts)
+            with CountKernels() as kernels:
+                stepper.optimizer.switch()
+        results[name] = dict(kernels.counts)
+    return results
 
 
 def kernels_of_updates(folder, rank):
@@ -72,7 +58,8 @@ def kernels_of_updates(folder, rank):
     """
     results = {}
     for name, words in UPDATES.items():
-        config = _config(folder, words)
+        words += " --training.local_batch_size 1"
+        config = tiny_config(folder, "switchlora", *words.split(), num_ranks=NUM_RANKS)
         is_compiled = config.compile.optimizer
         eager = config.compile.model_copy(update={"optimizer": False})
         config = config.model_copy(update={"compile": eager})

@@ -42,7 +42,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def run_check(check, *arguments, timeout_s=1800):
+def run_check(check, *arguments):
     """Returns `check(*arguments)`, called in a new process; arguments and result are JSON.
 
     Args:
@@ -58,7 +58,7 @@ def run_check(check, *arguments, timeout_s=1800):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=timeout_s,
+        timeout=1800,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return json.loads(finished.stdout.splitlines()[-1])
