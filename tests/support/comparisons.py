@@ -2,13 +2,10 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from support.tiny import tiny_toml
-from switchtitan.comparison.comparison import Comparison, State, follow
-from switchtitan.comparison.config import ComparisonConfig
-from switchtitan.comparison.runs import Run, RunResult, config_sha256
+from switchtitan.comparison.comparison import follow
+from switchtitan.comparison.runs import RunResult, config_sha256
 from switchtitan.config import resolved_toml
 from switchtitan.observability import TENSORBOARD_FOLDER
 from switchtitan.observability.tensorboard import TensorBoardWriter
@@ -54,7 +51,7 @@ RESULTS = {
 """The contents of `results.json` of a finished run, without its losses."""
 
 
-def write_grid(folder: Path, grid: str = GRID, changes: Mapping[str, str] | None = None) -> Path:
+def write_grid(folder, grid=GRID, changes=None):
     """Writes the file that declares a comparison, and its base.
 
     Args:
@@ -72,13 +69,13 @@ def write_grid(folder: Path, grid: str = GRID, changes: Mapping[str, str] | None
     return file
 
 
-def loss_of(run: Run, dense: float = 2e-3, thin: float = 2e-2) -> float:
+def loss_of(run, dense=0.002, thin=0.02):
     """A loss that increases with the distance to the row's best rate, slightly with the seed."""
     ratio = run.tuned[LR] / (dense if run.row == "dense" else thin)
     return HEIGHT[run.row] + max(ratio, 1 / ratio) / 10 + 0.001 * run.seed
 
 
-def result_of(run: Run, validation_loss: float, test_loss: float) -> RunResult:
+def result_of(run, validation_loss, test_loss):
     """A made-up result."""
     figures = {
         "row": run.row,
@@ -95,15 +92,13 @@ def result_of(run: Run, validation_loss: float, test_loss: float) -> RunResult:
     return RunResult.model_validate(figures)
 
 
-def train(
-    config: ComparisonConfig, losses: Callable[[Run], tuple[float, float]]
-) -> tuple[State, list[list[Run]]]:
+def train(config, losses):
     """Follows a comparison to its end; returns its state, and the runs of each stage.
 
     Args:
         losses: validation and test loss of a run.
     """
-    results: dict[Run, RunResult] = {}
+    results = {}
     stages = []
     while due := follow(config, results.get).due:
         assert not results.keys() & set(due), "no run is trained twice"
@@ -123,7 +118,7 @@ def write_curves(folder, final, num_steps=60):
     writer.close()
 
 
-def finish(run: Run, validation_loss: float, test_loss: float = 9.0, **other: object) -> None:
+def finish(run, validation_loss, test_loss=9.0, **other):
     """Writes configuration and results of a run into its folder."""
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.toml").write_text(resolved_toml(run.config))
@@ -131,7 +126,7 @@ def finish(run: Run, validation_loss: float, test_loss: float = 9.0, **other: ob
     (run.folder / "results.json").write_text(json.dumps(RESULTS | losses | other))
 
 
-def finish_all(comparison: Comparison, loss: Callable[[Run], float] = loss_of) -> State:
+def finish_all(comparison, loss=loss_of):
     """Finishes all due runs; test losses are 1 more than validation losses."""
     while due := comparison.state().due:
         for run in due:
