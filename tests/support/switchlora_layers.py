@@ -5,10 +5,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from support.tiny import full_tensors
 from switchtitan.distributed import random
 from switchtitan.distributed.random import generator_for
-from switchtitan.methods.lowrank import balanced_bounds
+from switchtitan.distributed.shards import full_tensor
+from switchtitan.methods.lowrank import balanced_bounds, low_rank_layers
 from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.methods.switchlora import update
 from switchtitan.methods.switchlora.candidates import StoredCandidates
@@ -17,6 +17,16 @@ from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.optim import AdamW
 from switchtitan.optim.muon import MuonConfig
+
+# Multiples of 16, for which cuBLAS has TF32 kernels.
+LARGER = (
+    *("--model.hidden_size", "256", "--model.intermediate_size", "512"),
+    *("--method.rank", "64", "--method.interval", "4"),
+)
+MOST_DRIFT = 2e-4
+"""The largest relative change of W + s B A after 500 switches of `LARGER` without learning. Then
+switches recur, and their roundings add up: in fp32 to 4e-5, with products in TF32 to 9e-2 (both on
+a CPU, the latter by rounding the products' inputs)."""
 
 
 def with_interval(interval, **keys):
@@ -96,26 +106,17 @@ def set_gradients(layers, value):
 
 
 def effective_weight(layer):
-    """W + s B A in float64."""
+    """W + s B A in float64; of a sharded layer, the full weight, collective."""
     weight, lora_a, lora_b = (
-        tensor.detach().to(torch.float64) for tensor in (layer.weight, layer.lora_a, layer.lora_b)
+        full_tensor(tensor).detach().to(torch.float64)
+        for tensor in (layer.weight, layer.lora_a, layer.lora_b)
     )
     return weight + layer.scale * lora_b.T @ lora_a
 
 
-def merged_weights(trainer):
-    """W + s B A of each layer in fp64, by the layer's name; collective."""
-    tensors = full_tensors(trainer)
-    scales = {
-        name: module.scale
-        for name, module in trainer.stepper.model.named_modules()
-        if f"{name}.lora_a" in tensors
-    }
-    return {
-        name: tensors[f"{name}.weight"].double()
-        + scale * tensors[f"{name}.lora_b"].double().t() @ tensors[f"{name}.lora_a"].double()
-        for name, scale in scales.items()
-    }
+def effective_weights(model):
+    """Of each layer of a model, by the layer's name."""
+    return {name: effective_weight(layer) for name, layer in low_rank_layers(model).items()}
 
 
 def relative_change(after, before):
