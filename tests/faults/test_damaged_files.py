@@ -155,15 +155,6 @@ def test_a_damaged_file(runs, kind):
         assert use(runs, file.name, str(file.parent)) == expected_outcome(kind, name), name
 
 
-@pytest.mark.parametrize("name", IN_PLACE if IS_LONG else ["one bit"])
-def test_damage_to_all_checkpoints(runs, name):
-    runs.restore()
-    for step in (NEWEST, PREVIOUS):
-        file = place(runs.home, f"run/checkpoints/{step}/__0_0.distcp")
-        IN_PLACE[name](file, random.Random(f"{name} {step}"))
-    assert use(runs, str(runs.home / "run" / "checkpoints")) == "refused"
-
-
 @pytest.mark.parametrize("name", [*IN_PLACE, "swapped"] if IS_LONG else ["swapped"])
 def test_damaged_results_of_a_finished_run_are_written_again(runs, name):
     """The same command has nothing to train. Other numbers in the file have no checksum."""

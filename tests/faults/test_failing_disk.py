@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import WRITER, read_all_tensors, refused, tensor_checksums
+from support.checkpoints import WRITER, read_all_tensors, tensor_checksums
 from support.commands import run
 from support.failing_disk import (
     CASES,
@@ -21,12 +21,10 @@ from support.failing_disk import (
     call_preloaded,
     folder_in_memory,
     logged_calls,
-    preloaded,
     set_faults,
     small_disk,
 )
-from support.ranks import run_on_ranks
-from support.tiny import METHOD_KEYS, TINY, tiny_trainer
+from support.tiny import METHOD_KEYS, TINY
 
 from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.checkpoint.load import find_latest, verify
@@ -35,8 +33,15 @@ from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
 from switchtitan.files import make_folder, write_atomically
+from switchtitan.observability import TENSORBOARD_FOLDER
+from switchtitan.observability.config import ProfilerConfig
+from switchtitan.observability.curves import read_curves
+from switchtitan.observability.profiler import Profiler
+from switchtitan.observability.tensorboard import TensorBoardWriter
 
 STEPS = {step: f"step-{step:09d}" for step in range(1, 9)}
+MANY = {f"metric/{number}": 1.0 for number in range(4000)}
+"""More than what is left of a page of the event file."""
 
 
 @contextmanager
@@ -295,41 +300,6 @@ def test_a_crash_at_any_call_leaves_a_whole_checkpoint_and_no_leftovers_for_long
     assert {latest for _, latest, *_ in crashes.values()} == {STEPS[1], STEPS[2]}
 
 
-# Training on two ranks, of which the second has a failing disk.
-
-
-def train_to_the_fault(rank, folder):
-    """The run ends with the error on all ranks, and resumes from the checkpoint before."""
-    keys = ("--training.steps", "4", "--checkpoint.interval", "1")
-    keys += ("--checkpoint.async_save", "true")
-    trainer = tiny_trainer(folder, "switchlora", *keys, num_ranks=2)
-    save = trainer.checkpointer.save
-
-    def save_on_failing_disk(step, *args):
-        trainer.checkpointer.finish()
-        if (rank, step) == (1, 2):
-            set_faults(Fault("write", "*.partial/__1_0.distcp", "ENOSPC", times=0))
-        save(step, *args)
-
-    trainer.checkpointer.save = save_on_failing_disk
-    with refused("cannot save step 2", "on rank 1", "No space left on device"):
-        trainer.train()
-    set_faults()
-    # Found by the poll or the save of the next step.
-    assert trainer.stepper.state.step in (2, 3)
-    again = tiny_trainer(folder, "switchlora", *keys, num_ranks=2)
-    assert again.stepper.state.step == 1
-    again.train()
-    assert verify(again.checkpointer.latest).step == 4
-
-
-def test_a_failing_disk_of_one_rank_ends_the_run_on_all(corpora):
-    folder = corpora / "failing-disk"
-    folder.mkdir()
-    with preloaded(build(folder)):
-        run_on_ranks(2, train_to_the_fault, folder, start_method="spawn")
-
-
 # A real disk.
 
 
@@ -366,3 +336,30 @@ def test_the_same_command_goes_on_when_space_is_freed(corpora, tmp_path, monkeyp
         filler.free()
         assert run(*command, disk / "run").status == 0
         assert tensors_at(disk / "run", 6) == tensors_at(tmp_path / "large", 6)
+
+
+def test_a_full_disk_loses_points_with_one_warning(tmp_path, caplog):
+    with small_disk(tmp_path / "disk", 2 << 20) as disk:
+        writer, filler = TensorBoardWriter(disk / TENSORBOARD_FOLDER, start_step=0), Filler(disk)
+        writer.write(1, {"loss/train": 1.0})
+        filler.fill()
+        for step in (2, 3):
+            writer.write(step, MANY | {"loss/train": 1.0})
+        filler.free()
+        writer.write(4, {"loss/train": 1.0})
+        writer.close()
+        assert read_curves(disk)["loss/train"][0] == [1, 4]
+    assert caplog.text.count("lacks points until that succeeds") == 1
+
+
+def test_a_trace_that_does_not_fit_the_disk_is_a_warning_and_leaves_nothing(tmp_path, caplog):
+    with small_disk(tmp_path / "disk", 64 << 10) as disk:
+        Filler(disk).fill()
+        config = ProfilerConfig(enabled=True, start_step=2, num_steps=1)
+        with caplog.at_level(logging.WARNING), Profiler(config, disk) as profiler:
+            for _ in range(5):
+                torch.ones(5, 7).sum()
+                profiler.step()
+        assert profiler.trace is None
+        assert f"no trace was written to {disk}" in caplog.text
+        assert [path.name for path in disk.rglob("*") if path.is_file()] == ["filler"]

@@ -10,7 +10,6 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import tomli
 import torch
 from support.folders import HeldWeights
 from support.fuzzing import EXTREME_NUMBERS, STRANGE_STRINGS, fuzz, mutate_bytes, mutate_json
@@ -73,37 +72,21 @@ VALID = [
 ]
 
 
-def as_toml(table):
-    """Values at the top first: below a table's header they would belong to it."""
-    values = {key: value for key, value in table.items() if not isinstance(value, dict)}
-    lines = [f"{toml_value(key)} = {inline(value)}" for key, value in values.items()]
-    for key, value in table.items():
-        if isinstance(value, dict):
-            lines.append(f"[{toml_value(key)}]")
-            lines += [f"{toml_value(name)} = {inline(item)}" for name, item in value.items()]
-    return "\n".join(lines) + "\n"
-
-
-def inline(value):
-    if isinstance(value, dict):
-        items = (f"{toml_value(key)} = {inline(item)}" for key, item in value.items())
-        return f"{{ {', '.join(items)} }}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(inline, value))}]"
-    return toml_value(value)
-
-
 def configuration(folder, home):
     file = folder / "config.toml"
     file.write_text(VALID[0])
+    strings = [text.encode(errors="ignore").decode() for text in STRANGE_STRINGS]
+    values = [*map(toml_value, [*EXTREME_NUMBERS, *strings, [], [[1]], True]), "{}", "1979-05-27"]
 
     def damage(draw):
+        """Changes bytes, or the value of a key."""
         text = draw.choice(VALID)
         if draw.random() < 0.5:
             data = mutate_bytes(text.encode(), draw)
         else:
-            changed = as_toml(json.loads(mutate_json(tomli.loads(text), draw)))
-            data = changed.encode("utf-8", "surrogatepass")
+            line = draw.choice([line for line in text.splitlines() if " = " in line])
+            changed = f"{line.partition(' = ')[0]} = {draw.choice(values)}"
+            data = text.replace(line, changed, 1).encode()
         file.write_bytes(data)
         return data
 
@@ -305,21 +288,15 @@ def source(name):
     return target
 
 
-class Home:
-    """Valid files that several targets copy."""
-
-    def __init__(self, corpora):
-        folder = corpora / "fuzzed"
-        self.model = tiny_config(folder, "full_rank").model
-        write_json_lines(folder / "in" / "a.jsonl", DOCUMENTS)
-        keys = {"dataset": "jsonl", "path": folder / "in", "vocab_size": 270}
-        config = DataConfig(**keys, cache_dir=folder / "corpora")
-        self.corpus = open_corpus(config).folder
-
-
 @pytest.fixture(scope="module")
 def home(corpora):
-    return Home(corpora)
+    """A model's section and the folder of a corpus, which several targets copy."""
+    folder = corpora / "fuzzed"
+    model = tiny_config(folder, "full_rank").model
+    write_json_lines(folder / "in" / "a.jsonl", DOCUMENTS)
+    keys = {"dataset": "jsonl", "path": folder / "in", "vocab_size": 270}
+    opened = open_corpus(DataConfig(**keys, cache_dir=folder / "corpora"))
+    return SimpleNamespace(model=model, corpus=opened.folder)
 
 
 TARGETS = {
