@@ -4,9 +4,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from support.compiled import SWITCHLORA_COMPILED, compiled_functions
 from support.observed import communication_of_a_step, peak_extra_bytes
 from support.ranks import run_on_ranks
 from support.tiny import COMPILED, tiny_config, tiny_stepper, tiny_trainer
+from torch._dynamo.utils import counters
 
 from switchtitan.benchmark.estimate import estimate_step, measure_step
 from switchtitan.benchmark.memory_tracker import GRADIENTS, KINDS, STATE, TEMPORARY
@@ -131,17 +133,21 @@ def test_real_ranks_hold_send_and_compute_the_estimates(corpora, num_ranks, side
 
 def check_compiled_run(rank, folder, expected):
     torch._dynamo.reset()
-    trainer = tiny_trainer(folder / "compiled", "switchlora", *COMPILED, num_ranks=2)
+    trainer = tiny_trainer(folder / "compiled", "switchlora", *KEPT, *COMPILED, num_ranks=2)
     counter = CountCommunication()
-    for step in range(1, 6):
+    for step in range(1, 7):
         counted = counter if step == 3 else nullcontext()
         with torch._dynamo.config.patch(error_on_recompile=step > 2), counted:
             trainer.stepper.step()
     trainer.stepper.close()
     assert counter.counts == expected
+    assert compiled_functions() == SWITCHLORA_COMPILED
+    assert counters["stats"]["unique_graphs"] == sum(SWITCHLORA_COMPILED.values())
+    assert not counters["graph_break"]
 
 
 def test_a_step_of_a_compiled_run_is_counted_without_recompilation(corpora):
-    config = tiny_config(corpora / "fake", "switchlora", num_ranks=2)
+    """Blocks meet the same tensors in every step, also in units and with kept weights."""
+    config = tiny_config(corpora / "fake", "switchlora", *KEPT, num_ranks=2)
     expected = communication_of_a_step(config, 2, step=3)
     run_on_ranks(2, check_compiled_run, corpora, expected)

@@ -2,14 +2,12 @@
 full tensors, and with few collectives."""
 
 import math
-from collections import Counter
 from functools import partial
 from math import sqrt
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from support import scale_parameters
 from support.insides import draw_in_small_blocks
 from support.layouts import asked_for
@@ -22,9 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.profiler import ProfilerActivity, profile
 
-from switchtitan.data import open_corpus
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.replicas import check_replicas
@@ -62,6 +58,7 @@ from switchtitan.optim.muon import MuonConfig
 from switchtitan.optim.scale import ScaleConfig
 
 NUM_RANKS = 4
+LAYOUTS = ("2", "4", "2x2")
 CPU = torch.device("cpu")
 
 
@@ -77,6 +74,44 @@ def sharded(value, mesh):
     return distribute_tensor(value, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)])
 
 
+def num_collectives(part):
+    with CommDebugMode() as communication:
+        part()
+    return communication.get_total_counts()
+
+
+INTERVAL = 4
+"""Steps from one new basis of a projecting method to the next."""
+
+
+def check_updates(mesh, build, num_between, tolerance):
+    """Sharded parameters are updated as full ones are, with a number of collectives.
+
+    Args:
+        build: of a mesh or None; returns named parameters, their optimizer, and what gives them the
+            gradients of a step.
+        num_between: collectives of a step that draws no new basis.
+        tolerance: of parameters and state.
+    """
+    (named, optimizer, give), (split, split_optimizer, give_split) = build(None), build(mesh)
+    for step in range(10):
+        give(step)
+        give_split(step)
+        assert num_collectives(optimizer.step) == 0
+        num_together = num_collectives(split_optimizer.step)
+        assert step % INTERVAL == 0 or num_together == num_between, step
+    of_one, of_all = named | optimizer.state_dict(), split | split_optimizer.state_dict()
+    check_replicas(of_all, CPU)
+    for name, tensor in of_one.items():
+        torch.testing.assert_close(
+            full_tensor(of_all[name]).detach(),
+            tensor.detach(),
+            rtol=tolerance,
+            atol=tolerance,
+            msg=name,
+        )
+
+
 # Muon. Over 2 and 4 ranks: even, uneven, and fewer rows than ranks. Two of one shape.
 SHAPES = {
     "layers.0.even.weight": (8, 5),
@@ -90,7 +125,7 @@ SHAPES = {
 MATRICES = [name for name, shape in SHAPES.items() if len(shape) == 2 and "layers" in name]
 
 
-def muon(mesh=None, compute_dtype=torch.float32):
+def build_muon(mesh=None, compute_dtype=torch.float32):
     named = parameters(SHAPES)
     if mesh is not None:
         named = {name: nn.Parameter(sharded(value.detach(), mesh)) for name, value in named.items()}
@@ -98,30 +133,13 @@ def muon(mesh=None, compute_dtype=torch.float32):
         TrainedParameter(name, p, is_in_block="layers" in name, compute_dtype=compute_dtype)
         for name, p in named.items()
     ]
-    return named, OPTIMIZERS.build(MuonConfig(lr=0.02, weight_decay=0.1), trained, False)
 
+    def give(step):
+        for parameter, grad in zip(named.values(), draw(SHAPES, step), strict=True):
+            parameter.grad = grad if mesh is None else sharded(grad, mesh)
 
-def give_muon_gradients(named, step, mesh=None):
-    for parameter, grad in zip(named.values(), draw(SHAPES, step), strict=True):
-        parameter.grad = grad if mesh is None else sharded(grad, mesh)
-
-
-def check_muon(mesh):
-    (named, optimizer), (split, split_optimizer) = muon(), muon(mesh)
-    for step in range(8):
-        give_muon_gradients(named, step)
-        give_muon_gradients(split, step, mesh)
-        optimizer.step()
-        split_optimizer.step()
-    check_replicas(split | split_optimizer.state_dict(), CPU)
-    of_one = {**named, **optimizer.state_dict()}
-    for name, tensor in (split | split_optimizer.state_dict()).items():
-        # Batches of another size may be multiplied in another order, in fp32.
-        torch.testing.assert_close(
-            full_tensor(tensor).detach(), of_one[name].detach(), rtol=1e-5, atol=1e-5
-        )
-    for name, value in parameters(SHAPES).items():
-        assert (named[name] - value).abs().max() > 1e-2, name
+    optimizer = OPTIMIZERS.build(MuonConfig(lr=0.02, weight_decay=0.1), trained, False)
+    return named, optimizer, give
 
 
 def check_matrix_exchange(mesh, dtype, matrices=MATRICES):
@@ -145,9 +163,9 @@ def check_matrix_exchange(mesh, dtype, matrices=MATRICES):
 
 def check_muon_collectives(mesh):
     for dtype in (torch.float32, torch.bfloat16):
-        named, optimizer = muon(mesh, dtype)
+        _, optimizer, give = build_muon(mesh, dtype)
         for step in range(2):
-            give_muon_gradients(named, step, mesh)
+            give(step)
             with CountCommunication() as counter:
                 optimizer.step()
             counts = {kind: count for kind, count in counter.counts.items() if count.num_calls}
@@ -161,33 +179,14 @@ def check_muon_collectives(mesh):
 
 
 # SCALE. On four shards, one rank holds no row of three, five, six or nine.
-def check_scale(mesh):
+def build_scale(mesh=None):
+    named = scale_parameters.start(mesh)
     config = ScaleConfig(lr=0.03, other_lr=0.007, weight_decay=0.2, momentum=0.8)
-    named, split = scale_parameters.start(), scale_parameters.start(mesh)
-    optimizer, split_optimizer = (
-        OPTIMIZERS.build(config, scale_parameters.trained(given), False) for given in (named, split)
-    )
-    for step in range(8):
-        scale_parameters.give_gradients(named, step)
-        scale_parameters.give_gradients(split, step, mesh)
-        assert num_collectives(optimizer.step) == 0
-        assert num_collectives(split_optimizer.step) == 1
-        for name, parameter in split.items():
-            # Sums over ranks have another order: 6e-8 a step.
-            torch.testing.assert_close(
-                parameter.full_tensor(), named[name], rtol=2e-6, atol=2e-6, msg=f"{name} {step}"
-            )
-    check_replicas(split | split_optimizer.state_dict(), CPU)
-
-
-def num_collectives(part):
-    with CommDebugMode() as communication:
-        part()
-    return communication.get_total_counts()
+    optimizer = OPTIMIZERS.build(config, scale_parameters.trained(named), False)
+    return named, optimizer, partial(scale_parameters.give_gradients, named, mesh=mesh)
 
 
 # GaLore, Fira and APOLLO. One of four ranks holds no row of five, and none of three.
-INTERVAL = 4
 PROJECTED = {"rank": RANK, "update_interval": INTERVAL, "targets": TARGETS}
 # With the number of collectives in steps that keep their bases.
 PROJECTING = {
@@ -203,30 +202,11 @@ def projecting(name, model):
     return METHODS.build(PROJECTING[name][0], 10, 3).build_optimizer(model, ADAM, False)
 
 
-def check_projected(mesh):
-    for name, (_, num_between) in PROJECTING.items():
-        model, split_model = draw_model(), draw_model(mesh=mesh)
-        optimizer, split_optimizer = projecting(name, model), projecting(name, split_model)
-        for step, gradients in enumerate(draw_gradients(10)):
-            give_gradients(model, gradients)
-            give_gradients(split_model, gradients, mesh)
-            assert num_collectives(optimizer.step) == 0
-            num_together = num_collectives(split_optimizer.step)
-            assert step % INTERVAL == 0 or num_together == num_between, name
-            for key, parameter in split_model.named_parameters():
-                # Equal gradients give equal bases; sums over ranks have another order: 6e-8 a step.
-                torch.testing.assert_close(
-                    parameter.full_tensor(),
-                    model.get_parameter(key),
-                    rtol=2e-6,
-                    atol=2e-6,
-                    msg=f"{name} {key} {step}",
-                )
-        state = split_optimizer.state_dict()
-        for key, tensor in optimizer.state_dict().items():
-            torch.testing.assert_close(
-                full_tensor(state[key]), tensor, rtol=1e-5, atol=1e-6, msg=f"{name} {key}"
-            )
+def build_projected(name, mesh=None):
+    model, gradients = draw_model(mesh=mesh), list(draw_gradients(10))
+    optimizer = projecting(name, model)
+    give = lambda step: give_gradients(model, gradients[step], mesh)  # noqa: E731
+    return dict(model.named_parameters()), optimizer, give
 
 
 def perturbed(grad, rank):
@@ -434,9 +414,9 @@ def check_disagreement(mesh):
         exchange.check()
 
 
-# Runs on four ranks.
+# A run on four ranks.
 def check_initial_values(folder):
-    """Bitwise those of an unsharded model, which has the same loss."""
+    """Bitwise those of an unsharded model."""
     # So that tiny tensors have several blocks, whose borders are inside shards.
     draw_in_small_blocks(64, 5)
     keys = ("--parallelism.replicate", "2")
@@ -449,55 +429,25 @@ def check_initial_values(folder):
     tensors = full_tensors(trainer)
     for name, value in alone.state_dict().items():
         assert torch.equal(bits(tensors[f"model.{name}"]), bits(value)), name
-    # The ten held-out sequences count once each, though ranks read batches of two.
-    held_out = open_corpus(config.data).split("validation", config.data.seq_len)
-    sequences = [held_out[index] for index in range(10)]
-    tokens = torch.stack([sequence.tokens for sequence in sequences])
-    documents = torch.stack([sequence.document_ids for sequence in sequences])
-    with torch.no_grad():
-        logits = alone(tokens[:, :-1], documents).double()
-    expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
-    # fp32 logits of other batches: roundings of 6e-8 in about ten operations.
-    loss = trainer.evaluators.validation(trainer.stepper.model)
-    assert loss == pytest.approx(expected, rel=1e-6)
-
-
-def check_collectives_of_runs(folder):
-    """A step reduces each unit's gradient once; a switch is one collective."""
-    for name, method, keys, num_micro_batches, num_in_update in (
-        ("switching", "switchlora", (), 1, 1),
-        ("accumulating", "switchlora", ("--training.local_batch_size", "1"), 2, 1),
-        ("replicated", "switchlora", ("--parallelism.frozen_weights", "replicate"), 1, 1),
-        ("dense", "full_rank", (), 1, 0),
-    ):
-        trainer = tiny_trainer(folder / name, method, *keys, num_ranks=NUM_RANKS)
-        micro_batches = next(trainer.stepper.batches)
-        assert len(micro_batches) == num_micro_batches
-        of_gradients = collectives_of(partial(trainer.stepper.forward_backward, micro_batches))
-        reduced = sum(n for kind, n in of_gradients.items() if "reduce_scatter" in kind)
-        assert reduced == 4, "embedding, two blocks and head"
-        of_update = collectives_of(trainer.stepper.optimizer.step)
-        in_update = sum(n for kind, n in of_update.items() if "allreduce" in kind)
-        assert in_update == of_update.total() == num_in_update, (name, of_update)
-        trainer.stepper.close()
-
-
-def collectives_of(part):
-    """Number of calls of each collective in `part`, by torch's name."""
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        part()
-    return Counter(event.name for event in recorded.events() if event.name.startswith("c10d::"))
 
 
 CHECKS = {
-    **{f"muon on {name}": (check_muon, name) for name in ("2", "4", "2x2")},
+    # Batches of another size may be multiplied in another order, in fp32.
+    **{f"muon on {name}": (check_updates, name, build_muon, 2, 1e-5) for name in LAYOUTS},
     "matrix exchange on 2": (check_matrix_exchange, "2", torch.float32),
     "matrix exchange on 4": (check_matrix_exchange, "4", torch.bfloat16),
     "matrix exchange on 2x2": (check_matrix_exchange, "2x2", torch.float32),
     "owners of no matrix": (check_matrix_exchange, "4", torch.float32, MATRICES[:2]),
     "collectives of muon": (check_muon_collectives, "2"),
-    **{f"scale on {name}": (check_scale, name) for name in ("2", "4", "2x2")},
-    **{f"projections on {name}": (check_projected, name) for name in ("2", "4")},
+    # Sums over ranks have another order: 6e-8 a step.
+    **{f"scale on {name}": (check_updates, name, build_scale, 1, 2e-6) for name in LAYOUTS},
+    **{
+        f"{method} on {name}": (
+            *(check_updates, name, partial(build_projected, method), num_between, 2e-6),
+        )
+        for method, (_, num_between) in PROJECTING.items()
+        for name in ("2", "4")
+    },
     **{
         f"bases of {layout}, perturbed: {perturbed}": (check_bases_of_replicas, layout, perturbed)
         for layout in ((2, 2), (4, 1))
@@ -506,9 +456,8 @@ CHECKS = {
     **{f"reset on {name}": (check_reset, name) for name in ("2", "4")},
     "differing replicas": (check_differing_replicas, "2x2"),
     "shards without replicas": (check_shards_alone, "4"),
-    **{f"row exchange on {name}": (check_row_exchange, name) for name in ("2", "4", "2x2")},
+    **{f"row exchange on {name}": (check_row_exchange, name) for name in LAYOUTS},
     **{f"disagreement on {name}": (check_disagreement, name) for name in ("4", "2x2")},
-    "collectives of runs": (check_collectives_of_runs,),
     "initial values": (check_initial_values,),
 }
 

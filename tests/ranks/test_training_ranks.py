@@ -1,4 +1,4 @@
-"""A run is equal on 1, 2 and 4 ranks, sharded or replicated, and resumes on any number of ranks."""
+"""A run is equal on 1, 2 and 4 ranks, however these hold weights, and resumes on any of them."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from support.checkpoints import num_pieces
 from support.layouts import LAYOUTS, RELATIVE_LOSS_TOLERANCE, Recorded, asked_for
 from support.nonfinite import SKIP, differing, outcome
 from support.observed import tensors_left
@@ -21,10 +22,13 @@ from support.tiny import (
     train_steps,
     write_continued_config,
 )
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
+from switchtitan.distributed.norms import total_norm
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import parse_arguments
-from switchtitan.methods.lowrank import LowRankMethod
+from switchtitan.methods.lowrank import LowRankMethod, low_rank_layers
 from switchtitan.spectra.telemetry import read_spectra
 from switchtitan.training.build import build_trainer
 
@@ -40,6 +44,10 @@ class Row(NamedTuple):
     keys: tuple[str, ...] = ()
     model: str = ""
     """A model of transformers that the run continues."""
+    like: str = ""
+    """The row on as many ranks whose run it equals, though it holds or sends tensors otherwise."""
+    is_bitwise: bool = False
+    """Whether its arithmetic is that of `like`."""
 
 
 # Two vectors of each factor switch in each step, and candidates of small layers are used again.
@@ -48,6 +56,7 @@ SWITCHING = ("--method.interval", "3", "--method.freeze_steps", "1")
 STILL = ("--method.interval", "3", "--method.freeze_steps", "0", "--optimizer.lr", "1e-30")
 CONSTANT = ("--method.candidates", "constant")
 ON_HOST = ("--method.candidates_device", "host")
+ROUNDED = ("--training.frozen_dtype", "bfloat16")
 PROMPTS = (
     *("--evaluation.prompts", json.dumps(["def main(", "größe", ""])),
     *("--evaluation.prompt_tokens", "6"),
@@ -82,7 +91,7 @@ ROWS = {
     "cola": Row("full_rank", ("--model.name", "cola", "--model.rank", "5")),
     "tied head": Row("full_rank", ("--model.tied_head", "true", *PROMPTS)),
     "tied head and biases": Row("switchlora", SWITCHING, model="qwen2, tied"),
-    "rounded": Row("switchlora", (*SWITCHING, "--training.frozen_dtype", "bfloat16")),
+    "rounded": Row("switchlora", (*SWITCHING, *ROUNDED)),
     "constant candidates": Row("switchlora", (*SWITCHING, *CONSTANT)),
     "candidates on the host": Row("switchlora", (*SWITCHING, *ON_HOST)),
     "factors by muon": Row("switchlora", (*SWITCHING, "--optimizer.name", "muon")),
@@ -90,6 +99,33 @@ ROWS = {
     "still, on the host": Row("switchlora", (*STILL, *ON_HOST)),
 }
 STILL_ROWS = [name for name in ROWS if name.startswith("still")]
+# Of three blocks, a last unit of two has one; four micro-batches on each of two ranks.
+HELD = ("--model.num_layers", "3", "--training.local_batch_size", "1", *PROMPTS)
+UNITS = ("--parallelism.blocks_per_unit", "2")
+REPLICATED = ("--parallelism.frozen_weights", "replicate")
+KEPT = ("--parallelism.reshard_after_forward", "false")
+SUMMED = ("--parallelism.accumulate_gradients", "sharded")
+ALL = (*HELD, *UNITS, *KEPT, *SUMMED)
+BF16 = (*HELD, "--training.dtype", "bfloat16")
+HELD_ROWS = {
+    "held": Row("switchlora", HELD),
+    "not evaluated": Row("switchlora", HELD, like="held", is_bitwise=True),
+    "units": Row("switchlora", (*HELD, *UNITS), like="held", is_bitwise=True),
+    "kept": Row("switchlora", (*HELD, *KEPT), like="held", is_bitwise=True),
+    "replicated": Row("switchlora", (*HELD, *REPLICATED), like="held"),
+    "sharded gradients": Row("switchlora", (*HELD, *SUMMED), like="held"),
+    "all": Row("switchlora", ALL, like="held"),
+    "all recomputed": Row("switchlora", (*ALL, "--activation_checkpoint.mode", "full"), like="all"),
+    "bf16": Row("switchlora", BF16),
+    "bf16 kept": Row("switchlora", (*BF16, *KEPT), like="bf16", is_bitwise=True),
+    "rounded, replicated": Row("switchlora", (*SWITCHING, *ROUNDED, *REPLICATED), like="rounded"),
+    "resets": Row("relora", (*KEYS["relora"], *ROUNDED)),
+    "resets, replicated": Row("relora", (*KEYS["relora"], *ROUNDED, *REPLICATED), like="resets"),
+}
+HELD_IN = {"two": list(HELD_ROWS), "two_by_two": ["held", "all", "replicated"]}
+RESUMED_AS = [("held", "kept", "two"), ("held", "replicated", "two")]
+RESUMED_AS += [("replicated", "held", "two_by_two")]
+"""What two ranks have saved, the row that resumes it, and on which ranks."""
 ACCUMULATED = ("full_rank", "switchlora")
 """Rows with two blocks, and with micro-batches of two sequences; the others have one of each."""
 ROWS_OF = {
@@ -117,6 +153,7 @@ PROFILED = (
     *("--profiler.enabled", "true", "--profiler.ranks", "all"),
     *("--profiler.start_step", "3", "--profiler.num_steps", "2"),
 )
+OBSERVED_WITH = {"two": PROFILED, "one": (), "four": REPLICATED, "two_by_two": KEPT}
 
 
 def train_row(rank, name, folder, layout):
@@ -125,23 +162,30 @@ def train_row(rank, name, folder, layout):
     if name == "observed":
         return observe(rank, folder / layout / name, layout)
     results = {"straight": train(folder, folder / layout / name, name, layout, NUM_STEPS)}
-    if layout in RESUMED_IN and name not in STILL_ROWS:
+    for saved in saves_to_resume(name, layout):
         copy = folder / layout / f"{name} resumed"
         if rank == 0:
-            shutil.copytree(folder / "two" / name, copy)
+            shutil.copytree(folder / "two" / saved, copy)
         dist.barrier()
         results["resumed"] = train(folder, copy, name, layout, NUM_STEPS - SAVED_STEP)
     return results
 
 
+def saves_to_resume(name, layout):
+    """The rows whose save on two ranks a row resumes: at most one."""
+    if name in HELD_ROWS:
+        return [saved for saved, *resumed in RESUMED_AS if resumed == [name, layout]]
+    return [name] if layout in RESUMED_IN and name not in STILL_ROWS else []
+
+
 def build(folder, home, name, layout):
-    row, (num_ranks, placement) = ROWS[name], LAYOUTS[layout]
+    row, (num_ranks, placement) = (ROWS | HELD_ROWS)[name], LAYOUTS[layout]
     keys = [*row.keys, *placement]
     if row.model:
         file = write_continued_config(home, folder / "model", row.method)
         config = parse_arguments(["--config", str(file), *keys], num_ranks)
     else:
-        if name not in ACCUMULATED:
+        if name not in ACCUMULATED and "--model.num_layers" not in keys:
             keys += ["--model.num_layers", "1", "--training.local_batch_size", str(8 // num_ranks)]
         config = tiny_config(home, row.method, *keys, num_ranks=num_ranks)
     return build_trainer(config, start_world(config.parallelism))
@@ -160,8 +204,15 @@ def train(folder, home, name, layout, num_steps):
     losses = train_steps(trainer, min(SAVED_STEP, num_steps))
     if layout == "two" and num_steps > SAVED_STEP:
         save(trainer)
+    if prompts is not None and name != "not evaluated":
+        prompts(stepper.model)
+        validation = trainer.evaluators.validation
+        assert validation(stepper.model) == validation(stepper.model)
     losses += train_steps(trainer, num_steps - len(losses))
     trainer.check_ranks()
+    if name in HELD_ROWS:
+        check_how_weights_lie(stepper.model, REPLICATED[1] in HELD_ROWS[name].keys)
+        check_the_norm(stepper)
     stepper.close()
     return {
         "first_step": first_step,
@@ -172,6 +223,25 @@ def train(folder, home, name, layout, num_steps):
         "final": full_tensors(trainer),
         "metrics": stepper.optimizer.metrics(),
     }
+
+
+def check_how_weights_lie(model, is_replicated):
+    """Shards between steps, unless they are replicated."""
+    for layer in low_rank_layers(model).values():
+        assert isinstance(layer.weight, DTensor) != is_replicated
+        assert isinstance(layer.lora_a, DTensor)
+
+
+def check_the_norm(stepper):
+    """Equal to torch's, which is slower for DTensors; clipping included."""
+    stepper.max_grad_norm = 1e-3
+    norm = stepper.compute_gradients().grad_norm
+    gradients = [p.grad for p in stepper.model.parameters() if p.grad is not None]
+    assert norm > 1e-2
+    clipped = total_norm(gradients)
+    assert torch.equal(clipped, get_total_norm(gradients).full_tensor())
+    # The factor's rounding, and 1e-6 in its divisor.
+    torch.testing.assert_close(clipped.item(), 1e-3, rtol=2e-4, atol=0)
 
 
 def save(trainer):
@@ -217,9 +287,9 @@ def watch_data(trainer):
 
 
 def observe(rank, home, layout):
-    """Trains with everything that is measured, on two ranks also with the profiler."""
+    """Trains with everything that is measured."""
     num_ranks, placement = LAYOUTS[layout]
-    keys = (*OBSERVED, *placement, *(PROFILED if layout == "two" else ()))
+    keys = (*OBSERVED, *placement, *OBSERVED_WITH[layout])
     with merges_counted() as merges:
         trainer = tiny_trainer(home, "switchlora", *keys, num_ranks=num_ranks)
         reported = record_reports(trainer)
@@ -268,10 +338,10 @@ def recorded(corpora, request):
     from support.folders import save_random_model
 
     folder = corpora / "layouts"
-    sessions = {
-        layout: (num_ranks, asked_for(request, (*ROWS_OF[layout], "legs", "observed")))
-        for layout, (num_ranks, _) in LAYOUTS.items()
-    }
+    sessions = {}
+    for layout, (num_ranks, _) in LAYOUTS.items():
+        rows = [*ROWS_OF[layout], *HELD_IN.get(layout, ()), "legs", "observed"]
+        sessions[layout] = num_ranks, asked_for(request, rows)
     recorded = Recorded(folder, train_row, sessions)
     save_random_model("qwen2, tied", folder / "model")
     return recorded
@@ -309,6 +379,52 @@ def test_a_resumed_run_is_bitwise_the_same_on_as_many_ranks_and_equal_on_others(
         assert resumed["losses"] == expected
         assert resumed["metrics"] == straight["metrics"]
         check_equal(resumed["final"], straight["final"])
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "layout"),
+    [
+        (name, HELD_ROWS[name].like, layout)
+        for layout, names in HELD_IN.items()
+        for name in names
+        if HELD_ROWS[name].like
+    ],
+)
+def test_how_weights_are_held_changes_no_loss_no_text_and_no_checkpoint(
+    recorded, name, like, layout
+):
+    expected, found = (recorded(layout, row)["straight"] for row in (like, name))
+    assert found["losses"] == pytest.approx(expected["losses"], rel=RELATIVE_LOSS_TOLERANCE)
+    assert found["texts"] == expected["texts"]
+    if expected["held_out"] is not None:
+        assert found["held_out"] == pytest.approx(expected["held_out"], rel=RELATIVE_LOSS_TOLERANCE)
+    kinds, expected_kinds = (
+        {key: (tensor.shape, tensor.dtype) for key, tensor in run["final"].items()}
+        for run in (found, expected)
+    )
+    assert kinds == expected_kinds
+    if HELD_ROWS[name].is_bitwise:
+        check_equal(found["final"], expected["final"])
+
+
+@pytest.mark.parametrize(("saved", "name", "layout"), RESUMED_AS)
+def test_a_run_resumes_with_other_ways_to_hold_weights(recorded, saved, name, layout):
+    straight, resumed = recorded("two", saved)["straight"], recorded(layout, name)["resumed"]
+    expected = straight["losses"][SAVED_STEP:]
+    assert resumed["losses"] == pytest.approx(expected, rel=RELATIVE_LOSS_TOLERANCE)
+    if HELD_ROWS[name].is_bitwise:
+        assert resumed["losses"] == expected
+        check_equal(resumed["final"], straight["final"])
+
+
+@pytest.mark.parametrize(("name", "num_pieces_of_weights"), [("replicated", 1), ("held", 2)])
+def test_replicated_weights_are_written_once(recorded, corpora, name, num_pieces_of_weights):
+    recorded("two", name)
+    (checkpoint,) = (corpora / "layouts" / "two" / name / "run").glob("checkpoints/step-*")
+    found = num_pieces(checkpoint)
+    weights = [num for key, num in found.items() if key.endswith("q_proj.weight")]
+    assert weights == [num_pieces_of_weights] * 3
+    assert found["model.lm_head.weight"] == 2
 
 
 def integers_of(tensors):

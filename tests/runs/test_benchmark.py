@@ -1,14 +1,11 @@
-"""Steps are timed in alternation, and compared by robust ratios; switches need few operations."""
+"""Steps are timed in alternation, and compared by robust ratios."""
 
 import gc
 
 import numpy as np
 import pytest
 import torch
-from support.observed import CountOperations
-from support.switchlora_layers import build_layer, build_optimizer, set_gradients
 from support.tiny import METHOD_KEYS, TINY, tiny_config
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchtitan.benchmark import step_times
 from switchtitan.benchmark.sides import Side, load_sides, read_side
@@ -19,8 +16,6 @@ from switchtitan.benchmark.step_times import (
     time_steps_side_by_side,
 )
 from switchtitan.errors import ConfigError, UserError
-from switchtitan.methods.switchlora import SwitchLoraConfig
-from switchtitan.optim import AdamWConfig
 from switchtitan.training.step import Stepper
 
 # Ratios
@@ -155,64 +150,3 @@ def test_a_sides_own_keys_take_precedence_over_those_of_all(tmp_path):
     assert [config.method.rank for config in sides.values()] == [3, 5, 3]
     assert {config.optimizer.betas for config in sides.values()} == {(0.8, 0.9)}
     assert {config.data.seq_len for config in sides.values()} == {8}
-
-
-# Costs of switches
-
-
-def switching_optimizer(num_layers, num_per_step, **keys):
-    layers = [build_layer(64, 48, 24, 1.0, torch.float32, seed) for seed in range(num_layers)]
-    config = SwitchLoraConfig(
-        rank=24, interval=24 / num_per_step, freeze_steps=1, decay="constant", **keys
-    )
-    optimizer = build_optimizer(config, AdamWConfig(lr=1e-3), layers, 100)
-    set_gradients(layers, 0.0)
-    return optimizer
-
-
-def operations_of_switches(num_layers, num_per_step):
-    """Operations of a step in which no ring wraps around."""
-    optimizer = switching_optimizer(num_layers, num_per_step)
-    with CountOperations() as counter:
-        optimizer.switch()
-    assert optimizer.metrics()["switch/vectors_switched"] == 2 * num_layers * num_per_step
-    return counter.num_operations
-
-
-def test_switching_more_vectors_needs_no_more_operations():
-    one = operations_of_switches(num_layers=3, num_per_step=1)
-    assert operations_of_switches(num_layers=3, num_per_step=8) == one
-    # One fold into the weight for each further layer.
-    assert operations_of_switches(num_layers=5, num_per_step=1) == one + 2
-    with CountOperations() as counter:
-        matrix = torch.empty(3, 4)
-        matrix.zero_()
-        matrix[1:].t().add_(1)
-        torch._foreach_add_([matrix, matrix.clone()], 1)
-    assert counter.num_operations == 4  # neither views nor allocations
-
-
-class RecordListLayouts(TorchDispatchMode):
-    """Records for each foreach operation whether tensors are contiguous, and each list's dtypes."""
-
-    def __init__(self):
-        super().__init__()
-        self.layouts = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "_foreach" in str(func):
-            lists = [argument for argument in args if isinstance(argument, list)]
-            are_contiguous = all(t.is_contiguous() for entries in lists for t in entries)
-            self.layouts.append((are_contiguous, [{t.dtype for t in entries} for entries in lists]))
-        return func(*args, **(kwargs or {}))
-
-
-def test_lists_of_a_switch_are_contiguous_and_of_one_dtype_each():
-    """CUDA launches one kernel per entry of other lists."""
-    optimizer = switching_optimizer(num_layers=3, num_per_step=2)
-    with RecordListLayouts() as recorded:
-        optimizer.switch()
-    assert recorded.layouts
-    for are_contiguous, dtypes in recorded.layouts:
-        assert are_contiguous
-        assert all(len(of_list) == 1 for of_list in dtypes)

@@ -14,7 +14,6 @@ from switchtitan.benchmark.fit import (
     largest_batch_size,
     largest_batch_sizes,
 )
-from switchtitan.distributed.shards import rows_per_rank
 from switchtitan.methods import METHODS
 from switchtitan.methods.lowrank.contraction import (
     cheapest_contraction,
@@ -29,7 +28,6 @@ from switchtitan.observability.collectives import CollectiveCount
 SEQ_LEN = 16
 NUM_LAYERS = 2
 GIB = 2**30
-MUON = ("--optimizer.name", "muon")
 BF16 = ("--training.dtype", "bfloat16")
 KEPT = ("--parallelism.reshard_after_forward", "false")
 REPLICATED = ("--parallelism.frozen_weights", "replicate")
@@ -126,44 +124,6 @@ def test_the_state_of_a_torch_optimizer_is_counted(tmp_path):
     assert memory.most["optimizer"] == memory.most["trained"]
 
 
-def test_muon_has_one_moment_for_matrices_in_blocks_and_two_for_all_else(tmp_path):
-    config = tiny_config(tmp_path, "full_rank", *MUON)
-    numels = [parameter.numel() for parameter in plain_model(config).parameters()]
-    in_blocks = sum(out * width for out, width in shapes_in_blocks(config))
-    num_others = len(numels) - 7 * NUM_LAYERS
-    # fp32, and a step count for each of AdamW's parameters.
-    expected = 4 * (2 * sum(numels) - in_blocks + num_others)
-    assert memory_of(tmp_path, "full_rank", *MUON).most["optimizer"] == expected
-    assert memory_of(tmp_path, "full_rank").most["optimizer"] > expected
-
-
-def test_muon_has_one_moment_for_factors(tmp_path):
-    layers = shapes_in_blocks(tiny_config(tmp_path, "switchlora"))
-    with_adamw, with_muon = (
-        memory_of(tmp_path, "switchlora", *keys).most["optimizer"] for keys in ((), MUON)
-    )
-    rank = 6
-    assert with_adamw - with_muon == 4 * rank * sum(out + width for out, width in layers)  # fp32
-
-
-def test_kept_weights_and_sharded_gradients_are_counted(tmp_path):
-    layers = ("--model.num_layers", "4", "--training.global_batch_size", "8")
-    neither, kept, sharded = (
-        memory_of(tmp_path, "lora", *layers, *keys, num_ranks=2)
-        for keys in (
-            (),
-            KEPT,
-            ("--parallelism.accumulate_gradients", "sharded"),
-        )
-    )
-    shapes = shapes_in_blocks(tiny_config(tmp_path, "full_rank", *layers))
-    weights = 4 * sum(out * width for out, width in shapes)
-    assert neither.most["gathered"] < weights <= kept.most["gathered"]
-    assert kept.state == neither.state
-    unreduced = "unreduced gradients"
-    assert sharded.most[unreduced] < neither.most[unreduced] / 2
-
-
 def test_activation_checkpointing_trades_memory_for_flops(tmp_path):
     plain, checkpointed = (
         estimate_step(one_pass(tmp_path, "full_rank", "--activation_checkpoint.mode", mode), 1)
@@ -172,12 +132,6 @@ def test_activation_checkpointing_trades_memory_for_flops(tmp_path):
     assert checkpointed.memory.most["activations"] < plain.memory.most["activations"]
     assert checkpointed.memory.state == plain.memory.state
     assert checkpointed.flops_ratio > plain.flops_ratio
-
-
-def test_the_peak_is_at_most_the_sum_of_the_maxima(tmp_path):
-    memory = memory_of(tmp_path, "switchlora")
-    assert all(memory.at_peak[kind] <= memory.most[kind] for kind in memory.most)
-    assert memory.state < memory.peak <= sum(memory.most.values())
 
 
 @pytest.mark.parametrize(("is_freed", "at_once"), [("true", 1), ("false", 2)])
@@ -359,40 +313,6 @@ def test_replicas_exchange_shards_of_gradients(tmp_path):
     # Shards of half the size between two replicas, and the norms for clipping over all four ranks.
     norms = 4 * (sum(map(len, units(config))) + 1) + 2 * 3 / 4 * 4
     assert counts["all_reduce"].bytes_sent == pytest.approx(num_bytes / 2 + norms, rel=1e-9)
-
-
-def test_muon_sends_momentum_to_owners_and_updates_back(tmp_path):
-    counts, usual = (sent_by(tmp_path, "full_rank", *BF16, *keys) for keys in (MUON, ()))
-    shapes = shapes_in_blocks(tiny_config(tmp_path, "full_rank"))
-    # Both ranks own half of the matrices of each shape, so that each sends half of its rows.
-    rows = sum(rows_per_rank(out, 2) * width for out, width in shapes)
-    assert counts["all_to_all"] == CollectiveCount(2, 2 * 2 * rows / 2)
-    assert {**counts, "all_to_all": usual["all_to_all"]} == usual
-
-
-def test_muon_on_factors_adds_two_collectives_to_those_of_a_switch(tmp_path):
-    counts, usual = (sent_by(tmp_path, "switchlora", *keys) for keys in (MUON, ()))
-    shapes = shapes_in_blocks(tiny_config(tmp_path, "switchlora"))
-    # 6 vectors of each factor, 3 on each rank; a rank sends half of its rows each way.
-    sent = 2 * 4 * sum(3 * width for shape in shapes for width in shape) / 2
-    assert counts["all_to_all"].num_calls == 2
-    # Owners may have unequal work.
-    assert counts["all_to_all"].bytes_sent == pytest.approx(sent, rel=0.3)
-    assert usual["all_to_all"].num_calls == 0
-    assert {**counts, "all_to_all": usual["all_to_all"]} == usual
-
-
-def test_muon_exchanges_rows_of_factors_in_the_compute_dtype(tmp_path):
-    long, short = (
-        sent_by(tmp_path, "lora", *MUON, "--training.dtype", dtype)["all_to_all"].bytes_sent
-        for dtype in ("float32", "bfloat16")
-    )
-    assert long == 2 * short > 0
-
-
-def test_one_rank_sends_nothing(tmp_path):
-    counts = sent_by(tmp_path, "lora", num_ranks=1)
-    assert {count.bytes_sent for count in counts.values()} == {0.0}
 
 
 @needs_torchao

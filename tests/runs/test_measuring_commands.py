@@ -147,9 +147,3 @@ def test_a_machine_that_runs_tests_can_train_but_not_into_a_folder_of_the_system
     assert not record["can_train"]
     (writing,) = [found for found in record["findings"] if found["name"] == "writing"]
     assert writing["status"] == "missing"
-
-
-def test_help_names_commands():
-    help_text = run("--help").output
-    for word in ("train", "evaluate", "estimate"):
-        assert word in help_text
