@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.tiny import TINY
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "EXTENDING.md"
@@ -24,30 +25,8 @@ vocab_size = 270
 tokenizer = "train"
 seq_len = 16
 num_workers = 0
-[job]
-name = "extended"
-output_dir = "run"
-[lr_schedule]
-[training]
-steps = 8
-global_batch_size = 8
-local_batch_size = 4
-dtype = "float32"
-[parallelism]
-[compile]
-[activation_checkpoint]
-[checkpoint]
-interval = 8
-async_save = false
-[evaluation]
-interval = 8
-tokens = 160
-[metrics]
-interval = 1
-tensorboard = false
-[spectrum]
-[profiler]
 """
+"""The keys of `[data]` that the page leaves out; a base file gives those of other sections."""
 
 
 def add_to(file, shown):
@@ -90,25 +69,28 @@ def extended(tmp_path_factory):
         "".join(toml for toml in TOML.findall(page) if ("[data]" in toml) == is_data)
         for is_data in (True, False)
     )
-    (folder / "run.toml").write_text(others + data + REST)
+    (folder / "tiny.toml").write_text(TINY.format(folder=folder, method="lora", method_keys=""))
+    (folder / "run.toml").write_text('base = "tiny.toml"\n' + others + data + REST)
     return folder
 
 
-def run(folder, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "switchtitan", *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+def train(folder, num_steps):
+    """Returns what the command prints, and the step of its results."""
+    words = ("train", "--config", "run.toml", "--training.steps", str(num_steps))
+    done = subprocess.run(
+        [sys.executable, "-m", "switchtitan", *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((folder / "run" / "results.json").read_text())["step"]
 
 
 def test_a_run_with_everything_shown_trains_and_resumes(extended):
-    first = run(extended, "train", "--config", "run.toml")
-    assert first.returncode == 0, first.stderr
-    result = json.loads((extended / "run" / "results.json").read_text())
-    resumed = run(extended, "train", "--config", "run.toml", "--training.steps", "12")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "step-000000008" in resumed.stdout
-    later = json.loads((extended / "run" / "results.json").read_text())
-    assert result["step"] == 8
-    assert later["step"] == 12
+    assert train(extended, 8)[1] == 8
+    printed, step = train(extended, 12)
+    assert "step-000000008" in printed
+    assert step == 12

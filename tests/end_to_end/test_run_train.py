@@ -1,16 +1,37 @@
-"""`./run_train.sh` as a user runs it: it trains, resumes, stops, and refuses a mistake once."""
+"""`./run_train.sh` as a user runs it: it trains, also on two "nodes" of this machine, resumes,
+stops, and refuses a mistake once."""
 
+import json
 import os
+import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+from support.ranks import free_port
 from support.sessions import started
 from support.tiny import METHOD_KEYS, TINY
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = str(REPOSITORY / "run_train.sh")
 TO_PIPE = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Variables that make the script use this interpreter as a complete environment."""
+    folder = tmp_path_factory.mktemp("environment")
+    (folder / "bin").mkdir()
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    with (REPOSITORY / "pyproject.toml").open("rb") as project:
+        done = subprocess.run(["cksum"], stdin=project, capture_output=True, text=True, check=True)
+    (folder / ".switchtitan-installed-plain").write_text(f"{done.stdout.strip()} {REPOSITORY}\n")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return {**inherited, "VIRTUAL_ENV": str(folder), "OMP_NUM_THREADS": "1", "NGPU": "1"}
 
 
 def run_train(environment, folder, *arguments, **variables):
@@ -85,3 +106,25 @@ def test_a_stopped_run_says_how_it_resumes(environment, corpora):
     status, said = run_train(environment, folder, *arguments, "--training.steps", f"{steps}")
     assert status == 0, said
     assert f"resuming from {newest}" in said
+
+
+def test_two_nodes_with_separate_corpora_train_as_one_run(environment, tmp_path):
+    """Both prepare: the path is relative, and the nodes have different folders."""
+    together = ("--data.cache_dir", "corpora", "--job.output_dir", str(tmp_path / "together"))
+    command = [SCRIPT, "--config", str(write_config(tmp_path)), *together]
+    meet = environment | {"NNODES": "2", "RDZV_ENDPOINT": f"localhost:{free_port()}"}
+    folders = [tmp_path / "node-0", tmp_path / "node-1"]
+    for folder in folders:
+        folder.mkdir()
+    first, second = (
+        started(command, folder / "output", cwd=folder, env=meet | {"NODE_RANK": folder.name[-1]})
+        for folder in folders
+    )
+    with first as main, second as other:
+        ends = [node.process.wait(timeout=300) for node in (main, other)]
+    assert ends == [0, 0], main.said + other.said
+    # The main rank is on node 0.
+    assert "starting a new run" in main.said
+    assert "starting a new run" not in other.said
+    assert list((folders[1] / "corpora").glob("*/index.json"))
+    assert json.loads((tmp_path / "together" / "results.json").read_text())["step"] == 6

@@ -154,15 +154,6 @@ def hugging_face_folder(folder, home):
     )
 
 
-def safetensors_file(folder, home):
-    from safetensors.torch import save_file
-
-    save_file(random_weights(home.model), folder / "model.safetensors")
-    return damage_one_of(folder, change_safetensors), lambda: read_initial_weights(
-        folder / "model.safetensors", home.model
-    )
-
-
 def architecture(folder, home):
     """A config.json that gives the model's shapes."""
     model = home.model
@@ -302,7 +293,6 @@ def home(corpora):
 TARGETS = {
     "configuration": (configuration, 10_000, 60, 0.3),
     "command line": (command_line, 2500, 40, 0.3),
-    "safetensors": (safetensors_file, 10_000, 30, 0.3),
     "Hugging Face's layout": (hugging_face_folder, 10_000, 30, 0.3),
     "architecture": (architecture, 10_000, 25, 0.1),
     "corpus": (corpus, 2000, 30, 0.3),

@@ -280,17 +280,6 @@ def test_frozen_weights_are_sent_twice_a_pass_once_a_step_or_never(tmp_path):
         assert sharded[kind] == once[kind] == never[kind]
 
 
-def test_a_unit_of_several_blocks_sends_the_same_bytes_in_fewer_collectives(tmp_path):
-    keys = ("--model.num_layers", "3", "--parallelism.reshard_after_forward", "false")
-    single, double = (
-        sent_by(tmp_path, "lora", *keys, "--parallelism.blocks_per_unit", size)
-        for size in ("1", "2")
-    )
-    for kind in ("all_gather", "reduce_scatter"):
-        assert (single[kind].num_calls, double[kind].num_calls) == (3 + 2, 2 + 2)
-        assert double[kind].bytes_sent == pytest.approx(single[kind].bytes_sent, rel=1e-9)
-
-
 def test_sharded_accumulation_reduces_every_micro_batch_and_replicas_once(tmp_path):
     keys = ("--training.global_batch_size", "24", "--parallelism.replicate", "2")
     full, sharded = (
@@ -303,16 +292,6 @@ def test_sharded_accumulation_reduces_every_micro_batch_and_replicas_once(tmp_pa
     assert sharded["reduce_scatter"].bytes_sent == 3 * full["reduce_scatter"].bytes_sent
     for kind in ("all_gather", "all_reduce"):
         assert sharded[kind] == full[kind]
-
-
-def test_replicas_exchange_shards_of_gradients(tmp_path):
-    config = one_pass(tmp_path, "full_rank", "--parallelism.replicate", "2", num_ranks=4)
-    counts = communication_of_a_step(config, 4)
-    num_bytes = 4 * sum(padded_numel(unit, 2) for unit in units(config))
-    assert counts["reduce_scatter"] == CollectiveCount(NUM_LAYERS + 2, num_bytes / 2)
-    # Shards of half the size between two replicas, and the norms for clipping over all four ranks.
-    norms = 4 * (sum(map(len, units(config))) + 1) + 2 * 3 / 4 * 4
-    assert counts["all_reduce"].bytes_sent == pytest.approx(num_bytes / 2 + norms, rel=1e-9)
 
 
 @needs_torchao

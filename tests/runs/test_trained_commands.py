@@ -194,16 +194,6 @@ def test_transformers_has_the_logits_and_the_tokenizer_of_the_run_from_an_export
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == corpus.eos_id
 
 
-def test_weights_are_stored_in_the_requested_dtype_and_no_folder_is_replaced(trained, tmp_path):
-    from safetensors.torch import load_file
-
-    words = ("export", trained.run, "--folder", tmp_path / "out", "--dtype", "bfloat16")
-    assert run(*words).status == 0
-    weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
-    run(*words).check_refused(str(tmp_path / "out"), "not empty")
-
-
 def test_an_export_without_the_corpus_has_no_tokenizer(trained, tmp_path):
     checkpoint = tmp_path / "step-000000015"
     shutil.copytree(trained.run / "checkpoints" / checkpoint.name, checkpoint)

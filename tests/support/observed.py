@@ -1,4 +1,4 @@
-"""What calls do: operations, reads, memory, tensors that they leave, and bytes that they send."""
+"""What calls do: reads, memory, tensors that they leave, and bytes that they send."""
 
 import gc
 from itertools import accumulate, pairwise
@@ -11,10 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from support.tiny import train_steps
 from switchtitan.benchmark import estimate
 from switchtitan.benchmark.steppers import fake_stepper
-from switchtitan.observability.collectives import CountCommunication, CountingMode
+from switchtitan.observability.collectives import CountCommunication
 
 _aten = torch.ops.aten
-_ALLOCATIONS = (_aten.empty, _aten.new_empty, _aten.empty_like)
 _READS_BACK = {
     _aten._local_scalar_dense,  # of `item()`, `float()` and `bool()`
     _aten.is_nonzero,
@@ -24,21 +23,6 @@ _READS_BACK = {
     _aten.masked_select,
     _aten._unique2,
 }
-
-
-class CountOperations(CountingMode):
-    """A context that counts torch operations on this rank's tensors, without views and allocations.
-
-    An operation on a list of tensors counts once, although it may launch several kernels: CUDA
-    launches one per entry if they are not contiguous. So this does not count kernels.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.num_operations = 0
-
-    def count(self, func, args, kwargs, result):
-        self.num_operations += not (func.is_view or func.overloadpacket in _ALLOCATIONS)
 
 
 class RecordReadsBack(TorchDispatchMode):

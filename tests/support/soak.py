@@ -3,11 +3,9 @@
 import ctypes
 import gc
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from support.checkpoints import wait_until_written
@@ -29,23 +27,15 @@ RISES = {
 spectra and the log grow with the steps, by design."""
 
 
-class _Hook:
-    """A hook of the trainer that is due every `interval` steps."""
+class Sampler:
+    """A hook of the trainer that measures its process after every `interval` steps."""
 
-    def __init__(self, output_dir, interval):
-        self._checkpoints, self._interval = output_dir / "checkpoints", interval
+    def __init__(self, trainer, output_dir, interval):
+        self._trainer, self._checkpoints = trainer, output_dir / "checkpoints"
+        self._interval, self.samples = interval, {}
 
     def is_due(self, step):
         return step % self._interval == 0
-
-
-class Sampler(_Hook):
-    """Measures its process."""
-
-    def __init__(self, trainer, output_dir, interval):
-        super().__init__(output_dir, interval)
-        self._trainer = trainer
-        self.samples = {}
 
     def after(self, step):
         wait_until_written(self._trainer.checkpointer)
@@ -62,29 +52,6 @@ class Sampler(_Hook):
             "tensors": num_tensors(),
             "checkpoints_bytes": sum(path.stat().st_size for path in files),
         }
-
-
-class Leaks(_Hook):
-    """Keeps some of everything before each sample."""
-
-    def __init__(self, output_dir, interval):
-        super().__init__(output_dir, interval)
-        self._end = threading.Event()
-        self._kept, self._files = [], []
-
-    def after(self, step):
-        self._kept.append(bytearray(os.urandom(4 << 20)))
-        self._kept.append(torch.ones(1 << 14).share_memory_())
-        self._kept += [torch.ones(1) for _ in range(3)]
-        self._files.append(os.open(os.devnull, os.O_RDONLY))
-        threading.Thread(target=self._end.wait, daemon=True).start()
-        self._checkpoints.mkdir(exist_ok=True)
-        (self._checkpoints / f"left-{step}").write_bytes(bytes(20_000))
-
-    def close(self):
-        self._end.set()
-        for descriptor in self._files:
-            os.close(descriptor)
 
 
 def _shared_memory_bytes():
