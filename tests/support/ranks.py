@@ -93,7 +93,7 @@ def started_ranks(num_ranks, target, *args, start_method="forkserver"):
     """
     context = mp.get_context(start_method)
     context.set_forkserver_preload(PRELOADED)
-    environ = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(_free_port()))
+    environ = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
     ranks = [
         context.Process(target=target, args=(rank, num_ranks, environ, *args))
         for rank in range(num_ranks)
@@ -161,7 +161,7 @@ def _run_all(run_rank, num_ranks, function, args, timeout_s, start_method="forks
         )
 
 
-def _free_port():
+def free_port():
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]
