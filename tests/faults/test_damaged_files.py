@@ -7,8 +7,7 @@ on, its end is bitwise that of the undisturbed run: never a wrong weight, nor an
 import json
 import random
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.checkpoints import tensor_checksums
@@ -51,20 +50,6 @@ STARTS = {
 """What a run logs -> its outcome."""
 
 
-@dataclass(frozen=True)
-class Runs:
-    """A finished run, its copy, another run of the same shapes, and how the first one continues."""
-
-    home: Path
-    pristine: Path
-    other: Path
-    end: dict
-
-    def restore(self):
-        shutil.rmtree(self.home)
-        shutil.copytree(self.pristine, self.home)
-
-
 def end_of(home):
     """What a run leaves after its last step: equal for equal runs."""
     checkpoint = home / "run" / "checkpoints" / f"step-{END:09d}"
@@ -81,13 +66,19 @@ def end_of(home):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    """A finished run, its copy, another run of the same shapes, and how the first one continues."""
     folder = tmp_path_factory.mktemp("damages")
     home, pristine, other = folder / "run", folder / "pristine", folder / "other"
     make_run(home, seed=3, max_bytes=60_000)
     make_run(other, seed=4, max_bytes=150_000)
     shutil.copytree(home, pristine)
     assert train(home, END).status == 0
-    return Runs(home, pristine, other, end_of(home))
+    return SimpleNamespace(home=home, pristine=pristine, other=other, end=end_of(home))
+
+
+def restore(runs):
+    shutil.rmtree(runs.home)
+    shutil.copytree(runs.pristine, runs.home)
 
 
 def place(home, pattern):
@@ -147,7 +138,7 @@ def test_a_damaged_file(runs, kind):
     if not IS_LONG:
         chosen = [random.Random(kind).choice(chosen)]
     for number, (name, damage) in enumerate(chosen):
-        runs.restore()
+        restore(runs)
         file = place(runs.home, FILES[kind])
         before = file.read_bytes()
         damage(file, random.Random(f"{kind} {number}"))
@@ -158,7 +149,7 @@ def test_a_damaged_file(runs, kind):
 @pytest.mark.parametrize("name", [*IN_PLACE, "swapped"] if IS_LONG else ["swapped"])
 def test_damaged_results_of_a_finished_run_are_written_again(runs, name):
     """The same command has nothing to train. Other numbers in the file have no checksum."""
-    runs.restore()
+    restore(runs)
     file = place(runs.home, "run/results.json")
     expected = json.loads(file.read_text())
     damages = {**IN_PLACE, "swapped": swap_in(runs.other / "run" / "results.json")}

@@ -108,19 +108,15 @@ def checkpoint(home, tmp_path):
 
 
 @pytest.fixture
-def evaluate(home):
-    """Returns the use of a folder of weights."""
-    return lambda folder: Given(folder, "evaluate", folder, "--config", home / "run.toml")
+def weights(home, tmp_path):
+    folder = shutil.copytree(home / "hf", tmp_path / "weights")
+    return Given(folder, "evaluate", folder, "--config", home / "run.toml")
 
 
 @pytest.fixture
-def weights(home, tmp_path, evaluate):
-    return evaluate(shutil.copytree(home / "hf", tmp_path / "weights"))
-
-
-@pytest.fixture
-def shards(home, tmp_path, evaluate):
-    return evaluate(shutil.copytree(home / "sharded", tmp_path / "shards"))
+def shards(home, tmp_path):
+    folder = shutil.copytree(home / "sharded", tmp_path / "shards")
+    return Given(folder, "evaluate", folder, "--config", home / "run.toml")
 
 
 @pytest.fixture
@@ -133,10 +129,19 @@ def corpus(tmp_path):
     return Given(folder, "prepare", "--dataset", "jsonl", *words)
 
 
-GIVEN = ("checkpoint", "weights", "shards", "corpus")
+FILES = [
+    ("checkpoint", ".metadata"),
+    ("checkpoint", "metadata.json"),
+    ("checkpoint", "__0_0.distcp"),
+    ("weights", "model.safetensors"),
+    ("weights", "config.json"),
+    ("corpus", "index.json"),
+    ("corpus", "tokenizer.json"),
+    ("corpus", "train-00000.bin"),
+]
 
 
-@pytest.mark.parametrize("kind", GIVEN)
+@pytest.mark.parametrize("kind", ["checkpoint", "weights", "shards", "corpus"])
 def test_the_files_are_valid_before_they_are_changed(kind, request):
     assert request.getfixturevalue(kind).use().status == 0
 
@@ -144,19 +149,7 @@ def test_the_files_are_valid_before_they_are_changed(kind, request):
 # Code.
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        ("checkpoint", ".metadata"),
-        ("checkpoint", "metadata.json"),
-        ("checkpoint", "__0_0.distcp"),
-        ("weights", "model.safetensors"),
-        ("weights", "config.json"),
-        ("corpus", "index.json"),
-        ("corpus", "tokenizer.json"),
-        ("corpus", "train-00000.bin"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "name"), FILES)
 def test_a_pickle_in_place_of_a_file_does_not_run(kind, name, payload, request):
     given = request.getfixturevalue(kind)
     (given / name).write_bytes(payload)
@@ -212,19 +205,7 @@ def test_code_in_a_hugging_face_folder_is_not_imported(weights, trace):
 # Paths and links that leave the folder.
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        ("checkpoint", "metadata.json"),
-        ("checkpoint", "SHA256SUMS"),
-        ("checkpoint", ".metadata"),
-        ("checkpoint", "__0_0.distcp"),
-        ("weights", "model.safetensors"),
-        ("weights", "config.json"),
-        ("corpus", "index.json"),
-        ("corpus", "tokenizer.json"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "name"), [*FILES, ("checkpoint", "SHA256SUMS")])
 def test_a_file_is_no_link_out_of_its_folder(kind, name, request, tmp_path):
     given = request.getfixturevalue(kind)
     (given / name).rename(tmp_path / name)

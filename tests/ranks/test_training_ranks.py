@@ -13,7 +13,6 @@ from support.layouts import LAYOUTS, RELATIVE_LOSS_TOLERANCE, Recorded, asked_fo
 from support.nonfinite import SKIP, differing, outcome
 from support.observed import tensors_left
 from support.packages import HAS_TORCHAO
-from support.ranks import run_rows_on_ranks
 from support.tiny import (
     METHOD_KEYS,
     full_tensors,
@@ -34,9 +33,9 @@ from switchtitan.training.build import build_trainer
 
 pytestmark = pytest.mark.timeout(1800)
 
-NUM_STEPS, SAVED_STEP, STEPS_PER_LEG = 8, 4, 2
+NUM_STEPS, SAVED_STEP = 8, 4
 RESUMED_IN = ("two", "one")
-"""Layouts that resume what the first one saved."""
+"""Layouts that resume what the first one saved; SwitchLoRA is resumed in all."""
 
 
 class Row(NamedTuple):
@@ -138,13 +137,6 @@ ROWS_OF = {
         *("muon", "scale", "sgd", "constant candidates", "factors by muon", *STILL_ROWS),
     ],
 }
-# Each leg resumes what the one before has saved, on other ranks.
-LEGS = {
-    "two": (),
-    "one": ("--method.candidates_device", "host"),
-    "four": ("--parallelism.reshard_after_forward", "false"),
-    "two_by_two": ("--method.candidates_device", "host"),
-}
 OBSERVED = (
     *(*SWITCHING, "--training.steps", str(NUM_STEPS), "--evaluation.interval", "100"),
     *("--spectrum.interval", "5"),
@@ -157,8 +149,9 @@ OBSERVED_WITH = {"two": PROFILED, "one": (), "four": REPLICATED, "two_by_two": K
 
 
 def train_row(rank, name, folder, layout):
-    if name == "legs":
-        return train_leg(folder, layout)
+    if name in ON_TWO_RANKS:
+        check, *args = ON_TWO_RANKS[name]
+        return check(rank, folder / name, *args)
     if name == "observed":
         return observe(rank, folder / layout / name, layout)
     results = {"straight": train(folder, folder / layout / name, name, layout, NUM_STEPS)}
@@ -175,7 +168,14 @@ def saves_to_resume(name, layout):
     """The rows whose save on two ranks a row resumes: at most one."""
     if name in HELD_ROWS:
         return [saved for saved, *resumed in RESUMED_AS if resumed == [name, layout]]
-    return [name] if layout in RESUMED_IN and name not in STILL_ROWS else []
+    return [name] if layout in resumed_in(name) else []
+
+
+def resumed_in(name):
+    """The layouts that resume what two ranks have saved of a row."""
+    if name in STILL_ROWS:
+        return ()
+    return tuple(LAYOUTS) if name == "switchlora" else RESUMED_IN
 
 
 def build(folder, home, name, layout):
@@ -251,41 +251,6 @@ def save(trainer):
     trainer.checkpointer.finish()
 
 
-def train_leg(folder, layout):
-    """A leg of a run that moves from layout to layout."""
-    num_ranks, placement = LAYOUTS[layout]
-    keys = (*SWITCHING, *LEGS[layout], *placement)
-    trainer = tiny_trainer(folder / "legs", "switchlora", *keys, num_ranks=num_ranks)
-    first_step, batches = trainer.stepper.state.step, watch_data(trainer)
-    losses = train_steps(trainer, STEPS_PER_LEG)
-    trainer.check_ranks()
-    save(trainer)
-    trainer.stepper.close()
-    return {
-        "first_step": first_step,
-        "batches": batches,
-        "losses": losses,
-        "final": full_tensors(trainer),
-        "tokens_seen": trainer.stepper.state.tokens_seen,
-    }
-
-
-def watch_data(trainer):
-    """Returns a list that gets the sequences of each global batch, sorted: ranks share them."""
-    batches = []
-    forward_backward = trainer.stepper.forward_backward
-
-    def watched(micro_batches):
-        own = [row for batch in micro_batches for row in batch.tokens.tolist()]
-        of_ranks = [[]] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, own)
-        batches.append(sorted(row for rows in of_ranks for row in rows))
-        return forward_backward(micro_batches)
-
-    trainer.stepper.forward_backward = watched
-    return batches
-
-
 def observe(rank, home, layout):
     """Trains with everything that is measured."""
     num_ranks, placement = LAYOUTS[layout]
@@ -340,7 +305,8 @@ def recorded(corpora, request):
     folder = corpora / "layouts"
     sessions = {}
     for layout, (num_ranks, _) in LAYOUTS.items():
-        rows = [*ROWS_OF[layout], *HELD_IN.get(layout, ()), "legs", "observed"]
+        rows = [*ROWS_OF[layout], *HELD_IN.get(layout, ()), "observed"]
+        rows += ON_TWO_RANKS if layout == "two" else []
         sessions[layout] = num_ranks, asked_for(request, rows)
     recorded = Recorded(folder, train_row, sessions)
     save_random_model("qwen2, tied", folder / "model")
@@ -364,8 +330,9 @@ def test_a_run_is_that_of_one_rank(recorded, name, layout):
         assert several["held_out"] == pytest.approx(one["held_out"], rel=RELATIVE_LOSS_TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", RESUMED_IN)
-@pytest.mark.parametrize("name", [name for name in ROWS if name not in STILL_ROWS])
+@pytest.mark.parametrize(
+    ("name", "layout"), [(name, layout) for name in ROWS for layout in resumed_in(name)]
+)
 def test_a_resumed_run_is_bitwise_the_same_on_as_many_ranks_and_equal_on_others(
     recorded, name, layout
 ):
@@ -459,24 +426,6 @@ def test_switched_vectors_are_bitwise_equal_on_any_number_of_ranks(recorded, nam
     assert sum(".lora_" in key for key in changed) == 14, "every factor of 7 layers must change"
 
 
-@pytest.mark.parametrize(("name", "of_one_rank"), [("legs", "switchlora")])
-def test_a_run_on_changing_numbers_of_ranks_is_the_run_on_one(recorded, name, of_one_rank):
-    straight, seen = recorded("one", of_one_rank)["straight"], []
-    for leg, layout in enumerate(LAYOUTS):
-        found = recorded(layout, name)
-        own = slice(leg * STEPS_PER_LEG, (leg + 1) * STEPS_PER_LEG)
-        assert found["first_step"] == own.start
-        assert found["losses"] == pytest.approx(
-            straight["losses"][own], rel=RELATIVE_LOSS_TOLERANCE
-        )
-        seen += [tuple(row) for batch in found["batches"] for row in batch]
-    assert found["final"].keys() == straight["final"].keys()
-    check_equal(integers_of(found["final"]), integers_of(straight["final"]))
-    # Of 8 sequences and 16 targets; none is read twice.
-    assert found["tokens_seen"] == NUM_STEPS * 8 * 16
-    assert len(set(seen)) == NUM_STEPS * 8
-
-
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "one"])
 @pytest.mark.parametrize("name", ["observed"])
 def test_what_is_measured_does_not_depend_on_the_number_of_ranks(recorded, name, layout):
@@ -510,51 +459,34 @@ def test_every_rank_asked_for_is_traced(recorded, corpora, name):
     assert traces == ["rank0", "rank1"]
 
 
-# What is left out, or left over: what is checked, method and keys.
-ON_TWO_RANKS = {
-    "gradient, sharded": ("skip", "switchlora", ()),
-    "loss, replicated": ("skip", "galore", ("--parallelism.replicate", "2")),
-    "leftovers of galore": ("leftovers", "galore", PROJECTED),
-    "leftovers of relora, replicated": (
-        *("leftovers", "relora"),
-        (*KEYS["relora"], "--parallelism.frozen_weights", "replicate"),
-    ),
-    "leftovers of switchlora": ("leftovers", "switchlora", ()),
-}
-
-
-def check_on_two_ranks(rank, name, folder):
-    check, method, keys = ON_TWO_RANKS[name]
-    if check == "skip":
-        check_that_a_bad_batch_is_left_out(rank, folder / name, method, keys, name.split(",")[0])
-    else:
-        check_that_nothing_is_left_over(folder / name, method, keys)
-
-
-def check_that_a_bad_batch_is_left_out(rank, folder, method, keys, spoil):
+def check_that_a_bad_batch_is_left_out(rank, folder, spoil, method, *keys):
     words = (folder, method, *SKIP, *keys)
     without = outcome(*words, leaves_out=True, num_ranks=2, num_steps=4)
     spoiled = outcome(*words, spoil=spoil, spoils_here=rank == 1, num_ranks=2, num_steps=4)
     assert differing(spoiled, without) == []
 
 
-def check_that_nothing_is_left_over(folder, method, keys):
+def check_that_nothing_is_left_over(rank, folder, method, *keys):
     # Several micro-batches per step, so that gradients accumulate.
     trainer = tiny_trainer(folder, method, *keys, num_ranks=2)
     assert tensors_left(trainer, num_steps=6) <= 0
     trainer.stepper.close()
 
 
-@pytest.fixture(scope="module")
-def errors_on_two_ranks(corpora, request):
-    folder = corpora / "on-two-ranks"
-    folder.mkdir()
-    cases = asked_for(request, ON_TWO_RANKS)
-    return run_rows_on_ranks(2, check_on_two_ranks, cases, folder)
+ON_TWO_RANKS = {
+    "gradient": (check_that_a_bad_batch_is_left_out, "gradient", "switchlora"),
+    "loss": (check_that_a_bad_batch_is_left_out, "loss", "galore", "--parallelism.replicate", "2"),
+    "leftovers of galore": (check_that_nothing_is_left_over, "galore", *PROJECTED),
+    "leftovers of relora": (
+        check_that_nothing_is_left_over,
+        *("relora", *KEYS["relora"], *REPLICATED),
+    ),
+    "leftovers of switchlora": (check_that_nothing_is_left_over, "switchlora"),
+}
 
 
-@pytest.mark.parametrize("case", ON_TWO_RANKS)
+@pytest.mark.parametrize("name", ON_TWO_RANKS)
 def test_ranks_leave_out_a_bad_batch_of_one_and_leave_no_tensors_to_the_garbage_collector(
-    errors_on_two_ranks, case
+    recorded, name
 ):
-    assert case not in errors_on_two_ranks, errors_on_two_ranks[case]
+    recorded("two", name)

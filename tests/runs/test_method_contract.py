@@ -263,12 +263,6 @@ def test_a_method_without_a_frozen_weight_and_an_update_has_no_adapter(trained, 
     assert not folder.exists()
 
 
-def test_a_model_that_transformers_does_not_know_is_not_exported(trained, tmp_path):
-    one, folder = trained("full_rank_on_cola"), tmp_path / "out"
-    run("export", one.checkpoint, "--folder", folder).check_refused("cola")
-    assert not folder.exists()
-
-
 @pytest.mark.parametrize("method", METHOD_KEYS)
 def test_a_start_from_a_full_rank_checkpoint_computes_what_that_does(trained, tmp_path, method):
     dense = trained("full_rank")
@@ -324,13 +318,6 @@ def test_other_lr_is_the_rate_of_all_but_the_layers_that_low_rank_methods_adapt(
     }
     adapted = {key for key in parameters if key.split(".")[-2] in ADAPTED_LINEARS}
     assert moved == {key for key in adapted if not key.endswith(".bias")}
-
-
-def test_without_other_lr_every_parameter_has_one_rate_bitwise(corpora, trained):
-    keys = ("--optimizer.other_lr", "1e-2")
-    trainer = trainer_of(corpora / "contract-equal-rates", "full_rank", *keys)
-    assert train_steps(trainer, 4) == trained("full_rank").losses[:4]
-    trainer.stepper.close()
 
 
 def test_a_method_outside_the_package_has_its_own_scale_in_every_reader(corpora, trained):

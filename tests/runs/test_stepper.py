@@ -100,26 +100,6 @@ def test_loss_and_gradients_of_several_micro_batches_equal_those_of_one_batch_in
     torch.testing.assert_close(result.grad_norm, norm, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("method", ["low_rank", "sltrain", "switchlora"])
-def test_accumulated_micro_batches_equal_one_big_batch(corpora, method):
-    trainer = tiny_trainer(corpora / "accumulate", method)
-    micro_batches = next(trainer.stepper.batches)
-    trainer.stepper.close()
-    big_batch = type(micro_batches[0])(*map(torch.cat, zip(*micro_batches, strict=True)))
-
-    def gradients(batches):
-        loss = trainer.stepper.forward_backward(batches)
-        trained = [p for p in trainer.stepper.model.parameters() if p.requires_grad]
-        full = [parameter.grad.full_tensor().clone() for parameter in trained]
-        trainer.stepper.optimizer.zero_grad()
-        return [loss, *full]
-
-    for one, accumulated in zip(gradients([big_batch]), gradients(micro_batches), strict=True):
-        # As above.
-        atol = 2e-6 * one.abs().max().item() + 1e-9
-        torch.testing.assert_close(accumulated, one, rtol=1e-5, atol=atol)
-
-
 def test_a_skipped_step_changes_no_tensor_switches_nothing_and_does_not_count(corpora):
     trainer = tiny_trainer(corpora / "skipped", "switchlora", *SKIP)
     stepper = trainer.stepper
