@@ -6,10 +6,12 @@ import os
 import re
 import signal
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from support import checkpoints
 from support.checkpoints import WRITER, read_all_tensors, tensor_checksums
 from support.commands import run
 from support.failing_disk import (
@@ -26,11 +28,7 @@ from support.failing_disk import (
 )
 from support.tiny import METHOD_KEYS, TINY
 
-from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.checkpoint.load import find_latest, verify
-from switchtitan.checkpoint.save import Checkpointer
-from switchtitan.distributed.config import ParallelismConfig
-from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
 from switchtitan.files import make_folder, write_atomically
 from switchtitan.observability import TENSORBOARD_FOLDER
@@ -58,6 +56,9 @@ def logged():
 # Every call of a save fails, in one process.
 
 
+make_checkpointer = partial(checkpoints.make_checkpointer, async_save=False)
+
+
 def tensors_of(step):
     generator = torch.Generator().manual_seed(step)
     return {
@@ -65,17 +66,6 @@ def tensors_of(step):
         "norm": torch.randn(11, generator=generator).to(torch.bfloat16),
         "step": torch.tensor(step),
     }
-
-
-def make_checkpointer(folder, **config):
-    return Checkpointer(
-        folder,
-        CheckpointConfig(**{"async_save": False, **config}),
-        start_world(ParallelismConfig()),
-        identity={},
-        metadata={},
-        versions={},
-    )
 
 
 def save(checkpointer, step):

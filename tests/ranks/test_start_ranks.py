@@ -12,12 +12,11 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from support.checkpoints import make_checkpointer
 from support.insides import wait_for_shared_folders
 from support.ranks import run_forked, run_on_ranks
 from support.tiny_documents import make_documents, write_json_lines
 
-from switchtitan.checkpoint.config import CheckpointConfig
-from switchtitan.checkpoint.save import Checkpointer
 from switchtitan.data import DataConfig, open_corpus
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.config import ParallelismConfig
@@ -175,10 +174,8 @@ def check_openmp_teams(folder):
             time.sleep(0.01)
         assert num_other_threads() == before + expected
 
-    world = start_world(ParallelismConfig())
     # A plan of more than 32 KiB, and a tensor that is copied in parallel.
     tensors = {f"weight{index}": torch.ones(3) for index in range(500)} | {"large": values}
-    parts = {"identity": {}, "metadata": {}, "versions": {}}
 
     def save(checkpointer):
         for step in (1, 2):
@@ -186,8 +183,7 @@ def check_openmp_teams(folder):
             checkpointer.finish()
 
     for is_async in (False, True):
-        config = CheckpointConfig(async_save=is_async)
-        checkpointer = Checkpointer(folder / str(is_async), config, world, **parts)
+        checkpointer = make_checkpointer(folder / str(is_async), async_save=is_async)
         check_growth(partial(save, checkpointer), 0)
     torch.set_num_threads(2)  # undoes the limit for threads that start later
     group = dist.new_group(backend="gloo")

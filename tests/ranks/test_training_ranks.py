@@ -1,6 +1,7 @@
 """A run is equal on 1, 2 and 4 ranks, however these hold weights, and resumes on any of them."""
 
 import json
+import re
 import shutil
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from support.packages import HAS_TORCHAO
 from support.tiny import (
     METHOD_KEYS,
     full_tensors,
+    record_reports,
     tiny_config,
     tiny_trainer,
     train_steps,
@@ -141,6 +143,7 @@ OBSERVED = (
     *(*SWITCHING, "--training.steps", str(NUM_STEPS), "--evaluation.interval", "100"),
     *("--spectrum.interval", "5"),
 )
+MEASURED = "rank/|norm/|share/"
 PROFILED = (
     *("--profiler.enabled", "true", "--profiler.ranks", "all"),
     *("--profiler.start_step", "3", "--profiler.num_steps", "2"),
@@ -203,7 +206,8 @@ def train(folder, home, name, layout, num_steps):
     texts = None if prompts is None else [tuple(found) for found in prompts(stepper.model)]
     losses = train_steps(trainer, min(SAVED_STEP, num_steps))
     if layout == "two" and num_steps > SAVED_STEP:
-        save(trainer)
+        trainer.save()
+        trainer.checkpointer.finish()
     if prompts is not None and name != "not evaluated":
         prompts(stepper.model)
         validation = trainer.evaluators.validation
@@ -244,13 +248,6 @@ def check_the_norm(stepper):
     torch.testing.assert_close(clipped.item(), 1e-3, rtol=2e-4, atol=0)
 
 
-def save(trainer):
-    trainer.checkpointer.save(
-        trainer.stepper.state.step, trainer.tensors(), vars(trainer.stepper.state)
-    )
-    trainer.checkpointer.finish()
-
-
 def observe(rank, home, layout):
     """Trains with everything that is measured."""
     num_ranks, placement = LAYOUTS[layout]
@@ -259,28 +256,14 @@ def observe(rank, home, layout):
         trainer = tiny_trainer(home, "switchlora", *keys, num_ranks=num_ranks)
         reported = record_reports(trainer)
         trainer.train()
-    of_ranks = [None] * num_ranks
-    dist.all_gather_object(of_ranks, (len(merges), reported if rank == 0 else {}))
-    spectra = read_spectra(home / "run" / "spectra") if rank == 0 else None
-    return {
-        "num_merges": [merges for merges, _ in of_ranks],
-        "reported": reported,
-        "spectra": spectra,
+    num_merges = [None] * num_ranks
+    dist.all_gather_object(num_merges, len(merges))
+    measured = {
+        step: {tag: value for tag, value in values.items() if re.search(MEASURED, tag)}
+        for step, values in reported.items()
     }
-
-
-def record_reports(trainer):
-    """Returns a dictionary that gets what is measured, by step and tag."""
-    reported, report = {}, trainer.reporter.report
-
-    def record(step, values):
-        tags = ("rank/", "norm/", "share/")
-        found = {tag: value for tag, value in values.items() if any(part in tag for part in tags)}
-        reported.setdefault(step, {}).update(found)
-        report(step, values)
-
-    trainer.reporter.report = record
-    return reported
+    spectra = read_spectra(home / "run" / "spectra") if rank == 0 else None
+    return {"num_merges": num_merges, "reported": measured, "spectra": spectra}
 
 
 @contextmanager

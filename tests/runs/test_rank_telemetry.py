@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.tiny import tiny_config, tiny_trainer
+from support.tiny import record_reports, tiny_config, tiny_trainer
 from support.trained import train_and_save
 
 from switchtitan.distributed.random import generator_for
@@ -25,17 +25,13 @@ NUM_LAYERS = 2 * 7
 def train(folder, method, *overrides):
     """Trains a complete run; returns it and its reported ranks by step."""
     trainer = tiny_trainer(folder, method, *overrides)
-    reported, report = {}, trainer.reporter.report
-
-    def keep(step, values):
-        ranks = {tag: value for tag, value in values.items() if tag.startswith("rank/")}
-        if ranks:
-            reported[step] = ranks
-        report(step, values)
-
-    trainer.reporter.report = keep
+    reported = record_reports(trainer)
     trainer.train()
-    return trainer, reported
+    ranks = {
+        step: {tag: value for tag, value in values.items() if tag.startswith("rank/")}
+        for step, values in reported.items()
+    }
+    return trainer, {step: of for step, of in ranks.items() if of}
 
 
 def merged_weights(folder, method, trainer):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from support.checkpoints import write_when
 from support.nonfinite import SKIP, spoil_next_gradient, spoil_next_loss
-from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
+from support.tiny import full_tensors, record_reports, tiny_config, tiny_trainer, train_steps
 
 from switchtitan.checkpoint.save import list_step_folders
 from switchtitan.data import open_corpus
@@ -63,14 +63,7 @@ def finished(corpora):
     keys = ("--training.steps", "6", "--evaluation.interval", "4", "--metrics.interval", "4")
     keys += (*TEST_SPLIT, *SKIP)
     trainer = tiny_trainer(corpora / "finished", "full_rank", *keys)
-    reported, may_collect, hook = {}, [], NoteCalls()
-    report = trainer.reporter.report
-
-    def record(step, values):
-        reported.setdefault(step, {}).update(values)
-        report(step, values)
-
-    trainer.reporter.report = record
+    reported, may_collect, hook = record_reports(trainer), [], NoteCalls()
     trainer.hooks = [hook]
     before_each_step(trainer, lambda step: may_collect.append(gc.isenabled()))
     spoil_next_gradient(trainer.stepper)

@@ -135,6 +135,18 @@ def train_steps(trainer, num_steps):
     ]
 
 
+def record_reports(trainer):
+    """Returns a dictionary that gets what the run reports, by step and tag."""
+    reported, report = {}, trainer.reporter.report
+
+    def record(step, values):
+        reported.setdefault(step, {}).update(values)
+        report(step, values)
+
+    trainer.reporter.report = record
+    return reported
+
+
 def full_tensors(trainer):
     """Copies of all tensors of a checkpoint, as full tensors; collective."""
     return {
