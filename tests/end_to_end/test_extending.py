@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.tiny import TINY
+from support.tiny import tiny_toml
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "EXTENDING.md"
@@ -69,7 +69,7 @@ def extended(tmp_path_factory):
         "".join(toml for toml in TOML.findall(page) if ("[data]" in toml) == is_data)
         for is_data in (True, False)
     )
-    (folder / "tiny.toml").write_text(TINY.format(folder=folder, method="lora", method_keys=""))
+    (folder / "tiny.toml").write_text(tiny_toml(folder, "full_rank"))
     (folder / "run.toml").write_text('base = "tiny.toml"\n' + others + data + REST)
     return folder
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.ranks import free_port
 from support.sessions import started
-from support.tiny import METHOD_KEYS, TINY
+from support.tiny import tiny_toml
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = str(REPOSITORY / "run_train.sh")
@@ -46,11 +46,9 @@ def run_train(environment, folder, *arguments, **variables):
 def write_config(folder):
     """Writes a tiny run's configuration with the output folder `folder/run`."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = TINY.format(folder=folder, method="switchlora", method_keys=METHOD_KEYS["switchlora"])
     file = folder / "switchlora.toml"
-    file.write_text(
-        text.replace("steps = 40", "steps = 6").replace("interval = 20", "interval = 3")
-    )
+    shorter = {"steps = 40": "steps = 6", "interval = 20": "interval = 3"}
+    file.write_text(tiny_toml(folder, "switchlora", shorter))
     return file
 
 

@@ -26,7 +26,7 @@ from support.failing_disk import (
     set_faults,
     small_disk,
 )
-from support.tiny import METHOD_KEYS, TINY
+from support.tiny import tiny_toml
 
 from switchtitan.checkpoint.load import find_latest, verify
 from switchtitan.errors import CheckpointError
@@ -295,10 +295,7 @@ def test_a_crash_at_any_call_leaves_a_whole_checkpoint_and_no_leftovers_for_long
 
 def test_the_same_command_goes_on_when_space_is_freed(corpora, tmp_path, monkeypatch):
     """Another program fills the disk while tensors are written."""
-    text = TINY.format(
-        folder=corpora / "a", method="switchlora", method_keys=METHOD_KEYS["switchlora"]
-    )
-    (tmp_path / "run.toml").write_text(text)
+    (tmp_path / "run.toml").write_text(tiny_toml(corpora / "a", "switchlora"))
     command = ("train", "--config", tmp_path / "run.toml", "--training.steps", 6)
     command += ("--checkpoint.interval", 2, "--evaluation.interval", 3, "--job.output_dir")
 

@@ -14,7 +14,7 @@ import torch
 from support.folders import HeldWeights
 from support.fuzzing import EXTREME_NUMBERS, STRANGE_STRINGS, fuzz, mutate_bytes, mutate_json
 from support.long_form import IS_LONG, num_cases
-from support.tiny import METHOD_KEYS, TINY, tiny_config
+from support.tiny import METHOD_KEYS, tiny_config, tiny_toml
 from support.tiny_documents import make_documents, save_tokenizer, write_json_lines, write_nanogpt
 
 from switchtitan.config import toml_value
@@ -66,10 +66,7 @@ def change_json(name, data, draw):
 # Configurations.
 
 
-VALID = [
-    TINY.format(folder="here", method=method.removesuffix("_mini"), method_keys=keys)
-    for method, keys in METHOD_KEYS.items()
-]
+VALID = [tiny_toml("here", method) for method in METHOD_KEYS]
 
 
 def configuration(folder, home):

@@ -11,14 +11,13 @@ import torch.distributed as dist
 from support import scale_parameters
 from support.insides import draw_in_small_blocks
 from support.layouts import asked_for
-from support.optimizer_steps import draw, parameters
+from support.optimizer_steps import build, draw, parameters, placed
 from support.projected_models import RANK, TARGETS, draw_gradients, draw_model, give_gradients
 from support.ranks import run_rows_on_ranks
 from support.tiny import full_tensors, tiny_config, tiny_trainer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from switchtitan.distributed.fsdp import materialize
@@ -52,7 +51,7 @@ from switchtitan.methods.projected import (
 from switchtitan.methods.relora import merge_and_restart_, prune_
 from switchtitan.models import MODELS
 from switchtitan.observability.collectives import CountCommunication
-from switchtitan.optim import OPTIMIZERS, AdamWConfig, TrainedParameter
+from switchtitan.optim import OPTIMIZERS, AdamWConfig
 from switchtitan.optim.matrix_exchange import MatrixExchange
 from switchtitan.optim.muon import MuonConfig
 from switchtitan.optim.scale import ScaleConfig
@@ -70,10 +69,6 @@ def mesh_of(name):
     return mesh["shard"] if name == "2" else mesh
 
 
-def sharded(value, mesh):
-    return distribute_tensor(value, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)])
-
-
 def num_collectives(part):
     with CommDebugMode() as communication:
         part()
@@ -84,16 +79,16 @@ INTERVAL = 4
 """Steps from one new basis of a projecting method to the next."""
 
 
-def check_updates(mesh, build, num_between, tolerance):
+def check_updates(mesh, start, num_between, tolerance):
     """Sharded parameters are updated as full ones are, with a number of collectives.
 
     Args:
-        build: of a mesh or None; returns named parameters, their optimizer, and what gives them the
+        start: of a mesh or None; returns named parameters, their optimizer, and what gives them the
             gradients of a step.
         num_between: collectives of a step that draws no new basis.
         tolerance: of parameters and state.
     """
-    (named, optimizer, give), (split, split_optimizer, give_split) = build(None), build(mesh)
+    (named, optimizer, give), (split, split_optimizer, give_split) = start(None), start(mesh)
     for step in range(10):
         give(step)
         give_split(step)
@@ -126,20 +121,15 @@ MATRICES = [name for name, shape in SHAPES.items() if len(shape) == 2 and "layer
 
 
 def build_muon(mesh=None, compute_dtype=torch.float32):
-    named = parameters(SHAPES)
-    if mesh is not None:
-        named = {name: nn.Parameter(sharded(value.detach(), mesh)) for name, value in named.items()}
-    trained = [
-        TrainedParameter(name, p, is_in_block="layers" in name, compute_dtype=compute_dtype)
-        for name, p in named.items()
-    ]
+    full = parameters(SHAPES).items()
+    named = {name: nn.Parameter(placed(value.detach(), mesh)) for name, value in full}
+    config = MuonConfig(lr=0.02, weight_decay=0.1)
 
     def give(step):
         for parameter, grad in zip(named.values(), draw(SHAPES, step), strict=True):
-            parameter.grad = grad if mesh is None else sharded(grad, mesh)
+            parameter.grad = placed(grad, mesh)
 
-    optimizer = OPTIMIZERS.build(MuonConfig(lr=0.02, weight_decay=0.1), trained, False)
-    return named, optimizer, give
+    return named, build(config, named, compute_dtype=compute_dtype), give
 
 
 def check_matrix_exchange(mesh, dtype, matrices=MATRICES):
@@ -147,7 +137,7 @@ def check_matrix_exchange(mesh, dtype, matrices=MATRICES):
         torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(n)).to(dtype)
         for n, name in enumerate(matrices)
     ]
-    split = [sharded(value, mesh) for value in values]
+    split = [placed(value, mesh) for value in values]
     exchange = MatrixExchange(split, [float(value.numel()) for value in values], dtype)
     batches = exchange.collect([local(matrix) for matrix in split])
     owned = [matrix for batch in batches for matrix in batch]
@@ -283,11 +273,11 @@ def check_differing_replicas(mesh):
     tensors = {
         "full": values.clone(),
         "number": torch.tensor(7),
-        "split": sharded(values, mesh),
-        "vector": sharded(values[:, 0].contiguous(), mesh),
+        "split": placed(values, mesh),
+        "vector": placed(values[:, 0].contiguous(), mesh),
         # The second shard has no row.
-        "short": sharded(values[:1].to(torch.bfloat16), mesh),
-        "bytes": sharded((10 * values).to(torch.int8) | 1, mesh),
+        "short": placed(values[:1].to(torch.bfloat16), mesh),
+        "bytes": placed((10 * values).to(torch.int8) | 1, mesh),
     }
     check_replicas(tensors, CPU)
     for name, changed_ranks in (
@@ -318,7 +308,7 @@ def negate_first(tensor):
 
 
 def check_shards_alone(mesh):
-    parts = sharded(torch.zeros(8, 3), mesh)
+    parts = placed(torch.zeros(8, 3), mesh)
     local(parts).fill_(dist.get_rank())
     check_replicas({"parts": parts}, CPU)
 

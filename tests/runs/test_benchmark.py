@@ -5,7 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from support.tiny import METHOD_KEYS, TINY, tiny_config
+from support.tiny import tiny_config, tiny_toml
 
 from switchtitan.benchmark import step_times
 from switchtitan.benchmark.sides import Side, load_sides, read_side
@@ -143,7 +143,7 @@ def test_a_side_is_a_file_with_overrides(argument, side):
 
 def test_a_sides_own_keys_take_precedence_over_those_of_all(tmp_path):
     file = tmp_path / "tiny.toml"
-    file.write_text(TINY.format(folder=tmp_path, method="lora", method_keys=METHOD_KEYS["lora"]))
+    file.write_text(tiny_toml(tmp_path, "lora"))
     keys = ["--method.rank", "3", "--optimizer.betas", "0.8", "0.9", "--data.seq_len=8"]
     sides = load_sides([f"{file}", f"{file}:method.rank=5", f"{file}"], keys)
     assert list(sides) == [f"{file}", f"{file}:method.rank=5", f"{file} (3)"]
