@@ -1,7 +1,6 @@
 """A run is equal on 1, 2 and 4 ranks, however these hold weights, and resumes on any of them."""
 
 import json
-import re
 import shutil
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -143,7 +142,6 @@ OBSERVED = (
     *(*SWITCHING, "--training.steps", str(NUM_STEPS), "--evaluation.interval", "100"),
     *("--spectrum.interval", "5"),
 )
-MEASURED = "rank/|norm/|share/"
 PROFILED = (
     *("--profiler.enabled", "true", "--profiler.ranks", "all"),
     *("--profiler.start_step", "3", "--profiler.num_steps", "2"),
@@ -259,7 +257,7 @@ def observe(rank, home, layout):
     num_merges = [None] * num_ranks
     dist.all_gather_object(num_merges, len(merges))
     measured = {
-        step: {tag: value for tag, value in values.items() if re.search(MEASURED, tag)}
+        step: {tag: value for tag, value in values.items() if tag.startswith("rank/")}
         for step, values in reported.items()
     }
     spectra = read_spectra(home / "run" / "spectra") if rank == 0 else None
