@@ -12,7 +12,7 @@ from switchtitan.benchmark.step_times import Ratio, StepTimes, ratio_of_steps
 from switchtitan.files import format_bytes
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.collectives import CommunicationCounts
-from switchtitan.observability.console import format_count
+from switchtitan.observability.log import format_count
 
 _MIB, _GIB = 2**20, 2**30
 

@@ -9,7 +9,6 @@ import argparse
 import fcntl
 import importlib
 import re
-import resource
 import shutil
 import sys
 import tempfile
@@ -28,8 +27,6 @@ _EXTRAS = {
     "wandb": ("wandb", 'for [metrics] trackers = ["wandb"]'),
 }
 """Extra of switchtitan -> its package, and what it is for."""
-_MIN_OPEN_FILES = 1024
-"""A rank has about 100 files open, and two or three connections to every other rank."""
 _EAGER = "pass --compile.blocks false --compile.loss false --compile.optimizer false"
 _INSTALL_TORCH = "install torch as pytorch.org/get-started says"
 
@@ -91,11 +88,6 @@ def _findings(output_dir: Path) -> Iterator[Finding]:
     if Path("/dev/shm").is_dir():
         fix = "start the container with --shm-size 8g, or set [data] num_workers = 0"
         yield _free_space("shared memory", Path("/dev/shm"), _GIB, fix)
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # training raises its own limit to it
-    is_low = limit != resource.RLIM_INFINITY and limit < _MIN_OPEN_FILES
-    problem = f"at most {limit} for each process" if is_low else ""
-    fix = "increase it: ulimit -Hn, LimitNOFILE of the service, or /etc/security/limits.conf"
-    yield _finding("open files", problem, fix, "enough for many ranks")
     problem = ""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

@@ -34,7 +34,7 @@ from switchtitan.generation.trained import (
 from switchtitan.job.config import EvaluationConfig, JobConfig
 from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
-from switchtitan.observability.console import perplexity_of
+from switchtitan.observability.log import perplexity_of
 from switchtitan.process import progress_bar
 from switchtitan.training.evaluate import Evaluator
 
@@ -76,7 +76,12 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         world = start_world(ParallelismConfig())
         with torch.device("meta"):
             model = MODELS.build(trained.config)
-        shape = _shape(trained, config, options.seq_len)
+        if config is None:
+            longest = min(trained.max_positions or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
+            shape = Shape(options.seq_len or longest, _LOCAL_BATCH_SIZE)
+        else:
+            seq_len = options.seq_len or config.data.seq_len
+            shape = Shape(seq_len, config.training.local_batch_size)
         held_out, described = _open_held_out(options, trained, config, shape, world)
         dtype = options.dtype
         if dtype == "auto" and config is not None:
@@ -102,7 +107,13 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         "perplexity": perplexity_of(loss),
         "bits_per_byte": held_out.size.bits_per_byte(loss),
     }
-    _print_summary(result)
+    for name in ("weights", "text", "corpus", "split"):
+        if name in result:
+            print(f"{name:<12}{result[name]}")
+    print(f"{'length':<12}{result['tokens']:,} tokens, {result['bytes']:,} bytes of text")
+    print(f"{'loss':<12}{loss:.4f}\n{'perplexity':<12}{result['perplexity']:.2f}")
+    if result["bits_per_byte"] is not None:
+        print(f"{'bits/byte':<12}{result['bits_per_byte']:.4f}")
     return result
 
 
@@ -119,7 +130,10 @@ def _open_held_out(
         check_tokens(trained, [tokenizer.vocab_size - 1])
         held_out = held_out_text(options.text, options.tokens, tokenizer, shape, world)
         return held_out, {"text": str(options.text)}
-    num_tokens = _num_tokens(options, config)
+    split: Literal["validation", "test"] = options.split or "validation"
+    evaluation = EvaluationConfig() if config is None else config.evaluation
+    of_test = evaluation.test_tokens if split == "test" else None
+    num_tokens = options.tokens or of_test or evaluation.tokens
     if num_tokens < shape.seq_len:
         raise ConfigError(
             f"--tokens {num_tokens}: expected at least one sequence, [data] seq_len = "
@@ -127,7 +141,6 @@ def _open_held_out(
         )
     corpus = _open_corpus(options, trained, config, world)
     corpus.check_vocabulary(trained.config.vocab_size)
-    split: Literal["validation", "test"] = options.split or "validation"
     if options.tokens is None:
         # A default is no request for more than there is.
         num_sequences = corpus.split(split, shape.seq_len).num_unshuffled
@@ -170,30 +183,3 @@ def _open_corpus(
             "with that one ([data] tokenizer), or pass --text FILE"
         )
     return corpus
-
-
-def _shape(trained: TrainedModel, config: JobConfig | None, seq_len: int | None) -> Shape:
-    if config is not None:
-        return Shape(seq_len or config.data.seq_len, config.training.local_batch_size)
-    default = min(trained.max_positions or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
-    return Shape(seq_len or default, _LOCAL_BATCH_SIZE)
-
-
-def _num_tokens(options: argparse.Namespace, config: JobConfig | None) -> int:
-    evaluation = EvaluationConfig() if config is None else config.evaluation
-    of_test = evaluation.test_tokens if options.split == "test" else None
-    return options.tokens or of_test or evaluation.tokens
-
-
-def _print_summary(result: dict[str, Any]) -> None:
-    counts = f"{result['tokens']:,} tokens, {result['bytes']:,} bytes of text"
-    rows = {"weights": result["weights"]}
-    if "text" in result:
-        rows |= {"text": result["text"], "length": counts}
-    else:
-        rows |= {"corpus": result["corpus"], "split": f"{result['split']}, {counts}"}
-    rows |= {"loss": f"{result['loss']:.4f}", "perplexity": f"{result['perplexity']:.2f}"}
-    if result["bits_per_byte"] is not None:
-        rows["bits/byte"] = f"{result['bits_per_byte']:.4f}"
-    for name, value in rows.items():
-        print(f"{name:<12}{value}")

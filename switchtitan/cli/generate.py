@@ -63,10 +63,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: if model, tokenizer or prompt cannot be read.
     """
-    for option in ("top_k", "top_p", "seed") if options.temperature == 0 else ():
-        if getattr(options, option) is not None:
-            name = option.replace("_", "-")
-            raise ConfigError(f"--{name} has no effect with --temperature 0; leave one out")
+    draws = {"--top-k": options.top_k, "--top-p": options.top_p, "--seed": options.seed}
+    for name, value in draws.items():
+        if options.temperature == 0 and value is not None:
+            raise ConfigError(f"{name} has no effect with --temperature 0; leave one out")
     prompt = _read_prompt(options)
     section = None if options.config is None else load_for_evaluation(options.config).model
     trained = open_trained_model(options.target, section)
@@ -142,19 +142,16 @@ def _stream(tokens: Iterator[int], stops: frozenset[int], stream: TextStream) ->
     new_tokens: list[int] = []
     times = [time.perf_counter()]
     ending = "length"
-
-    def add(piece: str) -> None:
-        pieces.append(piece)
-        print(piece, end="", flush=bool(piece))
-
     for token in tokens:
         times.append(time.perf_counter())
         new_tokens.append(token)
         if token in stops:
             ending = "end of text"
             break
-        add(stream.add(token))
-    add(stream.rest())
+        pieces.append(stream.add(token))
+        print(pieces[-1], end="", flush=bool(pieces[-1]))
+    pieces.append(stream.rest())
+    print(pieces[-1], end="")
     # The first token takes the pass over the prompt.
     elapsed_s = times[-1] - times[1]
     return {

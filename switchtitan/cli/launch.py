@@ -70,8 +70,7 @@ def run(words: Sequence[str]) -> None:
         else:
             config = parse_unchecked(keys, ignore)
         _let_ranks_stop(options, config.checkpoint.grace_s, config.job.stop_signal)
-    elif options.training_script != "benchmark":
-        # A script of the user's, which may train with other keys.
+    else:  # a script of the user's may train with other keys
         fields = RunConfig.model_fields
         _let_ranks_stop(options, CheckpointConfig().grace_s, fields["stop_signal"].default)
     # The store of the rendezvous has a connection to every rank. Ranks inherit the limit.

@@ -47,15 +47,14 @@ def check_rendezvous(endpoint: str, num_nodes: int, node_rank: int | None) -> No
         return
     host, _, port = endpoint.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")  # an IPv6 address
-    if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
-        raise EnvironmentMismatchError(
-            f"RDZV_ENDPOINT={endpoint}: expected HOST:PORT, the same on every machine, with HOST "
-            "one of them"
-        )
-    try:
-        socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise EnvironmentMismatchError(
-            f"RDZV_ENDPOINT={endpoint}: the host name {host} cannot be resolved on this machine "
-            f"({error.strerror or error}); use a name that all machines know, or an IP address"
-        ) from error
+    problem = "expected HOST:PORT"
+    if host and port.isdecimal() and 0 < int(port) < 1 << 16:
+        try:
+            socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+            return
+        except OSError as error:
+            problem = f"{host} cannot be resolved on this machine ({error.strerror or error})"
+    raise EnvironmentMismatchError(
+        f"RDZV_ENDPOINT={endpoint}: {problem}; give one of the machines, by a name that all know "
+        "or an IP address, and the same HOST:PORT on every machine"
+    )

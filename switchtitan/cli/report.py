@@ -1,4 +1,4 @@
-"""Draws runs side by side: as a picture, or as one HTML page.
+"""Draws runs side by side: as one HTML page, or as a picture.
 
     switchtitan report outputs/RUN [outputs/RUN ...] --output report.html
     switchtitan report outputs/RUN [outputs/RUN ...] --output curves.png
@@ -13,21 +13,26 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from switchtitan.errors import ConfigError
-from switchtitan.observability.pictures import check_picture_option, write_picture
 from switchtitan.report.curves import draw_curves
-from switchtitan.report.page import Table, read_run, write_page
+from switchtitan.report.page import Pictures, read_run, write_page
 from switchtitan.spectra import plots
+
+_FORMATS = (".html", ".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's output folder")
     output = "a page (.html), or a picture (.png, .svg, .pdf); default: report.html"
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help=output)
+    parser.add_argument("--output", type=_output, default="report.html", help=output)
     rank = "the rank of the weights' change: on the page next to the curves, else in their place"
     parser.add_argument("--spectrum", action="store_true", help=rank)
+
+
+def _output(word: str) -> Path:
+    if Path(word).suffix not in _FORMATS:
+        raise argparse.ArgumentTypeError(f"{word}: expected a file {', '.join(_FORMATS)}")
+    return Path(word)
 
 
 def run(options: argparse.Namespace) -> dict[str, str]:
@@ -38,26 +43,25 @@ def run(options: argparse.Namespace) -> dict[str, str]:
     """
     output: Path = options.output
     is_page = output.suffix == ".html"
-    if not is_page:
-        check_picture_option(output)
-    runs = _labelled(options.runs)
-    spectra = plots.measure(runs) if options.spectrum else None
-    if spectra is not None and not is_page:
-        write_picture(plots.draw(spectra), output)
-        print("\n".join("  ".join(row) for row in plots.table(spectra)))
-    else:
+    runs, records = _labelled(options.runs), {}
+    pictures: Pictures = {}
+    if is_page or not options.spectrum:
         records = {label: read_run(folder) for label, folder in runs.items()}
-        curves = draw_curves({label: record.curves for label, record in records.items()})
-        parts: dict[str, tuple[Figure, Table | None]] = {"Curves": (curves, None)}
-        if spectra is not None:
-            parts["Change of the weights"] = (plots.draw(spectra), plots.table(spectra))
-        try:
-            if is_page:
-                write_page(records, parts, output)
-            else:
-                write_picture(curves, output)
-        except OSError as error:
-            raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
+        curves = {label: record.curves for label, record in records.items()}
+        pictures["Curves"] = draw_curves(curves), None
+    if options.spectrum:
+        spectra = plots.measure(runs)
+        pictures["Change of the weights"] = plots.draw(spectra), plots.table(spectra)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if is_page:
+            write_page(records, pictures, output)
+        else:
+            ((figure, table),) = pictures.values()
+            figure.savefig(output, dpi=120)
+            print("".join("  ".join(row) + "\n" for row in table or ()), end="")
+    except OSError as error:
+        raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
     print(output)
     return {"output": str(output)}
 

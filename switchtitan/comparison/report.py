@@ -14,8 +14,7 @@ from switchtitan.comparison.runs import RunResult, short_name, write_csv
 from switchtitan.comparison.statistics import Difference, adjusted, difference, verdict
 from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
-from switchtitan.observability.curves import read_curves
-from switchtitan.observability.pictures import write_picture
+from switchtitan.observability.tensorboard import read_curves
 
 UNKNOWN = "-"
 _NUM_COLOURS = 10
@@ -33,7 +32,7 @@ def write_report(folder: Path, state: State) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / RUNS_FILE, state.finished)
     write_atomically(folder / "report.md", markdown(state))
-    write_picture(draw_curves(state), folder / "loss.png")
+    draw_curves(state).savefig(folder / "loss.png", dpi=120)
 
 
 def markdown(state: State) -> str:

@@ -84,6 +84,7 @@ def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> lis
     trains_all = f"with [method] name = {toml_value(config.method.name)}, which trains all weights"
     _, shard = mesh_shape(config.parallelism, num_ranks)
     sums_nothing = shard == 1 or training.global_batch_size == num_ranks * training.local_batch_size
+    starts_late = profiler.start_step > training.steps
     snapshot_step = profiler.memory_snapshot_step
     observes = profiler.enabled or snapshot_step is not None
     is_late = snapshot_step is not None and snapshot_step > training.steps
@@ -95,6 +96,7 @@ def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> lis
         (not config.method.freezes_weights, "parallelism", "frozen_weights", trains_all),
         (not config.method.freezes_weights, "training", "frozen_dtype", trains_all),
         (sums_nothing, "parallelism", "accumulate_gradients", "with one micro-batch or one shard"),
+        (starts_late, "profiler", "enabled", "with start_step after the last step"),
         (not profiler.enabled, "profiler", "memory", "without enabled = true"),
         (not observes, "profiler", "ranks", "without enabled = true or memory_snapshot_step"),
         (not on_gpu, "profiler", "memory_snapshot_step", "without a GPU"),

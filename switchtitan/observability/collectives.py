@@ -37,12 +37,6 @@ class CountingMode(TorchDispatchMode, ABC):
         return result
 
 
-_KINDS = (
-    *("all_gather", "reduce_scatter", "all_reduce", "broadcast"),
-    *("gather", "scatter", "all_to_all"),
-)
-
-
 class CollectiveCount(NamedTuple):
     """Collectives of one kind."""
 
@@ -70,7 +64,7 @@ class CountCommunication(CountingMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = {kind: CollectiveCount(0, 0.0) for kind in _KINDS}
+        self.counts = {kind: CollectiveCount(0, 0.0) for kind, _ in _OPERATIONS}
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:

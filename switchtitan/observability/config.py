@@ -24,10 +24,6 @@ class MetricsConfig(Section):
     progress_bar: bool = True
     """Draw a progress bar if standard error is a terminal."""
 
-    region_times: bool = True
-    """Report how long a step spends in each region (data, forward, backward, reduce, clip, switch,
-    update), and an evaluation and a save. On a GPU: the device's time, read without waiting."""
-
 
 class ProfilerConfig(Section):
     """Steps to trace."""
@@ -58,7 +54,3 @@ class ProfilerConfig(Section):
     """Record allocations of GPU memory from the start, with their stacks, and write a snapshot to
     `<output_dir>/memory` after this step, on `ranks`. A rank that runs out of memory writes one in
     any case, with the history if this key is set. Does not need `enabled`; requires a GPU."""
-
-    def observes(self, rank: int) -> bool:
-        """Returns whether a rank is one of `ranks`."""
-        return self.ranks == "all" or rank in self.ranks

@@ -47,12 +47,10 @@ def cpu_name() -> str:
 
 def commit() -> str | None:
     """Returns the commit of this code, with "-dirty" for local changes; None outside a checkout."""
-    folder = str(Path(switchtitan.__file__).parent)
-    describe = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"]
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    folder = Path(switchtitan.__file__).parent
     try:
-        result = subprocess.run(
-            [*describe, "--exclude=*"], capture_output=True, text=True, check=False
-        )
+        found = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
-    return result.stdout.strip() or None
+    return found.stdout.strip() or None

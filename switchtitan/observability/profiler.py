@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,12 +16,7 @@ from switchtitan.regions import observe_regions, stop_observing_regions
 
 logger = logging.getLogger(__name__)
 
-_END_BYTES = 1 << 13
-"""More than the longest path takes."""
 _TABLE_ROWS = 25
-
-SNAPSHOTS_FOLDER = "memory"
-"""Folder of snapshots of GPU memory in a run's output folder."""
 MAX_EVENTS = 100_000
 """Allocations and frees that the history keeps, the latest ones; each holds a stack."""
 
@@ -31,8 +26,7 @@ class Profiler:
 
     Args:
         output_dir: of the run.
-        rank: this rank; only those of the configuration are traced.
-        steps_done: steps done before this run; after the first step to trace, nothing is traced.
+        steps_done: steps done before this run; if the first step to trace is one, none is traced.
         report: called with a table of the operations and regions of the trace.
     """
 
@@ -48,21 +42,21 @@ class Profiler:
         self._config = config
         self._output_dir = output_dir
         self._rank = rank
+        self._is_observed = config.ranks == "all" or rank in config.ranks
         self._steps_done = steps_done
         self._report = report
         self._open_regions: list[profiler.record_function] = []
         self._profile: profiler.profile | None = None
         self._snapshot_step = config.memory_snapshot_step
-        if self._snapshot_step is not None and self._snapshot_step <= steps_done:
-            # A resumed run is past it.
-            self._snapshot_step = steps_done + 1
+        if self._snapshot_step is not None:  # a resumed run may be past it
+            self._snapshot_step = max(self._snapshot_step, steps_done + 1)
         self.trace: Path | None = None
         """The trace file; None before it is written."""
 
     def __enter__(self) -> "Profiler":
         config = self._config
         num_before = config.start_step - 2 - self._steps_done
-        if not (config.enabled and config.observes(self._rank) and num_before >= 0):
+        if not (config.enabled and self._is_observed and num_before >= 0):
             return self
         # Otherwise Kineto prints two lines at each start and stop, into the progress bar.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -87,21 +81,13 @@ class Profiler:
             if self._steps_done >= self._config.start_step + self._config.num_steps - 1:
                 self._stop()
         if self._steps_done == self._snapshot_step:
-            if self._config.observes(self._rank):
+            if self._is_observed:
                 _write_snapshot(self._output_dir, self._rank, f"step-{self._steps_done:09d}")
             # Recording slows down allocations.
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def __exit__(self, *error: object) -> None:
-        is_early = self._profile is not None and self._steps_done < self._config.start_step - 1
         self._stop()
-        if is_early and error[0] is None:
-            logger.warning(
-                "no trace was written: [profiler] start_step = %d, but training ended after %d "
-                "steps",
-                self._config.start_step,
-                self._steps_done,
-            )
 
     def begin(self, name: str) -> None:
         """See `RegionObserver`."""
@@ -123,22 +109,21 @@ class Profiler:
         folder = self._output_dir / TENSORBOARD_FOLDER
         # As tensorboard_trace_handler names it.
         path = folder / f"rank{self._rank}.{time.time_ns()}.pt.trace.json"
-        unfinished = path.with_name(f".{path.name}.partial")
+        unfinished = path.with_name(f".{path.name}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(unfinished))
             # Kineto reports no error. A trace ends with the name that it was written to.
-            if b'"traceName"' not in unfinished.read_bytes()[-_END_BYTES:]:
+            if b'"traceName"' not in unfinished.read_bytes()[-(1 << 13) :]:
                 raise OSError("the profiler could not write the file; is the disk full?")
             unfinished.rename(path)
         except OSError as error:
             logger.warning("no trace was written to %s: %s", folder, error)
-            for left in (unfinished, unfinished.with_name(f"{unfinished.name}.tmp")):
-                with suppress(OSError):
-                    left.unlink()
+            for left in folder.glob(f"{unfinished.name}*"):
+                left.unlink()
             return
         self.trace = path
-        logger.info("wrote a trace of %d steps to %s", self._config.num_steps, path)
+        logger.info("wrote a trace to %s", path)
         sort_by = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
         self._report(profile.key_averages().table(sort_by, row_limit=_TABLE_ROWS))
 
@@ -165,7 +150,7 @@ def snapshot_if_memory_runs_out(output_dir: Path, rank: int, has_history: bool) 
 
 def _write_snapshot(output_dir: Path, rank: int, moment: str) -> None:
     """Writes a snapshot; an error of the disk must not hide that memory ran out."""
-    file = output_dir / SNAPSHOTS_FOLDER / f"rank{rank}-{moment}.pickle"
+    file = output_dir / "memory" / f"rank{rank}-{moment}.pickle"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(file))

@@ -15,7 +15,6 @@ _Mark = float | torch.cuda.Event
 class _Span(NamedTuple):
     name: str
     outer: str | None
-    """The region around it."""
     began: _Mark
     ended: _Mark
 
@@ -26,9 +25,6 @@ class RegionTimes:
     On a CPU: by the host's clock. On a GPU: by events on the current stream, which are read when
     the device has passed them, so that the host never waits. They measure the device: reading a
     batch takes time only if the device is idle meanwhile.
-
-    Args:
-        device: the rank's.
     """
 
     def __init__(self, device: torch.device) -> None:

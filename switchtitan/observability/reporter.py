@@ -2,29 +2,29 @@
 
 import json
 import logging
+import os
 import sys
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from switchtitan.errors import OutputError
+from switchtitan.errors import EnvironmentMismatchError, OutputError
 from switchtitan.files import write_atomically
 from switchtitan.observability import RESULTS_FILE, TENSORBOARD_FOLDER
 from switchtitan.observability.config import MetricsConfig
-from switchtitan.observability.console import (
+from switchtitan.observability.log import (
     ConsoleTable,
     format_count,
     format_duration,
-    format_summary,
     perplexity_of,
 )
 
 if TYPE_CHECKING:
     from switchtitan.observability.tensorboard import TensorBoardWriter
-    from switchtitan.observability.trackers import WandbRun
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +33,7 @@ class Reporter:
     """Reports metrics on the main rank; does nothing on other ranks.
 
     Args:
-        output_dir: folder of the run.
         run_name: for Weights & Biases.
-        num_steps: total training steps.
         start_step: steps done before this run.
         description: the run's configuration, shown in TensorBoard's text tab.
         facts: hardware, versions and sizes, added to `results.json`.
@@ -66,11 +64,9 @@ class Reporter:
         self._results = output_dir / RESULTS_FILE
         self._facts = dict(facts or {})
         self._is_finished = False
-        self._wandb: WandbRun | None = None
+        self._wandb: Any = None
         if is_main and "wandb" in config.trackers:
-            from switchtitan.observability import trackers
-
-            self._wandb = trackers.WandbRun(output_dir, run_name, hparams or {})
+            self._wandb = _start_wandb(output_dir, run_name, hparams or {})
         self._tensorboard: TensorBoardWriter | None = None
         if is_main and config.tensorboard:
             from switchtitan.observability import tensorboard
@@ -111,7 +107,7 @@ class Reporter:
         if self._tensorboard is not None:
             self._tensorboard.write(step, values)
         if self._wandb is not None:
-            self._wandb.write(step, values)
+            self._wandb.log({**values, "step": step})
         for line in self._table.lines(step, values):
             logger.info("%s", line)
 
@@ -162,7 +158,16 @@ class Reporter:
         self._bar.close()
         self._is_finished = True
         failure = self._write_results(values)
-        rows = self._losses(values.get("loss/test"))
+        rows = []
+        if losses := self._validation_losses:
+            shown = [losses[0], losses[-1]] if len(losses) > 1 else losses
+            rows.append(("validation loss", " -> ".join(f"{loss:.4f}" for loss in shown)))
+            perplexities = (f"{perplexity_of(loss):.2f}" for loss in shown)
+            rows.append(("perplexity", " -> ".join(perplexities)))
+        elif self._train_loss is not None:
+            rows.append(("training loss", f"{self._train_loss:.4f}"))
+        if (test_loss := values.get("loss/test")) is not None:
+            rows.append(("test loss", f"{test_loss:.4f}"))
         since = f" since step {self._start_step}" if self._start_step > 0 else ""
         if num_skipped := values.get("batches_skipped"):
             rows.append(("batches skipped", f"{num_skipped:.0f}, not finite"))
@@ -178,7 +183,8 @@ class Reporter:
         if self._tensorboard is not None or trace is not None:
             rows.append(("logs", str(self._folder)))
             rows.append(("view with", f"tensorboard --host localhost --logdir {self._folder}"))
-        for line in format_summary(rows):
+        width = max(len(name) for name, _ in rows)
+        for line in ("-" * 80, *(f"{name:<{width}}  {value}" for name, value in rows), "-" * 80):
             logger.info("%s", line)
         if failure:
             raise OutputError(
@@ -195,10 +201,11 @@ class Reporter:
     def close(self) -> None:
         """Releases the files and the terminal."""
         self._bar.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close(self._is_finished)
+        if self._tensorboard is not None and self._is_finished:
+            self._tensorboard.finish()
         if self._wandb is not None:
-            self._wandb.close(self._is_finished)
+            # One that is not finished counts as failed.
+            self._wandb.finish(exit_code=0 if self._is_finished else 1)
         self._tensorboard, self._wandb = None, None
 
     def _write_results(self, values: Mapping[str, object]) -> OSError | None:
@@ -211,16 +218,35 @@ class Reporter:
             return error
         return None
 
-    def _losses(self, test_loss: float | None) -> list[tuple[str, str]]:
-        """Returns the rows of losses: the first validation of the run and the last one."""
-        rows = []
-        if losses := self._validation_losses:
-            shown = [losses[0], losses[-1]] if len(losses) > 1 else losses
-            rows.append(("validation loss", " -> ".join(f"{loss:.4f}" for loss in shown)))
-            of_losses = [f"{perplexity_of(loss):.2f}" for loss in shown]
-            rows.append(("perplexity", " -> ".join(of_losses)))
-        elif self._train_loss is not None:
-            rows.append(("training loss", f"{self._train_loss:.4f}"))
-        if test_loss is not None:
-            rows.append(("test loss", f"{test_loss:.4f}"))
-        return rows
+
+def _start_wandb(output_dir: Path, run_name: str, hparams: Mapping[str, bool | float | str]) -> Any:
+    """Starts a run of the project `switchtitan`, or of `WANDB_PROJECT`; resumes `output_dir`'s.
+
+    Raises:
+        EnvironmentMismatchError: if wandb does not start.
+    """
+    import wandb
+
+    file = output_dir / "wandb_run.txt"
+    if not file.exists():
+        write_atomically(file, uuid.uuid4().hex[:8])
+    run_id = file.read_text(encoding="utf-8").strip()
+    try:
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "switchtitan"),
+            dir=str(output_dir),
+            name=f"{run_name}-{run_id}",
+            id=run_id,
+            resume="allow",
+            config=dict(hparams),
+            settings=wandb.Settings(console="off", silent=True),
+        )
+    except Exception as error:
+        raise EnvironmentMismatchError(
+            f"[metrics] trackers: wandb did not start ({' '.join(str(error).split())}); "
+            "log in, or work offline (WANDB_MODE=offline), or remove it from trackers"
+        ) from error
+    # Its own step cannot go back, as that of a resumed run does.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

@@ -1,9 +1,10 @@
-"""TensorBoard's event files of a run.
+"""TensorBoard's event files of a run: written, and read back.
 
 Written without torch's SummaryWriter, whose thread prints a traceback if the disk is full, and
 whose `add_hparams` makes a run folder of its own.
 """
 
+import io
 import logging
 import os
 import socket
@@ -13,33 +14,38 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import summary
 
+from switchtitan.errors import ConfigError
+from switchtitan.observability import TENSORBOARD_FOLDER
+
 logger = logging.getLogger(__name__)
 
+Curve = tuple[list[int], list[float]]
+"""Steps and values."""
 FIRST_CARDS = {
     "loss/train": "basics/loss_train",
     "loss/validation": "basics/loss_validation",
     "optimizer/lr": "basics/lr",
     "throughput/tokens_per_s": "basics/tokens_per_s",
 }
-"""Tags of the metrics that tell a run's state, by metric: TensorBoard sorts groups by name. The
-tags of all other metrics are their names."""
+"""Metric -> its tag, for those that tell a run's state: TensorBoard sorts groups by name. The tags
+of other metrics are their names."""
 _POSITIVE_EDGES = np.geomspace(1e-12, 1e20, 775)
 _BIN_EDGES = [*-_POSITIVE_EDGES[::-1], 0.0, *_POSITIVE_EDGES]
 """Edges of histograms: 10 % apart, as in torch's SummaryWriter."""
 
 
 class TensorBoardWriter:
-    """Appends to the event files in `folder`, and flushes after each call.
+    """Appends to an event file in `folder`, which is complete after each call.
 
-    While that fails, for example on a full disk, points are dropped, with one warning. A new file
-    is begun then, because readers stop at an incomplete record. What begins a run is kept until it
-    is written.
+    While that fails, for example on a full disk, points are dropped, with one warning. What begins
+    a run is kept until it is written.
 
     Args:
         start_step: steps done before this run. TensorBoard drops later points of an interrupted
@@ -55,21 +61,21 @@ class TensorBoardWriter:
         description: str = "",
         hparams: Mapping[str, bool | float | str] | None = None,
     ) -> None:
-        self._folder = folder
-        self._records: RecordWriter | None = None
-        self._file: Path | None = None
+        # Readers take the files in the order of their names.
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = folder / name
         self._has_failed = False
-        self._pending: list[Event] = []
-        """What begins the run, until it is written."""
         purge = SessionLog(status=SessionLog.START)
-        self._pending.append(Event(step=start_step + 1 if start_step else 0, session_log=purge))
-        if description:
-            shown = summary.text("configuration", _verbatim(description))
-            self._pending.append(Event(step=start_step, summary=shown))
         # Not the experiment, whose keys would be those of the page: other methods have others.
         _, begin, self._end = summary.hparams(dict(hparams or {}), {})
-        self._pending.append(Event(summary=begin))
+        self._unwritten = [
+            Event(file_version="brain.Event:2"),
+            Event(step=start_step + 1 if start_step else 0, session_log=purge),
+            Event(summary=begin),
+        ]
         self._add()
+        if description:
+            self.write_text("configuration", description, start_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one point per metric."""
@@ -86,55 +92,59 @@ class TensorBoardWriter:
 
     def write_text(self, tag: str, text: str, step: int) -> None:
         """Shows `text` verbatim, in a fixed-width font: lines that Markdown finds indented."""
-        self._add(Event(step=step, summary=summary.text(tag, _verbatim(text))))
+        indented = "\n".join(f"    {line}" for line in text.split("\n"))
+        self._add(Event(step=step, summary=summary.text(tag, indented)))
 
-    def close(self, is_finished: bool = False) -> None:
-        """Ends the run."""
-        if is_finished:
-            self._add(Event(summary=self._end))
-        if self._records is not None:
-            self._records.close()
+    def finish(self) -> None:
+        """Marks the run as finished."""
+        self._add(Event(summary=self._end))
 
     def _add(self, *events: Event) -> None:
+        contents = io.BytesIO()
+        records = RecordWriter(contents)
+        for event in (*self._unwritten, *events):
+            event.wall_time = time.time()
+            records.write(event.SerializeToString())
+        size = None
         try:
-            is_new = self._records is None
-            if self._records is None:
-                self._records = self._new_file()
-            for event in (*self._pending, *events):
-                event.wall_time = time.time()
-                self._records.write(event.SerializeToString())
-            self._records.flush()
-            self._pending, self._has_failed = [], False
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("ab") as file:
+                size = file.tell()
+                file.write(contents.getvalue())
         except OSError as error:
-            self._drop_file(is_empty=is_new)
+            if size is not None:
+                with suppress(OSError):  # readers stop at an incomplete record
+                    os.truncate(self._file, size)
             if not self._has_failed:
                 logger.warning(
                     "could not write to %s (%s); TensorBoard lacks points until that succeeds",
-                    self._folder,
+                    self._file.parent,
                     error,
                 )
             self._has_failed = True
-
-    def _new_file(self) -> RecordWriter:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        # Readers take the files in the order of their names.
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = self._folder / name
-        records = RecordWriter(self._file.open("xb"))
-        begin = Event(wall_time=time.time(), file_version="brain.Event:2")
-        records.write(begin.SerializeToString())
-        return records
-
-    def _drop_file(self, is_empty: bool) -> None:
-        records, self._records = self._records, None
-        with suppress(OSError):  # of what is buffered
-            if records is not None:
-                records.close()
-        with suppress(OSError):
-            if is_empty and self._file is not None:
-                self._file.unlink(missing_ok=True)
+        else:
+            self._unwritten, self._has_failed = [], False
 
 
-def _verbatim(text: str) -> str:
-    """Markdown that shows `text` as it is."""
-    return "\n".join(f"    {line}" for line in text.split("\n"))
+def read_curves(run: Path) -> dict[str, Curve]:
+    """Returns all scalars that a run wrote for TensorBoard, by metric, e.g. "loss/train".
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    # It warns about purged points, which every resumed run causes.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    folder = run / TENSORBOARD_FOLDER
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
+    tags = events.Reload().Tags()[SCALARS] if folder.is_dir() else []
+    if not tags:
+        raise ConfigError(
+            f"{run}: no TensorBoard scalars in {folder}; expected the output folder of a run with "
+            "[metrics] tensorboard = true"
+        )
+    metrics = {tag: metric for metric, tag in FIRST_CARDS.items()}
+    points = {metrics.get(tag, tag): events.Scalars(tag) for tag in tags}
+    return {
+        metric: ([point.step for point in of_metric], [point.value for point in of_metric])
+        for metric, of_metric in points.items()
+    }

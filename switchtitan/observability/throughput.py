@@ -4,10 +4,8 @@ import re
 import resource
 import sys
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from operator import itemgetter
 
 import torch
 
@@ -19,13 +17,11 @@ class Throughput:
     speed. (PaLM, arXiv 2204.02311, appendix B)
 
     Args:
-        tokens_per_step: tokens of the global batch.
+        tokens_per_step: of the global batch, which `num_devices` share.
         flops_per_token: of forward and backward.
-        num_devices: devices that share the batch.
         peak_flops_per_s: of one device; None if unknown, then MFU is not reported.
-        num_steps: total training steps.
-        start_step: steps done before this run.
-        clock: a monotonic clock, in seconds.
+        start_step: steps done before this run, of `num_steps`.
+        clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -46,7 +42,8 @@ class Throughput:
         self._clock = clock
         self._began_at = self._window_began_at = clock()
         self._excluded_s = 0.0
-        self._marks: list[tuple[int, float]] = []
+        self._first: tuple[int, float] | None = None
+        """Step and time of the first call of `measure`."""
         self._steady_steps, self._steady_s = 0, 0.0
         self._tokens_per_s = 0.0
 
@@ -71,31 +68,29 @@ class Throughput:
         elapsed_s = max(now - self._window_began_at - self._excluded_s, 1e-9)
         self._tokens_per_s = num_steps * self._tokens_per_step / elapsed_s
         self._step, self._window_began_at, self._excluded_s = step, now, 0.0
-        is_first = not self._marks
-        self._marks.append((step, now))
-        if is_first and step < self._num_steps:
-            return {}
-        if not is_first:
+        if self._first is None:
+            self._first = (step, now)
+            if step < self._num_steps:
+                return {}
+        else:
             self._steady_steps += num_steps
             self._steady_s += elapsed_s
         flops_per_s = self._tokens_per_s * self._flops_per_token_and_device
         values = {
             "throughput/tokens_per_s": self._tokens_per_s,
             "throughput/tflop_per_s_per_device": flops_per_s / 1e12,
-            "throughput/eta_s": self._time_left_s(),
+            "throughput/eta_s": self._time_left_s(*self._first),
         }
         if self._peak is not None:
             values["throughput/mfu"] = flops_per_s / self._peak
         return values
 
-    def _time_left_s(self) -> float:
-        """At the mean speed of the later half of the measured steps, with what is excluded."""
-        (first_step, _), (step, now) = self._marks[0], self._marks[-1]
-        if step == self._num_steps:
+    def _time_left_s(self, first_step: int, began_at: float) -> float:
+        """At the mean speed since the first window, with what is excluded from the speed."""
+        if self._step == self._num_steps:
             return 0.0
-        middle = bisect_right(self._marks, (first_step + step) / 2, key=itemgetter(0)) - 1
-        begin_step, began_at = self._marks[middle]
-        return (self._num_steps - step) * (now - began_at) / (step - begin_step)
+        s_per_step = (self._window_began_at - began_at) / (self._step - first_step)
+        return (self._num_steps - self._step) * s_per_step
 
     @property
     def wall_time_s(self) -> float:
@@ -133,46 +128,32 @@ def peak_memory_gib(device: torch.device) -> float:
 # Dense bf16 FLOP/s with fp32 accumulation, per torch device, by a pattern that must match the full
 # torch.cuda.get_device_name(). Rates that a data sheet states with 2:4 sparsity are halved.
 _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    # NVIDIA A100 Tensor Core GPU, data sheet, 2021: 312 (all variants).
+    # Data sheets of NVIDIA: A100 2021; H100 2023 (SXM and NVL, with sparsity) and 2022 (PCIe);
+    # GH200 2023; H200 2024; HGX B200 2025 (36 PFLOP/s with sparsity for 8 GPUs); GB200 NVL72 2024
+    # (360 PFLOP/s with sparsity for 72). A800 and H800 differ in NVLink and fp64; H20 2023.
     (r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe|NVIDIA A100-SXM-\d+GB", 312e12),
-    # NVIDIA H100 Tensor Core GPU, data sheet, 2023: SXM 1979 and NVL 1671 with sparsity;
-    # 2022: PCIe 1513.
-    (r"NVIDIA H100 80GB HBM3", 989.5e12),
-    (r"NVIDIA H100 PCIe", 756.5e12),
-    (r"NVIDIA H100 NVL", 835.5e12),
-    # Variants of A100 and H100 for China differ in NVLink and fp64; H20 has 148 (data sheet, 2023).
     (r"NVIDIA A800-SXM4-\d+GB|NVIDIA A800 80GB PCIe", 312e12),
-    (r"NVIDIA H800", 989.5e12),
+    (r"NVIDIA H100 PCIe", 756.5e12),
+    (r"NVIDIA (H100 80GB HBM3|H800|H200|GH200 (480GB|120GB))", 989.5e12),
+    (r"NVIDIA (H100|H200) NVL", 835.5e12),
     (r"NVIDIA H20", 148e12),
-    # NVIDIA GH200 Grace Hopper Superchip, data sheet, 2023: 1979 with sparsity.
-    (r"NVIDIA GH200 (480GB|120GB)", 989.5e12),
-    # NVIDIA H200 Tensor Core GPU, data sheet, 2024: SXM 1979 and NVL 1671 with sparsity.
-    (r"NVIDIA H200", 989.5e12),
-    (r"NVIDIA H200 NVL", 835.5e12),
-    # NVIDIA HGX B200, data sheet, 2025: 36 PFLOP/s with sparsity for eight.
     (r"NVIDIA B200", 2250e12),
-    # NVIDIA GB200 NVL72, data sheet, 2024: 360 PFLOP/s with sparsity for 72.
     (r"NVIDIA GB200", 2500e12),
-    # NVIDIA L40S, data sheet, 2023: 362.05.
+    # Data sheets: L40S, L4 and L40 (with sparsity) 2023; A10, A30 and A40 2021; A10G, Amazon EC2
+    # G5, 2022.
     (r"NVIDIA L40S", 362.05e12),
-    # NVIDIA L4 and L40, data sheets, 2023: 242 and 362.1 with sparsity.
-    (r"NVIDIA L4", 121e12),
     (r"NVIDIA L40", 181.05e12),
-    # NVIDIA A10, A30 and A40, data sheets, 2021: 125, 165 and 149.7.
+    (r"NVIDIA L4", 121e12),
     (r"NVIDIA A10", 125e12),
     (r"NVIDIA A30", 165e12),
     (r"NVIDIA A40", 149.7e12),
-    # NVIDIA A10G, data sheet for Amazon EC2 G5, 2022: 70.
     (r"NVIDIA A10G", 70e12),
-    # NVIDIA Ampere GA102 architecture white paper, 2021, appendices: bf16 with fp32 accumulation,
-    # RTX 3090 71, RTX A6000 154.8.
+    # White papers with bf16 and fp32 accumulation: Ampere GA102 2021, Ada 2023.
     (r"NVIDIA RTX A6000", 154.8e12),
     (r"NVIDIA GeForce RTX 3090", 71e12),
-    # NVIDIA Ada architecture white paper, 2023, appendix A: bf16 with fp32 accumulation, 165.2.
     (r"NVIDIA GeForce RTX 4090", 165.2e12),
-    # AMD Instinct MI250X, data sheet, 2021: 383 for the card, which torch sees as two devices.
+    # Data sheets of AMD: MI250X 2021, which torch sees as two devices; MI300X 2023, MI325X 2024.
     (r"AMD Instinct MI250X( / MI250)?", 191.5e12),
-    # AMD Instinct MI300X, data sheet, 2023, and MI325X, 2024: 1307.4.
     (r"AMD Instinct MI3(00|25)X", 1307.4e12),
 )
 

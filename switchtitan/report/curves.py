@@ -1,17 +1,16 @@
 """Draws the curves of runs: losses, learning rate and switches."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from switchtitan.observability.curves import Curve
+from switchtitan.observability.tensorboard import Curve
 
-TRAIN_LOSS, VALIDATION_LOSS = "loss/train", "loss/validation"
-LEARNING_RATE = "optimizer/lr"
 Runs = Mapping[str, Mapping[str, Curve]]
 """Curves by label and metric."""
+TRAIN_LOSS, VALIDATION_LOSS, LEARNING_RATE = "loss/train", "loss/validation", "optimizer/lr"
 NUM_SWITCHED, COVERAGE = "switch/vectors_switched_total", "switch/candidate_coverage"
 
 
@@ -31,8 +30,9 @@ def draw_curves(runs: Runs) -> Figure:
     panels["lr"].set(title="Learning rate", xlabel="step", ylim=(0, None))
     if switching:
         _draw_switches(panels["switch"], switching, colours)
-    legend_rows = _draw_legend(figure, panels.values(), num_columns=4 if len(runs) == 1 else 2)
-    figure.set_size_inches(10, 4.6 + 0.25 * legend_rows)
+    num_columns = 4 if len(runs) == 1 else 2
+    legend = figure.legend(loc="outside lower center", ncols=num_columns, frameon=False)
+    figure.set_size_inches(10, 4.6 + 0.25 * math.ceil(len(legend.get_texts()) / num_columns))
     for panel in panels.values():
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
@@ -41,33 +41,15 @@ def draw_curves(runs: Runs) -> Figure:
     return figure
 
 
-def _draw_legend(figure: Figure, panels: Iterable[Axes], num_columns: int) -> int:
-    """Draws one legend below all panels, filled row by row; returns the number of rows."""
-    keys = [key for panel in panels for key in zip(*panel.get_legend_handles_labels(), strict=True)]
-    # matplotlib fills a legend column by column.
-    keys = [key for column in range(num_columns) for key in keys[column::num_columns]]
-    lines, labels = [line for line, _ in keys], [label for _, label in keys]
-    figure.legend(lines, labels, loc="outside lower center", ncols=num_columns, frameon=False)
-    return math.ceil(len(keys) / num_columns)
-
-
 def _draw_losses(axes: Axes, runs: Runs, colours: Mapping[str, str]) -> None:
-    prefix = "{}, " if len(runs) > 1 else ""
     for label, curves in runs.items():
+        colour, prefix = colours[label], f"{label}, " if len(runs) > 1 else ""
         if TRAIN_LOSS in curves:
-            axes.plot(
-                *curves[TRAIN_LOSS],
-                color=colours[label],
-                alpha=0.55,
-                label=prefix.format(label) + "training",
-            )
+            shown = f"{prefix}training"
+            axes.plot(*curves[TRAIN_LOSS], color=colour, alpha=0.55, label=shown)
         if VALIDATION_LOSS in curves:
-            axes.plot(
-                *curves[VALIDATION_LOSS],
-                "o--",
-                color=colours[label],
-                label=prefix.format(label) + "validation",
-            )
+            shown = f"{prefix}validation"
+            axes.plot(*curves[VALIDATION_LOSS], "o--", color=colour, label=shown)
     axes.set(title="Loss", xlabel="step", ylabel="cross entropy per token (nats)")
 
 

@@ -14,11 +14,13 @@ from switchtitan.config import flatten, parse_toml, toml_value
 from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
 from switchtitan.observability import RESULTS_FILE
-from switchtitan.observability.curves import Curve, read_curves
+from switchtitan.observability.tensorboard import Curve, read_curves
 from switchtitan.training.output import newest_config_file
 
 Table = Sequence[Sequence[str]]
 """Rows of cells; the first row is the head."""
+Pictures = dict[str, tuple[Figure, Table | None]]
+"""By heading, each perhaps with a table."""
 _NOT_KNOWN = "-"
 _RESULTS = {
     "step": "{:,}",
@@ -76,20 +78,8 @@ def read_run(folder: Path) -> RunRecord:
     return RunRecord(curves, results, {key: toml_value(value) for key, value in config.items()})
 
 
-def write_page(
-    runs: Mapping[str, RunRecord],
-    pictures: Mapping[str, tuple[Figure, Table | None]],
-    file: Path,
-) -> None:
-    """Writes the page.
-
-    Args:
-        runs: by label.
-        pictures: by heading, each perhaps with a table.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
+def write_page(runs: Mapping[str, RunRecord], pictures: Pictures, file: Path) -> None:
+    """Writes the page of runs by label."""
     differing, same = _configurations(runs)
     parts = ["<h1>Runs</h1>", _html_table(_results(runs))]
     for heading, (figure, table) in pictures.items():
@@ -99,26 +89,21 @@ def write_page(
         parts += ["<h2>Keys that differ</h2>", _html_table(differing)]
     parts += [f"<details><summary>All other keys</summary>{_html_table(same)}</details>"]
     head = f'<meta charset="utf-8"><title>{escape(", ".join(runs))}</title><style>{_STYLE}</style>'
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, "\n".join(["<!doctype html>", head, *parts, ""]))
 
 
 def _results(runs: Mapping[str, RunRecord]) -> Table:
     """A row for each run, with the columns that any run has."""
-    keys = [
-        key
-        for key in _RESULTS
-        if any(record.results.get(key) is not None for record in runs.values())
-    ]
+    found = [record.results for record in runs.values()]
+    keys = [key for key in _RESULTS if any(results.get(key) is not None for results in found)]
     rows = [["run", *keys]]
-    for label, record in runs.items():
-        values = [record.results.get(key) for key in keys]
-        cells = (
-            _NOT_KNOWN if value is None else _RESULTS[key].format(value)
-            for key, value in zip(keys, values, strict=True)
-        )
-        rows.append([label, *cells])
+    for label, results in zip(runs, found, strict=True):
+        rows.append([label, *(_shown(key, results.get(key)) for key in keys)])
     return rows
+
+
+def _shown(key: str, value: object) -> str:
+    return _NOT_KNOWN if value is None else _RESULTS[key].format(value)
 
 
 def _configurations(runs: Mapping[str, RunRecord]) -> tuple[Table, Table]:
@@ -135,13 +120,12 @@ def _configurations(runs: Mapping[str, RunRecord]) -> tuple[Table, Table]:
 
 
 def _html_table(rows: Table) -> str:
-    head, *body = rows
-    lines = [_html_row("th", head), *(_html_row("td", row) for row in body)]
+    lines = []
+    for number, row in enumerate(rows):
+        tag = "td" if number else "th"
+        cells = "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
+        lines.append(f"<tr>{cells}</tr>")
     return "\n".join(["<table>", *lines, "</table>"])
-
-
-def _html_row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _svg(figure: Figure) -> str:

@@ -127,7 +127,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         reporter=reporter,
         throughput=_build_throughput(config, stepper, compute_dtype.dtype),
         profiler=_build_profiler(config, world, state, reporter),
-        region_times=RegionTimes(world.device) if config.metrics.region_times else None,
+        region_times=RegionTimes(world.device),
         hooks=_build_hooks(config, stepper, reporter, is_restored=checkpoint is not None),
         stop=stop or Stop(),
     )

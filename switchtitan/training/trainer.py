@@ -12,7 +12,8 @@ from torch import Tensor
 from switchtitan.checkpoint.save import Checkpointer, CheckpointTensors, step_of
 from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
-from switchtitan.observability.console import perplexity_of
+from switchtitan.observability.log import perplexity_of
+from switchtitan.observability.region_times import RegionTimes
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput, peak_memory_gib
 from switchtitan.regions import region
@@ -22,7 +23,6 @@ from switchtitan.training.stop import Stop, Stopped
 
 if TYPE_CHECKING:
     from switchtitan.observability.profiler import Profiler
-    from switchtitan.observability.region_times import RegionTimes
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Trainer:
     reporter: Reporter
     throughput: Throughput
     profiler: "Profiler | None"
-    region_times: "RegionTimes | None"
+    region_times: RegionTimes
     hooks: Sequence[Hook]
     """What else to do between steps, in order: after evaluations, before saves."""
     stop: Stop
@@ -183,8 +183,8 @@ class Trainer:
     def _run_steps(self) -> None:
         state = self.stepper.state
         skipped_in_a_row = 0
-        region_times, profiler = self.region_times or nullcontext(), self.profiler or nullcontext()
-        with region_times, profiler, GarbageCollection() as garbage:
+        profiler = self.profiler or nullcontext()
+        with self.region_times, profiler, GarbageCollection() as garbage:
             try:
                 while state.step < self.num_steps:
                     result = self.stepper.step()
@@ -261,7 +261,7 @@ class Trainer:
             "memory/peak_gib": peak_memory_gib(stepper.world.device),
             "data/tokens_seen": float(stepper.state.tokens_seen),
             "data/batches_skipped": float(stepper.state.num_skipped),
-            **self._region_times(),
+            **self.region_times.means(),
         }
         self.reporter.report(stepper.state.step, values)
         self._running_loss.reset()
@@ -293,13 +293,10 @@ class Trainer:
                 bits = evaluator.bits_per_byte(loss)
             values |= {f"loss/{split}": loss, f"bits_per_byte/{split}": bits}
         # The times of the last evaluation and save.
-        if last_values := self._region_times():
+        if last_values := self.region_times.means():
             self.reporter.report(state.step, last_values)
         trace = None if self.profiler is None else self.profiler.trace
         self.reporter.summary(values, checkpoint=self.checkpointer.latest, trace=trace)
-
-    def _region_times(self) -> dict[str, float]:
-        return {} if self.region_times is None else self.region_times.means()
 
     def _resume_hint(self) -> str:
         checkpoint = self.checkpointer.latest

@@ -13,7 +13,7 @@ from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.methods import METHODS
 from switchtitan.methods.sltrain import support
 from switchtitan.models import MODELS
-from switchtitan.observability.curves import read_curves
+from switchtitan.observability.tensorboard import read_curves
 from switchtitan.spectra.telemetry import read_spectra, write_spectra
 from switchtitan.training.build import build_trainer
 

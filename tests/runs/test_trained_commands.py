@@ -129,7 +129,7 @@ def test_keys_of_training_do_not_stop_an_evaluation(trained, tmp_path, monkeypat
     monkeypatch.setenv("CXX", "no-such-compiler")
     text = trained.config.read_text().replace("global_batch_size = 8", "global_batch_size = 7")
     for section, key in (
-        ("metrics", "region_times = false"),
+        ("metrics", "progress_bar = false"),
         ("parallelism", "replicate = 2"),
         ("compile", "blocks = true"),
     ):

@@ -19,7 +19,7 @@ from switchtitan.checkpoint.save import list_step_folders
 from switchtitan.data import open_corpus
 from switchtitan.errors import RanksDisagreeError
 from switchtitan.models import MODELS
-from switchtitan.observability.curves import read_curves
+from switchtitan.observability.tensorboard import read_curves
 from switchtitan.training import trainer as trainer_module
 from switchtitan.training.stop import Stop, Stopped
 from switchtitan.training.trainer import TrainingDivergedError

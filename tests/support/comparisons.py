@@ -115,7 +115,6 @@ def write_curves(folder, final, num_steps=60):
         values = {"loss/train": loss, "optimizer/lr": 1e-2 * min(1, step / 10)}
         values |= {"data/tokens_seen": 128.0 * step, "switch/candidate_coverage": step / 100}
         writer.write(step, values | ({"loss/validation": loss + 0.1} if step % 10 == 0 else {}))
-    writer.close()
 
 
 def finish(run, validation_loss, test_loss=9.0, **other):

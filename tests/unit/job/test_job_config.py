@@ -190,6 +190,8 @@ SNAPSHOT = ("--profiler.memory_snapshot_step", "50")
         ("cuda", 1, SNAPSHOT, "[profiler] memory_snapshot_step = 50"),
         ("cuda", 1, (*SNAPSHOT, "--training.steps", "50", "--profiler.ranks", "all"), None),
         ("cpu", 1, ("--profiler.memory", "true"), "[profiler] memory = true"),
+        ("cpu", 1, ("--profiler.enabled", "true", "--profiler.start_step", "50"),
+         "[profiler] enabled = true"),
         ("cpu", 1, ("--profiler.ranks", "all"), '[profiler] ranks = "all"'),
         ("cpu", 1, ("--parallelism.accumulate_gradients", "sharded"),
          '[parallelism] accumulate_gradients = "sharded"'),

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from switchtitan.observability.console import (
+from switchtitan.observability.log import (
     ConsoleTable,
+    configure_logging,
     format_count,
     format_duration,
 )
-from switchtitan.observability.log import configure_logging
 
 
 def test_values_that_are_not_finite_are_shown():

@@ -56,8 +56,8 @@ class Tables(HTMLParser):
 def page_of(folders, tmp_path):
     runs = {label: read_run(folder) for label, folder in folders.items()}
     figure = draw_curves({label: run.curves for label, run in runs.items()})
-    write_page(runs, {"Curves": (figure, None)}, tmp_path / "pages" / "page.html")
-    return (tmp_path / "pages" / "page.html").read_text()
+    write_page(runs, {"Curves": (figure, None)}, tmp_path / "page.html")
+    return (tmp_path / "page.html").read_text()
 
 
 def test_a_page_has_results_curves_and_the_keys_that_differ(tmp_path):
