@@ -53,6 +53,7 @@ from switchtitan.training.trainer import Hook, Trainer
 
 if TYPE_CHECKING:
     from switchtitan.observability.profiler import Profiler
+    from switchtitan.spectra.weight_change import Origin
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)
     if checkpoint is not None:
         restore(checkpoint, tensors, world)
+    origin = _open_origin(config, state, world, is_restored=checkpoint is not None)
 
     # What it writes: first here, after the checks.
     start_output(config.job.output_dir, resolved, world, state.step, config.training.steps)
@@ -128,7 +130,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         throughput=_build_throughput(config, stepper, compute_dtype.dtype),
         profiler=_build_profiler(config, world, state, reporter),
         region_times=RegionTimes(world.device),
-        hooks=_build_hooks(config, stepper, reporter, is_restored=checkpoint is not None),
+        hooks=_build_hooks(config, stepper, reporter, origin),
         stop=stop or Stop(),
     )
 
@@ -342,33 +344,42 @@ def _build_profiler(
     )
 
 
-def _build_hooks(
-    config: JobConfig, stepper: Stepper, reporter: Reporter, is_restored: bool
-) -> list[Hook]:
-    """Build what a run does between steps.
+def _open_origin(
+    config: JobConfig, state: TrainState, world: World, is_restored: bool
+) -> "Origin | None":
+    """Open the weights that spectra are compared with, if the run reports any.
 
     Raises:
         CheckpointError: if the weights that a resumed run started from are missing.
     """
     if config.spectrum.interval is None:
-        return []
-    from switchtitan.spectra.telemetry import SPECTRA_FOLDER, RankTelemetry
+        return None
     from switchtitan.spectra.weight_change import Origin
 
-    method, world, state = build_method(config), stepper.world, stepper.state
     source = state.initial_weights, state.initial_fingerprint
-    origin = Origin(config.model, config.job.seed, *source, method)
+    origin = Origin(config.model, config.job.seed, *source, build_method(config))
     if is_restored:
         world.together(origin.open if world.is_main else lambda: None)
+    return origin
+
+
+def _build_hooks(
+    config: JobConfig, stepper: Stepper, reporter: Reporter, origin: "Origin | None"
+) -> list[Hook]:
+    """Build what a run does between steps."""
+    if config.spectrum.interval is None or origin is None:
+        return []
+    from switchtitan.spectra.telemetry import SPECTRA_FOLDER, RankTelemetry
+
     telemetry = RankTelemetry(
         model=stepper.model,
-        dense_weights=method.dense_weights,
+        dense_weights=build_method(config).dense_weights,
         origin=origin,
         folder=config.job.output_dir / SPECTRA_FOLDER,
         reporter=reporter,
-        world=world,
+        world=stepper.world,
         interval=config.spectrum.interval,
         num_steps=config.training.steps,
-        last_step=state.step,
+        last_step=stepper.state.step,
     )
     return [telemetry]
