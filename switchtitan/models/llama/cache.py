@@ -9,7 +9,7 @@ class KeyValueCache:
     """A `contracts.Cache`, not for training. Each row of the batch has its own number of tokens.
 
     Args:
-        cos, sin: [capacity, head_dim/2] fp32, the rotary tables of the longest sequence, padding
+        cos, sin: [capacity, 1, head_dim/2] fp32, the rotary tables of the longest sequence, padding
             included.
     """
 
@@ -29,7 +29,7 @@ class KeyValueCache:
         self._lengths += num_tokens
 
     def next(self, seq_len: int) -> tuple[Tensor, Tensor]:
-        """Returns cos and sin [batch, 1, seq, head_dim/2] fp32 of the next `seq_len` tokens.
+        """Returns cos and sin [batch, seq, 1, head_dim/2] fp32 of the next `seq_len` tokens.
 
         Raises:
             ValueError: if the tokens exceed the capacity.
@@ -39,7 +39,7 @@ class KeyValueCache:
             raise ValueError(f"{self._num_columns} tokens do not fit a cache of {len(self._cos)}")
         new = torch.arange(seq_len, device=self._cos.device)
         self._positions = positions = self._lengths[:, None] + new
-        return self._cos[positions][:, None], self._sin[positions][:, None]
+        return self._cos[positions], self._sin[positions]
 
     def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Returns the attention of the new tokens to all tokens read, of the query's shape.

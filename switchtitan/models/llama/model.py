@@ -24,7 +24,7 @@ class Positions:
     """
 
     cos: Tensor
-    """[seq, head_dim/2] fp32; with a cache [batch, 1, seq, head_dim/2]. `sin` is alike."""
+    """[seq, 1, head_dim/2] fp32; with a cache [batch, seq, 1, head_dim/2]. `sin` is alike."""
     sin: Tensor
     mask: BlockMask | None
     """The attention backend's mask, from the document ids."""
@@ -47,11 +47,14 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
         query, key, value = (
-            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projected.unflatten(-1, (-1, self.head_dim))
             for projected in (self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden))
         )
-        query = rotate(query, positions.cos, positions.sin)
-        key = rotate(key, positions.cos, positions.sin)
+        # Rotated before heads and positions change places: afterwards, Inductor copies the results
+        # and their gradients.
+        query = rotate(query, positions.cos, positions.sin).transpose(1, 2)
+        key = rotate(key, positions.cos, positions.sin).transpose(1, 2)
+        value = value.transpose(1, 2)
         if positions.cache is None:
             attended = self.attend(query, key, value, positions.mask)
         else:

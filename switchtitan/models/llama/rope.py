@@ -51,14 +51,14 @@ class Rope:
 def rotary_tables(
     seq_len: int, head_dim: int, rope: Rope, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Returns cos, sin of position * frequency, each [seq, head_dim/2] in fp32.
+    """Returns cos, sin of position * frequency, each [seq, 1, head_dim/2] in fp32.
 
     Rotary embeddings (RoFormer, arXiv 2104.09864, eq. 34) in Hugging Face LLaMA's half-split
     layout: feature i of a head is paired with feature i + head_dim/2, where the paper pairs
     neighbours. The two differ by a fixed permutation of the rows of q_proj and k_proj.
     """
     positions = torch.arange(seq_len, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, rope.frequencies(head_dim, device))
+    angles = torch.outer(positions, rope.frequencies(head_dim, device)).unsqueeze(1)
     return angles.cos(), angles.sin()
 
 
@@ -66,8 +66,8 @@ def rotate(features: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates each pair of features by its position's angle, in fp32 or wider.
 
     Args:
-        features: [batch, heads, seq, head_dim], of any floating dtype, which the result keeps.
-        cos, sin: [seq, head_dim/2] in fp32.
+        features: [batch, seq, heads, head_dim], of any floating dtype, which the result keeps.
+        cos, sin: [seq, 1, head_dim/2] or [batch, seq, 1, head_dim/2] in fp32.
     """
     first, second = features.to(torch.promote_types(features.dtype, cos.dtype)).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -25,13 +25,13 @@ def draw(*shape, seed=0):
 
 def test_rotation_equals_multiplication_by_a_complex_unit():
     head_dim, theta = 6, 500.0
-    features = draw(1, 1, 5, head_dim)
+    features = draw(1, 5, 1, head_dim)
     turned = rotate(features, *rotary_tables(5, head_dim, Rope(theta), CPU))
     for position in range(5):
         for pair in range(head_dim // 2):
-            first, second = features[0, 0, position, [pair, pair + head_dim // 2]].tolist()
+            first, second = features[0, position, 0, [pair, pair + head_dim // 2]].tolist()
             unit = cmath.exp(1j * position * theta ** (-2 * pair / head_dim))
-            actual = complex(*turned[0, 0, position, [pair, pair + head_dim // 2]].tolist())
+            actual = complex(*turned[0, position, 0, [pair, pair + head_dim // 2]].tolist())
             # fp32 rounding of angles below 5
             assert actual == pytest.approx(complex(first, second) * unit, abs=1e-6)
 
