@@ -78,7 +78,7 @@ def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tens
 _OPERATIONS = torch.library.Library("switchtitan", "DEF")
 _OPERATIONS.define(
     "copy_in_backward(Tensor tensor, Tensor grad, bool casts=False) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 
 
@@ -94,11 +94,24 @@ _OPERATIONS.impl("copy_in_backward", _copy, "CompositeExplicitAutograd")
 _OPERATIONS.impl("copy_in_backward", _empty_copy, "Meta")
 copy_in_backward: Callable[..., Tensor] = torch.ops.switchtitan.copy_in_backward.default
 """(tensor, gradient, casts=False) -> a copy of the tensor, in the dtype of the gradient if `casts`,
-made in the backward pass, compiled or not."""
+made in the backward pass, compiled or not. A part of the gradient will do."""
+
+
+def _part(grad: Tensor) -> Tensor:
+    """Returns a small view: torch.compile may copy what an opaque operation reads."""
+    return grad.narrow(-1, 0, 1)
 
 
 def _cast_in_backward(weight: Tensor, grad: Tensor) -> Tensor:
-    return weight if weight.dtype == grad.dtype else copy_in_backward(weight, grad, casts=True)
+    if weight.dtype == grad.dtype:
+        return weight
+    return copy_in_backward(weight, _part(grad), casts=True)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Returns s (left right), scaled inside the product: no other kernel reads the result."""
+    unread = right[:1].expand(len(left), -1)
+    return torch.addmm(unread, left, right, beta=0, alpha=scale)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -134,13 +147,14 @@ class _MergedLinear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             # Merged again: saving it in the forward pass would take [out, in] for every layer.
-            own_weight, own_b = _cast_in_backward(weight, grad), copy_in_backward(lora_b, grad)
+            own_weight = _cast_in_backward(weight, grad)
+            own_b = copy_in_backward(lora_b, _part(grad))
             grad_x = grad @ _merge(own_weight, lora_a, own_b, ctx.scale)
         grad, x = grad.flatten(0, -2), x.flatten(0, -2)
         if ctx.has_dense_gradient:
-            grad_weight = (grad.t() @ x) * ctx.scale
+            grad_weight = _scaled_product(grad.t(), x, ctx.scale)
             grad_a, grad_b = lora_b @ grad_weight, lora_a @ grad_weight.t()
         else:
-            grad_a = ((grad @ lora_b.t()) * ctx.scale).t() @ x
-            grad_b = ((x @ lora_a.t()) * ctx.scale).t() @ grad
+            grad_a = _scaled_product((grad @ lora_b.t()).t(), x, ctx.scale)
+            grad_b = _scaled_product((x @ lora_a.t()).t(), grad, ctx.scale)
         return grad_x, None, grad_a, grad_b, None, None
