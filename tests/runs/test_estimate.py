@@ -16,8 +16,8 @@ from switchtitan.benchmark.fit import (
 )
 from switchtitan.methods import METHODS
 from switchtitan.methods.lowrank.contraction import (
-    cheapest_contraction,
     factored,
+    fastest_contraction,
     merged,
     num_flops,
 )
@@ -97,11 +97,14 @@ def test_low_rank_flops_equal_those_of_the_contraction(tmp_path, local_batch_siz
     config = tiny_config(tmp_path, "lora", *keys, f"{num_micro_batches * local_batch_size}")
     found = estimate_step(config, 1)
     num_tokens = local_batch_size * SEQ_LEN
-    # The square layers at least: the cheapest of the three contractions for this many tokens.
-    assert cheapest_contraction(20, 20, rank, num_tokens) is contraction
+
+    def chosen(shape):
+        return fastest_contraction(torch.empty(num_tokens, shape[1]), shape[0], rank)
+
+    # The square layers at least: the one with the fewest operations for this many tokens.
+    assert chosen((20, 20)) is contraction
     extra = sum(
-        num_flops(cheapest_contraction(*shape, rank, num_tokens), *shape, rank, num_tokens)
-        - 6 * shape[0] * shape[1] * num_tokens
+        num_flops(chosen(shape), *shape, rank, num_tokens) - 6 * shape[0] * shape[1] * num_tokens
         for shape in shapes_in_blocks(config)
     )
     expected = found.full_rank_flops + num_micro_batches * extra

@@ -1,22 +1,27 @@
-"""Three ways to compute y = x (W + s B A)^T with gradients for x, A and B.
+"""Four ways to compute y = x (W + s B A)^T with gradients for x, A and B.
 
 B is stored transposed, [rank, out]; a product that needs B takes a view. All agree to rounding and
-differ in floating-point operations. For T tokens, forward and backward:
+differ in floating-point operations and in the bytes that their products read and write. For T
+tokens, forward and backward:
 
     factored        4 out in T + 6 rank (out + in) T
     merged          4 out in T + 4 rank (out + in) T + 4 out in rank
+    concatenated    the same; reads x and the gradient as often as a linear layer does
     dense gradient  6 out in T + 8 out in rank
 
 `merged` and `dense_gradient` save only their inputs for the backward pass, compiled or not;
-`factored` also saves x A^T. `weight` gets no gradient. Each pass casts a weight of another dtype.
+`factored` and `concatenated` also save x A^T. `weight` gets no gradient. Each pass casts a weight
+of another dtype.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 Contraction = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 """(x [..., in], weight [out, in], lora_a [rank, in], lora_b [rank, out], scale) -> [..., out]"""
@@ -44,28 +49,77 @@ def dense_gradient(
     return _MergedLinear.apply(x, weight, lora_a, lora_b, scale, True)
 
 
-_ALL: tuple[Contraction, ...] = (factored, merged, dense_gradient)
+def concatenated(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """Computes [y | x A^T] in one product with W + s B A above A, and in the backward pass the
+    gradients of x and x A^T in one with W + s B A beside B."""
+    return _ConcatenatedLinear.apply(x, weight, lora_a, lora_b, scale)
+
+
+_ALL: tuple[Contraction, ...] = (factored, merged, concatenated, dense_gradient)
 BY_NAME: dict[str, Contraction] = {contraction.__name__: contraction for contraction in _ALL}
+
+
+def _products(
+    contraction: Contraction, out_features: int, in_features: int, rank: int, num_tokens: int
+) -> list[tuple[int, int, int]]:
+    """Returns (m, k, n) of each product of [m, k] and [k, n], forward and backward."""
+    forward = num_tokens, in_features, out_features
+    backward = num_tokens, out_features, in_features
+    of_factors = [(rank, num_tokens, in_features), (rank, num_tokens, out_features)]
+    narrow = [(num_tokens, in_features, rank), (num_tokens, out_features, rank)]
+    merges = 2 * [(out_features, rank, in_features)]
+    if contraction is factored:
+        wide = [(num_tokens, rank, out_features), (num_tokens, rank, in_features)]
+        return [forward, backward, *narrow, *wide, *of_factors]
+    if contraction is merged:
+        return [forward, backward, *merges, *narrow, *of_factors]
+    if contraction is concatenated:
+        forward = num_tokens, in_features, out_features + rank
+        backward = num_tokens, out_features, in_features + rank
+        return [forward, backward, *merges, *of_factors]
+    projections = [(rank, out_features, in_features), (rank, in_features, out_features)]
+    return [forward, backward, (out_features, num_tokens, in_features), *merges, *projections]
 
 
 def num_flops(
     contraction: Contraction, out_features: int, in_features: int, rank: int, num_tokens: int
 ) -> int:
     """Returns the floating-point operations of forward and backward, by the table above."""
-    dense, factors = out_features * in_features, rank * (out_features + in_features)
-    if contraction is factored:
-        return 4 * dense * num_tokens + 6 * factors * num_tokens
-    if contraction is merged:
-        return 4 * dense * num_tokens + 4 * factors * num_tokens + 4 * dense * rank
-    return 6 * dense * num_tokens + 8 * dense * rank
+    products = _products(contraction, out_features, in_features, rank, num_tokens)
+    return sum(2 * m * k * n for m, k, n in products)
 
 
-def cheapest_contraction(
-    out_features: int, in_features: int, rank: int, num_tokens: int
-) -> Contraction:
-    """Returns the contraction with the fewest operations; of equal ones, the first in the table."""
-    # Traced by torch.compile, which cannot take the minimum of a dictionary's values.
-    return min(_ALL, key=lambda each: num_flops(each, out_features, in_features, rank, num_tokens))
+def fastest_contraction(x: Tensor, out_features: int, rank: int) -> Contraction:
+    """Returns the contraction with the least time by the roofline of the device of x [..., in].
+
+    Of equal ones, the first in the table. On a CPU operations decide: measured, its narrow products
+    are as fast as others.
+    """
+    in_features, num_tokens = x.shape[-1], x.numel() // x.shape[-1]
+    flops_per_byte = _flops_per_byte(x.device, x.dtype) if x.is_cuda else 0.0
+    best, least = _ALL[0], math.inf
+    # Traced by torch.compile, which cannot take a minimum by a function that is made here.
+    for contraction in _ALL:
+        time = 0.0
+        for m, k, n in _products(contraction, out_features, in_features, rank, num_tokens):
+            num_bytes = x.element_size() * (m * k + k * n + m * n)
+            time += max(2 * m * k * n, num_bytes * flops_per_byte)
+        if time < least:
+            best, least = contraction, time
+    return best
+
+
+@torch.compiler.assume_constant_result
+def _flops_per_byte(device: torch.device, dtype: torch.dtype) -> float:
+    """Returns the dense FLOP/s of products over the memory bandwidth in byte/s.
+
+    H100 SXM: 989 TFLOP/s in bf16, 67 in fp32, 3.35 TB/s; A100: 312, 19.5 and 2.04 (NVIDIA's data
+    sheets).
+    """
+    is_ampere = torch.cuda.get_device_capability(device)[0] == 8
+    if dtype == torch.float32:
+        return 9.6 if is_ampere else 20.0
+    return 153.0 if is_ampere else 295.0
 
 
 def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
@@ -95,6 +149,63 @@ _OPERATIONS.impl("copy_in_backward", _empty_copy, "Meta")
 copy_in_backward: Callable[..., Tensor] = torch.ops.switchtitan.copy_in_backward.default
 """(tensor, gradient, casts=False) -> a copy of the tensor, in the dtype of the gradient if `casts`,
 made in the backward pass, compiled or not. A part of the gradient will do."""
+
+
+# Opaque too: torch.compile would copy both parts into the result.
+_OPERATIONS.define(
+    "stack_rows(Tensor weight, Tensor lora_a, Tensor lora_b, float scale) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+_OPERATIONS.define(
+    "stack_columns(Tensor weight, Tensor lora_a, Tensor lora_b, Tensor grad, float scale)"
+    " -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+
+
+def _merge_above(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    stack = _empty_rows(weight, lora_a, lora_b, scale)
+    above, below = stack.split([len(weight), len(lora_a)])
+    torch.addmm(weight.to(lora_b.dtype), lora_b.t(), lora_a, alpha=scale, out=above)
+    below.copy_(lora_a)
+    return stack
+
+
+def _empty_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    return lora_a.new_empty(len(weight) + len(lora_a), lora_a.shape[1])
+
+
+def _merge_beside(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, grad: Tensor, scale: float
+) -> Tensor:
+    stack = _empty_columns(weight, lora_a, lora_b, grad, scale)
+    left, right = stack.split([weight.shape[1], len(lora_b)], dim=1)
+    torch.addmm(weight.to(lora_b.dtype), lora_b.t(), lora_a, alpha=scale, out=left)
+    right.copy_(lora_b.t())
+    return stack
+
+
+def _empty_columns(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, grad: Tensor, scale: float
+) -> Tensor:
+    return lora_a.new_empty(len(weight), weight.shape[1] + len(lora_b))
+
+
+_OPERATIONS.impl("stack_rows", _merge_above, "CompositeExplicitAutograd")
+_OPERATIONS.impl("stack_rows", _empty_rows, "Meta")
+_OPERATIONS.impl("stack_columns", _merge_beside, "CompositeExplicitAutograd")
+_OPERATIONS.impl("stack_columns", _empty_columns, "Meta")
+
+
+@register_flop_formula([torch.ops.switchtitan.stack_rows, torch.ops.switchtitan.stack_columns])
+def _flops_of_merge(weight: torch.Size, lora_a: torch.Size, *args: object, **kwargs: object) -> int:
+    return 2 * weight.numel() * lora_a[0]
+
+
+_stack_rows: Callable[..., Tensor] = torch.ops.switchtitan.stack_rows.default
+"""Returns W + s B A above A, [out + rank, in]."""
+_stack_columns: Callable[..., Tensor] = torch.ops.switchtitan.stack_columns.default
+"""Returns W + s B A beside B, [out, in + rank]; in the backward pass, see `copy_in_backward`."""
 
 
 def _part(grad: Tensor) -> Tensor:
@@ -158,3 +269,27 @@ class _MergedLinear(torch.autograd.Function):
             grad_a = _scaled_product((grad @ lora_b.t()).t(), x, ctx.scale)
             grad_b = _scaled_product((x @ lora_a.t()).t(), grad, ctx.scale)
         return grad_x, None, grad_a, grad_b, None, None
+
+
+class _ConcatenatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+    ) -> Tensor:
+        out_features = len(weight)
+        both = F.linear(x, _stack_rows(weight, lora_a, lora_b, scale))
+        # Copied: a view of it would keep y in memory.
+        ctx.save_for_backward(x, weight, lora_a, lora_b, both[..., out_features:].contiguous())
+        ctx.scale = scale
+        return both[..., :out_features]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
+        x, weight, lora_a, lora_b, thin = ctx.saved_tensors
+        leading, in_features = x.shape[:-1], x.shape[-1]
+        grad, x, thin = grad.flatten(0, -2), x.flatten(0, -2), thin.flatten(0, -2)
+        both = grad @ _stack_columns(weight, lora_a, lora_b, _part(grad), ctx.scale)
+        grad_x = both[:, :in_features].unflatten(0, leading) if ctx.needs_input_grad[0] else None
+        grad_a = _scaled_product(both[:, in_features:].t(), x, ctx.scale)
+        grad_b = _scaled_product(thin.t(), grad, ctx.scale)
+        return grad_x, None, grad_a, grad_b, None

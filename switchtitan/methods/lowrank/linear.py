@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from switchtitan.distributed.initial import GeneratorFor, split_blocks
 from switchtitan.distributed.random import draw_vectors
-from switchtitan.methods.lowrank.contraction import Contraction, cheapest_contraction, frozen_linear
+from switchtitan.methods.lowrank.contraction import Contraction, fastest_contraction, frozen_linear
 
 FACTORS = ("lora_a", "lora_b")
 """Local names of the factors A [rank, in] and B, stored transposed, [rank, out]."""
@@ -42,7 +42,7 @@ class LowRankLinear(FactorLinear):
         scale: s.
         bounds: of the uniform distributions that A and B are drawn from at the start.
         dropout: dropout probability for the input of A.
-        contraction: how to compute the layer without dropout; by default the cheapest for x.
+        contraction: how to compute the layer without dropout; by default the fastest for x.
     """
 
     def __init__(
@@ -68,9 +68,7 @@ class LowRankLinear(FactorLinear):
             low_rank = F.linear(F.linear(F.dropout(x, self.dropout), self.lora_a), self.lora_b.t())
             out = frozen_linear(x, self.weight) + low_rank * self.scale
         else:
-            contraction = self._contraction or cheapest_contraction(
-                self.out_features, self.in_features, self.rank, x.numel() // self.in_features
-            )
+            contraction = self._contraction or fastest_contraction(x, self.out_features, self.rank)
             out = contraction(x, self.weight, self.lora_a, self.lora_b, self.scale)
         return out if self.bias is None else out + self.bias
 

@@ -2,17 +2,19 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchtitan.methods.lowrank.contraction import (
-    cheapest_contraction,
+    concatenated,
     dense_gradient,
     factored,
+    fastest_contraction,
     merged,
     num_flops,
 )
 
-CONTRACTIONS = [factored, merged, dense_gradient]
+CONTRACTIONS = [factored, merged, concatenated, dense_gradient]
 OUT, IN, RANK, SCALE = 11, 7, 3, 0.37
 every_contraction = pytest.mark.parametrize("contraction", CONTRACTIONS, ids=lambda c: c.__name__)
 
@@ -78,16 +80,36 @@ def test_the_table_counts_the_operations_of_forward_and_backward(contraction):
     assert counter.get_total_flops() == num_flops(contraction, OUT, IN, RANK, num_tokens)
 
 
-def test_the_choice_costs_least_and_every_contraction_is_chosen_somewhere():
+def test_on_a_cpu_the_choice_has_the_fewest_operations():
     chosen = set()
     for shape in [(1024, 1024), (2736, 1024), (1024, 2736)]:
         for rank in (4, 128, 256, 512, 1000):
             for num_tokens in (1, 64, 700, 2048, 36864):
-                choice = cheapest_contraction(*shape, rank, num_tokens)
+                choice = fastest_contraction(torch.empty(num_tokens, shape[1]), shape[0], rank)
                 costs = [num_flops(each, *shape, rank, num_tokens) for each in CONTRACTIONS]
                 assert num_flops(choice, *shape, rank, num_tokens) == min(costs)
                 chosen.add(choice)
-    assert chosen == set(CONTRACTIONS)
+    assert chosen == {factored, merged, dense_gradient}
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "rank", "dtype", "expected"),
+    [
+        # Bandwidth decides on an H100, operations in fp32 or where matrices are wide.
+        ((9, 0), 512, 128, torch.bfloat16, dense_gradient),
+        ((9, 0), 1024, 128, torch.bfloat16, concatenated),
+        ((9, 0), 4096, 512, torch.bfloat16, merged),
+        ((9, 0), 1024, 128, torch.float32, merged),
+        ((8, 0), 512, 64, torch.bfloat16, concatenated),
+    ],
+)
+def test_on_a_gpu_the_choice_has_the_least_time(
+    monkeypatch, capability, width, rank, dtype, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        x = torch.empty(72, 512, width, dtype=dtype, device="cuda")
+        assert fastest_contraction(x, width, rank) is expected
 
 
 def saved_besides_inputs(function, tensors):
@@ -123,7 +145,7 @@ def test_nothing_but_inputs_and_the_thin_product_is_kept(contraction, is_compile
     tensors = x, weight.float().to(weight_dtype), lora_a, lora_b
     saved = saved_besides_inputs(compiled(contraction) if is_compiled else contraction, tensors)
     assert all(sorted(shape) == [num_tokens, RANK] for shape in saved)
-    assert contraction is factored or not saved
+    assert contraction in (factored, concatenated) or not saved
     if contraction is merged:
         # The control: plain autograd keeps it.
         function = compiled(plain) if is_compiled else plain
