@@ -62,6 +62,14 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def float64():
+    """Tensors are in float64 by default."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def leave_world():
     """Destroys the process group that a test has started; one of a fixture of its module stays."""

@@ -1,11 +1,19 @@
-"""Compiled updates of AdamW and of Muon equal the uncompiled ones."""
+"""Compiled updates of optimizers and of SwitchLoRA equal the uncompiled ones or their reference."""
+
+import math
 
 import pytest
 import torch
+from support.nonfinite import NOT_FINITE
 from support.optimizer_steps import build, parameters, train
+from support.switchlora_layers import with_interval
+from support.switchlora_runs import RANK, check_golden_trajectory, check_whole_run
 
+from switchtitan.methods.lowrank import LowRankLinear
+from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.optim import AdamWConfig
 from switchtitan.optim.muon import MuonConfig
+from switchtitan.optim.torch_optimizer import SGDConfig
 
 SHAPES = {
     "embed.weight": (11, 5),
@@ -47,3 +55,53 @@ def test_muon_is_the_same_to_rounding(compute_dtype, tolerance):
     (compiled, _), (eager, _) = (trained(muon, compiles, compute_dtype) for compiles in (1, 0))
     for name, expected in eager.items():
         torch.testing.assert_close(compiled[name], expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_sgd_is_the_same_to_rounding(momentum):
+    sgd = SGDConfig(**KEYS, momentum=momentum)
+    (compiled, _), (eager, _) = (trained(sgd, compile_step) for compile_step in (True, False))
+    for name, expected in eager.items():
+        # Updates of order 0.01, each rounded in another order in fp32.
+        torch.testing.assert_close(compiled[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_golden_trajectory_of_switchlora_is_reproduced():
+    check_golden_trajectory(compile_step=True)
+
+
+@pytest.mark.usefixtures("float64")
+def test_thirty_steps_of_switchlora_follow_the_rules_written_out_vector_by_vector():
+    config = with_interval(4.3, rank=RANK, decay="exponential", decay_ratio=0.9, freeze_steps=2)
+    check_whole_run(config, compile_step=True, num_steps=30)
+
+
+def draw_layers():
+    generator = torch.Generator().manual_seed(0)
+    layers = {name: LowRankLinear(5, 7, 3, 0.5, (0.4, 0.0)) for name in ("first", "second")}
+    for layer in layers.values():
+        layer.weight.data = torch.randn(7, 5, generator=generator).bfloat16()
+    return layers
+
+
+@torch.no_grad()
+def test_additions_to_weights_in_bf16_compile_once_and_give_the_same_bits():
+    model, compiled_model = draw_layers(), draw_layers()
+    start, generator = model["second"].weight.clone(), torch.Generator().manual_seed(1)
+    eager = FrozenWeights(model, 0, compile_step=False)
+    compiled = FrozenWeights(compiled_model, 0, compile_step=True)
+    for number in range(4):
+        lora_a = 1e-3 * torch.randn(1 + number, 5, generator=generator)
+        lora_b = torch.randn(1 + number, 7, generator=generator)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for weights in (eager, compiled):
+                weights.add_products_(number, [(index, lora_a, lora_b) for index in range(2)])
+    assert not torch.equal(model["second"].weight, start)
+    for name, layer in model.items():
+        # The compiler may fuse a multiplication and an addition into one rounding:
+        # about one value in 2^16 may round differently.
+        assert (compiled_model[name].weight != layer.weight).sum() <= 1
+    compiled.add_products_(4, [(0, NOT_FINITE[None], torch.ones(1, 7))])
+    weight = compiled_model["first"].weight
+    assert weight[:, :2].tolist() == [[math.inf, -math.inf]] * 7
+    assert weight[:, 2:].isnan().all()

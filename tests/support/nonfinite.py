@@ -9,6 +9,9 @@ from support.tiny import full_tensors, tiny_trainer
 
 NUM_STEPS, BAD_BATCH = 10, 2
 SKIP = ("--training.on_nonfinite", "skip")
+# Both infinities; then nan as CUDA makes it, with its sign set, and as the CPU makes it.
+_PATTERNS = [0x7F800000, 0xFF800000, 0x7FFFFFFF, 0xFFFFFFFF, 0xFFC00000]
+NOT_FINITE = torch.tensor(_PATTERNS).int().view(torch.float32)
 
 
 def spoil_next_gradient(stepper):

@@ -25,6 +25,23 @@ _READS_BACK = {
 }
 
 
+def saved_besides(inputs, compute):
+    """Calls; returns the result, and the tensors that are saved for the backward pass in memory
+    that is not one of the inputs'."""
+    saved = []
+
+    def record(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        result = compute()
+    held = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    others = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in held]
+    assert len(others) < len(saved), "the hooks saw nothing, not even an input"
+    return result, others
+
+
 class RecordReadsBack(TorchDispatchMode):
     """Records operations for which the host would wait if their tensors were on a GPU; not
     `tolist`, `numpy` and `cpu`, which are none on a CPU."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.observed import saved_besides
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,11 +66,8 @@ def test_an_input_that_needs_no_gradient_gets_none(contraction, without):
     named = dict(zip(("x", "weight", "lora_a", "lora_b"), inputs(6), strict=True))
     named[without].requires_grad_(False)
     contraction(*named.values(), SCALE).sum().backward()
-    assert {name for name, tensor in named.items() if tensor.grad is not None} == {
-        "x",
-        "lora_a",
-        "lora_b",
-    } - {without}
+    with_gradient = {name for name, tensor in named.items() if tensor.grad is not None}
+    assert with_gradient == named.keys() - {"weight", without}
 
 
 @every_contraction
@@ -112,25 +110,15 @@ def test_on_a_gpu_the_choice_has_the_least_time(
         assert fastest_contraction(x, width, rank) is expected
 
 
-def saved_besides_inputs(function, tensors):
-    """Shapes of the saved tensors that share no memory with the inputs of the forward pass."""
-    kept = []
-
-    def record(tensor):
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        out = function(*tensors, SCALE)
+def shapes_saved(function, tensors):
+    """Shapes of saved tensors besides inputs."""
+    out, saved = saved_besides(tensors, lambda: function(*tensors, SCALE))
     leaves = (tensors[0], tensors[2], tensors[3])
     grads = torch.autograd.grad(out.square().sum(), leaves)
     expected = torch.autograd.grad(plain(*tensors, SCALE).square().sum(), leaves)
     # Sums of some 10 products of order 1 to 100 in fp64, in another order.
     torch.testing.assert_close(grads, expected, rtol=1e-12, atol=1e-12)
-    held = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-    others = [each.shape for each in kept if each.untyped_storage().data_ptr() not in held]
-    assert len(others) < len(kept), "the hooks saw nothing, not even x"
-    return [tuple(shape) for shape in others]
+    return [tuple(tensor.shape) for tensor in saved]
 
 
 @every_contraction
@@ -143,10 +131,10 @@ def test_nothing_but_inputs_and_the_thin_product_is_kept(contraction, is_compile
     x, weight, lora_a, lora_b = inputs(num_tokens)
     # fp32 values, which the others' fp64 can hold: nothing is rounded.
     tensors = x, weight.float().to(weight_dtype), lora_a, lora_b
-    saved = saved_besides_inputs(compiled(contraction) if is_compiled else contraction, tensors)
+    saved = shapes_saved(compiled(contraction) if is_compiled else contraction, tensors)
     assert all(sorted(shape) == [num_tokens, RANK] for shape in saved)
     assert contraction in (factored, concatenated) or not saved
     if contraction is merged:
         # The control: plain autograd keeps it.
         function = compiled(plain) if is_compiled else plain
-        assert {(OUT, IN), (IN, OUT)} & set(saved_besides_inputs(function, tensors))
+        assert {(OUT, IN), (IN, OUT)} & set(shapes_saved(function, tensors))

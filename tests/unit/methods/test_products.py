@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from support.observed import saved_besides
 from support.small_llama import draw_model, loss_and_gradients
 from support.tiny import full_tensors, tiny_config, tiny_trainer
 from support.trained import save_run
@@ -98,19 +99,26 @@ def test_a_weight_of_a_lower_rank_has_factors_that_are_finite():
 
 
 @pytest.mark.parametrize("build", [product_layer, sparse_layer])
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize(
     ("shape", "has_bias"), [((7, 40), False), ((30, 20), True), ((1, 9), False), ((5, 5), True)]
 )
-def test_a_layer_computes_its_dense_weight_and_the_gradients(build, shape, has_bias):
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_layer_computes_its_dense_weight_and_the_gradients(build, is_compiled, shape, has_bias):
     layer = build(*shape, has_bias)
     x = draw(2, 4, shape[1], seed=8).double().requires_grad_()
-    expected = nn.functional.linear(x, dense_weight(layer), layer.bias)
-    torch.testing.assert_close(layer(x), expected)
     inputs = [x, *layer.parameters()]
-    ours = torch.autograd.grad(layer(x).square().sum(), inputs)
+    expected = nn.functional.linear(x, dense_weight(layer), layer.bias)
+    if is_compiled:
+        layer.compile(fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+    out, saved = saved_besides(inputs, lambda: layer(x))
+    torch.testing.assert_close(out, expected)
+    ours = torch.autograd.grad(out.square().sum(), inputs)
     theirs = torch.autograd.grad(expected.square().sum(), inputs)
     torch.testing.assert_close(ours, theirs)
     assert all(gradient.abs().min() > 0 for gradient in theirs), "each value matters"
+    if build is sparse_layer:
+        assert all(each.numel() == 1 for each in saved), "the seed, if anything"
 
 
 @pytest.mark.parametrize(("num_per_row", "in_features"), [(1, 9), (3, 20), (9, 9), (7, 2**20)])
@@ -127,30 +135,6 @@ def test_positions_do_not_change_between_versions():
     """Otherwise the weights of saved runs would."""
     assert columns_of((2, 1000), 4).tolist() == [[152, 333, 616, 958], [127, 341, 534, 956]]
     assert columns_of((1, 10), 1, seed=0).tolist() == [[8]]
-
-
-@pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.usefixtures("fresh_compiler")
-def test_a_sparse_layer_saves_its_inputs_alone(is_compiled):
-    layer, saved = sparse_layer(30, 20), []
-    x = draw(2, 4, 20).double().requires_grad_()
-    if is_compiled:
-        layer.compile(fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
-
-    def record(tensor):
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        out = layer(x)
-    inputs = [x, *layer.parameters()]
-    ours = torch.autograd.grad(out.square().sum(), inputs)
-    theirs = torch.autograd.grad((x @ dense_weight(layer).T).square().sum(), inputs)
-    torch.testing.assert_close(ours, theirs)
-    held = {each.untyped_storage().data_ptr() for each in inputs}
-    others = [each for each in saved if each.untyped_storage().data_ptr() not in held]
-    assert all(each.numel() == 1 for each in others), "the seed, if anything"
-    assert len(saved) > len(others)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -20,13 +20,6 @@ ADAMW = AdamWConfig(lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, deca
 TOLERANCE = 1e-10  # float64 rounds at 1e-16; Adam with eps 1e-6 amplifies by up to 1e5
 
 
-@pytest.fixture
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def relora(**keys):
     keys |= {"reset_interval": INTERVAL, "restart_warmup_steps": WARMUP}
     return Relora(ReloraConfig(rank=5, alpha=2.5, **keys), NUM_STEPS, SEED)
@@ -92,7 +85,7 @@ class Reference:
         state["exp_avg"][state["exp_avg_sq"] == 0] = 0
 
 
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     "keys",
     [

@@ -68,22 +68,25 @@ def test_loss_and_gradients_equal_those_of_all_logits(monkeypatch, tokens_per_ch
     assert EAGER(hidden, head, torch.full_like(targets, IGNORED_TARGET)).item() == 0.0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_aligned_rows_compute_the_same(monkeypatch, dtype):
-    hidden, head, targets = draw(dtype)
-    loss_fn = CrossEntropy(compile_regions=False)
+def all_of(loss_fn, hidden, head, targets):
+    """The loss with and without gradients, and the gradients."""
+    loss = loss_fn(hidden, head, targets, DIVISOR)
+    with torch.no_grad():
+        alone = loss_fn(hidden, head, targets, DIVISOR)
+    return (loss.detach(), alone, *torch.autograd.grad(loss, (hidden, head.weight)))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_aligned_rows_compute_the_same(monkeypatch, dtype, tolerance):
+    inputs, loss_fn = draw(dtype), CrossEntropy(compile_regions=False)
     results, strides = [], record_strides(loss_fn)
     for is_aligned in (False, True):
         align_rows(monkeypatch, is_aligned)
-        loss = loss_fn(hidden, head, targets, DIVISOR)
-        with torch.no_grad():
-            alone = loss_fn(hidden, head, targets, DIVISOR)
-        results.append((loss.detach(), alone, *torch.autograd.grad(loss, (hidden, head.weight))))
+        results.append(all_of(loss_fn, *inputs))
     # 61 numbers take 244 or 122 bytes.
     # 4 chunks, with a gradient and without.
     assert strides == [VOCABULARY] * 8 + [64] * 8
     # Products may sum in another order.
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
@@ -137,15 +140,12 @@ def test_either_gradient_is_computed_without_the_other_and_once():
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_chunks_share_a_graph_and_compute_the_same():
-    hidden, head, targets = draw(torch.float32)
-    compiled, results = CrossEntropy(compile_regions=True), []
-    for loss_of in (compiled, EAGER):
-        loss = loss_of(hidden, head, targets)
-        with torch.no_grad():
-            alone = loss_of(hidden, head, targets)
-        results.append((loss.detach(), alone, *torch.autograd.grad(loss, (hidden, head.weight))))
+    inputs = draw(torch.float32)
+    compiled = CrossEntropy(compile_regions=True)
     # fp32 sums in another order.
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        all_of(compiled, *inputs), all_of(EAGER, *inputs), rtol=1e-5, atol=1e-6
+    )
     # The padded last chunk and chunks without a gradient share it.
     assert counters["stats"]["unique_graphs"] == 1
 

@@ -1,97 +1,62 @@
-"""Candidates in buffers, on the host, or drawn: where they wait changes nothing else."""
+"""Candidates on the host are those in buffers; drawn ones are those of the definition."""
+
+from functools import partial
 
 import pytest
 import torch
 from support.switchlora_layers import (
     build_optimizer,
     draw_few_at_a_time,
-    set_gradients,
 )
 from support.switchlora_reference import constant_candidates, splitmix64_outputs
 from torch import nn
 
 from switchtitan.distributed.random import draw_vectors, generator_for, splitmix32, splitmix64
-from switchtitan.methods.lowrank.linear import balanced_bounds
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
 from switchtitan.optim import AdamWConfig
 
-# (out, in, rank): wide, tall, and one whose only spare candidate is reused as soon as it returns
-SHAPES = [(5, 7, 2), (23, 14, 9), (31, 64, 30), (64, 48, 13)]
 SEED = 4
+# Layers of equal rank: only the first one's spare candidates return at once.
+SHAPES, RANK = [(7, 6), (6, 13), (23, 17)], 5
 
 
-def build(shapes, device="cpu", **keys):
-    """Layers of equal rank whose optimizer only switches: learning rate 0, gradients of zero."""
-    rank = shapes[0][2]
-    config = SwitchLoraConfig(rank=rank, interval=rank, freeze_steps=0, decay="constant", **keys)
+def build(device, **keys):
+    """Layers that switch a vector of each factor in every step, and their optimizer."""
+    config = SwitchLoraConfig(rank=RANK, interval=RANK, freeze_steps=0, decay="constant", **keys)
     method, layers = SwitchLora(config, 500, SEED), {}
-    for index, (out, in_, _) in enumerate(shapes):
+    for index, (out, in_) in enumerate(SHAPES):
         name = f"layer{index}"
         layer = method.build_layer(name, nn.Linear(in_, out, bias=False))
         weight = torch.randn(out, in_, generator=generator_for(index, "weight")) / in_**0.5
-        layer.load_state_dict(
-            layer.initial_tensors(
-                weight, lambda local_name, name=name: generator_for(SEED, f"{name}.{local_name}")
-            )
-        )
+        layer.load_state_dict(layer.initial_tensors(weight, partial(generator_for, index)))
         layers[name] = layer.to(device)
         for buffer in layer.host_buffers:
             setattr(layer, buffer, layer.get_buffer(buffer).cpu())
-    layers_of = list(layers.values())
     candidates = method.candidates_of(layers)
-    optimizer = build_optimizer(config, AdamWConfig(lr=1e-3), layers_of, 500, candidates)
-    optimizer.set_lr(0.0)
-    set_gradients(layers_of, 0.0)
-    return layers_of, optimizer
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_drawn_vector_in_use_is_the_candidate_of_its_slot_always_the_same(shape):
-    """Without training: from the start, and for three rounds of the ring."""
-    out, in_, rank = shape
-    count = min(out, in_)
-    (layer,), optimizer = build([shape], candidates="constant")
-    vectors_a, vectors_b = (
-        constant_candidates(SEED, f"layer0.{name}", count, width, bound)
-        for name, width, bound in zip(
-            ("lora_a", "lora_b"), (in_, out), balanced_bounds(*shape), strict=True
-        )
-    )
-    slots_a, slots_b = {}, {}
-    for i in range(rank):
-        slots_a[i] = slots_b[(rank // 2 + i) % rank] = count - rank + i
-    for switched in range(3 * count):
-        assert torch.equal(layer.lora_a, vectors_a[[slots_a[i] for i in range(rank)]])
-        assert torch.equal(layer.lora_b, vectors_b[[slots_b[i] for i in range(rank)]])
-        optimizer.step()
-        slots_a[switched % rank] = slots_b[(rank // 2 + switched) % rank] = switched % count
+    adamw = AdamWConfig(lr=3e-4)
+    return layers, build_optimizer(config, adamw, list(layers.values()), 500, candidates)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_waiting_on_the_host_gives_the_same_bits(device):
-    # Layers of equal rank: only the first one's spare candidates return at once.
-    keys = {"shapes": [(7, 6, 5), (6, 13, 5), (23, 17, 5)], "device": device}
-    here, optimizer_here = build(**keys)
-    there, optimizer_there = build(**keys, candidates_device="host")
-    assert {one.lora_a.device.type for one in here + there} == {device}
-    assert {buffer.device.type for layer in there for buffer in layer.buffers()} == {"cpu"}
+    here, optimizer_here = build(device)
+    there, optimizer_there = build(device, candidates_device="host")
+    here, there = nn.ModuleDict(here), nn.ModuleDict(there)
+    assert {parameter.device.type for parameter in there.parameters()} == {device}
+    assert {buffer.device.type for buffer in there.buffers()} == {"cpu"}
     generator = torch.Generator().manual_seed(3)
     for step in range(60):
-        for optimizer in (optimizer_here, optimizer_there):
-            optimizer.set_lr(0.3)
-        for one, other in zip(here, there, strict=True):
-            for factor in ("lora_a", "lora_b"):
-                shape = one.get_parameter(factor).shape
-                gradient = torch.randn(shape, generator=generator).to(device)
-                one.get_parameter(factor).grad = gradient
-                other.get_parameter(factor).grad = gradient.clone()
+        for one, other in zip(here.parameters(), there.parameters(), strict=True):
+            if one.requires_grad:
+                one.grad = torch.randn(one.shape, generator=generator).to(device)
+                other.grad = one.grad.clone()
         optimizer_here.step()
         optimizer_there.step()
         if step % 7 == 0:  # between them, vectors are on their way
             optimizer_there.state_dict()
-            for one, other in zip(here, there, strict=True):
-                for name, tensor in one.state_dict().items():
-                    assert torch.equal(other.state_dict()[name].to(device), tensor), (step, name)
+            found = there.state_dict()
+            for name, tensor in here.state_dict().items():
+                assert torch.equal(found[name].to(device), tensor), (step, name)
     total = optimizer_here.metrics()["switch/vectors_switched_total"]
     assert total > 3 * 2 * 17, "all have come back"
 

@@ -129,22 +129,17 @@ def test_a_rule_equals_torchs_adamw_or_muon_for_groups_of_any_size_and_place(
 
 
 @pytest.mark.parametrize("num_layers", [1, 8, 11])
-def test_groups_hold_every_factor_once_and_those_of_one_width_are_equally_many(
+def test_groups_of_one_width_are_equally_many_so_that_they_share_compiled_code(
     monkeypatch, num_layers
 ):
     limit_elements(monkeypatch, 8 * RANK * 7)
     layers = {str(index): LowRankLinear(5, 7, RANK, 0.5, BOUNDS) for index in range(num_layers)}
-    layers["other"] = LowRankLinear(11, 5, RANK, 0.5, BOUNDS)  # its B is as wide as their A
-    groups = update.Factors(layers).groups()
-    assert sorted(factor for group in groups for factor in group) == list(range(2 * len(layers)))
-    names = list(factors_of(layers))
-    sizes = {}
-    for group in groups:
-        # A of all layers, then B.
-        of_group = [names[factor % len(layers) * 2 + factor // len(layers)] for factor in group]
-        (width,) = {factors_of(layers)[name].shape[1] for name in of_group}
-        assert len(group) * RANK * width <= 8 * RANK * 7
-        sizes.setdefault(width, set()).add(len(group))
+    # A of all layers, then B.
+    is_wide = [factor >= num_layers for factor in range(2 * num_layers)]
+    sizes = {False: set(), True: set()}
+    for group in update.Factors(layers).groups():
+        assert len(group) <= 8
+        sizes[is_wide[group[0]]].add(len(group))
     assert all(len(of_width) == 1 for of_width in sizes.values())
 
 

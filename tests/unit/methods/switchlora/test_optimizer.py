@@ -2,7 +2,6 @@
 LLaMA."""
 
 import pytest
-import torch
 from support.switchlora_layers import requested_and_switched, with_interval
 from support.switchlora_runs import (
     NUM_STEPS,
@@ -14,15 +13,7 @@ from support.switchlora_runs import (
 
 from switchtitan.methods.switchlora import SwitchLoraConfig
 
-
-@pytest.fixture
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-in_float64 = pytest.mark.usefixtures("_float64")
+in_float64 = pytest.mark.usefixtures("float64")
 
 
 def test_golden_trajectory_is_reproduced():

@@ -27,18 +27,6 @@ def all_requests(config, num_steps, num_layers):
     return np.array(requests)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-def test_counts_never_stray_from_their_expectation_by_one(decay):
-    config, num_steps = config_with(decay), 1511
-    requests = all_requests(config, num_steps, 23)
-    expected = np.cumsum(
-        [7 * switch_rate(config, step, num_steps) / 33.3 for step in range(num_steps)]
-    )
-    assert expected[-1] > 10
-    assert np.abs(requests.cumsum(0) - expected[:, None]).max() < 1
-    assert requests.min() == 0
-
-
 @pytest.mark.parametrize(
     ("rank", "num_per_step"),
     [(rank, number) for rank in (7, 11, 20, 128) for number in (1, 2, 3, 5) if number <= rank // 2],
