@@ -41,11 +41,9 @@ def initial_candidates(config, name, layer):
     if config.candidates == "swap":
         return layer.candidates_a, layer.candidates_b.T
     out_features, in_features = layer.weight.shape
-    bound_a, bound_b = in_features**-0.5, 0.0
-    if config.init == "switchlora":
-        # Uniform numbers have bounds of 3^(1/2) deviations.
-        bound_a = 3**0.25 * (RANK * out_features**0.5 / in_features**1.5) ** 0.25
-        bound_b = 3**0.25 * (RANK / (out_features * in_features) ** 0.5) ** 0.25
+    # Of balanced factors: uniform numbers have bounds of 3^(1/2) deviations.
+    bound_a = 3**0.25 * (RANK * out_features**0.5 / in_features**1.5) ** 0.25
+    bound_b = 3**0.25 * (RANK / (out_features * in_features) ** 0.5) ** 0.25
     count = min(layer.weight.shape)
     candidates_a = constant_candidates(SEED, f"{name}.lora_a", count, in_features, bound_a)
     candidates_b = constant_candidates(SEED, f"{name}.lora_b", count, out_features, bound_b)

@@ -62,13 +62,15 @@ def test_a_cpu_needs_bf16_instructions_that_torch_uses(
     assert bf16_support(torch.device("cpu")).is_native == is_native
 
 
-def test_a_gpu_needs_ampere(monkeypatch):
-    for capability, is_native in (((8, 0), True), ((9, 0), True), ((7, 5), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-        support = bf16_support(torch.device("cuda", 0))
-        assert support.is_native == is_native
-        assert "a card" in support.evidence
+@pytest.mark.parametrize(
+    ("capability", "is_native"), [((8, 0), True), ((9, 0), True), ((7, 5), False)]
+)
+def test_a_gpu_needs_ampere(monkeypatch, capability, is_native):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    support = bf16_support(torch.device("cuda", 0))
+    assert support.is_native == is_native
+    assert "a card" in support.evidence
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from support.small_llama import MODEL
 
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.initial import (
@@ -20,7 +21,6 @@ from switchtitan.methods.full_rank import FullRankConfig
 from switchtitan.methods.lora import LoraConfig
 from switchtitan.methods.switchlora import SwitchLoraConfig
 from switchtitan.models import MODELS
-from switchtitan.models.llama.config import LlamaConfig
 
 LARGE = (900, 620)
 """More elements than one block may have; 900 rows are not a multiple of 16 blocks."""
@@ -130,29 +130,19 @@ def test_layers_start_alike_on_any_number_of_ranks(method, keys, shape):
 
 
 # Models.
-MODEL = LlamaConfig(
-    size="9m",
-    hidden_size=12,
-    intermediate_size=18,
-    num_layers=2,
-    num_heads=3,
-    num_kv_heads=1,
-    vocab_size=31,
-)
 CONFIGS = [FullRankConfig(), LoraConfig(rank=3, init="balanced"), SwitchLoraConfig(rank=3)]
-
-
-def values(config, seed):
-    with torch.device("meta"):
-        model = MODELS.build(MODEL)
-        METHODS.build(config, 10, seed=0).prepare_model(model)
-    materialize(model, torch.device("cpu"), seed)
-    return model.state_dict()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
 def test_values_depend_on_the_seed_and_no_two_tensors_share_their_random_numbers(config):
-    first, again, other = (values(config, seed) for seed in (1, 1, 2))
+    drawn = []
+    for seed in (1, 1, 2):
+        with torch.device("meta"):
+            model = MODELS.build(MODEL)
+            METHODS.build(config, 10, seed=0).prepare_model(model)
+        materialize(model, torch.device("cpu"), seed)
+        drawn.append(model.state_dict())
+    first, again, other = drawn
     for name, value in first.items():
         assert torch.equal(again[name], value), name
         assert torch.equal(other[name], value) == (value.std() == 0), name

@@ -7,10 +7,12 @@ import torch
 import torch.distributed as dist
 from support.small_llama import transformers_llama
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.flop_counter import FlopCounterMode
 
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.fsdp import shard_model
 from switchtitan.models import MODELS
+from switchtitan.models.cola import ColaConfig
 from switchtitan.models.llama.config import LlamaConfig
 from switchtitan.models.llama.rope import rotary_tables
 
@@ -126,12 +128,17 @@ def test_initial_values_have_the_configured_distribution():
         assert bool((draw(name, parameter.shape) == 1).all()) == ("norm" in name), name
 
 
-@pytest.mark.parametrize("overrides", [GROUPED, {**GROUPED, "tied_head": True, "head_dim": 4}])
-def test_flops_per_token_are_three_times_those_of_a_forward_pass(overrides):
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**GROUPED),
+        LlamaConfig(**GROUPED, tied_head=True, head_dim=4),
+        ColaConfig(**GROUPED, rank=5),
+    ],
+)
+def test_flops_per_token_are_three_times_those_of_a_forward_pass(config):
     """torch's counter on a forward pass; a backward pass costs twice as much."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model, (batch, seq) = build(**overrides), (2, 16)
+    model, (batch, seq) = MODELS.build(config), (2, 16)
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with FlopCounterMode(display=False) as counter, math:
         model(*draw_tokens(batch, seq))

@@ -3,6 +3,7 @@ reset."""
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from support.small_llama import draw_model
@@ -134,12 +135,12 @@ def test_groups_of_one_width_are_equally_many_so_that_they_share_compiled_code(
 ):
     limit_elements(monkeypatch, 8 * RANK * 7)
     layers = {str(index): LowRankLinear(5, 7, RANK, 0.5, BOUNDS) for index in range(num_layers)}
-    # A of all layers, then B.
-    is_wide = [factor >= num_layers for factor in range(2 * num_layers)]
-    sizes = {False: set(), True: set()}
+    width_of = [5] * num_layers + [7] * num_layers  # A of all layers, then B
+    sizes = {5: set(), 7: set()}
     for group in update.Factors(layers).groups():
-        assert len(group) <= 8
-        sizes[is_wide[group[0]]].add(len(group))
+        width = width_of[group[0]]
+        assert len(group) * width <= 8 * 7
+        sizes[width].add(len(group))
     assert all(len(of_width) == 1 for of_width in sizes.values())
 
 
@@ -166,64 +167,57 @@ def test_fake_tensors_are_updated_as_on_a_gpu(monkeypatch, is_fake, num_calls):
 
 def test_muon_holds_a_frozen_vector_still_and_moves_the_others_as_if_it_were_not_there():
     layers = build_layers()
-    optimizer = build_rule(MUON, layers)
-    draw_gradients(factors_of(layers))
-    step_rule(optimizer)  # so that there is momentum
-    before = clones_of(layers)
-    kept = {"first.lora_a": [0, 2], "second.lora_b": [0, 1]}
-    smaller = {name: nn.Parameter(before[name].detach()[rows]) for name, rows in kept.items()}
+    optimizer, start = build_rule(MUON, layers), clones_of(layers)
+    rows = {name: [0, 1, 2] for name in start} | {"first.lora_a": [0, 2], "second.lora_b": [0, 1]}
+    smaller = {name: nn.Parameter(start[name].detach()[rows[name]]) for name in start}
     reference = muon_of(MUON, smaller)
-    momenta, state = reference.state_dict(), optimizer.state_dict()
-    for name, rows in kept.items():
-        momenta[f"{name}.momentum"].copy_(state[f"{name}.momentum"][rows])
-    momenta_before = {name: state[f"{name}.momentum"].clone() for name in kept}
-    draw_gradients(factors_of(layers))
-    for name, rows in kept.items():
-        smaller[name].grad = factors_of(layers)[name].grad[rows]
-    step_rule(optimizer, FROZEN)
-    reference.step()
+    for _ in range(3):
+        draw_gradients(factors_of(layers))
+        for name, factor in factors_of(layers).items():
+            smaller[name].grad = factor.grad[rows[name]]
+        step_rule(optimizer, FROZEN)
+        reference.step()
+    state = optimizer.state_dict()
     for name, factor in factors_of(layers).items():
-        stood_still = [row for row in range(RANK) if torch.equal(factor[row], before[name][row])]
-        if name not in kept:
-            assert stood_still == []
-            continue
-        (row,) = stood_still
-        assert row not in kept[name]
         expected = smaller[name]
-        torch.testing.assert_close(factor[kept[name]], expected, rtol=0, atol=TOLERANCE["muon"])
-        assert torch.equal(state[f"{name}.momentum"][row], momenta_before[name][row])
+        torch.testing.assert_close(factor[rows[name]], expected, rtol=0, atol=TOLERANCE["muon"])
+        held = [row for row in range(RANK) if row not in rows[name]]
+        assert torch.equal(factor[held], start[name][held])
+        assert not state[f"{name}.momentum"][held].any()
 
 
 @pytest.mark.parametrize("reset_moments", ["counterpart", "momentum", "both", "none"])
 @pytest.mark.parametrize("freeze_steps", [0, 2])
 def test_momentum_is_reset_for_whom_the_setting_names(reset_moments, freeze_steps):
-    """With gradients of one, momentum after a reset is that of the first step."""
+    """Gradients are one, of which momentum is a running mean; a frozen vector has none."""
     rank = 6
     layer = build_layer(9, 14, rank, 0.5, torch.float32)
     keys = {"interval": rank, "freeze_steps": freeze_steps, "decay": "constant"}
     config = SwitchLoraConfig(rank=rank, reset_moments=reset_moments, **keys)
     optimizer = build_optimizer(config, MuonConfig(lr=0.01), [layer], 20)
-    factors = layer.lora_a, layer.lora_b
+    factors = {FACTOR_A: layer.lora_a, FACTOR_B: layer.lora_b}
+    momenta, frozen_until = np.zeros((2, rank)), np.zeros((2, rank))
     for p in range(15):
-        before = [factor.detach().clone() for factor in factors]
-        for factor in factors:
+        before = {index: factor.detach().clone() for index, factor in factors.items()}
+        for factor in factors.values():
             factor.grad = torch.ones_like(factor)
         optimizer.step()
+        switched = [FACTOR_A, FACTOR_B], [p % rank, (rank // 2 + p) % rank]
+        counterparts = [FACTOR_B, FACTOR_A], switched[1]
+        if reset_moments != "none":
+            momenta[counterparts] = 0
+        if reset_moments == "both":
+            momenta[switched] = 0
+        frozen_until[counterparts] = p + freeze_steps
+        is_frozen = frozen_until > p
+        momenta = np.where(is_frozen, momenta, 0.95 * momenta + 0.05)
         state = optimizer.state_dict()
-        switched = {(FACTOR_A, p % rank), (FACTOR_B, (rank // 2 + p) % rank)}
-        counterparts = {(FACTOR_B, p % rank), (FACTOR_A, (rank // 2 + p) % rank)}
-        reset = {"none": set(), "both": counterparts | switched}.get(reset_moments, counterparts)
-        for factor, key in ((FACTOR_A, "lora_a"), (FACTOR_B, "lora_b")):
-            for vector in range(rank):
-                momentum = state[f"layer0.{key}.momentum"][vector]
-                is_frozen = (factor, vector) in counterparts and freeze_steps > 0
-                if is_frozen:
-                    assert torch.equal(factors[factor][vector], before[factor][vector])
-                if (factor, vector) in reset:
-                    expected = torch.full_like(momentum, 0.0 if is_frozen else 0.05)
-                    torch.testing.assert_close(momentum, expected)
-                elif p > 0 and freeze_steps == 0:
-                    assert momentum.min() > 0.09  # of two steps or more
+        for index, key in ((FACTOR_A, "lora_a"), (FACTOR_B, "lora_b")):
+            found = state[f"layer0.{key}.momentum"]
+            expected = torch.from_numpy(momenta[index]).float()
+            torch.testing.assert_close(found, expected[:, None].expand_as(found))
+            held = np.flatnonzero(is_frozen[index])
+            assert torch.equal(factors[index][held], before[index][held])
     assert not any("vector_steps" in key or "exp_avg" in key for key in state)
 
 

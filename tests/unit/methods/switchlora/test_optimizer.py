@@ -52,15 +52,6 @@ RUNS = {
         "alpha": 2.5,
         "reset_moments": "momentum",
     },
-    "constant-lora": {
-        "candidates": "constant",
-        "decay": "sigmoid",
-        "interval": 5,
-        "freeze_steps": 1,
-        "decay_ratio": 0.9,
-        "init": "lora",
-        "reset_moments": "both",
-    },
 }
 
 
