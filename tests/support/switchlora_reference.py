@@ -10,11 +10,56 @@ from torch import nn
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
 
+class Vectors:
+    """The vectors of one factor, [rank, width], a view; and its candidates, [candidates, width].
+
+    `slots[i]` is the candidate in vector i; `rest[i]` are the steps for which it remains frozen.
+    """
+
+    def __init__(self, vectors, candidates, first):
+        rank = len(vectors)
+        self.vectors, self.candidates = vectors, candidates.clone()
+        self.slots, self.rest, self.steps = [0] * rank, [0] * rank, [0] * rank
+        self.mean, self.square = torch.zeros_like(vectors), torch.zeros_like(vectors)
+        self.next = first
+        for i in range(rank):
+            vector, slot = (first + i) % rank, len(candidates) - rank + i
+            self.slots[vector] = slot
+            vectors[vector] = candidates[slot]
+
+    def switch(self, slot, puts_back):
+        """Puts a candidate in place of the next vector; returns its index, and old minus new."""
+        i = self.next
+        old = self.vectors[i].clone()
+        self.vectors[i] = self.candidates[slot]
+        if puts_back:
+            self.candidates[self.slots[i]] = old
+        self.slots[i] = slot
+        self.next = (i + 1) % len(self.slots)
+        return i, old - self.vectors[i]
+
+    def reset(self, i):
+        self.mean[i] = self.square[i] = 0
+        self.steps[i] = 0
+
+    def update(self, gradients, lr, betas, eps, weight_decay):
+        """AdamW on each vector, then decrements the freeze timers."""
+        for i, vector in enumerate(self.vectors):
+            gradient = torch.zeros_like(gradients[i]) if self.rest[i] > 0 else gradients[i]
+            self.steps[i] += 1
+            self.mean[i] = betas[0] * self.mean[i] + (1 - betas[0]) * gradient
+            self.square[i] = betas[1] * self.square[i] + (1 - betas[1]) * gradient**2
+            if self.rest[i] > 0:
+                self.rest[i] -= 1
+                continue
+            mean = self.mean[i] / (1 - betas[0] ** self.steps[i])
+            square = self.square[i] / (1 - betas[1] ** self.steps[i])
+            vector -= lr * weight_decay * vector
+            vector -= lr * mean / (square.sqrt() + eps)
+
+
 class ReferenceLayer(nn.Module):
     """x W^T + s (x A^T) B^T with candidates; W [out, in] is the plain layer's initial weight.
-
-    `slot_a[i]`, `slot_b[i]` are the candidates in row i of A and column i of B; `rest_a[i]`,
-    `rest_b[i]` are the steps for which they remain frozen.
 
     Args:
         puts_back: whether switched-out vectors become candidates; otherwise they are dropped.
@@ -26,21 +71,12 @@ class ReferenceLayer(nn.Module):
         super().__init__()
         self.puts_back, self.resets = puts_back, resets
         self.rank, self.scale, self.num_candidates = rank, scale, min(weight.shape)
-        self.candidates_a, self.candidates_b = candidates_a.clone(), candidates_b.clone()
         self.A = nn.Parameter(torch.zeros(rank, weight.shape[1], dtype=weight.dtype))
         self.B = nn.Parameter(torch.zeros(weight.shape[0], rank, dtype=weight.dtype))
-        self.slot_a, self.slot_b = {}, {}
-        for i in range(rank):
-            slot, column = self.num_candidates - rank + i, (rank // 2 + i) % rank
-            self.slot_a[i] = self.slot_b[column] = slot
-            self.A.data[i] = candidates_a[slot]
-            self.B.data[:, column] = candidates_b[:, slot]
+        self.of_a = Vectors(self.A.data, candidates_a, first=0)
+        self.of_b = Vectors(self.B.data.T, candidates_b, first=rank // 2)
         self.W = weight - scale * self.B.detach() @ self.A.detach()
-        self.next_row, self.next_column, self.next_candidate = 0, rank // 2, 0
-        self.rest_a, self.rest_b = [0] * rank, [0] * rank
-        self.steps_a, self.steps_b = [0] * rank, [0] * rank
-        self.moments_a = torch.zeros_like(self.A.data), torch.zeros_like(self.A.data)
-        self.moments_b = torch.zeros_like(self.B.data), torch.zeros_like(self.B.data)
+        self.next_candidate = 0
 
     def forward(self, x):
         return F.linear(x, self.W) + self.scale * F.linear(F.linear(x, self.A), self.B)
@@ -48,71 +84,28 @@ class ReferenceLayer(nn.Module):
     @torch.no_grad()
     def switch(self, asked, freeze_steps):
         """Switches at most `asked` vectors of each factor; returns the number."""
-        num_resting = sum(rest > 0 for rest in self.rest_a)
+        num_resting = sum(rest > 0 for rest in self.of_a.rest)
         count = max(0, min(asked, self.rank // 2 - num_resting, self.num_candidates - self.rank))
-        first_candidate = self.next_candidate
-        for n in range(count):
-            i, slot = self.next_row, (first_candidate + n) % self.num_candidates
-            old, new = self.A[i].clone(), self.candidates_a[slot].clone()
-            self.W += self.scale * torch.outer(self.B[:, i], old - new)
-            if self.puts_back:
-                self.candidates_a[self.slot_a[i]] = old
-            self.A[i], self.slot_a[i] = new, slot
-            self.rest_b[i] = freeze_steps
-            if self.resets in ("counterpart", "both"):
-                self.reset_b(i)
-            if self.resets == "momentum":
-                self.moments_b[0][:, i] = 0
-            if self.resets == "both":
-                self.reset_a(i)
-            self.next_row = (self.next_row + 1) % self.rank
-        for n in range(count):
-            j, slot = self.next_column, (first_candidate + n) % self.num_candidates
-            old, new = self.B[:, j].clone(), self.candidates_b[:, slot].clone()
-            self.W += self.scale * torch.outer(old - new, self.A[j])
-            if self.puts_back:
-                self.candidates_b[:, self.slot_b[j]] = old
-            self.B[:, j], self.slot_b[j] = new, slot
-            self.rest_a[j] = freeze_steps
-            if self.resets in ("counterpart", "both"):
-                self.reset_a(j)
-            if self.resets == "momentum":
-                self.moments_a[0][j] = 0
-            if self.resets == "both":
-                self.reset_b(j)
-            self.next_column = (self.next_column + 1) % self.rank
-        self.next_candidate = (first_candidate + count) % self.num_candidates
+        for side, other in ((self.of_a, self.of_b), (self.of_b, self.of_a)):
+            for n in range(count):
+                slot = (self.next_candidate + n) % self.num_candidates
+                i, difference = side.switch(slot, self.puts_back)
+                product = torch.outer(other.vectors[i], difference)
+                self.W += self.scale * (product if side is self.of_a else product.T)
+                other.rest[i] = freeze_steps
+                if self.resets in ("counterpart", "both"):
+                    other.reset(i)
+                if self.resets == "momentum":
+                    other.mean[i] = 0
+                if self.resets == "both":
+                    side.reset(i)
+        self.next_candidate = (self.next_candidate + count) % self.num_candidates
         return count
 
-    def reset_a(self, row):
-        self.moments_a[0][row] = self.moments_a[1][row] = 0
-        self.steps_a[row] = 0
-
-    def reset_b(self, column):
-        self.moments_b[0][:, column] = self.moments_b[1][:, column] = 0
-        self.steps_b[column] = 0
-
     @torch.no_grad()
-    def update(self, lr, betas, eps, weight_decay):
-        """AdamW on each vector, then decrements the freeze timers."""
-        moments_b = [moment.T for moment in self.moments_b]
-        for vectors, gradients, moments, steps, rest in (
-            (self.A, self.A.grad, self.moments_a, self.steps_a, self.rest_a),
-            (self.B.T, self.B.grad.T, moments_b, self.steps_b, self.rest_b),
-        ):
-            for i in range(self.rank):
-                gradient = torch.zeros_like(gradients[i]) if rest[i] > 0 else gradients[i]
-                steps[i] += 1
-                mean, square = moments[0][i], moments[1][i]
-                mean.copy_(betas[0] * mean + (1 - betas[0]) * gradient)
-                square.copy_(betas[1] * square + (1 - betas[1]) * gradient**2)
-                if rest[i] > 0:
-                    rest[i] -= 1
-                    continue
-                mean = mean / (1 - betas[0] ** steps[i])
-                square = square / (1 - betas[1] ** steps[i])
-                vectors[i] -= lr * weight_decay * vectors[i]
-                vectors[i] -= lr * mean / (square.sqrt() + eps)
+    def update(self, **hyper):
+        self.of_a.update(self.A.grad, **hyper)
+        self.of_b.update(self.B.grad.T, **hyper)
 
 
 class ReferenceSwitchLora:
@@ -139,7 +132,7 @@ class ReferenceSwitchLora:
                 math.floor(after) - math.floor(before), self.freeze_steps
             )
         self.last_resting = sum(
-            rest > 0 for layer in self.layers for rest in layer.rest_a + layer.rest_b
+            rest > 0 for layer in self.layers for rest in layer.of_a.rest + layer.of_b.rest
         )
         for layer in self.layers:
             layer.update(**self.hyper)

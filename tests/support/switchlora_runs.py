@@ -37,17 +37,18 @@ def build_ours(config, compile_step=False):
 
 
 def initial_candidates(config, name, layer):
-    """Candidates [c, in] of A and [out, c] of B: the layer's if stored, recomputed if constant."""
+    """Of A and B, [candidates, width]: the layer's if stored, recomputed if constant."""
     if config.candidates == "swap":
-        return layer.candidates_a, layer.candidates_b.T
+        return layer.candidates_a, layer.candidates_b
     out_features, in_features = layer.weight.shape
     # Of balanced factors: uniform numbers have bounds of 3^(1/2) deviations.
     bound_a = 3**0.25 * (RANK * out_features**0.5 / in_features**1.5) ** 0.25
     bound_b = 3**0.25 * (RANK / (out_features * in_features) ** 0.5) ** 0.25
     count = min(layer.weight.shape)
-    candidates_a = constant_candidates(SEED, f"{name}.lora_a", count, in_features, bound_a)
-    candidates_b = constant_candidates(SEED, f"{name}.lora_b", count, out_features, bound_b)
-    return candidates_a.double(), candidates_b.T.double()
+    return (
+        constant_candidates(SEED, f"{name}.lora_a", count, in_features, bound_a).double(),
+        constant_candidates(SEED, f"{name}.lora_b", count, out_features, bound_b).double(),
+    )
 
 
 def build_reference(config):
@@ -86,17 +87,14 @@ def run_step(model, optimizer, step):
 
 def pairs_of_tensors(name, layer, state, reference):
     """Ours and the reference's, by local name."""
-    pairs = {
-        "weight": (layer.weight, reference.W),
-        "lora_a": (layer.lora_a, reference.A),
-        "lora_b": (layer.lora_b, reference.B.T),
-    }
-    if reference.puts_back:
-        pairs["candidates_a"] = layer.candidates_a, reference.candidates_a
-        pairs["candidates_b"] = layer.candidates_b, reference.candidates_b.T
-    for place, key in enumerate(("exp_avg", "exp_avg_sq")):
-        pairs[f"lora_a.{key}"] = state[f"{name}.lora_a.{key}"], reference.moments_a[place]
-        pairs[f"lora_b.{key}"] = state[f"{name}.lora_b.{key}"], reference.moments_b[place].T
+    pairs = {"weight": (layer.weight, reference.W)}
+    for factor, side in (("a", reference.of_a), ("b", reference.of_b)):
+        pairs[f"lora_{factor}"] = layer.get_parameter(f"lora_{factor}"), side.vectors
+        if reference.puts_back:
+            candidates = layer.get_buffer(f"candidates_{factor}")
+            pairs[f"candidates_{factor}"] = candidates, side.candidates
+        for key, moment in (("exp_avg", side.mean), ("exp_avg_sq", side.square)):
+            pairs[f"lora_{factor}.{key}"] = state[f"{name}.lora_{factor}.{key}"], moment
     return pairs
 
 
@@ -113,8 +111,8 @@ def check_whole_run(config, compile_step=False, num_steps=NUM_STEPS):
             other = their_layers[name]
             timers = freeze_steps_left(state, config.freeze_steps)[:, index].tolist()
             steps = vector_steps(optimizer)[:, index].tolist()
-            assert timers == [other.rest_a, other.rest_b]
-            assert steps == [other.steps_a, other.steps_b]
+            assert timers == [other.of_a.rest, other.of_b.rest]
+            assert steps == [other.of_a.steps, other.of_b.steps]
             for key, pair in pairs_of_tensors(name, layer, state, other).items():
                 check_close(*pair, f"{name}.{key}, step {step}")
         check_metrics(optimizer, reference)

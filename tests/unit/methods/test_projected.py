@@ -157,14 +157,10 @@ def test_every_orientation_equals_the_reference_in_every_step(method, compile_st
 
 
 @pytest.mark.parametrize(
-    ("method", "of_method"),
-    [
-        ("galore", {"basis": True, "norms": False}),
-        ("fira", {"basis": True, "norms": True}),
-        ("apollo", {"basis": False, "norms": True}),
-    ],
+    ("method", "has_basis", "has_norms"),
+    [("galore", True, False), ("fira", True, True), ("apollo", False, True)],
 )
-def test_state_is_low_rank_and_only_drawn_bases_are_left_out(method, of_method):
+def test_state_is_low_rank_and_only_drawn_bases_are_left_out(method, has_basis, has_norms):
     state = build(draw_model(), CONFIGS[method]).state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     assert shapes["q_proj.weight.exp_avg"] == shapes["q_proj.weight.exp_avg_sq"] == (5, 3)
@@ -172,9 +168,9 @@ def test_state_is_low_rank_and_only_drawn_bases_are_left_out(method, of_method):
     assert shapes["down_proj.weight.exp_avg"] == (RANK, 9)
     assert shapes["up_proj.bias.exp_avg"] == (7,)
     bases = [shape for name, shape in shapes.items() if name.endswith("basis")]
-    assert bases == [(5, RANK)] * len(TARGETS) * of_method["basis"]
+    assert bases == [(5, RANK)] * len(TARGETS) * has_basis
     norms = [shape for name, shape in shapes.items() if name.endswith("update_norms")]
-    assert norms == [(len(TARGETS),)] * of_method["norms"]
+    assert norms == [(len(TARGETS),)] * has_norms
 
 
 @pytest.mark.parametrize("method", ["galore", "fira"])
