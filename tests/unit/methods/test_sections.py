@@ -21,35 +21,18 @@ from switchtitan.optim.torch_optimizer import SGDConfig
         ("switchlora", "optimizer.name sgd", ("switchlora", "adamw or muon")),
         ("full_rank", "optimizer.name adamw8bit", ("adamw8bit", "torchao")),
         ("full_rank", "optimizer.name scale model.tied_head true", ("scale", "tied")),
-        (
-            "full_rank",
-            "optimizer.name adafactor compile.optimizer true",
-            ("adafactor", "compile"),
-        ),
+        ("full_rank", "optimizer.name adafactor compile.optimizer true", ("adafactor", "compile")),
         ("relora", "method.restart_warmup_steps 9", ("restart_warmup_steps = 9",)),
-        (
-            "switchlora",
-            "method.interval 9 method.switches_per_vector 2",
-            ("interval = 9", "switches_per_vector = 2"),
-        ),
-        (
-            "switchlora",
-            "method.interval 40 method.switches_per_vector 12",
-            ("switches_per_vector = 12", "at least 4,"),
-        ),
-        (
-            "switchlora",
-            "method.interval 1.5 method.freeze_steps 0",
-            ("interval = 1.5", "at least 2,"),
-        ),
-        (
-            "switchlora",
-            "method.interval 6 method.freeze_steps 4",
-            ("interval = 6", "at least 8,"),
-        ),
+        ("switchlora", "method.interval 9 method.switches_per_vector 2",
+         ("interval = 9", "switches_per_vector = 2")),
+        ("switchlora", "method.interval 40 method.switches_per_vector 12",
+         ("switches_per_vector = 12", "at least 4,")),
+        ("switchlora", "method.interval 1.5 method.freeze_steps 0",
+         ("interval = 1.5", "at least 2,")),
+        ("switchlora", "method.interval 6 method.freeze_steps 4", ("interval = 6", "at least 8,")),
         ("lora", "model.name cola model.rank 5", ("'q_proj'", "factor_a")),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_is_refused_before_any_work(tmp_path, monkeypatch, method, keys, fragments):
     monkeypatch.setattr("switchtitan.job.checks.find_spec", lambda name: None)
     words = keys.split()
@@ -67,19 +50,15 @@ SWITCHED = {"rank": 4, "decay_ratio": 0.2, "candidates_device": "host"}
     ("section", "void"),
     [
         (SwitchLoraConfig(**SWITCHED), ()),
-        (
-            SwitchLoraConfig(**SWITCHED, decay="constant", candidates="constant"),
-            ("decay_ratio = 0.2", "candidates_device = 'host'"),
-        ),
-        (
-            ReloraConfig(rank=4, reset_interval=200, reset_moments="zero", prune_ratio=0.5),
-            ("prune_ratio = 0.5",),
-        ),
+        (SwitchLoraConfig(**SWITCHED, decay="constant", candidates="constant"),
+         ("decay_ratio = 0.2", "candidates_device = 'host'")),
+        (ReloraConfig(rank=4, reset_interval=200, reset_moments="zero", prune_ratio=0.5),
+         ("prune_ratio = 0.5",)),
         (LoraConfig(rank=4, dropout=0.1, contraction="merged"), ("contraction = 'merged'",)),
         (SGDConfig(lr=1e-3, momentum=0, nesterov=True), ("nesterov = true",)),
         (ColaConfig(size="9m", rank=5, max_positions=64), ("max_positions = 64",)),
     ],
-)
+)  # fmt: skip
 def test_a_key_that_another_one_switches_off_has_no_effect(section, void):
     messages = section.without_effect()
     assert len(messages) == len(void)

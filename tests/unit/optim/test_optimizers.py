@@ -121,19 +121,20 @@ def test_norms_decay_like_all_others_if_the_section_says_so():
 
 
 @pytest.mark.parametrize("choice", marked(ALL))
-def test_rates_are_reported_gradients_dropped_and_a_step_without_any_changes_nothing(choice):
-    named = parameters(SHAPES)
+def test_rates_are_reported_gradients_dropped_and_a_parameter_without_one_stays(choice):
+    named, without = parameters(SHAPES), "layers.0.wide.weight"
     optimizer = ours(ALL[choice], named)
     optimizer.set_lr(0.25)
     expected = {"optimizer/lr": 0.25 * LR, "optimizer/other_lr": 0.25 * OTHER_LR}
     assert optimizer.metrics() == expected
-    for parameter in named.values():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.zero_grad()
-    assert all(parameter.grad is None for parameter in named.values())
-    optimizer.step()
-    for name, before in parameters(SHAPES).items():
-        assert torch.equal(named[name], before), name
+    for waits in (True, False):
+        for (name, parameter), grad in zip(named.items(), draw(SHAPES, 0), strict=True):
+            parameter.grad = None if waits and name == without else grad
+        optimizer.step()
+        assert torch.equal(named[without], parameters(SHAPES)[without]) == waits
+        assert not torch.equal(named["head.weight"], parameters(SHAPES)["head.weight"])
+        optimizer.zero_grad()
+        assert all(parameter.grad is None for parameter in named.values())
 
 
 @pytest.mark.parametrize("choice", ["adamw", "adafactor", "muon", "scale"])

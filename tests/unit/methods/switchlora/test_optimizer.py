@@ -21,21 +21,9 @@ def test_golden_trajectory_is_reproduced():
 
 
 RUNS = {
-    "balanced": {
-        "decay": "exponential",
-        "decay_ratio": 0.9,
-        "interval": 4.3,
-        "freeze_steps": 2,
-        "alpha": 2.5,
-    },
+    "balanced": {"decay": "exponential", "decay_ratio": 0.9, "interval": 4.3, "freeze_steps": 2},
     # k_proj and v_proj go round their six candidates several times.
-    "no-reset": {
-        "decay": "constant",
-        "interval": 6.1,
-        "freeze_steps": 0,
-        "reset_moments": "none",
-        "alpha": 2.5,
-    },
+    "no-reset": {"decay": "constant", "interval": 6.1, "freeze_steps": 0, "reset_moments": "none"},
     "lora-reset-both": {
         "decay": "sigmoid",
         "decay_ratio": 0.6,
@@ -49,7 +37,6 @@ RUNS = {
         "decay": "constant",
         "interval": 4.3,
         "freeze_steps": 2,
-        "alpha": 2.5,
         "reset_moments": "momentum",
     },
 }
@@ -59,7 +46,7 @@ RUNS = {
 @pytest.mark.parametrize("run", RUNS)
 def test_whole_model_follows_the_rules_written_out_vector_by_vector(run):
     num_steps = NUM_STEPS if run == "balanced" else 40
-    check_whole_run(with_interval(rank=RANK, **RUNS[run]), num_steps=num_steps)
+    check_whole_run(with_interval(rank=RANK, alpha=2.5, **RUNS[run]), num_steps=num_steps)
 
 
 @in_float64
