@@ -2,6 +2,7 @@
 and dropout, drawn from the seed and the step."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -102,18 +103,13 @@ def test_a_small_tensor_is_drawn_at_once_a_large_one_starts_alike_and_a_rank_dra
 @pytest.mark.parametrize("shape", [LARGE, LARGE[::-1]])
 def test_layers_start_alike_on_any_number_of_ranks(method, keys, shape):
     out_features, in_features = shape
-    with torch.device("meta"):
-        model = torch.nn.ModuleDict({"proj": torch.nn.Linear(in_features, out_features, False)})
-    section = METHODS[method].config_type(name=method, rank=100, targets=("proj",), **keys)
-    METHODS.build(section, 10, seed=0).prepare_model(model)
-    layer = model["proj"]
+    section = METHODS[method].config_type(name=method, rank=100, **keys)
+    linear = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
+    layer = METHODS.build(section, 10, seed=0).build_layer("proj", linear)
     weight = normal_rows(shape, None, "weight")
     tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
     numbers = {name: tensor.shape[0] for name, tensor in tensors.items()}
-
-    def generator(name):
-        return generator_for(1, name)
-
+    generator = partial(generator_for, 1)
     full = layer.initial_tensors(weight, generator)
     for num_ranks in (2, 3, 8):
         for rank in range(num_ranks):

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support.small_llama import MODEL
+from support.switchlora_layers import effective_weight
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +21,7 @@ from switchtitan.methods.lowrank import (
 )
 from switchtitan.methods.lowrank.contraction import BY_NAME, fastest_contraction, num_flops
 from switchtitan.methods.lowrank.rounding import FrozenWeights
+from switchtitan.models import MODELS
 
 OUT, IN, RANK, SCALE = 7, 5, 3, 0.37
 BOUNDS = (0.4, 0.0)
@@ -37,15 +40,11 @@ def build_layer(**settings):
     return layer
 
 
-def merged_weight(layer):
-    return layer.weight + SCALE * layer.lora_b.T @ layer.lora_a
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("leading", [(4,), (2, 6)])
 def test_it_computes_the_dense_layer_of_its_merged_weight(bias, leading):
     layer, x = build_layer(bias=bias), draw(*leading, IN)
-    expected = F.linear(x, merged_weight(layer), layer.bias)
+    expected = F.linear(x, effective_weight(layer), layer.bias)
     # fp64 sums of a few terms of order 1.
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
     layer(x).sum().backward()
@@ -65,27 +64,23 @@ def test_dropout_acts_in_training_on_the_way_into_the_factors_alone():
     expected = expected + SCALE * masked @ layer.lora_a.T @ layer.lora_b
     torch.testing.assert_close(dropped, expected, rtol=1e-12, atol=1e-12)
     layer.eval()
-    merged = F.linear(x, merged_weight(layer), layer.bias)
+    merged = F.linear(x, effective_weight(layer), layer.bias)
     torch.testing.assert_close(layer(x), merged, rtol=1e-12, atol=1e-12)
-
-
-def build_model(device):
-    with torch.device(device):
-        inner = nn.ModuleDict({"up": nn.Linear(IN, OUT), "down": nn.Linear(OUT, IN, bias=False)})
-        return nn.ModuleDict({"first": inner, "norm": nn.LayerNorm(IN), "head": nn.Linear(IN, 2)})
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_the_named_linears_are_replaced_where_they_lie_and_the_rest_stays(device):
-    model = build_model(device)
+    with torch.device(device):
+        model = MODELS.build(MODEL)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    Lora(LoraConfig(rank=RANK, targets=("down", "up")), 10, 0).prepare_model(model)
-    assert list(low_rank_layers(model)) == ["first.up", "first.down"]
-    assert type(model["head"]) is nn.Linear
+    Lora(LoraConfig(rank=RANK, targets=("down_proj", "q_proj")), 10, 0).prepare_model(model)
+    targets = ("self_attn.q_proj", "mlp.down_proj")
+    layers = [f"model.layers.{index}.{target}" for index in range(2) for target in targets]
+    assert list(low_rank_layers(model)) == layers
     assert {p.device.type for p in model.parameters()} == {device}
     after = {name: p.shape for name, p in model.named_parameters()}
     assert after.items() >= shapes.items()
-    factors = {f"first.{name}.lora_{side}" for name in ("up", "down") for side in "ab"}
+    factors = {f"{layer}.lora_{side}" for layer in layers for side in "ab"}
     assert after.keys() - shapes.keys() == factors
 
 

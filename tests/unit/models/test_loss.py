@@ -9,14 +9,12 @@ from support.insides import align_rows, record_strides
 from support.tiny import tiny_config
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.utils._pytree import tree_leaves
 
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.models import loss as loss_module
 from switchtitan.models.head import Head, TiedHead
 from switchtitan.models.loss import CrossEntropy, summed_cross_entropy
-from switchtitan.observability.collectives import CountingMode
 
 VOCABULARY, DIM, DIVISOR = 61, 12, 7
 EAGER = CrossEntropy(compile_regions=False)
@@ -150,31 +148,17 @@ def test_compiled_chunks_share_a_graph_and_compute_the_same():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-class MostLogits(CountingMode):
-    """Finds the most rows of a tensor whose rows are as long as the vocabulary."""
-
-    def __init__(self, vocabulary):
-        super().__init__()
-        self.num_rows = 0
-        self.vocabulary = vocabulary
-
-    def count(self, func, args, kwargs, result):
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.vocabulary,):
-                self.num_rows = max(self.num_rows, tensor.numel() // self.vocabulary)
-
-
 def test_a_sharded_model_computes_its_loss_in_chunks(monkeypatch, tmp_path):
     """FSDP changes the class of the head, and gathers its weight in hooks of its call."""
-    num_ranks = 2
-    batch = ("--training.local_batch_size", "16", "--training.global_batch_size")
-    config = tiny_config(tmp_path, "full_rank", *batch, f"{32 * num_ranks}", num_ranks=num_ranks)
+    num_ranks, num_micro_batches = 2, 2
+    batch = ("--training.local_batch_size", "16", "--training.global_batch_size", "64")
+    config = tiny_config(tmp_path, "full_rank", *batch, num_ranks=num_ranks)
     num_tokens, vocabulary = 16 * config.data.seq_len, config.model.vocab_size
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * (num_tokens // 4) * vocabulary)
     with fake_stepper(config, num_ranks) as stepper:
-        with MostLogits(vocabulary) as logits:
-            stepper.step()
-        assert logits.num_rows == num_tokens // 4
+        chunks = record_strides(stepper.loss)
+        stepper.step()
+    assert len(chunks) == 4 * num_micro_batches
 
 
 def test_a_tied_head_has_no_parameter_of_its_own_and_adds_to_the_embeddings_gradient():
