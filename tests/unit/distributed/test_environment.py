@@ -5,7 +5,6 @@ import socket
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.world import device_type, own_gpu, start_world, unusable_gpu
@@ -40,18 +39,11 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_unless_it_is_hidden(tmp_path, l
         device_type()
 
 
-def place():
-    world = start_world(ParallelismConfig(timeout_s=1))
-    try:
-        return world.size, world.rank, world.is_node_main
-    finally:
-        dist.destroy_process_group()
-
-
 def test_empty_variables_of_a_launcher_count_as_unset(launcher):
     for name in PLACE:
         launcher.setenv(name, "")
-    assert place() == (1, 0, True)
+    world = start_world(ParallelismConfig())
+    assert (world.size, world.rank, world.is_node_main) == (1, 0, True)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +68,7 @@ def test_a_place_that_no_launcher_gives_is_refused_and_ranks_that_do_not_meet_sa
     for name, value in changes.items():
         launcher.setenv(name, str(port) if value == "free" else value)
     with pytest.raises(EnvironmentMismatchError) as error:
-        place()
+        start_world(ParallelismConfig(timeout_s=1))
     assert all(fragment in str(error.value) for fragment in fragments)
 
 
