@@ -16,15 +16,16 @@ from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
 from switchtitan.optim import AdamWConfig
 
 SEED = 4
-# Layers of equal rank: only the first one's spare candidates return at once.
-SHAPES, RANK = [(7, 6), (6, 13), (23, 17)], 5
+RANK = 5
+# A spare candidate of the first two layers is taken again at once; and layers with many of them.
+SHAPES = [[(7, 6), (6, 13), (23, 17)], [(17, 20), (23, 17)]]
 
 
-def build(device, **keys):
+def build(shapes, device, **keys):
     """Layers that switch a vector of each factor in every step, and their optimizer."""
     config = SwitchLoraConfig(rank=RANK, interval=RANK, freeze_steps=0, decay="constant", **keys)
     method, layers = SwitchLora(config, 500, SEED), {}
-    for index, (out, in_) in enumerate(SHAPES):
+    for index, (out, in_) in enumerate(shapes):
         name = f"layer{index}"
         layer = method.build_layer(name, nn.Linear(in_, out, bias=False))
         weight = torch.randn(out, in_, generator=generator_for(index, "weight")) / in_**0.5
@@ -37,10 +38,11 @@ def build(device, **keys):
     return layers, build_optimizer(config, adamw, list(layers.values()), 500, candidates)
 
 
+@pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_waiting_on_the_host_gives_the_same_bits(device):
-    here, optimizer_here = build(device)
-    there, optimizer_there = build(device, candidates_device="host")
+def test_waiting_on_the_host_gives_the_same_bits(shapes, device):
+    here, optimizer_here = build(shapes, device)
+    there, optimizer_there = build(shapes, device, candidates_device="host")
     here, there = nn.ModuleDict(here), nn.ModuleDict(there)
     assert {parameter.device.type for parameter in there.parameters()} == {device}
     assert {buffer.device.type for buffer in there.buffers()} == {"cpu"}
