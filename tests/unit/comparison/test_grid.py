@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+from support.checkpoints import refused
 from support.comparisons import GRID, LR, loss_of, result_of, train, write_grid
 
 from switchtitan.comparison.comparison import check_plan, follow
 from switchtitan.comparison.config import load_comparison
 from switchtitan.comparison.runs import config_sha256, plan_run
+from switchtitan.config import toml_value
 from switchtitan.errors import ConfigError
 
 COMPARISONS = Path(__file__).parents[3] / "train_configs" / "comparisons"
@@ -47,13 +49,9 @@ def with_thin(keys, top=""):
 # ---- What a file may say
 
 
-def test_values_are_declared_by_row_and_files_next_to_the_comparison(tmp_path):
+def test_values_are_declared_by_row(tmp_path):
     grid = with_axes(BOTH, TUNE_OTHER.replace("1e-3, 2e-3", "2e-3, 1e-3"))
-    grid = grid.replace("[[rows]]", 'finished_runs = ["a/runs.csv"]\n[[rows]]', 1)
-    comparison = load_comparison(write_grid(tmp_path, grid))
-    assert comparison.config == tmp_path / "base.toml"
-    assert comparison.finished_runs == (tmp_path / "a" / "runs.csv",)
-    dense, thin, balanced = comparison.rows
+    dense, thin, balanced = declare(tmp_path, grid).rows
     rates = (1e-3, 2e-3, 4e-3)
     assert dense.values == {LR: rates, OTHER: rates, DECAY: (0.0, 0.1)}
     # Of two values, the lower one is the middle.
@@ -87,23 +85,23 @@ def test_the_shipped_comparisons_are_valid_and_keep_their_folders(name):
 
 
 @pytest.mark.parametrize(
-    ("section", "keys", "top"),
+    ("top", "section", "key", "value"),
     [
-        ("optimizer", 'name = "muon", momentum = 0.9', ""),
-        ("training", "steps = 20", 'differ_in = ["training"]'),
-        ("model", "hidden_size = 24", 'differ_in = ["model"]'),
-        ("compile", "optimizer = true", ""),
+        ("", "optimizer", "momentum", 0.9),
+        ("", "compile", "optimizer", True),
+        ('differ_in = ["training"]', "training", "steps", 20),
+        ('differ_in = ["model"]', "model", "hidden_size", 24),
     ],
 )
-def test_rows_may_differ_in_these_sections_or_where_it_is_declared(tmp_path, section, keys, top):
-    grid = with_thin(f"set.{section} = {{{{ {keys} }}}}", top)
-    if section == "optimizer":
-        grid = grid.replace(SET_THIN, 'set.method = {{ name = "full_rank" }}\n')
+def test_rows_may_differ_in_these_sections_or_where_it_is_declared(
+    tmp_path, top, section, key, value
+):
+    name = 'name = "muon", ' if section == "optimizer" else ""
+    grid = with_thin(f"set.{section} = {{{{ {name}{key} = {toml_value(value)} }}}}", top)
+    grid = grid.replace(SET_THIN, 'set.method = {{ name = "full_rank" }}\n')
     dense, thin = follow(declare(tmp_path, grid), lambda run: None).due[:2]
-    key, value = keys.split(", ")[0].split(" = ")
-    of_thin = getattr(getattr(thin.config, section), key)
-    assert str(of_thin).lower() == value.strip('"')
-    assert of_thin != getattr(getattr(dense.config, section), key)
+    assert getattr(getattr(thin.config, section), key) == value
+    assert getattr(getattr(dense.config, section), key, None) != value
 
 
 EVALUATION = "[evaluation]\ntest_tokens = 160\ninterval = 20"
@@ -117,15 +115,11 @@ RATES = "[1e-2, 2e-2, 4e-2]"
     [
         # Unfair.
         (GRID.replace(SEEDS, "report_seeds = [1, 2]"), {}, ("1, 1, 2", "different seeds")),
-        (GRID.replace(SEEDS, "report_seeds = [2, 2]"), {}, ("1, 2, 2", "different seeds")),
         (GRID.replace(RATES, "[1e-2, 2e-2, 4e-2, 8e-2]"), {}, ("dense has 3", "thin has 4")),
         (with_axes(BOTH, TUNE_OTHER.replace("4e-3", "4e-3, 8e-3")), {}, (OTHER, "thin has 4")),
         (GRID.replace(RATES, "[1e-2, 2e-2]"), {}, ("[0.01, 0.02]", "at least 3")),
         (with_axes(BOTH.replace("0.0, ", "")), {}, (DECAY, "at least 2")),
         (with_thin("set.model = {{ hidden_size = 24 }}"), {}, ("thin.set.model", "differ_in")),
-        (with_thin("set.training = {{ steps = 9 }}"), {}, ("thin.set.training", "differ_in")),
-        (with_thin("set.data = {{ seq_len = 8 }}"), {}, ("rows[1].set.data", "'method'")),
-        (with_top('differ_in = ["data"]'), {}, ("differ_in[0]", "'model'")),
         (with_top('axes = ["training.steps"]'), {}, ("axes[0]", "training.steps")),
         # What does not fit together.
         (GRID.replace('baseline = "dense"', 'baseline = "dens"'), {}, ("'dens'", "dense, thin")),
@@ -150,16 +144,13 @@ RATES = "[1e-2, 2e-2, 4e-2]"
         (with_thin("set.training = {{ steps = 5 }}", 'differ_in = ["training"]'), {},
          ("row thin", "steps = 5")),
         (GRID, {'dtype = "float32"': 'dtype = "auto"'}, ("row dense", 'dtype = "auto"')),
-        (GRID[: GRID.index('[[rows]]\nname = "thin"')], {}, ("rows", "at least 2 items")),
     ],
 )  # fmt: skip
 def test_a_comparison_that_is_unfair_or_cannot_be_trained_is_refused_before_any_run(
     tmp_path, grid, changes, fragments
 ):
-    with pytest.raises(ConfigError) as caught:
+    with refused(*fragments, error=ConfigError):
         declare(tmp_path, grid, changes)
-    for fragment in fragments:
-        assert fragment in str(caught.value)
 
 
 def test_the_checksum_of_a_configuration_ignores_names_folders_and_defaults_only(tmp_path):
@@ -211,16 +202,12 @@ def test_rates_are_chosen_on_one_seed_and_reported_on_the_others(tmp_path):
     comparison = declare(tmp_path)
     state, (selection, report) = train(comparison, lambda run: (loss_of(run), 9.0))
     # Rows alternate.
-    assert [(run.row, run.tuned[LR]) for run in selection[:3]] == [
-        ("dense", 1e-3), ("thin", 1e-2), ("dense", 2e-3)
-    ]  # fmt: skip
+    assert [run.row for run in selection] == ["dense", "thin"] * 3
     assert {run.seed for run in selection} == {1}
-    assert len(selection) == 6
     rows = ("dense", "thin", "thin-balanced")
     assert [(run.seed, run.row) for run in report] == [(of, row) for of in (2, 3) for row in rows]
     assert set(values(report, "thin-balanced")) == {(2e-2,)}
-    expected = {"dense": {LR: 2e-3}, "thin": {LR: 2e-2}, "thin-balanced": {LR: 2e-2}}
-    assert state.chosen == expected
+    assert state.chosen == {"dense": {LR: 2e-3}, "thin": {LR: 2e-2}, "thin-balanced": {LR: 2e-2}}
     assert comparison.num_runs == len(state.finished) == 12
 
 

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import pytest
 import tomli
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
+from support.checkpoints import refused
 
 from switchtitan.config import (
     FOLDER,
@@ -15,7 +16,6 @@ from switchtitan.config import (
     flatten,
     help_text,
     load_config,
-    load_table,
     resolved_toml,
     split_arguments,
     toml_value,
@@ -60,12 +60,6 @@ class Switch(NamedSection):
     interval: int = 40
     width: int | None = None
 
-    @model_validator(mode="after")
-    def _check_interval(self):
-        if self.interval < 10:
-            raise ValueError(f"interval = {self.interval} is below 10")
-        return self
-
 
 METHODS: Registry = Registry(
     "method", {"lora": Component(Lora, str), "switch": Component(Switch, str)}
@@ -109,28 +103,20 @@ SWITCH = '[training]\nsteps = 3\n[method]\nname = "switch"\n'
     ("annotation", "words", "value"),
     [
         (bool, ["true"], True),
-        (int, ["-3"], -3),
         (int, ["1_000"], 1000),
         (float, ["1e-3"], 1e-3),
-        (float, ["2"], 2.0),
         (float | None, ["none"], None),
         (str, ["none"], "none"),
-        (str, ["123"], "123"),
         (str, ['"quoted"'], "quoted"),
         (str, ["a = b # c"], "a = b # c"),
         (str | None, ["none"], None),
-        (str | None, ["None"], None),
         (str, ["2024-01-01T10:00:00Z"], "2024-01-01T10:00:00Z"),
         (Path, ["with space/file"], Path("with space/file")),
         (tuple[str, ...], ["q_proj,v_proj"], ("q_proj", "v_proj")),
-        (tuple[str, ...], ['["q_proj", "v_proj"]'], ("q_proj", "v_proj")),
         (tuple[str, ...], ["[q_proj, v_proj]"], ("q_proj", "v_proj")),
         (tuple[str, ...], ["q_proj", "v_proj"], ("q_proj", "v_proj")),
-        (tuple[str, ...], ["q_proj"], ("q_proj",)),
         (tuple[str, ...], ["1,2"], ("1", "2")),
         (tuple[float, float], ["0.9,0.95"], (0.9, 0.95)),
-        (tuple[float, float], ["0.9", "0.95"], (0.9, 0.95)),
-        (Literal["auto"] | int, ["auto"], "auto"),
         (Literal["auto"] | int, ["7"], 7),
     ],
 )
@@ -227,12 +213,8 @@ def test_a_key_that_stands_for_others_gives_class_and_keys_and_is_not_kept(load)
     text = '[training]\nsteps = 3\n[method]\nsource = "switch.txt"\nrank = 2\n'
     assert load(text).method == Switch(width=4, rank=2)
     assert load(text + 'name = "switch"\nwidth = 4').method == Switch(width=4, rank=2)
-    training = "[training]\nsteps = 3\n"
-    assert load(training, "--method.source", "lora.txt").method == Lora(rank=8)
-    assert load(training + '[method]\nname = "lora"\nsource = "none"').method == Lora()
     # Over the keys of a base, and from the command line over those of the file.
     assert load('[method]\nsource = "switch.txt"', base=SWITCH + "width = 7").method.width == 4
-    assert load(SWITCH + "width = 7", "--method.source", "switch.txt").method == Switch(width=4)
     assert load(SWITCH + "rank = 3", "--method.source", "lora.txt").method == Lora(rank=8)
 
 
@@ -245,33 +227,24 @@ LORA_FILE = '[training]\nsteps = 3\n[method]\nsource = "lora.txt"\n'
     ("text", "words", "fragments"),
     [
         (LORA.replace("1", '"8"'), (), ('job.toml: [training] steps = "8": expected', "integer")),
-        (LORA.replace("1", "8.0"), (), ("[training] steps = 8.0", "integer")),
-        (LORA.replace("1", "0"), (), ("[training] steps = 0", "greater than or equal to 1")),
         (LORA.replace("steps = 1", ""), (), ("job.toml: [training] steps: missing",)),
-        (LORA + "clip = 0", (), ("[training] clip = 0", "greater than 0")),
         (LORA + "betas = [0.9]", (), ("[training] betas[1]: missing",)),
         (LORA + "ranks = 2.5", (), ("[training] ranks = 2.5", "'all'", "array")),
         (LORA + 'tag = "a b"', (), ('[training] tag = "a b"', "no spaces")),
-        (LORA + 'dtype = "bf16"', (), ('dtype = "bf16"', "'bfloat16'")),
         (LORA + "foldre = 1", (), ("[training] foldre = 1: unknown key", "training.folder?")),
         (LORA + "rank = 1", (), ("[training] rank = 1: unknown key", "method.rank?")),
-        ("training = 3\n" + LORA.replace("training", "x"), (), ("training",)),
         ("[training]\nsteps = 1", (), ("[method] name: missing", "lora, switch")),
         (SWITCH.replace("switch", "swich"), (), ('[method] name = "swich"', "mean switch?")),
         (SWITCH + "[trainig]\nsteps = 1", (), ("job.toml: trainig", "training?")),
         ("steps = 1\n" + SWITCH, (), ("job.toml: steps", "training.steps?")),
         ('bsae = "x.toml"\n' + SWITCH, (), ("bsae", "base?")),
         (SWITCH, ("--training.steps", "many"), ("--training.steps many: expected", "integer")),
-        (SWITCH, ("--training.stesp", "1"), ("--training.stesp 1: unknown", "training.steps?")),
         (SWITCH, ("--traning.steps", "1"), ("--traning.steps 1", "--training.steps?")),
         (SWITCH, ("--steps", "1"), ("--steps 1", "--training.steps?")),
         (SWITCH, ("--confg", "1"), ("--confg 1", "--config?")),
-        (SWITCH, ("--training.folder", "a", "b"), ("--training.folder a b", "string")),
-        (SWITCH, ("--method.name", "lra"), ("--method.name lra", "lora?")),
         (SWITCH, ("--method.name", "lora", "--method.interval", "9"),
          ("--method.interval 9: unknown key",)),
         (SWITCH + "intervall = 9", ("--method.name", "lora"), ("intervall = 9: unknown key",)),
-        (SWITCH, ("--method.interval", "9"), ("[method] interval = 9 is below 10",)),
         # Keys that stand for others.
         (LORA_FILE + "rank = 5", (), ("[method] rank = 5", 'source = "lora.txt"')),
         (LORA_FILE, ("--method.rank", "5"), ("--method.rank 5", 'source = "lora.txt"')),
@@ -307,19 +280,6 @@ def test_all_mistakes_are_in_one_message(load, tmp_path):
     ]
 
 
-def test_mistakes_in_a_list_of_tables_name_the_table(tmp_path):
-    class Shelf(Section):
-        title: str
-        books: tuple[Training, ...] = Field(min_length=1)
-
-    file = tmp_path / "shelf.toml"
-    file.write_text("titel = 1\n[[books]]\nsteps = 1\n[[books]]\nsteps = 0\nstesp = 2\n")
-    with pytest.raises(ConfigError) as caught:
-        load_table(file, Shelf)
-    for fragment in ("title: missing", "titel = 1", "books[1].steps = 0", "books[1].stesp = 2"):
-        assert fragment in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("name", "contents", "fragments"),
     [
@@ -336,10 +296,8 @@ def test_a_file_that_cannot_be_read_is_a_mistake(tmp_path, name, contents, fragm
     (tmp_path / "llama_350m.toml").write_text('base = "job.toml"')
     if contents is not None:
         (tmp_path / name).write_bytes(contents)
-    with pytest.raises(ConfigError) as caught:
+    with refused(*fragments, error=ConfigError):
         load_file(tmp_path / name)
-    for fragment in fragments:
-        assert fragment in str(caught.value)
 
 
 # A configuration as text.
@@ -351,11 +309,6 @@ def test_a_file_that_cannot_be_read_is_a_mistake(tmp_path, name, contents, fragm
 def test_any_value_reads_back(value):
     found = tomli.loads(f"key = {toml_value(value)}")["key"]
     assert found == value or (math.isnan(found) and math.isnan(value))
-
-
-def test_sections_in_a_list_read_back_as_tables():
-    text = toml_value((Lora(rank=2), Lora(rank=3)))
-    assert [table["rank"] for table in tomli.loads(f"value = {text}")["value"]] == [2, 3]
 
 
 def test_a_saved_configuration_loads_as_an_equal_one(load):
