@@ -10,11 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny import tiny_toml
 from support.tiny_documents import make_documents, write_json_lines
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from switchtitan.config import resolved_toml
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.data import (
     DataConfig,
@@ -28,7 +26,6 @@ from switchtitan.data.sequences import TokenSequences, document_ids
 from switchtitan.data.text import bytes_by_token, num_text_bytes
 from switchtitan.data.tokenizer import DocumentTokenizer, train_tokenizer
 from switchtitan.errors import ConfigError
-from switchtitan.job.config import parse_arguments
 
 EOS = 0
 
@@ -90,7 +87,7 @@ def sequences(corpus):
 
 
 def global_batches(sequences, num_steps, num_ranks=1, local=2, **keys):
-    """Returns tokens [step, sample, seq] of all ranks."""
+    """Tokens [step, sample, seq] of all ranks."""
     ranks = []
     for rank in range(num_ranks):
         sizes = {"global_batch_size": 8, "local_batch_size": local, "num_ranks": num_ranks}
@@ -119,18 +116,16 @@ def test_targets_are_the_next_tokens_and_ids_match(sequences, corpus):
     assert torch.equal(rises, batch.tokens[:, :-1] == corpus.eos_id)
 
 
-@pytest.mark.parametrize(("num_ranks", "local"), [(1, 4), (2, 2), (4, 2), (2, 1), (4, 1)])
-def test_any_number_of_ranks_sees_the_same_global_batches(sequences, num_ranks, local):
-    expected = global_batches(sequences, 5, 1, 8)
-    assert torch.equal(global_batches(sequences, 5, num_ranks, local), expected)
-
-
-def test_a_run_resumes_at_a_step_and_goes_on_after_an_epoch(sequences):
+@pytest.mark.parametrize("kind", ["corpus", "mixture"])
+def test_any_number_of_ranks_sees_the_same_batches_and_resumes_at_any_step(kind, request):
+    sequences = request.getfixturevalue(kind).split("train", 13)
     per_epoch = len(sequences) // 8
-    straight = global_batches(sequences, per_epoch + 3)
-    for start in (6, per_epoch):
-        resumed = global_batches(sequences, 3, start_step=start)
-        assert torch.equal(resumed, straight[start : start + 3])
+    straight = global_batches(sequences, per_epoch + 3, 1, 8)
+    for num_ranks, local in ((1, 4), (2, 2), (4, 2), (4, 1)):
+        assert torch.equal(global_batches(sequences, 5, num_ranks, local), straight[:5])
+        for start in (6, per_epoch):
+            resumed = global_batches(sequences, 3, num_ranks, local, start_step=start)
+            assert torch.equal(resumed, straight[start : start + 3])
 
 
 def test_workers_change_no_batch_and_end_on_close(sequences):
@@ -187,15 +182,6 @@ def mixture_config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def mixture(mixture_config):
     return open_corpus(mixture_config)
-
-
-def test_a_mixture_is_the_same_on_any_number_of_ranks_and_resumes_on_another(mixture):
-    mixed = mixture.split("train", SEQ_LEN)
-    straight = global_batches(mixed, 20)
-    for num_ranks in (2, 4):
-        assert torch.equal(global_batches(mixed, 20, num_ranks), straight)
-        resumed = global_batches(mixed, 7, num_ranks, start_step=13)
-        assert torch.equal(resumed, straight[13:])
 
 
 def test_each_source_has_its_share_and_is_read_in_epochs(mixture):
@@ -260,31 +246,6 @@ def test_counts_are_within_one_of_their_share(weights, position):
 def test_a_weight_that_rounds_to_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"sources\[1\]\.weight = 1e-06"):
         schedule_of([1.0, 1e-6])
-
-
-def test_keys_of_one_source_have_no_effect_on_a_mixture(mixture_config):
-    assert mixture_config.without_effect() == []
-    given = mixture_config.model_copy(update={"text_column": "x", "dataset": "c4"})
-    of_dataset, of_column = given.without_effect()
-    assert of_dataset.startswith('dataset = "c4" has no effect')
-    assert of_column.startswith('text_column = "x" has no effect')
-
-
-def test_tables_of_a_file_are_a_mixture_and_the_saved_configuration_too(tmp_path):
-    source = '[[data.sources]]\ndataset = "{}"\nweight = {}\n'
-    tables = source.format("c4", 7) + source.format("text", 3) + 'path = "books"\n'
-    file = tmp_path / "run.toml"
-    changes = {
-        'dataset = "pystdlib"': 'tokenizer = "t5-base"',
-        "max_bytes = 200000\nvocab_size = 270\n": "",
-        "[training]": f"{tables}[training]",
-    }
-    file.write_text(tiny_toml("outputs", "full_rank", changes))
-    job = parse_arguments(["--config", str(file)])
-    given_sources = [(source.dataset, source.weight) for source in job.data.sources]
-    assert given_sources == [("c4", 7.0), ("text", 3.0)]
-    file.write_text(resolved_toml(job))
-    assert parse_arguments(["--config", str(file)]) == job
 
 
 TEXTS = ["größe = 5 €", "日本語 and more", "</s> in a text", ""]

@@ -66,30 +66,26 @@ def test_all_files_and_names_are_flushed_before_the_rename(tmp_path, monkeypatch
     assert flushed[-1] == tmp_path
 
 
-ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
-FACTOR = "base_model.model.q_proj.lora_A.weight"
-
-
 def test_a_fingerprint_covers_all_that_decides_the_weights(tmp_path):
-    folder = tmp_path / "adapter"
-    base = folder / BASE_FOLDER
+    adapter, base = tmp_path / "adapter", tmp_path / "adapter" / BASE_FOLDER
     base.mkdir(parents=True)
     (base / "config.json").write_text("{}")
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
     seen = set()
     for config, factor, weight in (
-        (ADAPTER, 1.0, 1.0),
-        ({**ADAPTER, "lora_alpha": 5}, 1.0, 1.0),
-        ({**ADAPTER, "use_rslora": True}, 1.0, 1.0),
-        (ADAPTER, 2.0, 1.0),
-        (ADAPTER, 1.0, 2.0),
+        (plain, 1.0, 1.0),
+        ({**plain, "lora_alpha": 5}, 1.0, 1.0),
+        ({**plain, "use_rslora": True}, 1.0, 1.0),
+        (plain, 2.0, 1.0),
+        (plain, 1.0, 2.0),
     ):
-        (folder / ADAPTER_CONFIG_NAME).write_text(json.dumps(config))
-        save_file({FACTOR: torch.full((2,), factor)}, folder / ADAPTER_NAME)
+        (adapter / ADAPTER_CONFIG_NAME).write_text(json.dumps(config))
+        name = "base_model.model.q_proj.lora_A.weight"
+        save_file({name: torch.full((2,), factor)}, adapter / ADAPTER_NAME)
         save_file({"v": torch.ones(3)}, base / "model-00001-of-00002.safetensors")
         save_file({"w": torch.full((2,), weight)}, base / "model-00002-of-00002.safetensors")
-        seen.add(fingerprint(folder))
-        (base / "README.md").write_text("text")
+        seen.add(fingerprint(adapter))
     assert len(seen) == 5
     before = fingerprint(base)
-    (base / "README.md").write_text("another text")
+    (base / "README.md").write_text("a text")
     assert fingerprint(base) == before

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints import refused
 from support.folders import (
     KINDS,
     HeldWeights,
@@ -39,7 +40,7 @@ CONFIG = LlamaConfig(
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     home = tmp_path_factory.mktemp("folders")
-    return {kind: save_random_model(kind, home / kind, "100KB") for kind in KINDS}
+    return {kind: save_random_model(kind, home / kind, "250KB") for kind in KINDS}
 
 
 @pytest.fixture
@@ -78,14 +79,19 @@ def test_logits_equal_those_of_transformers(folders, kind):
     torch.testing.assert_close(logits_of(config, weights), expected, atol=TOLERANCE, rtol=0)
 
 
+def tensors_in(folder):
+    """The tensors of a folder that has several shards of at most 250 kB."""
+    shards = [load_file(file) for file in folder.glob("model-*-of-*.safetensors")]
+    assert len(shards) > 1
+    assert all(sum(tensor.nbytes for tensor in shard.values()) <= 250_000 for shard in shards)
+    return {name: tensor for shard in shards for name, tensor in shard.items()}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_export_has_the_bits_of_the_folder_and_is_the_same_model(folders, tmp_path, kind):
     config, weights = read_folder(folders[kind])
-    export(weights, tmp_path / "out", config=config, seq_len=16)
-    shards = [load_file(file) for file in folders[kind].glob("*.safetensors")]
-    assert len(shards) > 1
-    given = {name: tensor for shard in shards for name, tensor in shard.items()}
-    exported = load_file(tmp_path / "out" / "model.safetensors")
+    export(weights, tmp_path / "out", config=config, seq_len=16, max_shard_bytes=250_000)
+    given, exported = tensors_in(folders[kind]), tensors_in(tmp_path / "out")
     assert exported.keys() == given.keys()
     assert all(torch.equal(exported[name], value) for name, value in given.items())
     expected = logits_of_transformers(folders[kind], TOKENS)
@@ -94,25 +100,6 @@ def test_an_export_has_the_bits_of_the_folder_and_is_the_same_model(folders, tmp
     theirs = json.loads((tmp_path / "out" / "config.json").read_text())
     assert theirs["tie_word_embeddings"] == ("tied" in kind)
     assert theirs["max_position_embeddings"] == 256
-
-
-def test_transformers_computes_our_logits_from_an_export_in_shards(state, tmp_path):
-    out = tmp_path / "out"
-    export(state, out, seq_len=64, max_shard_bytes=20_000)
-    tokens = torch.randint(0, 53, (2, 11), generator=torch.Generator().manual_seed(1))
-    expected = logits_of(CONFIG, state, tokens)
-    theirs = logits_of_transformers(out, tokens)
-    torch.testing.assert_close(theirs, expected, atol=TOLERANCE, rtol=0)
-    files = sorted(out.glob("model-*-of-*.safetensors"))
-    shards = [load_file(file) for file in files]
-    assert len(shards) > 1
-    assert all(sum(value.nbytes for value in shard.values()) <= 20_000 for shard in shards)
-    back = {name: value for shard in shards for name, value in shard.items()}
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[name], value) for name, value in state.items())
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(value.nbytes for value in state.values())
-    assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 64
 
 
 def test_weights_are_rounded_once_and_what_is_no_tokenizer_is_refused(state, tmp_path):
@@ -130,11 +117,9 @@ def test_missing_unexpected_and_misshapen_weights_are_named(state, tmp_path):
     state["model.layers.0.self_attn.q_proj.lora_a"] = torch.zeros(2, 36)
     state["model.norm.weight"] = torch.zeros(35)
     save_file(state, tmp_path / "weights.safetensors")
-    with pytest.raises(CheckpointError) as caught:
+    parts = ("missing: lm_head.weight", "unexpected: model.layers.0.self_attn.q_proj.lora_a")
+    with refused(*parts, "model.norm.weight [35] instead of [36]"):
         read_initial_weights(tmp_path / "weights.safetensors", CONFIG)
-    caught.match(r"missing: lm_head\.weight")
-    caught.match(r"unexpected: model\.layers\.0\.self_attn\.q_proj\.lora_a")
-    caught.match(r"model\.norm\.weight \[35\] instead of \[36\]")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +162,6 @@ def test_version_4_of_transformers_writes_other_rotary_keys(folders, tmp_path):
     ("kind", "changes", "words"),
     [
         ("llama", {"model_type": "mixtral"}, "model_type = 'mixtral'"),
-        ("llama", {"model_type": ["llama"]}, r"model_type = \['llama'\]"),
         ("llama", {"attention_bias": True}, "attention_bias = True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -185,10 +169,8 @@ def test_version_4_of_transformers_writes_other_rotary_keys(folders, tmp_path):
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", {"hidden_size": None}, "hidden_size is missing"),
-        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers.*10000"),
         ("llama", {"head_dim": 7}, "head_dim"),
         ("mistral", {"head_dim": ...}, "hidden_size = 54, num_heads = 12"),
-        ("mistral", {"sliding_window": 128}, "sliding_window = 128"),
         ("mistral", {"sliding_window": ...}, "sliding_window = 4096"),
         ("mistral", {"num_key_value_heads": ...}, "num_key_value_heads is missing"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True"),
@@ -199,14 +181,6 @@ def test_version_4_of_transformers_writes_other_rotary_keys(folders, tmp_path):
 def test_what_is_not_supported_is_refused_by_name(folders, tmp_path, kind, changes, words):
     with pytest.raises(ConfigError, match=rf"config\.json: .*({words})"):
         read_model_folder(changed_copy(folders[kind], tmp_path / "bad", changes))
-
-
-@pytest.mark.parametrize("content", ["not json", "[" * 100_000, None])
-def test_a_damaged_or_missing_config_is_refused(tmp_path, content):
-    if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"config\.json"):
-        read_model_folder(tmp_path)
 
 
 def test_what_repeats_or_is_computed_is_dropped_and_another_head_is_refused(folders, tmp_path):
@@ -231,6 +205,8 @@ def test_what_repeats_or_is_computed_is_dropped_and_another_head_is_refused(fold
 
 
 def test_damaged_and_missing_weights_are_named(state, tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_model_folder(tmp_path)
     with pytest.raises(CheckpointError, match="nowhere is a missing"):
         read_dense(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor"):
