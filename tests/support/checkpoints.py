@@ -26,9 +26,9 @@ SUMS = "SHA256SUMS"
 
 @contextmanager
 def refused(*parts, error=CheckpointError):
-    """The block raises an error whose message has all `parts`."""
+    """The block raises an error whose message has all `parts`; its information is yielded."""
     with pytest.raises(error) as raised:
-        yield
+        yield raised
     message = str(raised.value)
     assert all(part in message for part in parts), (parts, message)
 

@@ -18,7 +18,6 @@ def tensors():
         "optimizer.step": torch.tensor(17),
         "optimizer.vector_steps": torch.arange(3),
         "optimizer.unused": torch.empty(0, 7),
-        "switch.flags": torch.tensor([True, False]),
         "switch.column": torch.arange(15).view(5, 3)[:, 1:2],
     }
 

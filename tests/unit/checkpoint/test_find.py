@@ -16,7 +16,7 @@ from switchtitan.checkpoint.load import (
     find_latest,
     verify,
 )
-from switchtitan.errors import CheckpointError, CheckpointFormatError
+from switchtitan.errors import CheckpointFormatError
 
 FILES = ("metadata.json", SUMS, "__0_0.distcp", ".metadata")
 AUTO = CheckpointConfig()
@@ -64,13 +64,6 @@ def test_a_path_can_be_a_checkpoint_a_folder_or_a_run(saved):
     for path, parts in (("nowhere", ["nowhere"]), ("step-000000002", [".metadata", "checksum"])):
         with refused(*parts):
             find_given(saved / path)
-
-
-def test_initial_weights_must_exist_if_they_will_be_read(saved, tmp_path):
-    config = CheckpointConfig(initial_weights="no-such")
-    assert find_checkpoint(saved, config) == saved / "step-000000010"
-    with refused("[checkpoint] initial_weights = 'no-such'"):
-        find_checkpoint(tmp_path / "new", config)
 
 
 # Damage.
@@ -144,18 +137,13 @@ def test_a_run_may_not_mix_its_checkpoints_with_others(saved, tmp_path):
 
 
 def test_equal_identities_pass_and_every_difference_is_named_with_both_values():
-    check_same_run(
-        {"model": {"size": "9m", "betas": [0.9, 0.99]}},
-        {"model": {"betas": (0.9, 0.99), "size": "9m"}},
-    )
+    check_same_run({"model": {"size": "9m", "a": [0.9]}}, {"model": {"a": (0.9,), "size": "9m"}})
     saved = {"model": {"size": "9m", "heads": 4}, "method": {"name": "switchlora", "rank": 3}}
     current = {"model": {"size": "20m", "heads": 4}, "method": {"name": "full_rank"}}
-    with pytest.raises(CheckpointError) as raised:
+    parts = ("model.size: saved with '9m', now '20m'", "method.rank: saved with 3, now")
+    with refused(*parts) as raised:
         check_same_run(saved, current)
-    message = str(raised.value)
-    assert "model.size: saved with '9m', now '20m'" in message
-    assert "method.rank: saved with 3, now" in message
-    assert "heads" not in message
+    assert "heads" not in str(raised.value)
 
 
 def as_format_4(checkpoint):
@@ -191,11 +179,10 @@ def test_a_checkpoint_of_another_format_is_refused_and_untouched(
 
 @pytest.mark.parametrize(("keep_latest", "kept"), [(1, [10]), (2, [9, 10]), (0, [2, 9, 10])])
 def test_only_the_newest_are_kept(make_checkpointer, tensors, folder, keep_latest, kept):
-    """And nothing of an interrupted deletion."""
     checkpointer = make_checkpointer(keep_latest=keep_latest)
     save_steps(checkpointer, tensors, 2)
-    half_deleted = shutil.copytree(folder / "step-000000002", folder / ".step-000000001.partial")
-    (half_deleted / "metadata.json").unlink()
+    # What an interrupted deletion leaves.
+    (folder / ".step-000000001.partial").mkdir()
     save_steps(checkpointer, tensors, 9, 10)
     assert names(folder) == [f"step-{step:09d}" for step in kept]
 

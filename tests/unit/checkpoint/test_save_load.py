@@ -13,7 +13,6 @@ from switchtitan.checkpoint.load import (
     find_checkpoint,
     load_tensors_,
     read_metadata,
-    read_tensors,
     verify,
 )
 from switchtitan.checkpoint.save import copy_to_host

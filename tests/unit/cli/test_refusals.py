@@ -13,11 +13,7 @@ from switchtitan.data.tokenizer import train_tokenizer
 TRAIN = [
     # Keys that do not exist or do not fit.
     ("--training.step 9", "--training.step 9", "steps"),
-    ("--trainning.steps 9", "--trainning.steps 9", "training"),
-    ("--method.rank 10", "[method] rank = 10", "at most 9"),
-    ("--training.global_batch_size 7", "[training] global_batch_size = 7", "6 or 8"),
     ("--model.attention flash_attn", "[model] attention = 'flash_attn'", "CUDA"),
-    ("--config missing.toml", "missing.toml", "no such file"),
     # What is not there.
     ("--data.dataset text --data.path no/books", "[data] path = ", "no/books"),
     ("--data.tokenizer no/tokenizer.json --data.vocab_size none", "[data] tokenizer", "no/token"),
@@ -29,7 +25,6 @@ TRAIN = [
     ("--training.global_batch_size 900000 {new_run}", "global_batch_size = 900000", "corpus"),
     # What does not fit the checkpoints in the run's folder.
     ("--model.intermediate_size 30", "model.intermediate_size", "saved with 28, now 30"),
-    ("--method.rank 5", "method.rank", "saved with 6, now 5"),
     ("--data.max_bytes 150000", "corpus.name", "saved with 'pystdlib-"),
     ("--config {lora}", "method.name", "saved with 'switchlora', now 'lora'"),
     ("--checkpoint.resume never", "[checkpoint] resume = 'never'", "checkpoints"),
@@ -44,23 +39,16 @@ TRAINED = [
     ("evaluate {run} --text {latin}", "--text {latin}", "UTF-8"),
     ("evaluate {run} --text {empty} --split test", "--split test", "--text"),
     ("evaluate {run} --corpus no/corpus", "--corpus no/corpus", "index.json"),
-    ("evaluate {run} --corpus a --text b", "--text", "--corpus"),
     ("evaluate {export} --tokenizer {tokenizer} --corpus {corpus}", "{corpus}", "--text"),
     ("evaluate no/run --json no/x.json", "--json no/x.json", "folder that exists"),
-    ("evaluate no/run --json {folder}", "--json {folder}", "a file in a folder"),
     ("evaluate {run} --json {long}", "--json {long}", "cannot be written"),
-    ("generate no/run --prompt x", "no/run", "no complete checkpoint"),
     ("generate {run} --prompt-file no/file", "--prompt-file no/file", "cannot be read"),
     ("generate {run} --prompt x --top-p 1.5", "--top-p", "1.5"),
-    ("generate {run} --prompt x --temperature nan", "--temperature", "nan"),
-    ("generate {run} --prompt x --seed -1", "--seed", "-1"),
     ("generate {run} --prompt x --temperature 0 --top-k 3", "--top-k", "--temperature 0"),
     ("generate {run} --prompt x --tokenizer no/file", "--tokenizer no/file", "no file"),
     ("generate {other} --prompt x", "no tokenizer", "{other}"),
     ("generate {other} --prompt größe --tokenizer {export}", "vocabulary of 200", "--tokenizer"),
-    ("export no/run", "no/run", "no complete checkpoint"),
     ("export {run} --max-shard-size 5", "--max-shard-size", "5"),
-    ("export {run} --folder {empty}/x", "{empty}/x", "cannot be written"),
     ("export {run} --folder /proc/x", "/proc/x", "cannot be written"),
     ("report {run} --output {folder}/x.gmp", "x.gmp", ".html, .png"),
     ("report {folder} --output x.png", "{folder}", "no TensorBoard"),
@@ -77,25 +65,17 @@ OTHERS = [
     ("prepare --corpus {corpus} --show --split test", "no test split", "validation"),
     ("prepare --corpus {corpus} --show --split validation --seed 3", "--seed 3", "--split"),
     ("estimate {config} --world-size 2 --fitt 24", "--fitt", "unknown option"),
-    ("generate {run} --prompt x --training.steps 3", "--training.steps 3", "unrecognized"),
-    ("compare missing.toml", "missing.toml", "no such file"),
     ("compare {grid} {grid}", "{grid}", "output_dir"),
     ("compare {grid} {bad_grid}", "baseline", "dens"),
-    ("report {run} no/run --output {folder}/x.html", "no/run", "no TensorBoard"),
-    ("benchmark step {config} --rounds 0", "--rounds", "0"),
     ("benchmark step {config}:method.rnk=3", "method.rnk=3", "rank"),
     ("benchmark step {config} --training.steps 9", "steps = 9", "at least 53"),
-    ("estimate {config} --world-size 0", "--world-size", "0"),
     ("estimate {config} --world-size 3", "global_batch_size", "3"),
-    ("estimate {config}:method.rnk=3 --world-size 2", "method.rnk=3", "rank"),
-    ("estimate {config} --world-size 2 --fit 24GB", "--fit", "24GB"),
 ]
 LAUNCH = [
     ("--nproc_per_node 2 train --config {config} --training.step 9", "--training.step 9", "steps"),
     ("--nnodes 2 --rdzv_backend c10d train", "RDZV_ENDPOINT=: ", "HOST:PORT"),
     ("{two} --rdzv_endpoint node-1 train", "RDZV_ENDPOINT=node-1", "HOST:PORT"),
     ("{two} --rdzv_endpoint node-1:0 train", "RDZV_ENDPOINT=node-1:0", "HOST:PORT"),
-    ("{two} --rdzv_endpoint node-1:65536 train", "RDZV_ENDPOINT=node-1:65536", "HOST:PORT"),
     ("{two} --rdzv_endpoint fe80::1:1x train", "RDZV_ENDPOINT=fe80::1:1x", "HOST:PORT"),
     ("{two} --rdzv_endpoint none.invalid:1 train", "RDZV_ENDPOINT=none.invalid:1", "resolved"),
     ("{static} --node_rank 2 --rdzv_endpoint localhost:29500 train", "NODE_RANK=2", "NNODES=2"),
@@ -160,10 +140,10 @@ def test_a_mistake_ends_a_command_with_one_message(row, places, tmp_path, monkey
 
 @pytest.mark.parametrize("row", TRAIN, ids=lambda row: row[0])
 def test_a_mistake_ends_training_before_anything_is_written(row, places, tmp_path, monkeypatch):
-    command = ["train", "--training.steps", "20"]
-    if "--config" not in row[0]:
-        command += ["--config", places["config"]]
-    check_refused(command, row, places, tmp_path, monkeypatch)
+    command = ("train", "--training.steps", "20", "--config", places["config"])
+    check_refused(
+        command[:3] if "--config" in row[0] else command, row, places, tmp_path, monkeypatch
+    )
 
 
 @pytest.mark.parametrize("row", LAUNCH, ids=lambda row: row[0])

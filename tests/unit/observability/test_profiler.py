@@ -103,30 +103,25 @@ def calls(monkeypatch):
     return calls
 
 
+def run_out_of_memory(folder, has_history, error):
+    with pytest.raises(type(error)) as raised, snapshot_if_memory_runs_out(folder, 0, has_history):
+        raise error
+    assert raised.value is error
+
+
 @pytest.mark.parametrize("has_history", [False, True])
 def test_memory_that_runs_out_leaves_a_snapshot_and_raises_the_same_error(
     tmp_path, calls, has_history
 ):
-    failure = torch.OutOfMemoryError("CUDA out of memory")
-    with (
-        pytest.raises(torch.OutOfMemoryError) as raised,
-        snapshot_if_memory_runs_out(tmp_path, 0, has_history),
-    ):
-        raise failure
-    assert raised.value is failure
+    run_out_of_memory(tmp_path, has_history, torch.OutOfMemoryError())
     assert [file.name for file in tmp_path.glob("memory/*")] == ["rank0-out-of-memory.pickle"]
     assert calls == ([START, "dump", STOP] if has_history else ["dump"])
 
 
 def test_other_errors_leave_none_and_a_full_disk_does_not_hide_that_memory_ran_out(tmp_path, calls):
-    with pytest.raises(KeyError), snapshot_if_memory_runs_out(tmp_path, 0, False):
-        raise KeyError
+    run_out_of_memory(tmp_path, False, KeyError())
     (tmp_path / "memory").write_text("a file instead of a folder")
-    with (
-        pytest.raises(torch.OutOfMemoryError),
-        snapshot_if_memory_runs_out(tmp_path, 0, False),
-    ):
-        raise torch.OutOfMemoryError
+    run_out_of_memory(tmp_path, False, torch.OutOfMemoryError())
     assert calls == []
 
 

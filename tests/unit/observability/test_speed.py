@@ -2,11 +2,12 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from switchtitan.observability import region_times as module
+from switchtitan.observability import region_times
 from switchtitan.observability.environment import describe_environment, versions
 from switchtitan.observability.region_times import RegionTimes
 from switchtitan.observability.throughput import Throughput, peak_flops_per_s, peak_memory_gib
@@ -16,31 +17,18 @@ CPU = torch.device("cpu")
 STATUS = Path("/proc/self/status")
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """The time in seconds, `clock.now`, also that of regions."""
-    clock = Clock()
-    monkeypatch.setattr(module.time, "perf_counter", clock)
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(region_times.time, "perf_counter", lambda: clock.now)
     return clock
 
 
 def throughput_of(clock, **arguments):
-    defaults = {
-        "tokens_per_step": 600,
-        "flops_per_token": 4e9,
-        "num_devices": 2,
-        "peak_flops_per_s": 3e12,
-        "num_steps": 110,
-        "start_step": 10,
-    }
-    return Throughput(**(defaults | arguments), clock=clock)
+    defaults = {"tokens_per_step": 600, "flops_per_token": 4e9, "num_devices": 2}
+    defaults |= {"peak_flops_per_s": 3e12, "num_steps": 110, "start_step": 10}
+    return Throughput(**(defaults | arguments), clock=lambda: clock.now)
 
 
 def test_speed_is_tokens_over_time(clock):
@@ -86,10 +74,7 @@ def test_excluded_time_counts_for_the_time_left_only(clock):
     [
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA H100 80GB HBM3", 989.5),
-        ("AMD Instinct MI300X", 1307.4),
         ("cpu", None),
-        ("Tesla V100-SXM2-16GB", None),  # multiplies no bf16
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )
