@@ -112,9 +112,8 @@ def write_curves(folder, final, num_steps=60):
     writer = TensorBoardWriter(folder / TENSORBOARD_FOLDER, 0)
     for step in range(1, num_steps + 1):
         loss = final + 4 * math.exp(-step / 12)
-        values = {"loss/train": loss, "optimizer/lr": 1e-2 * min(1, step / 10)}
-        values |= {"data/tokens_seen": 128.0 * step, "switch/candidate_coverage": step / 100}
-        writer.write(step, values | ({"loss/validation": loss + 0.1} if step % 10 == 0 else {}))
+        writer.write(step, {"loss/train": loss, "data/tokens_seen": 128.0 * step})
+    writer.write(num_steps, {"loss/validation": final + 0.1})
 
 
 def finish(run, validation_loss, test_loss=9.0, **other):

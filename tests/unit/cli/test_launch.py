@@ -12,10 +12,7 @@ from switchtitan.cli import launch
 from switchtitan.cli.rendezvous import check_rendezvous, check_slurm_tasks
 from switchtitan.errors import EnvironmentMismatchError
 
-BATCH_SCRIPT = {"SLURM_NTASKS": "8"}
-SHELL = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}
 TASK = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}
-SEPARATE_RUN = {"SLURM_STEP_NUM_TASKS": "8"}
 
 
 @pytest.fixture
@@ -31,25 +28,17 @@ def set_slurm(monkeypatch):
     return set_variables
 
 
-@pytest.mark.parametrize(
-    ("variables", "num_nodes", "is_refused"),
-    [
-        ({}, 1, False),
-        (BATCH_SCRIPT, 1, False),
-        (SHELL, 1, False),
-        (SEPARATE_RUN, 1, False),
-        (TASK, 1, True),
-        (TASK, 7, True),
-        (TASK, 8, False),  # one launcher per machine, as scripts/slurm/train.sbatch starts them
-    ],
-)
-def test_tasks_of_slurm_must_not_train_one_by_one(set_slurm, variables, num_nodes, is_refused):
-    set_slurm(variables)
-    if not is_refused:
-        check_slurm_tasks(num_nodes)
-        return
-    with pytest.raises(EnvironmentMismatchError, match=rf"SLURM_NTASKS=8, NNODES={num_nodes}"):
-        check_slurm_tasks(num_nodes)
+def test_tasks_of_slurm_must_not_train_one_by_one(set_slurm):
+    batch_script, separate_run = {"SLURM_NTASKS": "8"}, {"SLURM_STEP_NUM_TASKS": "8"}
+    shell = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}
+    for variables in ({}, batch_script, shell, separate_run):
+        set_slurm(variables)
+        check_slurm_tasks(1)
+    set_slurm(TASK)
+    check_slurm_tasks(8)  # one launcher per machine, as scripts/slurm/train.sbatch starts them
+    for num_nodes in (1, 7):
+        with pytest.raises(EnvironmentMismatchError, match=f"NTASKS=8, NNODES={num_nodes}"):
+            check_slurm_tasks(num_nodes)
 
 
 def test_commands_refuse_to_be_one_of_slurms_tasks_unless_it_is_a_rank(set_slurm):

@@ -1,8 +1,6 @@
 """An exported folder is complete or absent; and the fingerprint of what a run starts from."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -46,24 +44,6 @@ def test_nothing_is_left_after_an_error(tmp_path, error):
     with pytest.raises(OutputError, match="cannot be written"), new_folder(tmp_path / ("a" * 300)):
         pass
     assert names_in(tmp_path) == []
-
-
-def test_all_files_and_names_are_flushed_before_the_rename(tmp_path, monkeypatch):
-    flushed, fsync = [], os.fsync
-
-    def record(descriptor):
-        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", record)
-    with new_folder(tmp_path / "out") as partial:
-        (partial / "base").mkdir()
-        files = [partial / "a", partial / "base" / "b"]
-        for file in files:
-            file.write_text("1")
-        before = len(flushed)
-    assert set(flushed[before:-1]) == {*files, partial, partial / "base"}
-    assert flushed[-1] == tmp_path
 
 
 def test_a_fingerprint_covers_all_that_decides_the_weights(tmp_path):

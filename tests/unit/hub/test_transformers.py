@@ -17,24 +17,13 @@ from support.folders import (
 
 from switchtitan.errors import CheckpointError, ConfigError, CorpusError
 from switchtitan.hub.export_folder import export_dense
-from switchtitan.hub.huggingface import parameter_shapes, read_dense
+from switchtitan.hub.huggingface import read_dense
 from switchtitan.hub.initial_weights import read_initial_weights, read_model_folder
 from switchtitan.models import MODELS
-from switchtitan.models.llama.config import LlamaConfig
 
 TOKENS = draw_tokens(2, 200)
 TOLERANCE = 1e-5
 """On logits of about 5; sums of fp32 may run in another order."""
-CONFIG = LlamaConfig(
-    size="9m",
-    hidden_size=36,
-    num_heads=6,
-    num_kv_heads=2,
-    intermediate_size=29,
-    num_layers=2,
-    vocab_size=53,
-    rope_theta=700.0,
-)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +33,9 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def state():
-    generator = torch.Generator().manual_seed(0)
-    shapes = parameter_shapes(CONFIG)
-    return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+def llama(folders):
+    """The section and the weights of a LLaMA."""
+    return read_folder(folders["llama"])
 
 
 def read_section(folder, **changes):
@@ -67,8 +55,8 @@ def logits_of(config, weights, tokens=TOKENS):
         return model(tokens, torch.zeros(tokens.shape, dtype=torch.int32))
 
 
-def export(state, folder, dtype=torch.float32, config=CONFIG, **keys):
-    export_dense(HeldWeights(state).read, config, folder, dtype, **keys)
+def export(config, weights, folder, dtype=torch.float32, **keys):
+    export_dense(HeldWeights(weights).read, config, folder, dtype, **keys)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,8 +77,8 @@ def tensors_in(folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_export_has_the_bits_of_the_folder_and_is_the_same_model(folders, tmp_path, kind):
-    config, weights = read_folder(folders[kind])
-    export(weights, tmp_path / "out", config=config, seq_len=16, max_shard_bytes=250_000)
+    model = read_folder(folders[kind])
+    export(*model, tmp_path / "out", seq_len=16, max_shard_bytes=250_000)
     given, exported = tensors_in(folders[kind]), tensors_in(tmp_path / "out")
     assert exported.keys() == given.keys()
     assert all(torch.equal(exported[name], value) for name, value in given.items())
@@ -102,24 +90,25 @@ def test_an_export_has_the_bits_of_the_folder_and_is_the_same_model(folders, tmp
     assert theirs["max_position_embeddings"] == 256
 
 
-def test_weights_are_rounded_once_and_what_is_no_tokenizer_is_refused(state, tmp_path):
-    export(state, tmp_path / "bf16", torch.bfloat16)
+def test_weights_are_rounded_once_and_what_is_no_tokenizer_is_refused(llama, tmp_path):
+    export(*llama, tmp_path / "bf16", dtype=torch.bfloat16)
     back = read_dense(tmp_path / "bf16")
-    assert all(torch.equal(back[name], value.bfloat16()) for name, value in state.items())
+    assert all(torch.equal(back[name], value.bfloat16()) for name, value in llama[1].items())
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(CorpusError, match=r"broken\.json is not a tokenizer"):
-        export(state, tmp_path / "out", tokenizer_file=tmp_path / "broken.json", eos_id=0)
+        export(*llama, tmp_path / "out", tokenizer_file=tmp_path / "broken.json", eos_id=0)
 
 
-def test_missing_unexpected_and_misshapen_weights_are_named(state, tmp_path):
-    del state["lm_head.weight"]
-    state["model.layers.0.self_attn.q_proj.lora_a"] = torch.zeros(2, 36)
-    state["model.norm.weight"] = torch.zeros(35)
-    save_file(state, tmp_path / "weights.safetensors")
+def test_missing_unexpected_and_misshapen_weights_are_named(llama, tmp_path):
+    config, weights = llama
+    del weights["lm_head.weight"]
+    weights["model.layers.0.self_attn.q_proj.lora_a"] = torch.zeros(2, 54)
+    weights["model.norm.weight"] = torch.zeros(53)
+    save_file(weights, tmp_path / "weights.safetensors")
     parts = ("missing: lm_head.weight", "unexpected: model.layers.0.self_attn.q_proj.lora_a")
-    with refused(*parts, "model.norm.weight [35] instead of [36]"):
-        read_initial_weights(tmp_path / "weights.safetensors", CONFIG)
+    with refused(*parts, "model.norm.weight [53] instead of [54]"):
+        read_initial_weights(tmp_path / "weights.safetensors", config)
 
 
 @pytest.mark.parametrize(
@@ -204,14 +193,14 @@ def test_what_repeats_or_is_computed_is_dropped_and_another_head_is_refused(fold
         read_initial_weights(tmp_path, config)
 
 
-def test_damaged_and_missing_weights_are_named(state, tmp_path):
+def test_damaged_and_missing_weights_are_named(llama, tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json"):
         read_model_folder(tmp_path)
     with pytest.raises(CheckpointError, match="nowhere is a missing"):
         read_dense(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor"):
         read_dense(tmp_path)
-    export(state, tmp_path / "out", max_shard_bytes=20_000)
+    export(*llama, tmp_path / "out", max_shard_bytes=250_000)
     shard = sorted((tmp_path / "out").glob("model-*"))[1]
     for damage in (lambda: shard.write_bytes(shard.read_bytes()[:-5]), shard.unlink):
         damage()
