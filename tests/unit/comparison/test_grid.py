@@ -237,11 +237,9 @@ def test_a_repeated_key_is_tried_again_with_the_others_at_their_best(tmp_path):
         rate, other = run.tuned[LR], run.tuned[OTHER]
         return abs(math.log(rate / (4e-6 / other))) + 2 * abs(math.log(other / 1e-3)), 9.0
 
-    chosen = []
-    for axes in (AXES, AXES.replace("]", f', "{LR}"]')):
-        state, _ = train(declare(tmp_path, with_axes(BOTH, TUNE_OTHER, axes)), losses)
-        chosen.append((state.chosen["dense"][LR], state.chosen["dense"][OTHER]))
-    assert chosen == [(2e-3, 1e-3), (4e-3, 1e-3)]
+    axes = AXES.replace("]", f', "{LR}"]')
+    state, _ = train(declare(tmp_path, with_axes(BOTH, TUNE_OTHER, axes)), losses)
+    assert state.chosen["dense"] == {LR: 4e-3, OTHER: 1e-3, DECAY: 0.0}
     assert [key for key, of_rows in state.tried if "dense" in of_rows] == [LR, OTHER, DECAY, LR]
 
 

@@ -32,6 +32,14 @@ def ends(monkeypatch):
     return found
 
 
+@pytest.fixture
+def stop():
+    """One for a single rank, with a long grace period."""
+    with Stop() as stop:
+        stop.configure(None, grace_s=60)
+        yield stop
+
+
 def send(number=signal.SIGTERM):
     os.kill(os.getpid(), number)
 
@@ -77,8 +85,8 @@ def test_an_ignored_signal_stays_ignored_unless_a_launcher_sends_it():
         send(signal.SIGHUP)
 
 
-def test_a_forked_process_has_its_own_signals():
-    with Stop() as stop, stop.steps(str):
+def test_a_forked_process_has_its_own_signals(stop):
+    with stop.steps(str):
         child = os.fork()
         if child == 0:
             with suppress(SystemExit):
@@ -89,31 +97,25 @@ def test_a_forked_process_has_its_own_signals():
         assert stop.is_due() is None
 
 
-def test_the_step_under_way_is_the_last_one():
-    with Stop() as stop:
-        stop.configure(None, grace_s=60)
-        assert take_steps(stop, lambda step: send() if step == 7 else None) == 8
+def test_the_step_under_way_is_the_last_one(stop):
+    assert take_steps(stop, lambda step: send() if step == 7 else None) == 8
 
 
-def test_a_signal_after_the_last_step_stops_too():
-    with Stop() as stop:
-        stop.configure(None, grace_s=60)
-        with pytest.raises(Stopped), stop.steps(str):
-            send()
+def test_a_signal_after_the_last_step_stops_too(stop):
+    with pytest.raises(Stopped), stop.steps(str):
+        send()
 
 
-def test_an_interrupt_before_the_steps_that_was_swallowed_is_raised_at_their_start():
-    with Stop() as stop:
-        with suppress(KeyboardInterrupt):
-            send()
-        with pytest.raises(KeyboardInterrupt), stop.steps(str):
-            pytest.fail("takes steps")
+def test_an_interrupt_before_the_steps_that_was_swallowed_is_raised_at_their_start(stop):
+    with suppress(KeyboardInterrupt):
+        send()
+    with pytest.raises(KeyboardInterrupt), stop.steps(str):
+        pytest.fail("takes steps")
 
 
-def test_the_end_of_the_grace_period_abandons_the_save(ends):
-    with Stop() as stop:
-        stop.configure(None, grace_s=0.2)
-        take_steps(stop, lambda step: (send(), wait_until(lambda: ends)))
+def test_the_end_of_the_grace_period_abandons_the_save(stop, ends):
+    stop.configure(None, grace_s=0.2)
+    take_steps(stop, lambda step: (send(), wait_until(lambda: ends)))
     ((message, status),) = ends
     assert message.startswith("[checkpoint] grace_s = 0.2: ")
     assert message.endswith("resumes from there")
@@ -128,19 +130,17 @@ def test_a_save_within_the_grace_period_is_not_abandoned(ends):
     assert ends == []
 
 
-def test_a_second_signal_exits_at_once_unless_it_is_of_the_same_action(monkeypatch, ends):
+def test_a_second_signal_exits_at_once_unless_it_is_of_the_same_action(stop, monkeypatch, ends):
     monkeypatch.setattr(stop_module, "SAME_ACTION_S", 0.5)
-    with Stop() as stop:
-        stop.configure(None, grace_s=60)
 
-        def send_three(step):
-            send()
-            send()
-            assert ends == []
-            time.sleep(0.6)
-            send(signal.SIGINT)
+    def send_three(step):
+        send()
+        send()
+        assert ends == []
+        time.sleep(0.6)
+        send(signal.SIGINT)
 
-        take_steps(stop, send_three)
+    take_steps(stop, send_three)
     assert ends == [("stopped at once by SIGINT", 130)]
 
 
