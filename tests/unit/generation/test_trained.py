@@ -10,10 +10,8 @@ from support.folders import save_random_model
 from support.tiny import tiny_toml
 
 from switchtitan.data.tokenizer import read_tokenizer, train_tokenizer
-from switchtitan.errors import CorpusError
 from switchtitan.generation.trained import (
     TrainedModel,
-    find_tokenizer,
     open_tokenizer,
     open_trained_model,
     saved_config,
@@ -84,14 +82,6 @@ def test_an_adapter_has_the_tokenizer_and_the_stops_of_its_base_or_its_own(base,
     tokenizer = open_tokenizer(trained)
     assert tokenizer.sha256 == read_tokenizer(adapter).sha256 != read_tokenizer(base).sha256
     assert stop_tokens(trained, tokenizer) == {9}
-
-
-def test_without_a_tokenizer_both_folders_are_named(base, adapter):
-    (base / "tokenizer.json").unlink()
-    trained = open_trained_model(adapter)
-    assert find_tokenizer(trained) is None
-    with pytest.raises(CorpusError, match=rf"{adapter} or {base}.*--tokenizer"):
-        open_tokenizer(trained)
 
 
 def test_a_checkpoint_of_a_compiled_run_is_opened_without_a_compiler(monkeypatch):
