@@ -9,7 +9,6 @@ from torch import Tensor
 
 from switchtitan.checkpoint.load import read_metadata, read_tensors, saved_tensors
 from switchtitan.checkpoint.save import MODEL, CheckpointMetadata
-from switchtitan.contracts import ModelConfig
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.hub.huggingface import check_shapes
@@ -69,11 +68,6 @@ class DenseCheckpoint:
 def module_of(name: str) -> str:
     """Returns the qualified name of the module that owns a tensor."""
     return name.rpartition(".")[0]
-
-
-def saved_model_config(checkpoint: Path) -> ModelConfig:
-    """Returns the section `[model]` of the run that saved a checkpoint, for any machine."""
-    return _saved_section(checkpoint, read_metadata(checkpoint), MODELS).on_any_machine()
 
 
 def _saved_section(

@@ -10,7 +10,7 @@ from support.tiny import write_continued_config
 from support.tiny_documents import save_tokenizer
 
 from switchtitan.checkpoint.load import read_metadata
-from switchtitan.hub.dense_checkpoint import DenseCheckpoint, saved_model_config
+from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.models import MODELS
 
 STEPS = ("--training.steps", "30", "--checkpoint.interval", "30", "--evaluation.interval", "30")
@@ -44,9 +44,9 @@ def test_an_export_has_the_logits_and_the_layout_of_the_run(continued, tmp_path)
     _, home, _, _ = continued
     outcome = run("export", home / "run", "--folder", tmp_path / "out")
     assert outcome.status == 0, outcome.errors
-    checkpoint = home / "run" / "checkpoints" / "step-000000030"
-    model = MODELS.build(saved_model_config(checkpoint))
-    model.load_state_dict(DenseCheckpoint(checkpoint).read())
+    checkpoint = DenseCheckpoint(home / "run" / "checkpoints" / "step-000000030")
+    model = MODELS.build(checkpoint.config)
+    model.load_state_dict(checkpoint.read())
     tokens = draw_tokens(2, 40)
     with torch.no_grad():
         expected = model(tokens, torch.zeros(tokens.shape, dtype=torch.int32))

@@ -187,26 +187,24 @@ def test_only_the_newest_are_kept(make_checkpointer, tensors, folder, keep_lates
     assert names(folder) == [f"step-{step:09d}" for step in kept]
 
 
-def damage_metadata(checkpoint):
-    (checkpoint / "metadata.json").write_bytes(b"")
-
-
-def add_a_file(checkpoint):
-    (checkpoint / "notes.txt").write_text("mine")
+def make_newer(checkpoint):
+    newer = checkpoint.rename(checkpoint.with_name("step-000000099"))
+    rewrite_metadata(newer, lambda metadata: metadata.update(step=99))
 
 
 def give_to_another_run(checkpoint):
     rewrite_metadata(checkpoint, lambda metadata: metadata["identity"]["model"].update(size="7b"))
 
 
-def make_newer(checkpoint):
-    checkpoint.rename(checkpoint.with_name("step-000000099"))
-    rewrite_metadata(
-        checkpoint.with_name("step-000000099"), lambda metadata: metadata.update(step=99)
-    )
-
-
-@pytest.mark.parametrize("change", [damage_metadata, add_a_file, give_to_another_run, make_newer])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda checkpoint: (checkpoint / "metadata.json").write_bytes(b""),
+        lambda checkpoint: (checkpoint / "notes.txt").write_text("mine"),
+        give_to_another_run,
+        make_newer,
+    ],
+)
 def test_what_is_not_an_older_checkpoint_of_this_run_alone_stays(
     make_checkpointer, tensors, folder, change
 ):

@@ -203,23 +203,21 @@ def test_each_source_has_its_share_and_is_read_in_epochs(mixture):
 def test_held_out_sequences_of_a_mixture_are_in_their_shares_until_the_first_source_ends(mixture):
     held_out = mixture.split("validation", SEQ_LEN)
     parts = [source.split("validation", SEQ_LEN) for source in mixture.sources]
-    num_sequences = held_out.num_unshuffled
-    given_counts = schedule_of(WEIGHTS).num_given(num_sequences)
-    assert all(number <= len(part) for number, part in zip(given_counts, parts, strict=True))
+    num_sequences, sizes = held_out.num_unshuffled, list(map(len, parts))
+    shares = schedule_of(WEIGHTS).num_given(num_sequences)
+    assert all(share <= size for share, size in zip(shares, sizes, strict=True))
     beyond = schedule_of(WEIGHTS).num_given(num_sequences + 1)
-    assert any(number > len(part) for number, part in zip(beyond, parts, strict=True))
-    batches = ValidationBatches(
-        held_out, num_sequences=10**6, local_batch_size=1, rank=0, num_ranks=1
-    )
-    tokens = [(*batch.tokens[0].tolist(), int(batch.targets[0, -1])) for batch in batches]
+    assert any(share > size for share, size in zip(beyond, sizes, strict=True))
     expected = [
-        tuple(part[index].tokens.tolist())
-        for part, number in zip(parts, given_counts, strict=True)
-        for index in range(number)
+        part[index].tokens.tolist()
+        for part, share in zip(parts, shares, strict=True)
+        for index in range(share)
     ]
-    assert sorted(tokens) == sorted(expected)
-    stretches = list(held_out.stretches(5))
-    assert sum(len(stretch) - 1 for stretch in stretches) == 5 * SEQ_LEN
+    batch_of = {"num_sequences": 10**6, "local_batch_size": 1, "rank": 0, "num_ranks": 1}
+    batches = ValidationBatches(held_out, **batch_of)
+    found = [[*batch.tokens[0].tolist(), int(batch.targets[0, -1])] for batch in batches]
+    assert sorted(found) == sorted(expected)
+    assert sum(len(stretch) - 1 for stretch in held_out.stretches(5)) == 5 * SEQ_LEN
 
 
 def test_weights_and_tokenizer_are_in_the_fingerprint_of_a_mixture(mixture_config, mixture):
