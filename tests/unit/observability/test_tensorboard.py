@@ -24,19 +24,6 @@ def write_steps(folder, steps, start_step=0, metric="loss/train"):
         writer.write(step, {metric: 1 / step})
 
 
-def test_the_first_cards_are_loss_validation_loss_learning_rate_and_speed(tmp_path):
-    """TensorBoard sorts groups, then tags, by name."""
-    metrics = ["data/tokens_seen", "loss/test", "optimizer/other_lr", "throughput/mfu", "time/data"]
-    first = ["loss/train", "loss/validation", "optimizer/lr", "throughput/tokens_per_s"]
-    writer = TensorBoardWriter(tmp_path / TENSORBOARD_FOLDER, 0)
-    writer.write(1, dict.fromkeys([*metrics, *first], 1.0))
-    tags = sorted(read_events(tmp_path / TENSORBOARD_FOLDER).Tags()["scalars"])
-    assert tags[:4] == [
-        f"basics/{of}" for of in ("loss_train", "loss_validation", "lr", "tokens_per_s")
-    ]
-    assert set(read_curves(tmp_path)) == {*metrics, *first}
-
-
 # ---- Ends of a run
 
 
