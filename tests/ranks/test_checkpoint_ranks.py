@@ -148,30 +148,12 @@ def fail_on_last_rank(folder):
     assert not (folder / "step-000000002").exists()
 
 
-def save_during_training(folder):
-    """Collectives of the training loop run while checkpoints are written."""
-    checkpointer = make_checkpointer(folder, keep_latest=2)
-    tensors = shard(full_values())
-    for step in range(1, 31):
-        total = torch.ones(5)
-        dist.all_reduce(total)
-        assert (total == dist.get_world_size()).all()
-        if step % 5 == 0:
-            checkpointer.save(step, tensors, {})
-        checkpointer.poll()
-    checkpointer.finish()
-    if dist.get_rank() == 0:
-        saved = sorted(path.name for path in folder.iterdir())
-        assert saved == ["step-000000025", "step-000000030"]
-
-
 # Number of ranks -> name -> (function of a folder of its own, further arguments).
 CHECKS = {
     2: {
         "saved on two": (save_and_change, "split"),
         "long save": (poll_a_long_save,),
         "failure": (fail_on_last_rank,),
-        "during training": (save_during_training,),
     },
     4: {
         "hybrid loads split": (save_hybrid_and_load_split,),

@@ -25,13 +25,6 @@ def times_of(step_s):
     return StepTimes(step_s, step_s * 0.7, step_s * 0.2, tokens_per_step=120)
 
 
-def test_medians_and_speed_are_over_all_steps():
-    times = times_of(np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 100.0]]))
-    assert times.median_s == 3.5
-    assert times.quartiles_s == (2.25, 4.75)
-    assert times.tokens_per_s == pytest.approx(120 / 3.5)
-
-
 def test_a_slowdown_of_both_does_not_change_the_ratio():
     rng = np.random.default_rng(3)
     step_s = 1 + 0.01 * rng.random((9, 5))

@@ -10,18 +10,14 @@ from support.tiny import tiny_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.testing._internal.two_tensor import TwoTensor
 
 from switchtitan.benchmark.steppers import batch_without_values, fake_stepper
 from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.replicas import fingerprint
 from switchtitan.distributed.rows import padded_length
-from switchtitan.distributed.shards import rows_per_rank
-from switchtitan.models.llama.model import Llama
 from switchtitan.observability.collectives import (
     CollectiveCount,
     CountCommunication,
-    CountingMode,
 )
 from switchtitan.optim.matrix_exchange import balanced_owners
 
@@ -101,22 +97,6 @@ def test_barriers_send_nothing_and_unknown_collectives_raise(ranks):
             dist.all_to_all(parts(), parts())
 
 
-class RecordOperations(CountingMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def count(self, func, args, kwargs, result):
-        self.names.append(func.name())
-
-
-def test_an_operation_on_a_tensor_of_two_is_counted_as_one_on_each():
-    two = TwoTensor(torch.ones(3), torch.ones(3))
-    with RecordOperations() as recorded:
-        torch.abs(two)
-    assert recorded.names == ["aten::abs", "aten::abs"]
-
-
 # Weights between steps.
 def evaluate(stepper, seq_len):
     batch = batch_without_values(2, seq_len)
@@ -143,20 +123,6 @@ def test_a_step_after_an_evaluation_sends_what_one_before_it_sends(tmp_path, met
     assert counts[1] == counts[0]
 
 
-def test_frozen_weights_outside_the_units_are_sharded_between_steps_too(tmp_path, monkeypatch):
-    def freeze_embedding(model):
-        model.model.embed_tokens.weight.requires_grad_(False)
-        return []
-
-    monkeypatch.setattr(Llama, "outer_units", freeze_embedding)
-    keys = ("--parallelism.reshard_after_forward", "false")
-    with fake_stepper(tiny_config(tmp_path, "switchlora", *keys, num_ranks=2), 2) as stepper:
-        for _ in range(2):
-            stepper.step()
-            for name, parameter in stepper.model.named_parameters():
-                assert isinstance(parameter, DTensor), name
-
-
 # Exchanges of matrices and rows. On ranks: see tests/ranks/test_primitives_ranks.py.
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 50])
 def test_owners_share_the_cost(num_ranks):
@@ -174,12 +140,6 @@ def test_padding_adds_at_most_an_eighth_and_similar_lengths_are_mostly_padded_al
     pairs = [(length, length + length // 1000) for length in range(20_000, 400_000, 777)]
     num_equal = sum(padded_length(first) == padded_length(second) for first, second in pairs)
     assert num_equal / len(pairs) > 0.95
-
-
-@pytest.mark.parametrize(("num_rows", "num_ranks"), [(12, 4), (13, 4), (3, 4), (1, 1), (17, 5)])
-def test_rows_per_rank_equal_those_of_torch_chunk(num_rows, num_ranks):
-    first = torch.empty(num_rows, 2).chunk(num_ranks)[0]
-    assert rows_per_rank(num_rows, num_ranks) == len(first)
 
 
 # Fingerprints of replicas.

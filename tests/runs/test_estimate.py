@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from support.observed import communication_of_a_step, estimate_all_micro_batches
-from support.packages import needs_torchao
 from support.tiny import tiny_config
 
 from switchtitan.benchmark.estimate import estimate_step
@@ -127,25 +126,6 @@ def test_the_state_of_a_torch_optimizer_is_counted(tmp_path):
     assert memory.most["optimizer"] == memory.most["trained"]
 
 
-def test_activation_checkpointing_trades_memory_for_flops(tmp_path):
-    plain, checkpointed = (
-        estimate_step(one_pass(tmp_path, "full_rank", "--activation_checkpoint.mode", mode), 1)
-        for mode in ("none", "full")
-    )
-    assert checkpointed.memory.most["activations"] < plain.memory.most["activations"]
-    assert checkpointed.memory.state == plain.memory.state
-    assert checkpointed.flops_ratio > plain.flops_ratio
-
-
-@pytest.mark.parametrize(("is_freed", "at_once"), [("true", 1), ("false", 2)])
-def test_embedding_and_head_are_counted_as_gathered(tmp_path, is_freed, at_once):
-    """They are units of their own: the hooks of their own calls gather them."""
-    keys = ("--model.vocab_size", "4000", "--parallelism.reshard_after_forward", is_freed)
-    matrix = 4000 * 20 * 4
-    memory = memory_of(tmp_path, "full_rank", *keys, num_ranks=2)
-    assert 0 < memory.most["gathered"] - at_once * matrix < matrix
-
-
 # The largest micro-batch
 
 PEAKS = {
@@ -161,17 +141,6 @@ def test_the_largest_size_is_that_of_trying_all(peak):
     for limit in range(90 * GIB, 1000 * GIB, 10 * GIB):
         fitting = [size for size in range(1, MAX_BATCH_SIZE + 1) if peak(size) <= limit]
         assert largest_batch_size(peak, limit) == max(fitting, default=0)
-
-
-def test_few_estimates_suffice_where_peaks_are_almost_linear():
-    tried = []
-
-    def peak(size):
-        tried.append(size)
-        return PEAKS["linear"](size)
-
-    assert largest_batch_size(peak, 455 * GIB) == 35
-    assert len(tried) == len(set(tried)) <= 4
 
 
 def test_peaks_are_those_of_a_step_with_two_such_micro_batches(tmp_path):
@@ -281,30 +250,6 @@ def test_frozen_weights_are_sent_twice_a_pass_once_a_step_or_never(tmp_path):
         assert sent.bytes_sent == pytest.approx(expected, rel=1e-9)
     for kind in ("reduce_scatter", "all_reduce", "broadcast"):
         assert sharded[kind] == once[kind] == never[kind]
-
-
-def test_sharded_accumulation_reduces_every_micro_batch_and_replicas_once(tmp_path):
-    keys = ("--training.global_batch_size", "24", "--parallelism.replicate", "2")
-    full, sharded = (
-        sent_by(
-            tmp_path, "full_rank", *keys, "--parallelism.accumulate_gradients", kind, num_ranks=4
-        )
-        for kind in ("full", "sharded")
-    )
-    assert sharded["reduce_scatter"].num_calls == 3 * full["reduce_scatter"].num_calls
-    assert sharded["reduce_scatter"].bytes_sent == 3 * full["reduce_scatter"].bytes_sent
-    for kind in ("all_gather", "all_reduce"):
-        assert sharded[kind] == full[kind]
-
-
-@needs_torchao
-def test_an_estimate_counts_one_byte_for_each_element_and_the_scales(tmp_path):
-    keys = ("--optimizer.name", "adamw8bit", "--model.hidden_size", "128")
-    config = tiny_config(tmp_path, "full_rank", *keys, "--model.intermediate_size", "256")
-    most = estimate_step(config, 1).memory.most
-    # Parameters in fp32 take four bytes. Of two moments, codes take two of them, and a scale for
-    # each block of 128 or 256 another 16th at most; norms and tables are small.
-    assert 0.5 < most["optimizer"] / most["trained"] < 0.55
 
 
 def test_an_estimate_counts_candidates_on_the_host_apart(tmp_path):

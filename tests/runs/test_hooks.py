@@ -53,25 +53,6 @@ def test_young_garbage_is_collected_often_and_all_garbage_rarely():
         del many
 
 
-@pytest.mark.parametrize("was_enabled", [True, False])
-@pytest.mark.parametrize("num_steps", [0, 3])
-def test_leaving_the_context_restores_the_collector(was_enabled, num_steps):
-    def interrupted():
-        with GarbageCollection() as garbage:
-            take_steps(garbage, 1, num_steps)
-            assert num_steps == 0 or not gc.isenabled()
-            raise KeyboardInterrupt
-
-    if not was_enabled:
-        gc.disable()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            interrupted()
-        assert gc.isenabled() == was_enabled
-    finally:
-        gc.enable()
-
-
 def test_a_trace_has_the_regions_of_all_its_steps(corpora):
     keys = ("--profiler.enabled", "true", "--profiler.start_step", "2", "--profiler.num_steps", "3")
     keys += ("--training.steps", "5", "--evaluation.interval", "3", "--checkpoint.interval", "3")

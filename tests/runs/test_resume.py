@@ -10,12 +10,11 @@ from support.commands import run
 from support.tiny import tiny_config, tiny_trainer, train_steps
 
 from switchtitan.checkpoint.load import check_same_run
-from switchtitan.config import resolved_toml
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.dtype import Bf16Support
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import CheckpointError
-from switchtitan.training.describe import changed_keys, completed_identity, run_identity
+from switchtitan.training.describe import completed_identity, run_identity
 from switchtitan.training.output import newest_config_file, write_config
 
 
@@ -109,15 +108,6 @@ def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_config
     assert "training already complete: step 2" in caplog.text
     assert "optimizer.lr: 0.01 -> 0.09" in caplog.text
     assert not list((folder / "run").glob("config-from-step-*"))
-
-
-def test_keys_that_changed_since_a_checkpoint_are_listed(tmp_path):
-    before = resolved_toml(tiny_config(tmp_path, "lora"))
-    keys = ("--optimizer.lr", "5e-3", "--training.steps", "50", "--job.name", "other")
-    now = resolved_toml(tiny_config(tmp_path, "lora", *keys))
-    expected = ["optimizer.lr: 0.01 -> 0.005", "training.steps: 40 -> 50"]
-    assert changed_keys(before, now) == expected
-    assert changed_keys(before, before) == []
 
 
 def test_a_resumed_run_writes_its_configuration_only_if_it_is_another(tmp_path):

@@ -125,20 +125,6 @@ def test_all_of_a_mixture_has_the_loss_of_its_run(corpora, tmp_path):
     assert result["tokens"] > first.index.num_tokens("validation")
 
 
-def test_keys_of_training_do_not_stop_an_evaluation(trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    text = trained.config.read_text().replace("global_batch_size = 8", "global_batch_size = 7")
-    for section, key in (
-        ("metrics", "progress_bar = false"),
-        ("parallelism", "replicate = 2"),
-        ("compile", "blocks = true"),
-    ):
-        text = text.replace(f"[{section}]", f"[{section}]\n{key}")
-    (tmp_path / "training.toml").write_text(text)
-    result = result_of("evaluate", trained.run, "--config", tmp_path / "training.toml")
-    assert result["loss"] == pytest.approx(trained.loss, **CLOSE)
-
-
 def test_a_model_trained_with_flash_attention_is_evaluated_without_it(trained, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000000015"
     shutil.copytree(trained.run / "checkpoints" / checkpoint.name, checkpoint)

@@ -10,7 +10,7 @@ from support.folders import HeldWeights
 from support.trained import save_run
 
 from switchtitan import models
-from switchtitan.checkpoint.load import find_given, read_metadata
+from switchtitan.checkpoint.load import find_given
 from switchtitan.errors import CheckpointError
 from switchtitan.hub import export_folder
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
@@ -140,20 +140,3 @@ def test_an_export_reads_one_module_at_a_time_into_files_of_bounded_size(saved, 
     assert all(file.stat().st_size < 33_000 for file in files)
     assert all(len({module_of(name) for name in group}) == 1 for group in weights.groups)
     assert sorted(name for group in weights.groups for name in group) == sorted(dense.names)
-
-
-def test_a_module_is_read_without_the_others_and_without_candidates(saved):
-    dense, layer = DenseCheckpoint(saved), "model.layers.1.mlp.up_proj"
-    factors = [f"{layer}.lora_a", f"{layer}.lora_b", f"{layer}.weight"]
-    assert sorted(dense.read_trained([layer])) == factors
-    weight = f"{layer}.weight"
-    assert torch.equal(dense.read([weight])[weight], dense.read()[weight])
-
-
-def test_the_model_card_says_how_the_model_was_made(saved, tmp_path):
-    words = ["export", str(saved), "--folder", str(tmp_path / "out"), "--max-shard-size", "30KB"]
-    assert run(*words).status == 0
-    card, metadata = (tmp_path / "out" / "README.md").read_text(), read_metadata(saved)
-    for fact in ("switchlora", metadata.train_state["tokens_seen"], " ".join(words)):
-        assert str(fact) in card
-    assert metadata.config.strip() in card
