@@ -32,8 +32,6 @@ from switchtitan.checkpoint.load import find_latest, verify
 from switchtitan.errors import CheckpointError
 from switchtitan.files import make_folder, write_atomically
 from switchtitan.observability import TENSORBOARD_FOLDER
-from switchtitan.observability.config import ProfilerConfig
-from switchtitan.observability.profiler import Profiler
 from switchtitan.observability.tensorboard import TensorBoardWriter, read_curves
 
 STEPS = {step: f"step-{step:09d}" for step in range(1, 9)}
@@ -335,16 +333,3 @@ def test_a_full_disk_loses_points_with_one_warning(tmp_path, caplog):
         writer.write(4, {"loss/train": 1.0})
         assert read_curves(disk)["loss/train"][0] == [1, 4]
     assert caplog.text.count("lacks points until that succeeds") == 1
-
-
-def test_a_trace_that_does_not_fit_the_disk_is_a_warning_and_leaves_nothing(tmp_path, caplog):
-    with small_disk(tmp_path / "disk", 64 << 10) as disk:
-        Filler(disk).fill()
-        config = ProfilerConfig(enabled=True, start_step=2, num_steps=1)
-        with caplog.at_level(logging.WARNING), Profiler(config, disk) as profiler:
-            for _ in range(5):
-                torch.ones(5, 7).sum()
-                profiler.step()
-        assert profiler.trace is None
-        assert f"no trace was written to {disk}" in caplog.text
-        assert [path.name for path in disk.rglob("*") if path.is_file()] == ["filler"]

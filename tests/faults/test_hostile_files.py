@@ -370,11 +370,3 @@ def test_an_absurd_size_takes_no_memory(kind, change, value, request, bounded_me
     given = request.getfixturevalue(kind)
     change(given, value)
     given.check_refused(given.folder)
-
-
-def test_a_damaged_checkpoint_is_not_exported(checkpoint, tmp_path):
-    file = checkpoint / "__0_0.distcp"
-    file.write_bytes(file.read_bytes()[:-1])
-    words = ("export", checkpoint.folder, "--folder", tmp_path / "exported")
-    Given(tmp_path, *words).check_refused(checkpoint.folder)
-    assert not (tmp_path / "exported").exists()

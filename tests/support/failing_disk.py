@@ -1,13 +1,7 @@
 """Disks that fail on purpose, or are small: calls of the C library fail for some paths, at their
 n-th call.
 
-`failing_disk.c` is compiled once and preloaded into a process, which then sets its faults:
-
-    with preloaded(library):
-        run_on_ranks(2, function, start_method="spawn")
-
-    def function(rank):
-        set_faults(Fault("fsync", "*/metadata.json", "EIO", at=2))
+`failing_disk.c` is compiled once and preloaded into a process, which then sets its faults.
 """
 
 import ctypes
@@ -83,20 +77,13 @@ def folder_in_memory():
         yield Path(folder)
 
 
-@contextmanager
-def preloaded(library):
-    """Processes that are started in this context, not forked, have the library loaded."""
-    with patch.dict(os.environ, LD_PRELOAD=str(library)):
-        yield
-
-
 def call_preloaded(library, function, *args):
     """Calls `function(*args)` in a new process with the library; fails if that fails.
 
     Args:
         function: importable from its module.
     """
-    with preloaded(library):
+    with patch.dict(os.environ, LD_PRELOAD=str(library)):
         process = multiprocessing.get_context("spawn").Process(target=function, args=args)
         process.start()
     process.join()

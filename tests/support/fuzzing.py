@@ -115,11 +115,6 @@ def _delete(data, draw):
     return data[:first] + data[first + draw.randint(1, 40) :]
 
 
-def _repeat(data, draw):
-    first = draw.randrange(len(data) + 1)
-    return data[: first + draw.randint(1, 80)] + data[first:]
-
-
 def _overwrite(data, draw):
     first = draw.randrange(len(data) + 1)
     end = min(len(data), first + draw.choice((1, 2, 4, 8, 40)))
@@ -134,31 +129,21 @@ def _replace_number(data, draw):
     return data[: match.start()] + draw.choice(_BYTES_AS_NUMBERS) + data[match.end() :]
 
 
-def _swap_lines(data, draw):
-    lines = bytes(data).splitlines(keepends=True)
-    if len(lines) > 1:
-        first, second = draw.sample(range(len(lines)), 2)
-        lines[first] = draw.choice((lines[second], b""))
-    return bytearray(b"".join(lines))
-
-
 _BYTE_CHANGES = (
     flip_bit,
     _truncate,
     _insert,
     _delete,
-    _repeat,
     _overwrite,
     _replace_number,
-    _swap_lines,
 )
 
 
 def mutate_json(value, draw):
     """Returns a JSON document like `value` with one to three random changes.
 
-    Values are replaced by others of the same or another type, keys are dropped, renamed or
-    repeated, items are dropped or repeated.
+    Values are replaced by others of the same or another type, keys are dropped or renamed, items
+    are dropped or repeated.
     """
     changed = copy.deepcopy(value)
     for _ in range(draw.choice((1, 1, 2, 3))):
@@ -167,10 +152,7 @@ def mutate_json(value, draw):
             break
         container, key = draw.choice(places)
         _change_item(container, key, draw)
-    text = json.dumps(changed)
-    if draw.random() < 0.1:
-        text = _repeat_key(text, draw)
-    return text
+    return json.dumps(changed)
 
 
 def _places(value):
@@ -198,12 +180,3 @@ def _change_item(container, key, draw):
         container[key] = draw.choice(
             (None, True, [], {}, [[]], {"": {}}, [1, 2, 3], *EXTREME_NUMBERS, *STRANGE_STRINGS)
         )
-
-
-def _repeat_key(text, draw):
-    """Repeats a key of an object, with another value."""
-    keys = list(re.finditer(r'[{,]\s*("[^"\\]*"): ', text))
-    if not keys:
-        return text
-    match = draw.choice(keys)
-    return f"{text[: match.start() + 1]}{match.group(1)}: 0, {text[match.start() + 1 :]}"

@@ -32,17 +32,16 @@ LAUNCHER_VARIABLES = (
 )
 
 
-def run_on_ranks(num_ranks, function, *args, timeout_s=600, start_method="forkserver"):
+def run_on_ranks(num_ranks, function, *args, timeout_s=600):
     """Calls `function(rank, *args)` on `num_ranks` gloo ranks; fails if any of them fails.
 
     Args:
         function: importable from its module; exceptions in it carry the rank's traceback.
-        start_method: "spawn" starts new interpreters, which takes seconds; they preload libraries.
 
     Raises:
         AssertionError: if a rank raised, died, or did not finish in time.
     """
-    _run_all(_run_rank, num_ranks, function, args, timeout_s, start_method)
+    _run_all(_run_rank, num_ranks, function, args, timeout_s)
 
 
 def run_rows_on_ranks(num_ranks, function, rows, *args):
@@ -85,13 +84,13 @@ def num_gpus():
 
 
 @contextmanager
-def started_ranks(num_ranks, target, *args, start_method="forkserver"):
+def started_ranks(num_ranks, target, *args):
     """Yields the processes that call `target(rank, num_ranks, environ, *args)`, and kills them.
 
     Args:
         target: calls `prepare_rank` first; importable from its module.
     """
-    context = mp.get_context(start_method)
+    context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     environ = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
     ranks = [
@@ -148,11 +147,9 @@ def leave_launcher():
         del os.environ[name]
 
 
-def _run_all(run_rank, num_ranks, function, args, timeout_s, start_method="forkserver"):
+def _run_all(run_rank, num_ranks, function, args, timeout_s):
     with tempfile.TemporaryDirectory() as folder:
-        with started_ranks(
-            num_ranks, run_rank, folder, function, args, start_method=start_method
-        ) as ranks:
+        with started_ranks(num_ranks, run_rank, folder, function, args) as ranks:
             join_ranks(ranks, timeout_s)
         codes = [process.exitcode for process in ranks]
         errors = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
