@@ -8,27 +8,21 @@
 tests/data/reference_numbers.json has, for tiny runs of every method, optimizer and model, the
 training and validation losses and norms of gradients of 40 steps, and the tensors of exports.
 
-Runs take one thread and torch's portable kernels, so CPUs agree on the bits. Two things remain that
-may differ elsewhere: another version of torch, which is named, and compiled regions. There, and for
-a change of the order of operations, use --rounding: the first 20 losses may then differ by 1e-5,
-relative, and other floats by 1e-2, since training amplifies rounding. (Kernels for AVX-512 instead
-of the portable ones move them by 3e-6, and by 1e-4 for later losses, 4e-3 for norms of gradients.)
-A tensor's checksum is not compared then, but its norm. An intended change of a number is stored
-with --write, in a commit that says why.
-
-Only the command line is used: `switchtitan train` and `export`, event files, safetensors.
+Runs take one thread and torch's portable kernels, so CPUs agree on the bits. Another version of
+torch and compiled regions may differ. There, and for a change of the order of operations, use
+--rounding: the first 20 losses may then differ by 1e-5, relative, and other floats by 1e-2, since
+training amplifies rounding. (Kernels for AVX-512 instead of the portable ones move later losses by
+1e-4, norms of gradients by 4e-3.) A tensor's checksum is not compared then, but its norm. An
+intended change of a number is stored with --write, in a commit that says why.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import runpy
-import shutil
 import sys
 import tempfile
 import time
-import traceback
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
@@ -122,17 +116,14 @@ def main():
     options = parser.parse_args()
     if any(os.environ.get(key) != PORTABLE[key] for key in PORTABLE):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **PORTABLE})
+    sys.path[:1] = [str(PROJECT), str(PROJECT / "tests")]  # instead of this file's folder
     stored = json.loads(STORED.read_text()) if STORED.exists() else {"numbers": {}}
-    # Not a TemporaryDirectory, which the end of a fork would remove.
-    folder = tempfile.mkdtemp()
-    os.chdir(folder)
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
         if options.write:
             write(options.text, stored["numbers"])
         else:
             sys.exit(1 if compare(options.text, stored, options.rounding) else 0)
-    finally:
-        shutil.rmtree(folder)
 
 
 def write(text, old):
@@ -201,11 +192,6 @@ def is_same(old, new, most):
 
 def measured(text):
     """Yields the name of a run, and its numbers by name, of runs with this text in their name."""
-    # The commands run in forks and need not import torch again, which takes most of their time.
-    import torch.distributed.checkpoint
-    import torch.distributed.fsdp
-    import torch.utils.tensorboard  # noqa: F401
-
     parts = {
         **{f"run {name}": partial(curves, keys) for name, keys in RUNS.items()},
         **{f"export {name}": partial(exported, *how) for name, how in EXPORTS.items()},
@@ -241,7 +227,7 @@ def exported(keys, form):
 
     run = train(keys)
     folder = run / form
-    run_in_fork(["export", str(run), "--folder", str(folder), "--format", form, "--no-verify"])
+    command("export", run, "--folder", folder, "--format", form, "--no-verify")
     return {
         str(file.parent.relative_to(folder) / name): [
             str(tensor.dtype).removeprefix("torch."),
@@ -258,35 +244,16 @@ def exported(keys, form):
 def train(keys):
     """Returns the folder of a finished run."""
     run = Path(tempfile.mkdtemp(dir=".")).absolute()
-    run_in_fork(["train", "--config", str(BASE), "--job.output_dir", str(run), *keys.split()])
+    command("train", "--config", BASE, "--job.output_dir", run, *keys.split())
     return run
 
 
-def run_in_fork(words):
-    """Runs `python -m switchtitan` with these arguments in a fork of this process."""
-    sys.stdout.flush()
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            # Instead of this file's folder.
-            sys.path[0] = str(PROJECT)
-            sys.argv = ["switchtitan", *words]
-            runpy.run_module("switchtitan", run_name="__main__", alter_sys=True)
-            status = 0
-        except SystemExit as ending:
-            status = int(ending.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    _, status = os.waitpid(process, 0)
-    if status != 0:
-        raise CommandError(f"switchtitan {' '.join(words)}:\n{Path('output').read_text()[-3000:]}")
+def command(*words):
+    from support.commands import run
+
+    outcome = run(*words)
+    if outcome.status != 0:
+        raise CommandError(f"switchtitan {words}:\n{outcome.output}\n{outcome.errors}")
 
 
 if __name__ == "__main__":
