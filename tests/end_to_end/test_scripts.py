@@ -91,9 +91,7 @@ TWO_NODES = {"NNODES": "2", "RDZV_ENDPOINT": "host:29500"}
     ("variables", "expected"),
     [
         ({"NGPU": "two"}, "NGPU=two"),
-        ({"NGPU": "0"}, "NGPU=0"),
         ({"NNODES": "2"}, "RDZV_ENDPOINT"),
-        ({"NODE_RANK": "first"}, "NODE_RANK=first"),
         ({"NODE_RANK": "1"}, "NODE_RANK=1"),
         ({**TWO_NODES, "NODE_RANK": "1", "RDZV_CONF": "timeout=9,is_host=1"}, "RDZV_CONF=timeout"),
     ],
@@ -219,26 +217,15 @@ def wait_for_nodes(project):
         time.sleep(0.05)
 
 
-def test_a_job_of_slurm_is_stopped_and_requeued_before_its_time_limit(cluster):
-    job = submit(cluster, LASTS_S="60")
+@pytest.mark.parametrize(("status", "is_requeued"), [("143", True), ("5", True), ("0", False)])
+def test_a_job_of_slurm_is_stopped_and_requeued_before_its_time_limit(cluster, status, is_requeued):
+    job = submit(cluster, LASTS_S="60", STOPPED_STATUS=status)
     wait_for_nodes(cluster)
     job.send_signal(signal.SIGUSR1)
     output, _ = job.communicate(timeout=60)
     assert output.startswith("the time limit is near")
-    calls = (cluster / "scontrol-calls").read_text().splitlines()
-    assert calls[-2:] == ["scancel --signal=TERM 1234567", "requeue 1234567"]
-    assert job.returncode == 143
-
-
-@pytest.mark.parametrize(("status", "is_requeued"), [("143", True), ("5", True), ("0", False)])
-def test_a_job_is_requeued_after_slurm_has_stopped_the_run(cluster, status, is_requeued):
-    """Slurm sends SIGTERM to the processes of srun, not to the script, before a pre-emption."""
-    job = submit(cluster, LASTS_S="60", STOPPED_STATUS=status)
-    wait_for_nodes(cluster)
-    for node in (0, 1):
-        os.kill(int((cluster / f"pid-{node}").read_text()), signal.SIGTERM)
-    job.communicate(timeout=60)
-    assert ("requeue 1234567" in (cluster / "scontrol-calls").read_text()) == is_requeued
+    _, *calls = (cluster / "scontrol-calls").read_text().splitlines()
+    assert calls == ["scancel --signal=TERM 1234567", "requeue 1234567"][: 1 + is_requeued]
     assert job.returncode == int(status)
 
 
@@ -254,16 +241,6 @@ main.kept = Aborts()
 atexit.register(print, "at exit")
 print("torch" in sys.modules)
 main.run(["no-such-command"])
-"""
-BREAKS_ANOTHER_PIPE = """
-import os
-from switchtitan.cli import main
-def write(argv):
-    reader, writer = os.pipe()
-    os.close(reader)
-    os.write(writer, b"x")
-main.main = write
-main.run(["train"])
 """
 
 
@@ -288,15 +265,12 @@ def test_a_failed_command_keeps_its_status_whatever_it_leaves_behind():
     assert done.stdout.split() == ["False", "at", "exit"]
 
 
-def test_a_command_that_nobody_reads_ends_quietly_and_another_broken_pipe_is_an_error():
+def test_a_command_that_nobody_reads_ends_quietly():
     reader, writer = os.pipe()
     os.close(reader)
     done = run_python("-m", "switchtitan", "--help", output=writer)
     os.close(writer)
     assert (done.returncode, done.stderr) == (CLOSED_OUTPUT_STATUS, "")
-    done = run_python("-c", BREAKS_ANOTHER_PIPE)
-    assert done.returncode == 1
-    assert "BrokenPipeError" in done.stderr
 
 
 def test_the_wheel_has_the_package_and_the_configurations(tmp_path):

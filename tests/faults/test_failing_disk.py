@@ -31,12 +31,8 @@ from support.tiny import tiny_toml
 from switchtitan.checkpoint.load import find_latest, verify
 from switchtitan.errors import CheckpointError
 from switchtitan.files import make_folder, write_atomically
-from switchtitan.observability import TENSORBOARD_FOLDER
-from switchtitan.observability.tensorboard import TensorBoardWriter, read_curves
 
 STEPS = {step: f"step-{step:09d}" for step in range(1, 9)}
-MANY = {f"metric/{number}": 1.0 for number in range(4000)}
-"""More than what is left of a page of the event file."""
 
 
 @contextmanager
@@ -220,8 +216,7 @@ def test_a_fault_leaves_earlier_checkpoints_whole_and_nothing_after_the_next_sav
 
 def test_files_are_flushed_before_their_folder_before_the_rename_before_the_folder_above(outcomes):
     calls = [
-        Call(operation, Path(path), new and Path(new), "")
-        for operation, path, new in outcomes["calls"]
+        Call(operation, Path(path), new and Path(new)) for operation, path, new in outcomes["calls"]
     ]
     home = next(call.path for call in calls if call.path.name == "checkpoints")
 
@@ -320,16 +315,3 @@ def test_the_same_command_goes_on_when_space_is_freed(corpora, tmp_path, monkeyp
         filler.free()
         assert run(*command, disk / "run").status == 0
         assert tensors_at(disk / "run", 6) == tensors_at(tmp_path / "large", 6)
-
-
-def test_a_full_disk_loses_points_with_one_warning(tmp_path, caplog):
-    with small_disk(tmp_path / "disk", 2 << 20) as disk:
-        writer, filler = TensorBoardWriter(disk / TENSORBOARD_FOLDER, start_step=0), Filler(disk)
-        writer.write(1, {"loss/train": 1.0})
-        filler.fill()
-        for step in (2, 3):
-            writer.write(step, MANY | {"loss/train": 1.0})
-        filler.free()
-        writer.write(4, {"loss/train": 1.0})
-        assert read_curves(disk)["loss/train"][0] == [1, 4]
-    assert caplog.text.count("lacks points until that succeeds") == 1

@@ -7,16 +7,12 @@ from functools import lru_cache
 
 import pytest
 from support.interrupted import (
-    INTERVAL,
     NUM_STEPS,
-    Interrupt,
     arguments,
     check_folders,
     outcome,
     random_interrupt,
     run,
-    save_slowly,
-    save_slowly_and_interrupt,
     saved_steps,
     steps_in,
 )
@@ -25,7 +21,6 @@ from support.preparation import count_encoded, start_preparation, use_small_batc
 from support.tiny_documents import make_documents, write_json_lines
 
 from switchtitan.data import DataConfig, open_corpus, plan_corpus
-from switchtitan.errors import SAVE_ABANDONED_STATUS
 
 SHORT = [
     ("killed", "start-up", 2),
@@ -129,31 +124,6 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert outcome(tmp_path) == expected
     if not is_killed:
         assert steps_in(log.read_text()) == list(range(1, NUM_STEPS + 1))
-
-
-STOP_IN_STEP_6 = Interrupt("training", call=6, rank=None, number=signal.SIGTERM)
-SLOW_SAVES = {
-    "a second signal": (1, (), save_slowly_and_interrupt, 130),
-    "the end of the grace period": (
-        2,
-        ("--checkpoint.grace_s", "1"),
-        save_slowly,
-        SAVE_ABANDONED_STATUS,
-    ),
-}
-"""Ranks, keys, what is planted in the ranks, and their exit status."""
-
-
-@pytest.mark.parametrize("reason", SLOW_SAVES)
-def test_a_save_that_takes_too_long_is_abandoned_and_leaves_the_one_before(home, reason, tmp_path):
-    num_ranks, keys, plant, status = SLOW_SAVES[reason]
-    own, log = arguments(tmp_path, home / "corpora", is_async=False), tmp_path / "log"
-    codes = run([*own, *keys], num_ranks, log, STOP_IN_STEP_6, plant)
-    assert codes == [status] * num_ranks, log.read_text()
-    assert saved_steps(tmp_path) == [INTERVAL]
-    last = log.read_text().strip().splitlines()[-1]
-    expected = "stopped at once by SIGINT" if num_ranks == 1 else "[checkpoint] grace_s = 1"
-    assert expected in last
 
 
 # The preparation of a corpus.

@@ -7,14 +7,14 @@ import time
 from contextlib import suppress
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support.checkpoints import refused
+from support.checkpoints import WRITER, make_checkpointer, refused
 from support.insides import wait_for_owners
-from support.interrupted import launched, saved_steps, start_failing_in_a_save
+from support.interrupted import launched, saved_steps
 from support.long_form import IS_LONG, num_cases
 from support.ranks import PRELOADED, run_on_ranks
-from support.tiny import tiny_config
 
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.world import start_world
@@ -146,23 +146,31 @@ def test_a_killed_owner_keeps_nothing_even_if_its_workers_live(tmp_path):
     assert not (tmp_path / "run" / OWNER_FILE).exists()
 
 
-def test_the_folder_is_owned_until_a_background_save_is_complete(corpora):
-    config = tiny_config(corpora / "lock-and-save", "lora")
-    output_dir, may_write = config.job.output_dir, corpora / "may-write"
-    (file,) = (corpora / "lock-and-save").glob("*.toml")
-    keys = ("--checkpoint.async_save", "true", "--checkpoint.interval", "2")
-    process = start_failing_in_a_save(may_write, "--config", str(file), *keys)
-    for line in process.stderr:
-        if line.endswith("RuntimeError: out of memory\n"):
-            break
-    # Training has ended, and the context with it.
+def own_and_fail_in_a_save(pipe, home, may_write):
+    checkpointer, write_data = make_checkpointer(home / "checkpoints"), WRITER.write_data
+
+    def write_when_allowed(*args):
+        while not may_write.exists():
+            time.sleep(0.02)
+        return write_data(*args)
+
+    WRITER.write_data = write_when_allowed
+    with suppress(RuntimeError), lock_output_dir(home, start_world(ParallelismConfig())):
+        checkpointer.save(2, {"weight": torch.ones(3)}, {})
+        raise RuntimeError("out of memory")
+    pipe.send("failed")
+
+
+def test_the_folder_is_owned_until_a_background_save_is_complete(tmp_path):
+    home = tmp_path / "run"
+    process, pipe = start(own_and_fail_in_a_save, home, tmp_path / "may-write")
+    assert pipe.recv() == "failed"
     world = start_world(ParallelismConfig())
-    with (
-        refused(f"process {process.pid} ", error=ConfigError),
-        lock_output_dir(output_dir, world),
-    ):
+    with refused(f"process {process.pid} ", error=ConfigError), lock_output_dir(home, world):
         pass
-    may_write.touch()
-    assert process.wait(60) == 1
-    assert (output_dir / "checkpoints" / "step-000000002").is_dir()
-    assert not (output_dir / OWNER_FILE).exists()
+    (tmp_path / "may-write").touch()
+    process.join(60)
+    assert process.exitcode == 0
+    assert (home / "checkpoints" / "step-000000002").is_dir()
+    with lock_output_dir(home, world):
+        pass

@@ -4,7 +4,6 @@ import gc
 
 import pytest
 import torch
-from support.tiny import tiny_config, tiny_stepper
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -124,19 +123,6 @@ def test_recomputation_gives_bitwise_the_same_gradients(mode, dropout):
     plain = gradients_of(build_model("none", dropout=dropout))
     for ours, expected in zip(gradients_of(build_model(mode, dropout=dropout)), plain, strict=True):
         assert torch.equal(ours, expected)
-
-
-@pytest.mark.parametrize(("dropout", "is_preserved"), [("0", False), ("0.1", True)])
-def test_only_a_run_with_dropout_saves_the_state_of_random_numbers(
-    corpora, monkeypatch, dropout, is_preserved
-):
-    reads, read = [], torch.get_rng_state
-    keys = ("--activation_checkpoint.mode", "full", "--method.dropout", dropout)
-    stepper = tiny_stepper(tiny_config(corpora / f"rng-{dropout}", "switchlora", *keys))
-    monkeypatch.setattr(torch, "get_rng_state", lambda: reads.append(1) or read())
-    stepper.step()
-    stepper.close()
-    assert bool(reads) == is_preserved
 
 
 class Attend(torch.autograd.Function):

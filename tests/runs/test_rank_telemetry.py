@@ -9,7 +9,6 @@ from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.methods import METHODS
 from switchtitan.methods.sltrain import support
 from switchtitan.models import MODELS
@@ -193,18 +192,3 @@ def test_a_warm_start_measures_from_its_weights_which_must_stay(corpora):
             build_trainer(config, start_world(config.parallelism))
     _, reported = train(folder, "lora", "--training.steps", "14")
     assert reported == {}
-
-
-def test_a_warm_start_from_a_run_measures_from_the_checkpoint_it_read(corpora):
-    source, folder = corpora / "rank-source", corpora / "rank-from-run"
-    train_and_save(source, "full_rank", *NUM_STEPS, num_steps=3)
-    warm = ("--checkpoint.initial_weights", str(source / "run"))
-    train_and_save(folder, "full_rank", *NUM_STEPS, *warm, num_steps=2)
-    train_and_save(source, "full_rank", *NUM_STEPS, num_steps=3)
-    resumed, _ = train(folder, "full_rank", *EVERY_5)
-    origin = source / "run" / "checkpoints" / "step-000000003"
-    assert resumed.stepper.state.initial_weights == str(origin.absolute())
-    expected = expected_spectra(
-        merged_weights(folder, "full_rank", resumed), DenseCheckpoint(origin).read()
-    )
-    assert_spectra_are(read_spectra(folder / "run" / "spectra")[12], expected)

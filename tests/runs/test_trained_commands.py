@@ -1,13 +1,11 @@
 """Commands that read a trained model give the numbers of transformers, of the run, of formulas."""
 
-import io
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import sys
 from functools import partial
 
 import pytest
@@ -257,18 +255,6 @@ def test_the_text_ends_where_a_document_ends(trained, tmp_path):
     result = generated(tmp_path, *words)
     end = tokens.index(tokens[4])
     assert (result["tokens"], result["stopped_by"]) == (tokens[: end + 1], "end of text")
-
-
-def test_the_prompt_can_come_from_a_file_or_standard_input_or_be_empty(
-    trained, corpus, tmp_path, monkeypatch
-):
-    (tmp_path / "prompt").write_text(PROMPT)
-    words = (trained.run, "--max-new-tokens", 3, "--temperature", 0)
-    given = generated(*words, "--prompt", PROMPT)["text"]
-    assert generated(*words, "--prompt-file", tmp_path / "prompt")["text"] == given
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
-    assert generated(*words, "--prompt-file", "-")["text"] == given
-    assert generated(*words, "--prompt", "")["prompt_tokens"] == [corpus.eos_id]
 
 
 # Ranks of weights and of updates

@@ -48,8 +48,6 @@ class Call(NamedTuple):
     path: Path
     new_path: Path | None
     """Of a rename."""
-    outcome: str
-    """Empty if the call was left alone."""
 
 
 def build(folder):
@@ -106,8 +104,8 @@ def logged_calls(file, pattern):
     finally:
         log(b"", b"")
         for line in file.read_text().splitlines():
-            operation, path, other, outcome = line.split("\t")
-            calls.append(Call(operation, Path(path), Path(other) if other else None, outcome))
+            operation, path, other, _ = line.split("\t")
+            calls.append(Call(operation, Path(path), Path(other) if other else None))
 
 
 # Small disks

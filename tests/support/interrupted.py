@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 
-from support.checkpoints import WRITER, tensor_checksums
+from support.checkpoints import tensor_checksums
 from support.ranks import join_ranks, leave_launcher, prepare_rank, started_ranks
 from support.sessions import started
 from support.tiny import tiny_toml
@@ -20,7 +19,6 @@ from switchtitan.checkpoint.load import verify
 from switchtitan.checkpoint.save import Checkpointer
 from switchtitan.cli import train
 from switchtitan.data import prepare
-from switchtitan.training import stop
 from switchtitan.training.evaluate import Evaluator
 from switchtitan.training.step import Stepper
 
@@ -96,22 +94,21 @@ def arguments(folder, cache_dir, is_async):
     return ["--config", str(file), "--data.cache_dir", str(cache_dir)]
 
 
-def run(words, num_ranks, log, interrupt=None, plant=None):
+def run(words, num_ranks, log, interrupt=None):
     """Runs `switchtitan train` on gloo ranks; returns the exit codes of all ranks.
 
     Args:
         words: arguments of `switchtitan train`.
         log: what rank 0 prints is appended to it.
         interrupt: None lets the ranks end by themselves.
-        plant: called first in every rank; importable from its module.
     """
     kills_others = interrupt is None or interrupt.number == signal.SIGKILL
-    with started_ranks(num_ranks, _train, words, log, interrupt, plant) as ranks:
+    with started_ranks(num_ranks, _train, words, log, interrupt) as ranks:
         assert join_ranks(ranks, 120, ends_with_first=kills_others), "a rank hung"
     return [process.exitcode for process in ranks]
 
 
-def _train(rank, num_ranks, environ, words, log, interrupt, plant):
+def _train(rank, num_ranks, environ, words, log, interrupt):
     prepare_rank(rank, num_ranks, environ)
     if num_ranks == 1:
         leave_launcher()
@@ -124,8 +121,6 @@ def _train(rank, num_ranks, environ, words, log, interrupt, plant):
     if interrupt is not None and interrupt.rank in (rank, None):
         owner, name, _ = PHASES[interrupt.phase]
         setattr(owner, name, _signals_inside(getattr(owner, name), interrupt))
-    if plant is not None:
-        plant()
     train.run(words)
 
 
@@ -188,39 +183,6 @@ def check_folders(folder):
         verify(folder / "run" / "checkpoints" / f"step-{step:09d}")
 
 
-# What can be planted in each rank
-
-
-def save_slowly():
-    """The second save takes half a minute."""
-    write_data, num_saves = WRITER.write_data, 0
-
-    def write_slowly(*args):
-        nonlocal num_saves
-        num_saves += 1
-        if num_saves > 1:
-            time.sleep(30)
-        return write_data(*args)
-
-    WRITER.write_data = write_slowly
-
-
-def save_slowly_and_interrupt():
-    """During the second save, which takes half a minute, a second signal arrives."""
-    save_slowly()
-    stop.SAME_ACTION_S = 0.3
-    write_slowly, num_saves = WRITER.write_data, 0
-
-    def write_and_interrupt(*args):
-        nonlocal num_saves
-        num_saves += 1
-        if num_saves > 1:
-            threading.Timer(0.6, os.kill, (os.getpid(), signal.SIGINT)).start()
-        return write_slowly(*args)
-
-    WRITER.write_data = write_and_interrupt
-
-
 # Interpreters of their own
 
 PROGRAM = """\
@@ -240,30 +202,6 @@ Stepper.step = die_in_step_7
 run(sys.argv[1:])
 """
 """Trains; rank 1 is killed in step 7 unless it was restarted."""
-FAIL_IN_A_SAVE = """\
-import sys, time
-from pathlib import Path
-from switchtitan.checkpoint.save import Checkpointer
-from switchtitan.cli import train
-from switchtitan.training.trainer import Trainer
-
-complete, after_step = Checkpointer._write, Trainer._after_step
-
-def complete_when_allowed(checkpointer, *args):
-    while not Path(sys.argv[1]).exists():
-        time.sleep(0.02)
-    return complete(checkpointer, *args)
-
-def fail_during_a_save(trainer, result):
-    after_step(trainer, result)
-    if trainer.checkpointer._in_flight is not None:
-        raise RuntimeError("out of memory")
-
-Checkpointer._write = complete_when_allowed
-Trainer._after_step = fail_during_a_save
-train.run(sys.argv[2:])
-"""
-"""Trains on one rank, and fails while its first save is in progress."""
 LAUNCH = ("-m", "switchtitan", "launch", "--nproc_per_node", "2", "--max-restarts", "2")
 LAUNCH += ("--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0")
 
@@ -275,13 +213,3 @@ def launched(folder, cache_dir, *keys):
     script.write_text(PROGRAM)
     command = [sys.executable, *LAUNCH, str(script), *own, *keys]
     return started(command, folder / "output.txt", env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def start_failing_in_a_save(may_complete, *words):
-    """Starts a run that fails during a save in the background; the save ends once a file exists."""
-    return subprocess.Popen(
-        [sys.executable, "-c", FAIL_IN_A_SAVE, str(may_complete), *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )

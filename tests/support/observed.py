@@ -8,7 +8,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from support.tiny import train_steps
 from switchtitan.benchmark import estimate
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.observability.collectives import CountCommunication
@@ -83,21 +82,6 @@ def num_tensors():
 def least_growth(counts):
     """Least difference of consecutive counts: tensors created once and kept are not garbage."""
     return min(after - before for before, after in pairwise(counts))
-
-
-def tensors_left(trainer, num_steps):
-    """Number of tensors left by steps without garbage collection: the minimum of two runs."""
-    train_steps(trainer, 2)
-    gc.collect()
-    gc.disable()
-    try:
-        counts = [num_tensors()]
-        for _ in range(2):
-            train_steps(trainer, num_steps)
-            counts.append(num_tensors())
-        return least_growth(counts)
-    finally:
-        gc.enable()
 
 
 def estimate_all_micro_batches(config, num_ranks):
