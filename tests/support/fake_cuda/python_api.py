@@ -40,8 +40,6 @@ class Actor:
         return self.clock.get(actor, 0) >= number
 
 
-Clock = dict[Actor, int]
-
 host = Actor("the host")
 
 
