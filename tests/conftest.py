@@ -15,7 +15,10 @@ choose_backend()
 
 TESTS = Path(__file__).parent
 # Workers take files in this order, so that none of them is left with a long file at the end.
-TIERS = ("end_to_end", "faults", "ranks", "fake_cuda", "compiled", "runs", "unit", "gpu")
+TIERS = (
+    *("end_to_end", "faults", "ranks", "compiled_cuda", "fake_cuda", "compiled", "runs", "unit"),
+    "gpu",
+)
 
 
 def tier(node):

@@ -4,9 +4,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from switchtitan.config import split_arguments
+from switchtitan.config import raise_together, split_arguments
 from switchtitan.errors import ConfigError
-from switchtitan.job.config import JobConfig, parse_arguments
+from switchtitan.job.checks import check
+from switchtitan.job.config import JobConfig, parse_arguments, parse_unchecked
 
 _KEY = r"[A-Za-z_]\w*(?:\.\w+)+"
 _SIDE = re.compile(rf"(?P<file>.+?)(?::(?P<overrides>{_KEY}=.*))?", re.DOTALL)
@@ -75,3 +76,16 @@ def load_sides(
         except ConfigError as error:
             raise (ConfigError(f"{argument}: {error}") if side.overrides else error) from error
     return configs
+
+
+def load_simulated_sides(
+    arguments: Sequence[str], keys: Sequence[str], num_ranks: int
+) -> dict[str, JobConfig]:
+    """Returns `load_sides` for `num_ranks` ranks of another machine than this."""
+
+    def parse(words: Sequence[str]) -> JobConfig:
+        config = parse_unchecked(words)
+        raise_together(check(config, num_ranks, device=None))
+        return config
+
+    return load_sides(arguments, keys, parse)

@@ -39,8 +39,9 @@ def fake_stepper(
     num_ranks: int,
     rank: int = 0,
     batches: Generator[list[Batch], None, None] | None = None,
+    device: str = "cpu",
 ) -> Iterator[Stepper]:
-    """Yields an uncompiled CPU stepper of one of `num_ranks` ranks.
+    """Yields the stepper of one of `num_ranks` ranks: on a CPU, uncompiled.
 
     Its tensors are fake (shapes without values), and its collectives do nothing: it requires no
     ranks, no memory for the model and no corpus. dtype "auto" is bf16, as on current GPUs. Run
@@ -49,6 +50,7 @@ def fake_stepper(
 
     Args:
         batches: the micro-batches of each step; by default those of `config`.
+        device: "cuda:0" in a process of `call_with_gpu`, in which regions compile as `config` says.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
@@ -57,13 +59,15 @@ def fake_stepper(
     shape = mesh_shape(config.parallelism, num_ranks)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     try:
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(
+            torch.device(device).type, shape, mesh_dim_names=("replicate", "shard")
+        )
         group = dist.group.WORLD
         assert group is not None
-        world = World(rank, num_ranks, torch.device("cpu"), mesh, group)
+        world = World(rank, num_ranks, torch.device(device), mesh, group)
         with FakeTensorMode():
             yield build_stepper(
-                _without_values(config),
+                _without_values(config, is_compiled=device != "cpu"),
                 world,
                 batches or _batches_without_values(config, num_ranks),
                 compute_dtype=_dtype_without_device(config.training.dtype),
@@ -76,10 +80,11 @@ def _dtype_without_device(key: DtypeKey) -> torch.dtype:
     return torch.float32 if key == "float32" else torch.bfloat16
 
 
-def _without_values(config: JobConfig) -> JobConfig:
-    """Removes settings that read values, and compilation, which does not change collectives."""
+def _without_values(config: JobConfig, is_compiled: bool) -> JobConfig:
+    """Removes settings that read values, and perhaps compilation, which changes no collectives."""
     training = config.training.model_copy(update={"on_nonfinite": "stop"})
-    return config.model_copy(update={"training": training, "compile": CompileConfig()})
+    compiled = config.compile if is_compiled else CompileConfig()
+    return config.model_copy(update={"training": training, "compile": compiled})
 
 
 def _batches_without_values(

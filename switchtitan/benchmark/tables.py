@@ -1,12 +1,15 @@
 """Measurements as tables and as JSON records."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from pydantic import JsonValue
 
 from switchtitan.benchmark.estimate import StepEstimate
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE, Fit
+from switchtitan.benchmark.gpu.record import StepOnGpu
+from switchtitan.benchmark.gpu.roofline import CARDS, bounds_s, card_of, costs_by
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
 from switchtitan.benchmark.step_times import Ratio, StepTimes, ratio_of_steps
 from switchtitan.files import format_bytes
@@ -15,6 +18,8 @@ from switchtitan.observability.collectives import CommunicationCounts
 from switchtitan.observability.log import format_count
 
 _MIB, _GIB = 2**20, 2**30
+_NUM_OPERATIONS = 20
+"""Lines of the operations with the highest bounds."""
 
 
 def step_table(times: Mapping[str, StepTimes]) -> list[str]:
@@ -186,6 +191,60 @@ def estimate_record(estimates: Mapping[str, StepEstimate]) -> dict[str, JsonValu
             },
         }
         for name, estimate in estimates.items()
+    }
+
+
+def bound_table(steps: Mapping[str, Mapping[str, StepOnGpu]]) -> list[str]:
+    """Formats one line per configuration: the bound on each card, and its ratio to the first."""
+    rows: list[tuple[str, ...]] = [(*(word for name in CARDS for word in (name, "ratio")), "")]
+    reference = bounds_s(next(iter(steps.values())))
+    for name, by_arch in steps.items():
+        row: list[str] = []
+        for card, seconds in bounds_s(by_arch).items():
+            row += [_milliseconds(seconds), f"{seconds / reference[card]:.3f}"]
+        rows.append((*row, name))
+    return _aligned(rows)
+
+
+def launch_table(arch: str, step: StepOnGpu, *keys: str) -> list[str]:
+    """Formats the costs of launches by some of their attributes, the highest bounds first, and
+    their sum."""
+    costs = costs_by(step.launches, card_of(arch), *keys)
+    largest = sorted(costs.items(), key=lambda entry: entry[1].seconds, reverse=True)
+    total = costs_by(step.launches, card_of(arch))[()]
+    rows: list[tuple[str, ...]] = [("launches", "GB", "TFLOP", "ms", "")]
+    for key, cost in (*largest[:_NUM_OPERATIONS], (("all",), total)):
+        bytes_and_flops = f"{cost.num_bytes / 1e9:.3f}", f"{cost.num_flops / 1e12:.3f}"
+        milliseconds = f"{1e3 * cost.seconds:.3f}"
+        rows.append((str(cost.num_launches), *bytes_and_flops, milliseconds, " ".join(key)))
+    return _aligned(rows)
+
+
+def kernel_table(step: StepOnGpu) -> list[str]:
+    """Formats one line per Triton kernel."""
+    rows: list[tuple[str, ...]] = [("registers", "spilled", "shared", "launches", "")]
+    for name, _, *numbers in step.kernels:
+        rows.append((*map(str, numbers), name))
+    return _aligned(rows)
+
+
+def gpu_record(steps: Mapping[str, Mapping[str, StepOnGpu]]) -> dict[str, Any]:
+    """Returns by configuration: the bound on each card, and by architecture all launches, kernels
+    and compilations."""
+    return {
+        name: {
+            "bounds_s": bounds_s(by_arch),
+            **{
+                arch: {
+                    **step._asdict(),
+                    "launches": [{**launch._asdict(), "times": n} for launch, n in step.launches],
+                    "kernels": [kernel._asdict() for kernel in step.kernels],
+                    "total": vars(costs_by(step.launches, card_of(arch))[()]),
+                }
+                for arch, step in by_arch.items()
+            },
+        }
+        for name, by_arch in steps.items()
     }
 
 

@@ -1,33 +1,66 @@
-"""Times training steps of several configurations side by side.
+"""Compares training steps of several configurations side by side.
+
+CONFIG is a file, or a file with overrides for this side:
+`FILE:section.key=value,section.key=value`. KEY is a `section.key` and overrides all sides.
 
     switchtitan benchmark step CONFIG ... [--rounds N] [--steps-per-round K] [--KEY VALUE ...]
 
-CONFIG is a file, or a file with overrides for this side:
-`FILE:section.key=value,section.key=value`. KEY is a `section.key` and overrides all sides. Prints a
-table of the first rank's times."""
+times steps in alternation on the devices of this process's ranks.
+
+    switchtitan benchmark gpu CONFIG ... [--arch sm_80 sm_90] [--num-ranks N] [--KEY VALUE ...]
+
+compiles steps for NVIDIA GPUs on a machine without one."""
 
 import argparse
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
-from switchtitan.benchmark.sides import load_sides
-from switchtitan.benchmark.step_times import WARM_UP_STEPS, time_steps_side_by_side
-from switchtitan.benchmark.tables import step_record, step_table
-from switchtitan.cli.main import positive_int
-from switchtitan.distributed.world import num_ranks_from_launcher, rank_from_launcher
-from switchtitan.observability.environment import describe_environment
+from switchtitan.benchmark.gpu.device import ARCHS, call_with_gpu
+from switchtitan.cli.main import add_json, positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("step", choices=["step"], help="training steps, in alternation")
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="FILE or FILE:key=value,...")
+    commands = parser.add_subparsers(dest="measure", required=True, metavar="step|gpu")
+    step = _add(commands, "step", "Time training steps; print a table of the first rank's times.")
     rounds = "turns of each side; an even number is fair (default: 10)"
-    parser.add_argument("--rounds", type=positive_int, default=10, help=rounds)
+    step.add_argument("--rounds", type=positive_int, default=10, help=rounds)
     steps = "steps per turn (default: 5)"
-    parser.add_argument("--steps-per-round", type=positive_int, default=5, help=steps)
+    step.add_argument("--steps-per-round", type=positive_int, default=5, help=steps)
+    gpu = _add(
+        commands,
+        "gpu",
+        "Compile steps for GPUs without one; print their kernels, launches, bytes and operations, "
+        "and the least time of a step on some cards. Takes about a minute for each configuration.",
+    )
+    archs = "architectures to compile for (default: sm_90)"
+    gpu.add_argument("--arch", nargs="+", choices=ARCHS, default=["sm_90"], help=archs)
+    ranks = "number of ranks, of which the first is compiled (default: 1)"
+    gpu.add_argument("--num-ranks", type=positive_int, default=1, help=ranks)
+
+
+def _add(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=description, description=description, allow_abbrev=False
+    )
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="FILE or FILE:key=value,...")
+    add_json(parser, default=argparse.SUPPRESS)
+    return parser
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
-    """Times steps; prints on the main rank."""
+    """Measures steps; prints on the main rank."""
+    return _run_gpu(options) if options.measure == "gpu" else _run_step(options)
+
+
+def _run_step(options: argparse.Namespace) -> dict[str, Any] | None:
+    from switchtitan.benchmark.sides import load_sides
+    from switchtitan.benchmark.step_times import WARM_UP_STEPS, time_steps_side_by_side
+    from switchtitan.benchmark.tables import step_record, step_table
+    from switchtitan.distributed.world import num_ranks_from_launcher, rank_from_launcher
+    from switchtitan.observability.environment import describe_environment
+
     is_main = rank_from_launcher() == 0
     configs = load_sides(options.configs, options.keys)
     times = time_steps_side_by_side(configs, options.rounds, options.steps_per_round)
@@ -41,4 +74,48 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         "steps_per_round": options.steps_per_round,
         "warm_up_steps": WARM_UP_STEPS,
         "steps": step_record(times),
+    }
+
+
+def _run_gpu(options: argparse.Namespace) -> dict[str, Any]:
+    from switchtitan.benchmark import tables
+    from switchtitan.benchmark.gpu.record import record_steps
+    from switchtitan.benchmark.gpu.roofline import ASSUMPTIONS, card_of
+    from switchtitan.benchmark.sides import load_simulated_sides
+    from switchtitan.observability.environment import describe_environment
+
+    configs = load_simulated_sides(options.configs, options.keys, options.num_ranks)
+    if sys.stderr.isatty():
+        print("compiling: about a minute for each configuration", file=sys.stderr)
+    take_steps = partial(record_steps, configs, options.num_ranks)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda arch: call_with_gpu(arch, take_steps), options.arch))
+    of_archs = dict(zip(options.arch, found, strict=True))
+    steps = {name: {arch: found[name] for arch, found in of_archs.items()} for name in configs}
+    lines = []
+    for name, by_arch in steps.items():
+        for arch, step in by_arch.items():
+            late = [function for functions in step.compiled[1:] for function in functions]
+            lines += [
+                f"{name}, {arch}, rank 0 of {options.num_ranks}: {len(step.graph_breaks)} graph "
+                f"breaks; compiled after the first step: {', '.join(late) or 'nothing'}",
+                "Triton kernels: registers and spilled bytes per thread, shared bytes per block",
+                *tables.kernel_table(step),
+                f"a step by region, and its bound on {card_of(arch).device_name}",
+                *tables.launch_table(arch, step, "region"),
+                "its operations with the highest bounds",
+                *tables.launch_table(arch, step, "region", "kind", "name"),
+            ]
+    lines += [
+        "bound of a step in milliseconds, and its ratio to the first configuration's",
+        *tables.bound_table(steps),
+        "assumptions:",
+        *(f"- {assumption}" for assumption in ASSUMPTIONS),
+    ]
+    print("\n".join(lines), flush=True)
+    return {
+        "environment": describe_environment(),
+        "num_ranks": options.num_ranks,
+        "assumptions": list(ASSUMPTIONS),
+        "steps": tables.gpu_record(steps),
     }

@@ -13,18 +13,16 @@ prints instead the largest local batch size that fits on devices with 24 and 80 
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from switchtitan.benchmark import tables
 from switchtitan.benchmark.estimate import ASSUMPTIONS, MEMORY_ASSUMPTIONS, estimate_step
 from switchtitan.benchmark.fit import FIT_ASSUMPTIONS, largest_batch_sizes
 from switchtitan.benchmark.memory_tracker import KINDS
-from switchtitan.benchmark.sides import load_sides
+from switchtitan.benchmark.sides import load_simulated_sides
 from switchtitan.cli.main import number, positive_int
-from switchtitan.config import raise_together
-from switchtitan.job.checks import check
-from switchtitan.job.config import JobConfig, parse_unchecked
+from switchtitan.job.config import JobConfig
 from switchtitan.observability.environment import describe_environment
 
 
@@ -44,13 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Estimates a step of each given configuration."""
     num_ranks: int = options.world_size
-
-    def parse(words: Sequence[str]) -> JobConfig:
-        config = parse_unchecked(words)
-        raise_together(check(config, num_ranks, device=None))
-        return config
-
-    configs = load_sides(options.configs, options.keys, parse)
+    configs = load_simulated_sides(options.configs, options.keys, num_ranks)
     if sys.stderr.isatty():
         print("estimating: each operation of some steps runs without values", file=sys.stderr)
     result = {"environment": describe_environment(), "world_size": num_ranks}

@@ -32,7 +32,7 @@ COMMANDS = {
     "generate": "Continue a text with a trained model.",
     "export": "Write a checkpoint as a folder that transformers loads.",
     "compare": "Run or resume a declared comparison of methods and report the results.",
-    "benchmark": "Time training steps of several configurations side by side.",
+    "benchmark": "Compare steps of several configurations: times, or bounds on a GPU without one.",
     "estimate": "Estimate memory, communication and operations of a step on any number of ranks.",
     "report": "Draw runs: curves, or the rank of their change, as a picture or one HTML page.",
     "doctor": "Say what this machine has and lacks for training, and how to fix it.",
@@ -103,8 +103,7 @@ def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    where = "also write the result to FILE; without FILE, or with -, print it instead of the text"
-    parser.add_argument("--json", nargs="?", const=_STDOUT, metavar="FILE", help=where)
+    add_json(parser)
     module.add_arguments(parser)
     options, keys = parser.parse_known_args(words)
     if keys and command not in _WITH_KEYS:
@@ -177,6 +176,14 @@ def _parse_command(argv: Sequence[str]) -> str:
 
 
 # Arguments of several commands.
+def add_json(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Adds `--json`; to the parser of a sub-command with `default = argparse.SUPPRESS`."""
+    where = "also write the result to FILE; without FILE, or with -, print it instead of the text"
+    parser.add_argument(
+        "--json", nargs="?", const=_STDOUT, default=default, metavar="FILE", help=where
+    )
+
+
 def number(
     convert: Callable[[str], T], is_valid: Callable[[T], bool], expected: str
 ) -> Callable[[str], T]:

@@ -10,7 +10,7 @@ speed.
 
 torch looks up the device once per process, so checks run in a new process; see `process.run_check`.
 
-- `fake_cuda.cpp`, `process`: the device; builds and loads it in a new process
+- `process`: loads the device in a new process
 - `python_api`: functions that `torch.cuda` lacks in a CPU build; what waits for what
 - `waits`, `races`, `collectives`, `kernels`: observe a step
 - `cases`: every method, and every option that a step depends on

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FakeWork
 
 from support.fake_cuda import python_api
-from support.fake_cuda.operations import arguments_of, tensors_in
+from support.fake_cuda.operations import arguments_of
 from support.fake_cuda.python_api import Actor
+from switchtitan.benchmark.gpu.record import tensors_in
 from switchtitan.observability.collectives import group_of
 
 WAIT = "_c10d_functional::wait_tensor"

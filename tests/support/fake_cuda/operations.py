@@ -3,30 +3,10 @@
 import sys
 from pathlib import Path
 
-import torch
-
 import switchtitan
 
 _PROJECT = str(Path(switchtitan.__file__).parent)
 _COUNTERS = "collectives.py"
-
-
-def tensors_in(tree):
-    """Returns the tensors in nested sequences and mappings; faster than torch's pytrees."""
-    found = []
-    _collect(tree, found)
-    return found
-
-
-def _collect(tree, found):
-    if isinstance(tree, torch.Tensor):
-        found.append(tree)
-    elif isinstance(tree, (list, tuple)):
-        for part in tree:
-            _collect(part, found)
-    elif isinstance(tree, dict):
-        for part in tree.values():
-            _collect(part, found)
 
 
 def is_on_cuda(tensor):

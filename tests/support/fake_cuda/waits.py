@@ -6,8 +6,9 @@ from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass_type,
 )
 
-from support.fake_cuda.operations import is_on_cuda, project_line, tensors_in
+from support.fake_cuda.operations import is_on_cuda, project_line
 from support.fake_cuda.python_api import pinned_memory
+from switchtitan.benchmark.gpu.record import tensors_in
 from switchtitan.observability.collectives import CountingMode
 
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_")

@@ -63,6 +63,7 @@ OTHERS = [
     ("compare {grid} {bad_grid}", "baseline", "dens"),
     ("benchmark step {config}:method.rnk=3", "method.rnk=3", "rank"),
     ("benchmark step {config} --training.steps 9", "steps = 9", "at least 53"),
+    ("benchmark gpu {config} --num-ranks 3", "global_batch_size", "3"),
     ("estimate {config} --world-size 3", "global_batch_size", "3"),
 ]
 LAUNCH = [

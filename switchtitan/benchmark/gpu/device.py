@@ -1,0 +1,143 @@
+"""A CUDA device that does nothing for torch's CPU build: built once, loaded before torch.
+
+As a program it is the child process of `call_with_gpu`."""
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from switchtitan.errors import EnvironmentMismatchError, UserError
+
+T = TypeVar("T")
+
+
+class Architecture(NamedTuple):
+    """What torch.compile asks of a card."""
+
+    card: str
+    num_processors: int
+    threads_per_processor: int
+    shared_kib: int
+    """The most shared memory of a block."""
+
+
+# CUDA C++ Programming Guide 13.0, "Technical Specifications per Compute Capability"; processors:
+# white papers of A100 (2020), Ada (2023) and H100 (2022).
+ARCHS = {
+    "sm_80": Architecture("NVIDIA A100-SXM4-80GB", 108, 2048, 163),
+    "sm_89": Architecture("NVIDIA GeForce RTX 4090", 128, 1536, 99),
+    "sm_90": Architecture("NVIDIA H100 80GB HBM3", 132, 2048, 227),
+}
+_SOURCE = Path(__file__).with_name("fake_cuda.cpp")
+
+
+def unusable() -> str | None:
+    """Returns why this machine cannot have the device; None if it can."""
+    if sys.platform != "linux":
+        return "requires Linux"
+    if (_torch_folder() / "lib" / "libtorch_cuda.so").exists():
+        return "requires a CPU build of torch, since this one has a CUDA device of its own"
+    if _compiler() is None:
+        return "requires a C++ compiler; install g++, or set CXX"
+    return None
+
+
+def call_with_gpu(arch: str, function: Callable[[], T]) -> T:
+    """Returns the result of a picklable function, called in a process that compiles for a GPU.
+
+    Args:
+        arch: the architecture of the GPU, which the machine does not have, e.g. "sm_90".
+
+    Raises:
+        EnvironmentMismatchError: if this machine cannot compile for a GPU without one.
+    """
+    problem = unusable()
+    if importlib.util.find_spec("triton") is None:
+        problem = "requires triton; run `pip install 'switchtitan[gpu-compile]'`"
+    if problem is not None:
+        raise EnvironmentMismatchError(f"compiling for a GPU without one {problem}")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with tempfile.NamedTemporaryFile() as file:
+        command = [sys.executable, "-m", __name__, arch, file.name]
+        finished = subprocess.run(
+            command, input=pickle.dumps(function), env=environment, capture_output=True
+        )
+        if finished.returncode != 0:
+            raise RuntimeError(f"steps for {arch} failed:\n{finished.stderr.decode()}")
+        result = pickle.loads(Path(file.name).read_bytes())
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def _main(arch: str, file: str) -> None:
+    load()
+    from switchtitan.benchmark.gpu import torch_inside
+
+    try:
+        # Before the function's modules are imported, which keep functions of torch.
+        torch_inside.install(arch)
+        result = pickle.load(sys.stdin.buffer)()
+    except UserError as error:
+        result = error
+    Path(file).write_bytes(pickle.dumps(result))
+    # Threads of the autograd engine may still run; an ordinary exit then calls std::terminate.
+    os._exit(0)
+
+
+def load() -> None:
+    """Adds the device to the torch that this process imports later."""
+    assert "torch" not in sys.modules, "torch looks for devices when it is imported"
+    torch_folder = _torch_folder()
+    library = _build(torch_folder)
+    # Loaded globally, since the library needs their symbols.
+    for name in ("libc10.so", "libtorch_cpu.so"):
+        ctypes.CDLL(str(torch_folder / "lib" / name), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def _torch_folder() -> Path:
+    """The folder of the package torch, which is not imported."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def _build(torch_folder: Path) -> Path:
+    """The library for this source, torch and compiler, in the user's cache folder."""
+    key = hashlib.sha256(
+        _SOURCE.read_bytes() + f"{version('torch')} {_compiler()}".encode()
+    ).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "switchtitan"
+    library = cache / f"fake_cuda-{key}.so"
+    if library.exists():
+        return library
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        built = Path(folder) / "fake_cuda.so"
+        command = [str(_compiler()), "-std=c++20", "-O0", "-shared", "-fPIC", str(_SOURCE)]
+        command += ["-o", str(built), f"-I{torch_folder / 'include'}"]
+        command += [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        # Other processes may build it at the same time.
+        built.replace(library)
+    return library
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,269 @@
+"""Records what compiled steps launch on a GPU: kernels, bytes and floating-point operations."""
+
+import math
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from switchtitan.benchmark.gpu import torch_inside
+from switchtitan.benchmark.steppers import fake_stepper
+from switchtitan.errors import UserError
+from switchtitan.job.config import JobConfig
+from switchtitan.observability.collectives import CountingMode
+from switchtitan.regions import observe_regions, stop_observing_regions
+
+NUM_STEPS = 3
+"""Steps of each configuration. The last one is recorded, in which nothing should compile."""
+NO_KERNEL = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "is_pinned"),
+    *("lift_fresh", "record_stream", "_unsafe_view", "_reshape_alias"),
+}
+"""Operations without a kernel that are not views."""
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+# Of torch's multi_tensor_apply (aten/src/ATen/native/cuda/MultiTensorApply.cuh), by number of
+# lists.
+_TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+_BLOCKS_PER_LAUNCH = 320
+_ELEMENTS_PER_BLOCK = 65536
+
+
+class Launch(NamedTuple):
+    """Kernels of one operation, or one Triton kernel."""
+
+    region: str
+    kind: str
+    """"triton", "extern" (called by compiled code), "eager" or "collective"."""
+    name: str
+    num_launches: int
+    num_bytes: int
+    """Read and written in device memory."""
+    num_flops: int = 0
+    """Of matrix products and attention."""
+    dtype: str = ""
+    """In which they are multiplied."""
+
+
+class Kernel(NamedTuple):
+    """A Triton kernel; the most of all configurations among which a GPU chooses by time."""
+
+    name: str
+    num_configs: int
+    registers: int
+    """Per thread."""
+    spilled_bytes: int
+    """Of stack and local memory per thread."""
+    shared_bytes: int
+    """Per block."""
+    num_launches: int
+    """In the recorded step."""
+
+
+class StepOnGpu(NamedTuple):
+    """A compiled step on one architecture."""
+
+    launches: list[tuple[Launch, int]]
+    """Of the last step, and how often each happened."""
+    kernels: list[Kernel]
+    compiled: list[list[str]]
+    """Functions that each step compiled."""
+    graph_breaks: dict[str, int]
+
+
+def record_steps(configs: Mapping[str, JobConfig], num_ranks: int) -> dict[str, StepOnGpu]:
+    """Takes steps of each configuration on rank 0; call by `call_with_gpu`.
+
+    Raises:
+        UserError: if a step reads values of the device.
+    """
+    steps = {}
+    for name, config in configs.items():
+        try:
+            steps[name] = record_step(config, num_ranks)
+        except torch_inside.value_error() as error:
+            message = f"{name}: cannot be recorded, since its step reads values of the device"
+            raise UserError(f"{message} ({error})") from error
+    return steps
+
+
+def record_step(config: JobConfig, num_ranks: int = 1) -> StepOnGpu:
+    """Takes steps of a configuration on rank 0, compiled from scratch, and records the last."""
+    torch_inside.forget_compiled()
+    compiled = []
+    with fake_stepper(config, num_ranks, device="cuda:0") as stepper:
+        for _ in range(NUM_STEPS):
+            record = RecordLaunches()
+            observe_regions(record)
+            with record:
+                stepper.step()
+            stop_observing_regions(record)
+            compiled.append(torch_inside.newly_compiled())
+    launches = list(record.launches.items())
+    return StepOnGpu(launches, record.kernels(), compiled, torch_inside.graph_breaks())
+
+
+class RecordLaunches(CountingMode):
+    """A context that records what a step on fake tensors launches, also in compiled regions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[Launch] = Counter()
+        self._tuners: Counter[Any] = Counter()
+        self._regions = ["outside"]
+        torch_inside.on_launch = self._launch
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def begin(self, name: str) -> None:
+        self._regions.append(name)
+
+    def end(self) -> None:
+        self._regions.pop()
+
+    def _launch(self, tuner: Any, args: tuple) -> None:
+        self._tuners[tuner] += 1
+        meta = tuner.inductor_meta
+        num_bytes = round(meta.get("kernel_num_gb", 0) * 1e9)
+        self._add("triton", meta["kernel_name"], 1, num_bytes)
+
+    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+        tensors = tensors_in((args, kwargs, result))
+        if not any(tensor.device.type == "cuda" for tensor in tensors):
+            return
+        if torch_inside.fused:
+            if num_bytes := torch_inside.fused[-1]:
+                self._add("eager", "_fused_rms_norm", 1, num_bytes)
+                torch_inside.fused[-1] = 0
+            return
+        namespace, _, name = func.name().split(".")[0].partition("::")
+        # "prim" asks a tensor for its device.
+        if namespace == "prim" or func.is_view or name in NO_KERNEL:
+            return
+        kind = "extern" if torch_inside.running_graphs else "eager"
+        if namespace in ("c10d", "_c10d_functional"):
+            kind = "collective"
+        flops = num_flops(func, name, args, kwargs, result)
+        factors = tensors_in(args)[1:] if name.startswith("addmm") else tensors
+        dtypes = [str(tensor.dtype) for tensor in factors if tensor.is_floating_point()]
+        self._add(
+            kind,
+            name,
+            num_launches_of_lists(lists_in(args)) if name.startswith("_foreach_") else 1,
+            num_bytes_of(name, args, result, tensors),
+            flops,
+            dtypes[0].removeprefix("torch.") if flops else "",
+        )
+
+    def kernels(self) -> list[Kernel]:
+        """Returns the Triton kernels that were compiled or launched."""
+        kernels = []
+        for tuner in dict.fromkeys([*torch_inside.tuners, *self._tuners]):
+            resources = [_resources(compiled) for compiled in tuner.compile_results]
+            registers, spilled, shared = (max(column) for column in zip(*resources, strict=True))
+            name, number = tuner.inductor_meta["kernel_name"], self._tuners[tuner]
+            kernels.append(Kernel(name, len(resources), registers, spilled, shared, number))
+        return kernels
+
+    def _add(self, *launch: Any) -> None:
+        self.launches[Launch(self._regions[-1], *launch)] += 1
+
+
+torch_inside.let_random_pass(RecordLaunches)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Returns the tensors in nested sequences and mappings; faster than torch's pytrees."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [tensor for part in tree for tensor in tensors_in(part)]
+
+
+def num_bytes_of(name: str, args: tuple, result: Any, tensors: list[Tensor]) -> int:
+    """Returns the bytes of an operation's tensors, or what it reads and writes of them."""
+    if name == "embedding":
+        return 2 * _num_bytes(tensors_in(result))
+    if name in ("copy_", "fill_", "zero_"):
+        return _num_bytes(tensors_in(args))
+    if name == "copy_in_backward":
+        return _num_bytes([args[0], result])
+    if name in ("index_put", "index_put_"):
+        return 2 * _num_bytes(tensors_in(args[2])) + _num_bytes(tensors_in(args[1]))
+    return _num_bytes(tensors)
+
+
+def _num_bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def num_flops(func: Any, name: str, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
+    """Returns the floating-point operations of a matrix product or attention; 0 for others."""
+    if name.rstrip("_") in _PRODUCTS:
+        left, right = tensors_in(args)[-2:]
+        return 2 * left.numel() * right.shape[-1]
+    formula = flop_registry.get(func._overloadpacket)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
+
+
+def lists_in(args: tuple) -> list[list[Tensor]]:
+    """Returns the lists of tensors of an operation on lists."""
+    return [[*part] for part in args if isinstance(part, list | tuple) and tensors_in(part[:1])]
+
+
+def takes_fast_path(lists: list[list[Tensor]]) -> bool:
+    """Whether each list has one dtype, all tensors are dense, and entries of a position match.
+
+    (aten/src/ATen/native/ForeachUtils.h)
+    """
+    return (
+        all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in lists)
+        and all(tensor.is_contiguous() for tensors in lists for tensor in tensors)
+        and all(
+            len({(tensor.shape, tensor.stride()) for tensor in entries}) == 1
+            for entries in zip(*lists, strict=True)
+        )
+    )
+
+
+def num_launches_of_lists(lists: list[list[Tensor]]) -> int:
+    """Returns the kernels of an operation on lists: one for each entry without the fast path."""
+    if not takes_fast_path(lists):
+        return len(lists[0])
+    num_launches = num_tensors = num_blocks = 0
+    for tensor in lists[0]:
+        num_tensors += 1
+        for _ in range(math.ceil(tensor.numel() / _ELEMENTS_PER_BLOCK)):
+            num_blocks += 1
+            if num_blocks == _BLOCKS_PER_LAUNCH:
+                # The tensor that is split here is also in the next launch.
+                num_launches, num_tensors, num_blocks = num_launches + 1, 1, 0
+        if num_tensors == _TENSORS_PER_LAUNCH[len(lists)]:
+            num_launches, num_tensors, num_blocks = num_launches + 1, 0, 0
+    return num_launches + (num_blocks > 0)
+
+
+def _resources(compiled: Any) -> tuple[int, int, int]:
+    """Returns registers, spilled bytes and shared bytes of a compiled configuration."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.kernel.asm["cubin"])
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    spilled = max(usage["STACK"], usage["LOCAL"])
+    return usage["REG"], spilled, compiled.kernel.metadata.shared

@@ -1,0 +1,408 @@
+"""Everything private of torch and Triton that taking steps for a GPU without one depends on.
+
+`install` changes torch for the rest of its process, in which `device.load` came first.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from pkgutil import resolve_name
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from switchtitan.benchmark.gpu.device import ARCHS
+from switchtitan.errors import EnvironmentMismatchError
+
+_INDUCTOR = "torch._inductor"
+_TUNER = f"{_INDUCTOR}.runtime.triton_heuristics.CachingAutotuner"
+_FOLDER = f"{_INDUCTOR}.fx_passes.joint_graph.UniformValueConstantFolder"
+_GUARDS = "torch._C._dynamo.guards"
+_C10D = "torch._C._distributed_c10d"
+
+PRIVATE = {
+    "torch.cuda._lazy_init": "starts the driver, which is missing",
+    "torch.cuda._exchange_device": "is called around every launch",
+    "torch.cuda._maybe_exchange_device": "is called around every launch",
+    "torch._subclasses.fake_tensor.FakeTensorMode.avoid_device_init": "torch.tensor(2.0, "
+    'device="cuda") would allocate',
+    "torch._subclasses.fake_tensor.DataDependentOutputException": "is raised for a missing value",
+    f"{_C10D}.FakeWork.wait": "of the fake process group, waits for streams",
+    f"{_GUARDS}._empty_strided_cuda": "allocates in generated code",
+    f"{_GUARDS}._reinterpret_tensor": "makes views in generated code",
+    f"{_GUARDS}.assert_alignment": "reads addresses in generated code",
+    f"{_INDUCTOR}.config.compile_threads": "processes that compile would lack these changes",
+    f"{_INDUCTOR}.config.fx_graph_cache": "cached graphs have no kernels to read",
+    f"{_INDUCTOR}.config.use_static_triton_launcher": "a launcher loads kernels on the device",
+    f"{_INDUCTOR}.config.benchmark_kernel": "makes Inductor note the bytes of each kernel",
+    f"{_INDUCTOR}.codecache.PyCodeCache.cache_clear": "forgets generated code and its kernels",
+    f"{_INDUCTOR}.codegen.simd.SIMDKernel.estimate_kernel_num_bytes": "counts strided reads twice",
+    f"{_INDUCTOR}.output_code.CompiledFxGraph.__call__": "runs a compiled graph",
+    f"{_INDUCTOR}.virtualized.V": "holds the graph that is compiled, with its buffers",
+    f"{_INDUCTOR}.runtime.triton_helpers.set_driver_to_gpu": "finds no driver of Triton",
+    f"{_FOLDER}._deduce_value": "computes constants of one element on the device",
+    f"{_FOLDER}._add_peephole_patterns": "computes constants of one element on the device",
+    f"{_TUNER}._make_launchers": "loads compiled kernels on the device",
+    f"{_TUNER}._dynamic_scale_rblock": "reads registers of loaded kernels",
+    f"{_TUNER}.run": "launches a kernel",
+    "torch._functorch.config.enable_autograd_cache": "cached graphs have no kernels to read",
+    "torch._dynamo.utils.counters": "counts graph breaks",
+    "torch._dynamo.utils.get_compilation_metrics": "lists what was compiled",
+    "torch._dynamo.utils.clear_compilation_metrics": "starts the list again",
+    "torch._prims.rng_prims.graphsafe_run_with_rng_state": "runs attention that is recomputed",
+    "torch.ops.aten._scaled_dot_product_flash_attention": "what a GPU chooses for attention",
+    "torch.ops.aten._fused_rms_norm": "what a GPU runs for an eager RMSNorm",
+    "torch.ops.aten._fused_rms_norm_backward": "what a GPU runs in its backward pass",
+}
+"""Name -> why it is used. A test says which names a new torch has moved."""
+
+
+def missing() -> list[str]:
+    """Returns the names of `PRIVATE` that this torch does not have."""
+    gone = []
+    for name in PRIVATE:
+        try:
+            resolve_name(name)
+        except (ImportError, AttributeError):
+            gone.append(name)
+    return gone
+
+
+def _replace(name: str, value: object) -> None:
+    assert name in PRIVATE, f"{name} is not explained in PRIVATE"
+    owner, _, attribute = name.rpartition(".")
+    setattr(resolve_name(owner), attribute, value)
+
+
+def install(arch: str) -> None:
+    """Lets torch take steps on fake tensors of a GPU, and Inductor compile for it.
+
+    Raises:
+        EnvironmentMismatchError: if this torch has moved what is private.
+    """
+    # First: torch._dynamo keeps functions of torch.cuda when it is imported.
+    _install_device(arch)
+    if gone := missing():
+        raise EnvironmentMismatchError(
+            f"torch {torch.__version__}: `benchmark gpu` needs what it no longer has: "
+            f"{', '.join(gone)}; use torch 2.13"
+        )
+    _install_inductor()
+    _install_triton(int(arch.removeprefix("sm_")))
+    _install_fused_kernels()
+
+
+# The device.
+class _Stream:
+    """A stream or an event, which does nothing."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, *args: Any, **keys: Any) -> None: ...
+
+    def _nothing(self, *args: Any, **keys: Any) -> None: ...
+
+    wait_stream = wait_event = wait = record = synchronize = _nothing
+
+    def record_event(self, event: Any = None) -> "_Stream":
+        return event or _Stream()
+
+    def query(self) -> bool:
+        return True
+
+
+class _Generator(torch.Generator):
+    device = property(lambda self: torch.device("cuda", 0))
+
+    def clone_state(self) -> "_Generator":
+        return _Generator()
+
+    def graphsafe_get_state(self) -> "_Generator":
+        return self
+
+    def graphsafe_set_state(self, state: torch.Generator) -> "_Generator":
+        return self
+
+
+def _install_device(arch: str) -> None:
+    given = ARCHS[arch]
+    major, minor = divmod(int(arch.removeprefix("sm_")), 10)
+    properties = SimpleNamespace(
+        name=given.card,
+        major=major,
+        minor=minor,
+        multi_processor_count=given.num_processors,
+        total_memory=80 << 30,
+        shared_memory_per_block=48 << 10,
+        shared_memory_per_block_optin=given.shared_kib << 10,
+        shared_memory_per_multiprocessor=(given.shared_kib + 1) << 10,
+        regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=given.threads_per_processor,
+        max_threads_per_block=1024,
+        warp_size=32,
+        L2_cache_size=50 << 20,
+        is_integrated=False,
+        gcnArchName="",
+    )
+    stream, state = _Stream(), torch.empty(16, dtype=torch.uint8)
+    functions: dict[str, object] = {
+        "Stream": _Stream,
+        "Event": _Stream,
+        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda device=None: stream,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "device_count": lambda: 1,
+        "synchronize": lambda device=None: None,
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "is_bf16_supported": lambda *args, **keys: True,
+        "memory_allocated": lambda device=None: 0,
+        "get_device_name": lambda device=None: given.card,
+        "get_device_capability": lambda device=None: (major, minor),
+        "get_device_properties": lambda device=None: properties,
+        "default_generators": (_Generator(),),
+        "get_rng_state": lambda device="cuda": state,
+        "set_rng_state": lambda new, device="cuda": None,
+    }
+    for name, function in functions.items():
+        setattr(torch.cuda, name, function)
+    for name in ("get_rng_state", "set_rng_state"):
+        setattr(torch.cuda.random, name, functions[name])
+    _replace("torch.cuda._lazy_init", lambda: None)
+    _replace("torch.cuda._exchange_device", lambda device: 0)
+    _replace("torch.cuda._maybe_exchange_device", lambda device: 0)
+    # A CPU build has neither of them, nor a version of CUDA.
+    torch._C._cuda_getCurrentRawStream = lambda device: 0
+    torch._C._cuda_getDevice = lambda: 0
+    torch.version.cuda = "13.0"
+    _replace("torch._subclasses.fake_tensor.FakeTensorMode.avoid_device_init", True)
+    _replace(f"{_C10D}.FakeWork.wait", lambda work, timeout=None: True)
+    # A fake tensor has no address: what tells storages apart.
+    torch.Tensor.data_ptr = lambda tensor: tensor.untyped_storage()._cdata  # type: ignore
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor.clone()  # type: ignore
+    torch.Tensor.record_stream = lambda tensor, stream: None  # type: ignore
+
+
+# Compilation.
+class _OnCpu(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if getattr(kwargs.get("device"), "type", None) == "cuda":
+            kwargs["device"] = torch.device("cpu")
+        return func(*args, **kwargs)
+
+
+def _on_cpu(method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Any, *args: Any) -> Any:
+        with _OnCpu():
+            return method(self, *args)
+
+    return call
+
+
+def _install_inductor() -> None:
+    for name in (f"{_FOLDER}._deduce_value", f"{_FOLDER}._add_peephole_patterns"):
+        _replace(name, _on_cpu(resolve_name(name)))
+    _replace(f"{_INDUCTOR}.config.compile_threads", 1)
+    _replace(f"{_INDUCTOR}.config.fx_graph_cache", False)
+    _replace("torch._functorch.config.enable_autograd_cache", False)
+    _replace(f"{_INDUCTOR}.config.use_static_triton_launcher", False)
+    _replace(f"{_INDUCTOR}.config.benchmark_kernel", True)
+    _replace(f"{_GUARDS}._empty_strided_cuda", _empty_strided)
+    _replace(f"{_GUARDS}._reinterpret_tensor", _reinterpret)
+    _replace(f"{_GUARDS}.assert_alignment", lambda *args: None)
+    _replace(f"{_INDUCTOR}.codegen.simd.SIMDKernel.estimate_kernel_num_bytes", num_bytes_of_kernel)
+    name = f"{_INDUCTOR}.output_code.CompiledFxGraph.__call__"
+    call = resolve_name(name)
+
+    def call_and_tell(graph: Any, inputs: Any) -> Any:
+        running_graphs.append(graph)
+        try:
+            return call(graph, inputs)
+        finally:
+            running_graphs.pop()
+
+    _replace(name, call_and_tell)
+
+
+def _empty_strided(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
+
+
+def _reinterpret(tensor: Tensor, size: Any, stride: Any, offset: int = 0) -> Tensor:
+    return torch.as_strided(tensor, size, stride, tensor.storage_offset() + offset)
+
+
+def num_bytes_of_kernel(kernel: Any) -> int:
+    """Returns the bytes of a Triton kernel's arguments, and of strided ones only what is accessed.
+
+    Inductor's own estimate counts such a part once for each way to index it.
+    """
+    V = resolve_name(f"{_INDUCTOR}.virtualized.V")
+    num_in_place = len({id(buffer) for buffer in kernel.args.inplace_buffers.values()})
+    accesses, total = kernel.features.buf_accesses(), 0
+    for index, name in enumerate(kernel.args.python_argdefs()[1]):
+        if name in accesses:
+            buffer = V.graph.try_get_buffer(name)
+            size, stride = buffer.get_size(), buffer.get_stride()
+            num_values = _num_accessed([*map(int, size)], [*map(int, stride)], accesses[name])
+            num_values *= buffer.get_dtype().itemsize
+            # One that is overwritten is read, too.
+            total += num_values * (2 if index < num_in_place else 1)
+    return total
+
+
+def _num_accessed(size: list[int], stride: list[int], accesses: list[Any]) -> int:
+    """Counts the values of rows that are accessed; all of a tensor that is not made of rows."""
+    full = math.prod(size)
+    if len(size) < 2 or stride[-1] != 1:
+        return full
+    width = stride[-2]
+    num_rows, num_gathered, columns = 0, 0, set[int]()
+    for access in accesses:
+        if not hasattr(access, "var_names"):
+            return full
+        strides = access.index.as_coefficients_dict()
+        lengths = dict(zip(access.var_names, map(int, access.size), strict=True))
+        if any(variable != 1 and variable not in lengths for variable in strides):
+            num_gathered += math.prod(lengths.values())
+            continue
+        start, span, num_rows_here = int(strides.pop(1, 0)), 1, 1
+        for variable, step in strides.items():
+            # A loop may go on over the ends of rows.
+            last = int(step) * (lengths[variable] - 1)
+            num_rows_here *= lengths[variable] if step >= width else max(1, last // width + 1)
+            span += last if step < width else 0
+        # A masked access may start before the row.
+        first = start % width if start >= 0 else start
+        columns.update(range(max(first, 0), min(first + span, width)))
+        num_rows = max(num_rows, num_rows_here)
+    return min(full, num_rows * len(columns) + num_gathered)
+
+
+running_graphs: list[object] = []
+"""Compiled graphs that are running: operations in them are called by generated code."""
+tuners: list[Any] = []
+"""What holds the compiled configurations of a Triton kernel, of all that were compiled."""
+on_launch: Callable[[Any, tuple], None] = lambda tuner, args: None  # noqa: E731
+"""Called instead of each launch of a Triton kernel."""
+
+
+def _install_triton(capability: int) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    driver = SimpleNamespace(
+        is_active=lambda: True,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=None: 0,
+        get_active_torch_device=lambda: torch.device("cuda", 0),
+        get_device_interface=lambda: torch.cuda,
+    )
+    triton.runtime.driver.set_active(driver)
+    _replace(f"{_INDUCTOR}.runtime.triton_helpers.set_driver_to_gpu", lambda: None)
+
+    _replace(f"{_TUNER}._make_launchers", lambda tuner: tuners.append(tuner))
+    _replace(f"{_TUNER}._dynamic_scale_rblock", lambda tuner: None)
+    _replace(f"{_TUNER}.run", lambda tuner, *args, stream=None, **keys: on_launch(tuner, args))
+
+
+def value_error() -> type[Exception]:
+    """Returns what is raised where the host reads a value, which a fake tensor does not have."""
+    return resolve_name("torch._subclasses.fake_tensor.DataDependentOutputException")
+
+
+def forget_compiled() -> None:
+    """Lets the next configuration compile from scratch."""
+    torch._dynamo.reset()
+    resolve_name("torch._dynamo.utils.counters").clear()
+    resolve_name(f"{_INDUCTOR}.codecache.PyCodeCache.cache_clear")()
+    newly_compiled()
+    tuners.clear()
+
+
+def newly_compiled() -> list[str]:
+    """Returns the functions that were compiled since the last call."""
+    metrics = resolve_name("torch._dynamo.utils.get_compilation_metrics")()
+    resolve_name("torch._dynamo.utils.clear_compilation_metrics")()
+    return [str(entry.co_name) for entry in metrics]
+
+
+def graph_breaks() -> dict[str, int]:
+    """Returns the number of graph breaks by reason."""
+    return dict(resolve_name("torch._dynamo.utils.counters")["graph_break"])
+
+
+# What a GPU chooses, and a CPU build cannot.
+fused: list[int] = []
+"""Bytes of a kernel whose parts are running: a CPU build has no such kernel. 0 once counted."""
+_libraries: list[torch.library.Library] = []
+
+
+class _FusedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, shape: Any, eps: float | None) -> Tensor:
+        fused.append(2 * x.nbytes + weight.nbytes)
+        try:
+            y, rstd = torch.ops.aten._fused_rms_norm.default(x, shape, weight, eps)
+        finally:
+            fused.pop()
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.shape = shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, rstd = ctx.saved_tensors
+        backward = torch.ops.aten._fused_rms_norm_backward.default
+        return *backward(grad, x, ctx.shape, rstd, weight, [True, True]), None, None
+
+
+def _rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
+    return _FusedNorm.apply(x, weight, shape, eps)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Flash attention, which a GPU since Ampere chooses for such arguments."""
+    assert attn_mask is None
+    assert query.dtype in (torch.bfloat16, torch.float16)
+    assert query.shape[-1] % 8 == 0
+    if enable_gqa:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+    return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+
+
+def let_random_pass(mode: type[TorchDispatchMode]) -> None:
+    """Lets attention that is recomputed, with its random numbers, pass a mode of this class."""
+
+    @resolve_name("torch._prims.rng_prims.graphsafe_run_with_rng_state").py_impl(mode)
+    def run(mode: Any, operation: Any, *args: Any, rng_state: Any = None, **kwargs: Any) -> Any:
+        with mode:
+            return operation(*args, **kwargs)
+
+
+def _install_fused_kernels() -> None:
+    library = torch.library.Library("aten", "IMPL")
+    _libraries.append(library)
+    keys = torch._C.DispatchKey.CUDA, torch._C.DispatchKey.AutogradCUDA
+    for key in keys:
+        library.impl("scaled_dot_product_attention", _attend, key.name)
+        torch.ops.aten.scaled_dot_product_attention.default.py_impl(key)(_attend)
+    library.impl("rms_norm", _rms_norm, "AutogradCUDA")

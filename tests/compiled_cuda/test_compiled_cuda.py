@@ -1,0 +1,208 @@
+"""Every method, optimizer and model compiles for GPUs, on a machine without one; faults are found.
+
+Triton kernels are compiled to machine code, and launches are counted; nothing runs on a GPU.
+"""
+
+import importlib.util
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import pytest
+from support.commands import run
+from support.compiled_cuda import (
+    CASES,
+    NUM_BLOCKS,
+    NUM_ROWS,
+    PLANTS,
+    WIDTH,
+    config_of,
+    record_cases,
+    record_plants,
+)
+
+from switchtitan.benchmark.gpu import device, torch_inside
+from switchtitan.benchmark.gpu.record import Launch, StepOnGpu
+from switchtitan.benchmark.gpu.roofline import CARDS, bounds_s
+from switchtitan.methods import METHODS
+from switchtitan.models import MODELS
+from switchtitan.optim import OPTIMIZERS
+
+REASON = device.unusable()
+if importlib.util.find_spec("triton") is None:
+    REASON = "requires triton"
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"compiling for a GPU {REASON}")
+
+ARCHS = ("sm_80", "sm_90")
+MOST_SHARED_BYTES = 99 * 1024
+"""What a block may have on consumer cards of sm_86 and sm_89."""
+SPILLING: dict[str, int] = {}
+"""Kernel -> bytes that it may spill per thread."""
+
+
+class Limits(NamedTuple):
+    launches: int
+    """Of a block's compiled code, forward and backward."""
+    megabytes: int
+    """Read and written by them; 72 sequences of 512 tokens, hidden size 512."""
+    all_launches: int
+    """Of a step of two blocks."""
+
+
+# At most as many as a change has needed so far: lower them with what a change saves.
+LIMITS = {
+    "full rank": Limits(42, 5040, 598),
+    "recomputation": Limits(54, 6300, 620),
+    "switchlora": Limits(100, 6470, 822),
+    "lora": Limits(100, 6200, 836),
+    "low rank": Limits(63, 5430, 831),
+    "sltrain": Limits(142, 5090, 880),
+    "cola": Limits(77, 5760, 708),
+    "qwen2": Limits(50, 4870, 630),
+}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """Steps by architecture and case; steps with planted faults, and the bytes of a kernel."""
+    with ThreadPoolExecutor() as pool:
+        calls = [*((arch, record_cases) for arch in ARCHS), ("sm_90", record_plants)]
+        *cases, planted = pool.map(lambda call: device.call_with_gpu(*call), calls)
+    return dict(zip(ARCHS, cases, strict=True)), planted
+
+
+@pytest.fixture(scope="module")
+def found(recorded):
+    return recorded[0]
+
+
+@pytest.fixture(scope="module")
+def planted(recorded):
+    return recorded[1]
+
+
+def late_compilations(step):
+    return [function for functions in step.compiled[1:] for function in functions]
+
+
+def spills(step):
+    return {
+        kernel.name: kernel.spilled_bytes
+        for kernel in step.kernels
+        if kernel.spilled_bytes > SPILLING.get(kernel.name, 0)
+    }
+
+
+def of_blocks(step):
+    """Launches of the compiled code of all blocks, and their bytes."""
+    launches = [
+        (launch, number)
+        for launch, number in step.launches
+        if launch.region in ("forward", "backward", "step") and launch.kind in ("triton", "extern")
+    ]
+    num_launches = sum(number * launch.num_launches for launch, number in launches)
+    return num_launches, sum(number * launch.num_bytes for launch, number in launches)
+
+
+def beyond(step, limits):
+    num_launches, num_bytes = of_blocks(step)
+    found = Limits(
+        -(-num_launches // NUM_BLOCKS),
+        -(-num_bytes // (NUM_BLOCKS * 10**6)),
+        sum(number * launch.num_launches for launch, number in step.launches),
+    )
+    return {key: value for key, value in found._asdict().items() if value > getattr(limits, key)}
+
+
+def test_cases_contain_every_method_optimizer_and_model():
+    configs = [config_of(name) for name in CASES]
+    assert {config.method.name for config in configs} == set(METHODS)
+    assert {config.model.name for config in configs} == set(MODELS)
+    # torch's Adafactor reads norms on the host, which fake tensors do not have.
+    without = {"adafactor"} if "adamw8bit" in CASES else {"adafactor", "adamw8bit"}
+    assert {config.optimizer.name for config in configs} == set(OPTIMIZERS) - without
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_step_compiles_once_without_breaks_and_spills(found, arch, name):
+    step = found[arch][name]
+    assert step.graph_breaks == {}
+    assert late_compilations(step) == []
+    assert bool(step.compiled[0]) == (name != "adamw8bit")
+    assert bool(step.kernels) == bool(step.compiled[0])
+    assert spills(step) == {}
+    assert [k for k in step.kernels if k.shared_bytes > MOST_SHARED_BYTES] == []
+
+
+@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_block_launches_and_moves_at_most(found, arch, name):
+    assert beyond(found[arch][name], LIMITS[name]) == {}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_attention_and_the_last_norm_are_the_kernels_that_a_gpu_chooses(found, arch):
+    counts = {}
+    for launch, number in found[arch]["full rank"].launches:
+        counts[launch.name] = counts.get(launch.name, 0) + number
+    assert counts["_scaled_dot_product_flash_attention"] == NUM_BLOCKS
+    assert counts["_scaled_dot_product_flash_attention_backward"] == NUM_BLOCKS
+    # Those of blocks are compiled.
+    assert counts["_fused_rms_norm"] == counts["_fused_rms_norm_backward"] == 1
+    assert not {"bmm", "_softmax", "mean"} & counts.keys()
+
+
+def test_planted_faults_are_found(found, planted):
+    right, plants = found["sm_90"]["full rank"], planted[0]
+    assert plants.keys() == PLANTS.keys()
+    copying, spilling, recompiling = plants.values()
+    num_copied = 2 * 2 * 72 * 512 * 512  # q is read and written, in bf16
+    assert of_blocks(copying)[1] >= of_blocks(right)[1] + NUM_BLOCKS * num_copied
+    assert beyond(copying, LIMITS["full rank"]).keys() == {"megabytes"}
+    assert spills(spilling)
+    assert late_compilations(recompiling)
+
+
+def test_of_strided_rows_only_the_parts_that_are_read_count(planted):
+    # Two parts are read and one is written, in bf16; Inductor would count all of the rows.
+    assert planted[1] == 2 * 3 * NUM_ROWS * WIDTH
+
+
+def test_torch_has_what_is_used_of_its_inside(monkeypatch):
+    assert torch_inside.missing() == []
+    monkeypatch.setitem(torch_inside.PRIVATE, "torch._inductor.moved", "is planted")
+    assert torch_inside.missing() == ["torch._inductor.moved"]
+
+
+def test_a_launch_takes_its_bytes_or_its_operations_and_a_collective_nothing():
+    bandwidth, flops_per_s = 3.35e12, 989.5e12  # of an H100
+    launches = [
+        (Launch("forward", "triton", "copy", 1, int(bandwidth), 0, ""), 2),
+        (Launch("forward", "extern", "mm", 1, 10, int(4 * flops_per_s), "bfloat16"), 1),
+        (Launch("forward", "collective", "all_reduce_", 1, int(bandwidth), 0, ""), 9),
+    ]
+    bounds = bounds_s({"sm_90": StepOnGpu(launches, [], [], {})})
+    assert bounds["H100 SXM"] == pytest.approx(2 + 4)
+    assert bounds.keys() == CARDS.keys()
+
+
+def test_the_command_compares_configurations(tmp_path):
+    sides = "llama_60m.toml", "llama_60m.toml:model.num_layers=2"
+    eager = [f"--compile.{key}=false" for key in ("blocks", "loss", "optimizer")]
+    keys = ["--model.num_layers=1", "--training.global_batch_size=144", *eager]
+    file = tmp_path / "record.json"
+    outcome = run("benchmark", "gpu", *sides, "--num-ranks", 2, "--json", file, *keys)
+    assert outcome.status == 0, outcome.errors
+    steps = json.loads(file.read_text())["steps"]
+    one, two = (steps[side] for side in sides)
+    assert one["bounds_s"]["H200"] < one["bounds_s"]["H100 SXM"] < two["bounds_s"]["H100 SXM"]
+    collectives = [launch for launch in one["sm_90"]["launches"] if launch["kind"] == "collective"]
+    assert collectives
+
+
+def test_without_triton_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    outcome = run("benchmark", "gpu", "llama_60m.toml")
+    outcome.check_refused("triton", "switchtitan[gpu-compile]")

@@ -1,0 +1,134 @@
+"""Compiled steps for a GPU without one: every method, optimizer and model, and planted faults.
+
+Its functions run in a process of `call_with_gpu`.
+"""
+
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from support.packages import HAS_TORCHAO
+from switchtitan.benchmark.gpu.record import RecordLaunches, StepOnGpu, record_step
+from switchtitan.job.config import JobConfig, parse_unchecked
+from switchtitan.methods.lowrank.contraction import copy_in_backward
+from switchtitan.models.llama.model import MLP, Attention
+from switchtitan.training.step import Stepper
+
+NUM_BLOCKS = 2
+NUM_ROWS, WIDTH = 4096, 320
+_BASE = {"model.num_layers": NUM_BLOCKS, "training.global_batch_size": 72, "compile.loss": "false"}
+_EAGER_BLOCKS = "compile.blocks=false"
+_EAGER_UPDATE = "compile.optimizer=false"
+CASES = {
+    "full rank": "",
+    # Only here: its kernels would count as those of blocks.
+    "loss": f"compile.loss=true {_EAGER_BLOCKS} {_EAGER_UPDATE}",
+    "recomputation": f"activation_checkpoint.mode=full {_EAGER_UPDATE}",
+    "switchlora": "method.name=switchlora method.rank=128",
+    "lora": "method.name=lora method.rank=64 optimizer.name=muon",
+    "low rank": "method.name=low_rank method.rank=128 optimizer.name=scale",
+    # Its blocks are those of lora; of the next three, those of full rank.
+    "relora": f"method.name=relora method.rank=64 method.reset_interval=5000 {_EAGER_BLOCKS}",
+    "galore": f"method.name=galore method.rank=128 {_EAGER_BLOCKS}",
+    "fira": f"method.name=fira method.rank=128 {_EAGER_BLOCKS}",
+    "apollo": f"method.name=apollo method.rank=128 {_EAGER_BLOCKS}",
+    "sltrain": f"method.name=sltrain method.rank=128 {_EAGER_UPDATE}",
+    "cola": f"model.name=cola model.size=60m model.rank=128 {_EAGER_UPDATE}",
+    "qwen2": "model.name=qwen2 model.size=60m model.num_kv_heads=2 optimizer.name=sgd",
+}
+"""Name -> keys that differ from full rank."""
+if HAS_TORCHAO:
+    CASES["adamw8bit"] = f"optimizer.name=adamw8bit {_EAGER_UPDATE} {_EAGER_BLOCKS}"
+
+
+def config_of(name: str) -> JobConfig:
+    keys = _BASE | dict(pair.split("=") for pair in CASES[name].split())
+    words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    return parse_unchecked(["--config", "llama_60m.toml", *words])
+
+
+def record_cases() -> dict[str, StepOnGpu]:
+    return {name: record_step(config_of(name)) for name in CASES}
+
+
+def bytes_of_parts() -> int:
+    """Returns the bytes of a kernel that multiplies two parts of rows, of three."""
+    record = RecordLaunches()
+    with FakeTensorMode():
+        rows = torch.empty(NUM_ROWS, 3 * WIDTH, dtype=torch.bfloat16, device="cuda")
+        multiply = torch.compile(lambda x: F.silu(x[:, :WIDTH]) * x[:, WIDTH : 2 * WIDTH])
+        with record:
+            multiply(rows)
+    ((launch, number),) = record.launches.items()
+    assert launch.kind == "triton"
+    return number * launch.num_bytes
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return copy_in_backward(x, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def with_second_copy_of_q() -> StepOnGpu:
+    """A step of full rank in which each block copies q once more."""
+    project = Attention.forward
+
+    def forward(self, hidden, positions):
+        with_copy = lambda query, *others: attend(_Copy.apply(query), *others)  # noqa: E731
+        attend, self.attend = self.attend, with_copy
+        try:
+            return project(self, hidden, positions)
+        finally:
+            self.attend = attend
+
+    with patch.object(Attention, "forward", forward):
+        return record_step(config_of("full rank"))
+
+
+def with_few_registers() -> StepOnGpu:
+    """A step of full rank whose kernels may use 24 registers per thread, and must spill."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    parse = CUDABackend.parse_options
+
+    def parse_with_limit(backend, options):
+        return parse(backend, {**options, "maxnreg": 24})
+
+    with patch.object(CUDABackend, "parse_options", parse_with_limit):
+        return record_step(config_of("full rank"))
+
+
+def with_a_number_per_step() -> StepOnGpu:
+    """A step of full rank whose blocks multiply by a Python number that every step changes."""
+    multiply, take_step = MLP.forward, Stepper.step
+
+    def forward(self, hidden):
+        return multiply(self, hidden) * MLP.factor
+
+    def step(self):
+        MLP.factor += 1
+        return take_step(self)
+
+    with (
+        patch.object(MLP, "factor", 1, create=True),
+        patch.object(MLP, "forward", forward),
+        patch.object(Stepper, "step", step),
+    ):
+        return record_step(config_of("full rank"))
+
+
+PLANTS = {
+    plant.__name__: plant
+    for plant in (with_second_copy_of_q, with_few_registers, with_a_number_per_step)
+}
+
+
+def record_plants() -> tuple[dict[str, StepOnGpu], int]:
+    return {name: plant() for name, plant in PLANTS.items()}, bytes_of_parts()
