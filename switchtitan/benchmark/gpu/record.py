@@ -27,6 +27,8 @@ NO_KERNEL = {
     *("lift_fresh", "record_stream", "_unsafe_view", "_reshape_alias"),
 }
 """Operations without a kernel that are not views."""
+_NUM_LAUNCHES = {"stack_rows": 2, "stack_columns": 2}
+"""Operations of our own with several kernels: a product and a copy."""
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 # Of torch's multi_tensor_apply (aten/src/ATen/native/cuda/MultiTensorApply.cuh), by number of
 # lists.
@@ -157,7 +159,7 @@ class RecordLaunches(CountingMode):
         self._add(
             kind,
             name,
-            num_launches_of_lists(lists_in(args)) if name.startswith("_foreach_") else 1,
+            _num_launches(name, args),
             num_bytes_of(name, args, result, tensors),
             flops,
             dtypes[0].removeprefix("torch.") if flops else "",
@@ -215,6 +217,12 @@ def num_flops(func: Any, name: str, args: tuple, kwargs: Mapping[str, Any], resu
         return 2 * left.numel() * right.shape[-1]
     formula = flop_registry.get(func._overloadpacket)
     return formula(*args, **kwargs, out_val=result) if formula else 0
+
+
+def _num_launches(name: str, args: tuple) -> int:
+    if name.startswith("_foreach_"):
+        return num_launches_of_lists(lists_in(args))
+    return _NUM_LAUNCHES.get(name, 1)
 
 
 def lists_in(args: tuple) -> list[list[Tensor]]:
