@@ -221,6 +221,21 @@ class LanguageModel(nn.Module, ABC):
 
 
 @runtime_checkable
+class Pairable(Protocol):
+    """A layer that may share the reads of its input with another layer of the same input."""
+
+    def forward_pair(self, x: Tensor, other: nn.Module) -> tuple[Tensor, Tensor]:
+        """Returns what this layer and `other` return for x [..., in], equal to rounding."""
+
+
+def apply_pair(x: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, Tensor]:
+    """Applies two layers to one input."""
+    if isinstance(first, Pairable):
+        return first.forward_pair(x, second)
+    return first(x), second(x)
+
+
+@runtime_checkable
 class Reparametrized(Protocol):
     """A module that replaces a plain layer and initializes its tensors from that layer's weight."""
 

@@ -81,6 +81,20 @@ def _products(
     return [forward, backward, (out_features, num_tokens, in_features), *merges, *projections]
 
 
+def _products_of_pair(
+    out_features: tuple[int, int], in_features: int, rank: int, num_tokens: int
+) -> list[tuple[int, int, int]]:
+    """Returns the products of `concatenated_pair`, like `_products`."""
+    products = [(2 * rank, num_tokens, in_features)]
+    for width in out_features:
+        products += [
+            (num_tokens, in_features, width + rank),
+            (num_tokens, width, in_features + rank),
+        ]
+        products += [(rank, num_tokens, width), *2 * [(width, rank, in_features)]]
+    return products
+
+
 def num_flops(
     contraction: Contraction, out_features: int, in_features: int, rank: int, num_tokens: int
 ) -> int:
@@ -96,17 +110,33 @@ def fastest_contraction(x: Tensor, out_features: int, rank: int) -> Contraction:
     are as fast as others.
     """
     in_features, num_tokens = x.shape[-1], x.numel() // x.shape[-1]
-    flops_per_byte = _flops_per_byte(x.device, x.dtype) if x.is_cuda else 0.0
     best, least = _ALL[0], math.inf
     # Traced by torch.compile, which cannot take a minimum by a function that is made here.
     for contraction in _ALL:
-        time = 0.0
-        for m, k, n in _products(contraction, out_features, in_features, rank, num_tokens):
-            num_bytes = x.element_size() * (m * k + k * n + m * n)
-            time += max(2 * m * k * n, num_bytes * flops_per_byte)
+        time = _time(x, _products(contraction, out_features, in_features, rank, num_tokens))
         if time < least:
             best, least = contraction, time
     return best
+
+
+def is_pair_faster(x: Tensor, out_features: tuple[int, int], rank: int) -> bool:
+    """Whether `concatenated_pair` takes less time than the fastest contraction of each layer."""
+    in_features, num_tokens = x.shape[-1], x.numel() // x.shape[-1]
+    apart = 0.0
+    for width in out_features:
+        fastest = fastest_contraction(x, width, rank)
+        apart += _time(x, _products(fastest, width, in_features, rank, num_tokens))
+    return _time(x, _products_of_pair(out_features, in_features, rank, num_tokens)) < apart
+
+
+def _time(x: Tensor, products: list[tuple[int, int, int]]) -> float:
+    """Returns the time of products in the dtype of x, in units of floating-point operations."""
+    flops_per_byte = _flops_per_byte(x.device, x.dtype) if x.is_cuda else 0.0
+    time = 0.0
+    for m, k, n in products:
+        num_bytes = x.element_size() * (m * k + k * n + m * n)
+        time += max(2 * m * k * n, num_bytes * flops_per_byte)
+    return time
 
 
 @torch.compiler.assume_constant_result
@@ -157,8 +187,8 @@ _OPERATIONS.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 _OPERATIONS.define(
-    "stack_columns(Tensor weight, Tensor lora_a, Tensor lora_b, Tensor grad, float scale)"
-    " -> Tensor",
+    "stack_columns(Tensor weight, Tensor lora_a, Tensor lora_b, Tensor grad, float scale, "
+    "bool b_first=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 
@@ -176,21 +206,54 @@ def _empty_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) ->
 
 
 def _merge_beside(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, grad: Tensor, scale: float
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    grad: Tensor,
+    scale: float,
+    b_first: bool = False,
 ) -> Tensor:
     stack = _empty_columns(weight, lora_a, lora_b, grad, scale)
-    left, right = stack.split([weight.shape[1], len(lora_b)], dim=1)
-    torch.addmm(weight.to(lora_b.dtype), lora_b.t(), lora_a, alpha=scale, out=left)
-    right.copy_(lora_b.t())
+    if b_first:
+        of_b, merged_weight = stack.split([len(lora_b), weight.shape[1]], dim=1)
+    else:
+        merged_weight, of_b = stack.split([weight.shape[1], len(lora_b)], dim=1)
+    torch.addmm(weight.to(lora_b.dtype), lora_b.t(), lora_a, alpha=scale, out=merged_weight)
+    of_b.copy_(lora_b.t())
     return stack
 
 
 def _empty_columns(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, grad: Tensor, scale: float
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    grad: Tensor,
+    scale: float,
+    b_first: bool = False,
 ) -> Tensor:
     return lora_a.new_empty(len(weight), weight.shape[1] + len(lora_b))
 
 
+_OPERATIONS.define(
+    "pair_product(Tensor grad, Tensor other_grad, Tensor stack, Tensor other_stack) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+
+
+def _multiply_pair(grad: Tensor, other_grad: Tensor, stack: Tensor, other_stack: Tensor) -> Tensor:
+    result = _empty_pair(grad, other_grad, stack, other_stack)
+    left, right = result.flatten(0, -2).chunk(2, dim=1)
+    torch.mm(grad.flatten(0, -2), stack, out=left)
+    torch.mm(other_grad.flatten(0, -2), other_stack, out=right)
+    return result
+
+
+def _empty_pair(grad: Tensor, other_grad: Tensor, stack: Tensor, other_stack: Tensor) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], 2 * stack.shape[1])
+
+
+_OPERATIONS.impl("pair_product", _multiply_pair, "CompositeExplicitAutograd")
+_OPERATIONS.impl("pair_product", _empty_pair, "Meta")
 _OPERATIONS.impl("stack_rows", _merge_above, "CompositeExplicitAutograd")
 _OPERATIONS.impl("stack_rows", _empty_rows, "Meta")
 _OPERATIONS.impl("stack_columns", _merge_beside, "CompositeExplicitAutograd")
@@ -202,10 +265,25 @@ def _flops_of_merge(weight: torch.Size, lora_a: torch.Size, *args: object, **kwa
     return 2 * weight.numel() * lora_a[0]
 
 
+@register_flop_formula([torch.ops.switchtitan.pair_product])
+def _flops_of_pair(
+    grad: torch.Size,
+    other_grad: torch.Size,
+    stack: torch.Size,
+    other_stack: torch.Size,
+    *args: object,
+    **kwargs: object,
+) -> int:
+    return 2 * stack[1] * (grad.numel() + other_grad.numel())
+
+
 _stack_rows: Callable[..., Tensor] = torch.ops.switchtitan.stack_rows.default
 """Returns W + s B A above A, [out + rank, in]."""
 _stack_columns: Callable[..., Tensor] = torch.ops.switchtitan.stack_columns.default
-"""Returns W + s B A beside B, [out, in + rank]; in the backward pass, see `copy_in_backward`."""
+"""Returns W + s B A beside B, [out, in + rank], or B first; in the backward pass, see
+`copy_in_backward`."""
+_pair_product: Callable[..., Tensor] = torch.ops.switchtitan.pair_product.default
+"""Returns two products with stacks [out, width] beside each other, [..., 2 width]."""
 
 
 def _part(grad: Tensor) -> Tensor:
@@ -293,3 +371,49 @@ class _ConcatenatedLinear(torch.autograd.Function):
         grad_a = _scaled_product(both[:, in_features:].t(), x, ctx.scale)
         grad_b = _scaled_product(thin.t(), grad, ctx.scale)
         return grad_x, None, grad_a, grad_b, None
+
+
+Factored = tuple[Tensor, Tensor, Tensor]
+"""The weight [out, in], A [rank, in] and B [rank, out] of one layer."""
+
+
+def concatenated_pair(
+    x: Tensor, first: Factored, second: Factored, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Computes `concatenated` for two layers of one input and rank.
+
+    The gradients of both As are one product, which reads x once.
+    """
+    return _ConcatenatedPair.apply(x, *first, *second, scale)
+
+
+class _ConcatenatedPair(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, ctx.scale = args
+        outputs, thin = [], []
+        for weight, lora_a, lora_b in (tensors[:3], tensors[3:]):
+            both = F.linear(x, _stack_rows(weight, lora_a, lora_b, ctx.scale))
+            outputs.append(both[..., : len(weight)])
+            thin.append(both[..., len(weight) :].contiguous())
+        ctx.save_for_backward(x, *tensors, *thin)
+        return outputs[0], outputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_a, lora_b, other_weight, other_a, other_b, *thins = ctx.saved_tensors
+        (rank, width), part = lora_a.shape, _part(grads[0])
+        # Gradients of: x by the first layer | its x A^T | that of the other | x by the other.
+        product = _pair_product(
+            *grads,
+            _stack_columns(weight, lora_a, lora_b, part, ctx.scale),
+            _stack_columns(other_weight, other_a, other_b, part, ctx.scale, True),
+        )
+        grad_x = product[..., :width] + product[..., width + 2 * rank :]
+        of_thin = product[..., width : width + 2 * rank].flatten(0, -2)
+        grad_a, grad_other_a = _scaled_product(of_thin.t(), x.flatten(0, -2), ctx.scale).split(rank)
+        grad_b, grad_other_b = (
+            _scaled_product(thin.flatten(0, -2).t(), grad.flatten(0, -2), ctx.scale)
+            for thin, grad in zip(thins, grads, strict=True)
+        )
+        return grad_x, None, grad_a, grad_b, None, grad_other_a, grad_other_b, None

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from switchtitan.distributed.initial import GeneratorFor, split_blocks
 from switchtitan.distributed.random import draw_vectors
-from switchtitan.methods.lowrank.contraction import Contraction, fastest_contraction, frozen_linear
+from switchtitan.methods.lowrank.contraction import (
+    Contraction,
+    concatenated,
+    concatenated_pair,
+    fastest_contraction,
+    frozen_linear,
+    is_pair_faster,
+)
 
 FACTORS = ("lora_a", "lora_b")
 """Local names of the factors A [rank, in] and B, stored transposed, [rank, out]."""
@@ -71,6 +78,26 @@ class LowRankLinear(FactorLinear):
             contraction = self._contraction or fastest_contraction(x, self.out_features, self.rank)
             out = contraction(x, self.weight, self.lora_a, self.lora_b, self.scale)
         return out if self.bias is None else out + self.bias
+
+    def forward_pair(self, x: Tensor, other: nn.Module) -> tuple[Tensor, Tensor]:
+        """See `contracts.Pairable`."""
+        if not isinstance(other, LowRankLinear) or not self._is_pair_faster(x, other):
+            return self(x), other(x)
+        first, second = ((each.weight, each.lora_a, each.lora_b) for each in (self, other))
+        outputs = concatenated_pair(x, first, second, self.scale)
+        biases = self.bias, other.bias
+        first_out, second_out = (
+            out if bias is None else out + bias for out, bias in zip(outputs, biases, strict=True)
+        )
+        return first_out, second_out
+
+    def _is_pair_faster(self, x: Tensor, other: "LowRankLinear") -> bool:
+        is_alike = (self.rank, self.scale) == (other.rank, other.scale)
+        if not is_alike or (self.dropout and self.training):
+            return False
+        if self._contraction is not None:
+            return self._contraction is concatenated
+        return is_pair_faster(x, (self.out_features, other.out_features), self.rank)
 
     def initial_slots(self) -> tuple[Tensor, Tensor]:
         """Returns which of the random vectors of its factor each vector of A and B is, [rank]."""

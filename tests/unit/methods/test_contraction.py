@@ -8,9 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from switchtitan.methods.lowrank.contraction import (
     concatenated,
+    concatenated_pair,
     dense_gradient,
     factored,
     fastest_contraction,
+    is_pair_faster,
     merged,
     num_flops,
 )
@@ -58,6 +60,25 @@ def test_value_and_gradients_are_those_of_the_dense_weight(contraction, leading)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     for tensor, expected_grad in zip((x, lora_a, lora_b), expected_grads, strict=True):
         torch.testing.assert_close(tensor.grad, expected_grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_pair_computes_what_two_dense_weights_do(is_compiled):
+    x, weight, lora_a, lora_b = inputs(2, 4)
+    other = [draw(5, IN, seed=20), *(draw(RANK, n, seed=n).requires_grad_() for n in (IN, 5))]
+    trained, grads = (x, lora_a, lora_b, *other[1:]), [draw(2, 4, n, seed=n) for n in (OUT, 5)]
+    function = compiled(concatenated_pair) if is_compiled else concatenated_pair
+    out = function(x, (weight, lora_a, lora_b), tuple(other), SCALE)
+    expected = [plain(x, weight, lora_a, lora_b, SCALE), plain(x, *other, SCALE)]
+    # As above.
+    torch.testing.assert_close(list(out), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, trained, grads),
+        torch.autograd.grad(expected, trained, grads),
+        rtol=1e-12,
+        atol=1e-12,
+    )
 
 
 @every_contraction
@@ -108,6 +129,7 @@ def test_on_a_gpu_the_choice_has_the_least_time(
     with FakeTensorMode():
         x = torch.empty(72, 512, width, dtype=dtype, device="cuda")
         assert fastest_contraction(x, width, rank) is expected
+        assert is_pair_faster(x, (width, width), rank) == (expected is concatenated)
 
 
 def shapes_saved(function, tensors):
