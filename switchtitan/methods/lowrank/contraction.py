@@ -146,7 +146,7 @@ def _flops_per_byte(device: torch.device, dtype: torch.dtype) -> float:
     H100 SXM: 989 TFLOP/s in bf16, 67 in fp32, 3.35 TB/s; A100: 312, 19.5 and 2.04 (NVIDIA's data
     sheets).
     """
-    is_ampere = torch.cuda.get_device_capability(device)[0] == 8
+    is_ampere = (8, 0) <= torch.cuda.get_device_capability(device) < (8, 9)
     if dtype == torch.float32:
         return 9.6 if is_ampere else 20.0
     return 153.0 if is_ampere else 295.0
