@@ -85,8 +85,8 @@ def read_toml(file: Path) -> dict[str, Any]:
     try:
         return parse_toml(file.read_text(encoding="utf-8"), str(file))
     except FileNotFoundError as error:
-        files = [*file.parent.glob("*.toml"), *FOLDER.glob("*.toml")]
-        hint = _did_you_mean(file.name, [other.name for other in files])
+        names = [other.stem for other in FOLDER.glob("*.toml")]
+        hint = _did_you_mean(file.stem, names).replace("?", ".toml?")
         raise ConfigError(f"{file}: no such file{hint}") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{str(file)!r}: cannot be read: {error}") from error

@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -98,12 +99,21 @@ def final_line(message: str, status: int) -> str:
 
 
 def interrupt_on_sigterm() -> None:
-    """Makes SIGTERM raise KeyboardInterrupt, like Ctrl-C."""
+    """Makes SIGTERM raise KeyboardInterrupt, like Ctrl-C. Sends a signal again that Python swallows
+    in a destructor or the callback of a weak reference."""
+    report_others = sys.unraisablehook
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
 
+    def send_again(swallowed: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(swallowed.exc_value, KeyboardInterrupt):
+            return report_others(swallowed)
+        (number,) = swallowed.exc_value.args or (signal.SIGINT,)
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+
     signal.signal(signal.SIGTERM, interrupt)
+    sys.unraisablehook = send_again
 
 
 def is_output_closed() -> bool:

@@ -30,12 +30,14 @@ class Fit:
     batch_sizes: dict[float, int]
     """The most sequences per micro-batch that fit, at most `MAX_BATCH_SIZE`, by GiB of memory; 0 if
     not even one fits."""
+    local_batch_sizes: dict[float, int]
+    """The largest of those that fit and divide a rank's share of the global batch."""
     peaks: dict[int, int]
     """Estimated peak bytes on rank 0 by sequences per micro-batch, of all that were tried."""
 
 
 def largest_batch_sizes(config: JobConfig, num_ranks: int, memories_gib: Sequence[float]) -> Fit:
-    """Searches the largest micro-batches of `config`, whose batch sizes are not used.
+    """Searches the largest micro-batches of `config`, whose local batch size is not used.
 
     Args:
         memories_gib: memory of each kind of device, in GiB.
@@ -67,7 +69,10 @@ def largest_batch_sizes(config: JobConfig, num_ranks: int, memories_gib: Sequenc
             memory: largest_batch_size(peak, USABLE_SHARE * memory * 2**30)
             for memory in memories_gib
         }
-    return Fit(found, dict(sorted(peaks.items())))
+    total = config.training.global_batch_size
+    divisors = [d for d in range(1, MAX_BATCH_SIZE + 1) if total % (num_ranks * d) == 0]
+    dividing = {gib: max([0, *(d for d in divisors if d <= most)]) for gib, most in found.items()}
+    return Fit(found, dividing, dict(sorted(peaks.items())))
 
 
 def largest_batch_size(peak: Callable[[int], int], limit: float) -> int:

@@ -133,7 +133,7 @@ def fit_table(fits: Mapping[str, Fit]) -> list[str]:
     memories_gib = next(iter(fits.values())).batch_sizes
     rows = [(*(f"{gib:g} GiB" for gib in memories_gib), "peak GiB with 1", "")]
     for name, fit in fits.items():
-        cells = map(batch_size_cell, fit.batch_sizes.values())
+        cells = map(batch_size_cell, fit.local_batch_sizes.values())
         rows.append((*cells, _gib(fit.peaks[1]), name))
     return _aligned(rows)
 
@@ -146,11 +146,12 @@ def batch_size_cell(batch_size: int) -> str:
 
 
 def fit_record(fits: Mapping[str, Fit]) -> dict[str, JsonValue]:
-    """Returns by configuration: sequences per micro-batch that fit, by GiB of the device, and the
-    estimated peaks in bytes, by sequences."""
+    """Returns by configuration: sequences per micro-batch that fit, and those that also divide the
+    global batch, by GiB of the device, and the estimated peaks in bytes, by sequences."""
     return {
         name: {
             "batch_size": {f"{gib:g}": size for gib, size in fit.batch_sizes.items()},
+            "local_batch_size": {f"{gib:g}": size for gib, size in fit.local_batch_sizes.items()},
             "peak": {str(size): peak for size, peak in fit.peaks.items()},
         }
         for name, fit in fits.items()

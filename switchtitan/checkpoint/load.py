@@ -166,13 +166,16 @@ def check_same_run(saved: Mapping[str, object], current: Mapping[str, object]) -
     """Compares two identities, nested mappings of plain values.
 
     Raises:
-        CheckpointError: names every differing key by its dotted path, with both values and the fix.
+        CheckpointError: names differing keys, of a section with another `name` only that; the fix.
     """
     before, now, absent = flatten(saved), flatten(current), "(absent)"
+    renamed = [key for key in before if key.endswith(".name") and before[key] != now.get(key)]
+    sections = tuple(key.removesuffix("name") for key in renamed)
     differences = "".join(
         f"\n  {key}: saved with {before.get(key, absent)!r}, now {now.get(key, absent)!r}"
         for key in {**before, **now}
         if before.get(key, absent) != now.get(key, absent)
+        and (key in renamed or not key.startswith(sections))
     )
     if differences:
         raise CheckpointError(

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(float, lambda gib: 0 < gib < math.inf, "GiB of memory, for example 24"),
         metavar="GIB",
         help="only estimate the largest local_batch_size that fits on devices with this memory; "
-        "replaces the batch sizes of the configurations",
+        "replaces that of the configurations",
     )
 
 
@@ -80,7 +80,7 @@ def _fit(
     }
     assumptions = [*FIT_ASSUMPTIONS, *MEMORY_ASSUMPTIONS]
     lines = [
-        f"largest local_batch_size that fits on each of {num_ranks} ranks with this much memory",
+        f"largest local_batch_size on each of {num_ranks} ranks that fits and divides their batch",
         *tables.fit_table(fits),
         "assumptions:",
         *(f"- {assumption}" for assumption in assumptions),

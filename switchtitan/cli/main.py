@@ -6,6 +6,7 @@ returns what `--json` writes. Only the module of the chosen command is imported.
 
 import argparse
 import atexit
+import difflib
 import importlib
 import json
 import logging
@@ -171,6 +172,8 @@ def _parse_command(argv: Sequence[str]) -> str:
     )
     parser.add_argument("--version", action="version", version=f"switchtitan {__version__}")
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    if argv[0] not in COMMANDS and (near := difflib.get_close_matches(argv[0], COMMANDS, n=1)):
+        parser.error(f"{argv[0]}: no such command; did you mean {near[0]}?")
     command: str = parser.parse_args(argv).command
     return command
 

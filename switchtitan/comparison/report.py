@@ -179,7 +179,7 @@ def draw_curves(state: State) -> Figure:
             if result.diverged:
                 continue
             with suppress(ConfigError):  # no such folder on this machine
-                steps, losses = read_curves(run.folder)["loss/validation"]
+                steps, losses = read_curves(run.folder).get("loss/validation", ([], []))
                 m_tokens = (result.tokens or 0) / result.steps / 1e6
                 axes.plot([step * m_tokens for step in steps], losses, style, label=label)
                 # Without the untrained model's loss, which would hide the differences.

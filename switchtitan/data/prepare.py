@@ -294,9 +294,10 @@ class _Preparation:
         names = ("train", "validation", "test") if has_test else ("train", "validation")
         for split in names:
             if split not in splits:
+                found = sum(shard.documents for shards in splits.values() for shard in shards)
                 raise CorpusError(
-                    f"{self._source.description}: no document for the {split} split; a corpus "
-                    f"needs {len(names)} documents or more, all but one held out; add text"
+                    f"{self._source.description}: no document for {split}: {found} found, "
+                    f"all in {' and '.join(splits) or 'none'}; at least {len(names)} are needed"
                 )
         splits = {split: splits[split] for split in names}
         sha256 = sha256_of_file(self._folder / TOKENIZER_FILE)

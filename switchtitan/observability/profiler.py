@@ -107,6 +107,8 @@ class Profiler:
     def _write(self, profile: profiler.profile) -> None:
         """Writes the trace; logs a warning if that fails, for example on a full disk."""
         folder = self._output_dir / TENSORBOARD_FOLDER
+        sort_by = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
+        table = profile.key_averages().table(sort_by, row_limit=_TABLE_ROWS)
         # As tensorboard_trace_handler names it.
         path = folder / f"rank{self._rank}.{time.time_ns()}.pt.trace.json"
         unfinished = path.with_name(f".{path.name}")
@@ -116,6 +118,7 @@ class Profiler:
             # Kineto reports no error. A trace ends with the name that it was written to.
             if b'"traceName"' not in unfinished.read_bytes()[-(1 << 13) :]:
                 raise OSError("the profiler could not write the file; is the disk full?")
+            path.with_suffix(".txt").write_text(table, encoding="utf-8")
             unfinished.rename(path)
         except OSError as error:
             logger.warning("no trace was written to %s: %s", folder, error)
@@ -123,9 +126,8 @@ class Profiler:
                 left.unlink()
             return
         self.trace = path
-        logger.info("wrote a trace to %s", path)
-        sort_by = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
-        self._report(profile.key_averages().table(sort_by, row_limit=_TABLE_ROWS))
+        logger.info("wrote a trace to %s, and its table of operations as .txt", path)
+        self._report(table)
 
 
 @contextmanager

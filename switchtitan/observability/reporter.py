@@ -121,8 +121,7 @@ class Reporter:
                 self._tensorboard.write_text(f"continuations/{number}", prompt + text, step)
 
     def report_table(self, step: int, title: str, table: str) -> None:
-        """Shows a table of characters in the log, and in TensorBoard's text tab."""
-        logger.info("%s:\n%s", title, table)
+        """Shows a table of characters in TensorBoard's text tab."""
         if self._tensorboard is not None:
             self._tensorboard.write_text(title, table, step)
 

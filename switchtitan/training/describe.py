@@ -148,7 +148,9 @@ def describe_run(
     start = f"starting a new run in {config.job.output_dir}"
     logger.info("%s", start if checkpoint is None else f"resuming from {checkpoint}")
     if changes and world.is_main:
-        logger.warning("changed since that checkpoint: %s", "; ".join(changes))
+        trains_longer = all(change.startswith("training.steps: ") for change in changes)
+        level = logging.INFO if trains_longer else logging.WARNING
+        logger.log(level, "changed since that checkpoint: %s", "; ".join(changes))
     if any(is_on for _, is_on in config.compile) and stepper.state.step < config.training.steps:
         logger.info(
             "compiling: the first step takes a minute or more; later runs use the cache; "

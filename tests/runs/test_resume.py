@@ -108,6 +108,11 @@ def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_config
     assert "training already complete: step 2" in caplog.text
     assert "optimizer.lr: 0.01 -> 0.09" in caplog.text
     assert not list((folder / "run").glob("config-from-step-*"))
+    stop_world()
+    with caplog.at_level("INFO"):
+        tiny_trainer(folder, "lora", "--training.steps", "3").train()
+    levels = [line.levelname for line in caplog.records if "changed since" in line.getMessage()]
+    assert levels == ["WARNING", "INFO"]  # to train longer is no reason for a warning
 
 
 def test_a_resumed_run_writes_its_configuration_only_if_it_is_another(tmp_path):

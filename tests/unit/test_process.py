@@ -2,11 +2,14 @@
 
 import logging
 import os
+import signal
 import sys
 import time
+import weakref
 
 import pytest
 
+from switchtitan.errors import interrupt_on_sigterm
 from switchtitan.observability.log import configure_logging
 from switchtitan.process import OtherLoad, num_cores, set_thread_defaults, threads_per_process
 from switchtitan.regions import observe_regions, region, stop_observing_regions
@@ -166,3 +169,25 @@ def test_an_observer_that_starts_or_stops_inside_a_region_sees_pairs(record):
     stop_observing_regions(late)
     assert record.calls == ["first", "end"]
     assert late.calls == ["second", "end"]
+
+
+def test_a_signal_that_comes_in_a_callback_of_a_weakref_is_not_lost(monkeypatch):
+    class Thing:
+        pass
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before, things = signal.getsignal(signal.SIGTERM), [Thing()]
+    reference = weakref.ref(things[0], lambda _: signal.raise_signal(signal.SIGTERM))
+
+    def work():
+        things.clear()
+        time.sleep(30)
+
+    interrupt_on_sigterm()
+    try:
+        with pytest.raises(KeyboardInterrupt) as interrupt:
+            work()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert reference() is None
+    assert interrupt.value.args == (signal.SIGTERM,)

@@ -137,12 +137,18 @@ def test_a_run_may_not_mix_its_checkpoints_with_others(saved, tmp_path):
 
 def test_equal_identities_pass_and_every_difference_is_named_with_both_values():
     check_same_run({"model": {"size": "9m", "a": [0.9]}}, {"model": {"a": (0.9,), "size": "9m"}})
-    saved = {"model": {"size": "9m", "heads": 4}, "method": {"name": "switchlora", "rank": 3}}
-    current = {"model": {"size": "20m", "heads": 4}, "method": {"name": "full_rank"}}
+    saved = {"model": {"size": "9m", "heads": 4}, "method": {"rank": 3}}
+    current = {"model": {"size": "20m", "heads": 4}, "method": {"rank": 5}}
     parts = ("model.size: saved with '9m', now '20m'", "method.rank: saved with 3, now")
     with refused(*parts) as raised:
         check_same_run(saved, current)
     assert "heads" not in str(raised.value)
+    with refused("method.name: saved with 'lora', now 'galore'") as raised:
+        check_same_run(
+            {"method": {"name": "lora", "rank": 3}}, {"method": {"name": "galore", "scale": 2}}
+        )
+    assert "rank" not in str(raised.value)
+    assert "scale" not in str(raised.value)
 
 
 @pytest.mark.parametrize("number", [4, 6])

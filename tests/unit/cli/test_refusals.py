@@ -50,7 +50,7 @@ TRAINED = [
     ("report {folder} --output x.png", "{folder}", "no TensorBoard"),
 ]
 OTHERS = [
-    ("trian", "trian", "train"),
+    ("trian", "trian", "did you mean train?"),
     ("inspect corpora", "inspect", "prepare"),
     ("prepare --dataset textt", "dataset textt", "'text'"),
     ("prepare --data.pth x", "--data.pth x", "path"),
@@ -73,6 +73,8 @@ LAUNCH = [
     ("{two} --rdzv_endpoint node-1:0 train", "RDZV_ENDPOINT=node-1:0", "HOST:PORT"),
     ("{two} --rdzv_endpoint fe80::1:1x train", "RDZV_ENDPOINT=fe80::1:1x", "HOST:PORT"),
     ("{two} --rdzv_endpoint none.invalid:1 train", "RDZV_ENDPOINT=none.invalid:1", "resolved"),
+    ("--nproc_per_node 2 trian", "launch trian", "train, benchmark"),
+    ("evaluate outputs/mine", "launch evaluate", "-m MODULE"),
     ("{static} --node_rank 2 --rdzv_endpoint localhost:29500 train", "NODE_RANK=2", "NNODES=2"),
     ("{static} --master_addr none.invalid --master_port 1 train", "none.invalid:1", "resolved"),
 ]

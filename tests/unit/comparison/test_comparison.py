@@ -27,6 +27,8 @@ from switchtitan.comparison.report import table, write_report
 from switchtitan.comparison.runs import Run, plan_run, read_csv, read_folder
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import parse_arguments
+from switchtitan.observability import TENSORBOARD_FOLDER
+from switchtitan.observability.tensorboard import TensorBoardWriter
 from switchtitan.spectra.weight_change import checkpoint_spectra
 
 
@@ -53,6 +55,8 @@ def test_the_report_has_losses_and_differences(comparison, tmp_path):
     state = reported(comparison, (2.1, 2.2), (3.1, 3.2), (2.6, 2.7))
     for run in state.reported("dense"):
         write_curves(run.folder, final=3.0)
+    for run in state.reported("thin"):  # without a validation loss
+        TensorBoardWriter(run.folder / TENSORBOARD_FOLDER, 0).write(1, {"loss/train": 3.0})
     assert cells(state, "test loss")[:2] == ["2.1500 ± 0.0707", "3.1500 ± 0.0707"]
     assert cells(state, "loss - dense's")[:2] == ["-", "+1.0000 (+1.0000 to +1.0000)"]
     assert cells(state, "verdict") == ["-", "differs", "differs"]

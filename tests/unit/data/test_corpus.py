@@ -193,7 +193,10 @@ def test_empty_documents_and_lone_surrogates_are_harmless(tmp_path):
     [
         ({"dataset": "text"}, "needs path"),
         ({"dataset": "nanogpt", "path": "bin"}, "needs tokenizer"),
-        ({"dataset": "jsonl", "path": "one"}, "no document for the"),
+        (
+            {"dataset": "jsonl", "path": "one"},
+            "for train: 1 found, all in validation; at least 2",
+        ),
         ({"dataset": "jsonl", "path": "one", "cache_dir": "one/a.jsonl/corpora"}, "cache_dir = "),
     ],
 )

@@ -40,10 +40,12 @@ def test_a_trace_of_the_chosen_steps_is_written_once_and_the_profile_plugin_read
         work(3, profiler)
         assert profiler.trace is not None
         work(9, profiler)
-    assert list((tmp_path / "tensorboard").iterdir()) == [profiler.trace]
+    files = {profiler.trace, profiler.trace.with_suffix(".txt")}
+    assert set((tmp_path / "tensorboard").iterdir()) == files
     assert profiler.trace.name.startswith("rank0.")
     (table,) = tables
     assert "aten::mm" in table
+    assert profiler.trace.with_suffix(".txt").read_text() == table
     events = json.loads(profiler.trace.read_text())["traceEvents"]
     assert sum(event.get("name") == "aten::mm" for event in events) == 3
     data = RunProfileData.parse("rank0", None, str(profiler.trace), str(tmp_path))
