@@ -140,7 +140,7 @@ def write_config(output_dir: Path, resolved: str, step: int) -> None:
         write_atomically(output_dir / CONFIG_FILE, resolved)
         return
     newest = newest_config_file(output_dir)
-    if not newest.is_file() or newest.read_text(encoding="utf-8") != resolved:
+    if not newest.is_file() or newest.read_bytes() != resolved.encode():
         write_atomically(output_dir / f"config-from-step-{step}.toml", resolved)
 
 

@@ -25,7 +25,7 @@ from switchtitan.training.step import Stepper
 NUM_STEPS, INTERVAL = 12, 4
 """Length of a run, and the interval of saves."""
 PHASES = {
-    "start-up": (train, "build_trainer", 0.4),
+    "start-up": (train, "build_trainer", 0.15),
     "preparation": (prepare, "prepare_corpus", 0.2),
     "training": (Stepper, "step", 0.05),
     "evaluation": (Evaluator, "__call__", 0.1),
@@ -153,8 +153,9 @@ def _signals_inside(function, interrupt):
 def outcome(folder):
     """Returns what a finished run has left: equal for equal runs. Its output is in the file `log`.
 
-    Checksums of the files with the tensors of the last checkpoint, the saved state, and the last
-    printed loss of each step.
+    Checksums of the files with the tensors of the last checkpoint, the saved state, the last
+    printed loss of each step, and the final losses. A run that was stopped in its last evaluation
+    has saved its last step before that; the next one evaluates, and keeps the checkpoint.
     """
     checkpoint = folder / "run" / "checkpoints" / f"step-{NUM_STEPS:09d}"
     metadata = verify(checkpoint)
@@ -163,7 +164,12 @@ def outcome(folder):
         step, _, rest = line.strip().partition("/")
         if step.isdecimal() and rest.split()[0] == str(NUM_STEPS):
             losses[step] = rest.split()[1]
-    return tensor_checksums(checkpoint), json.loads(json.dumps(metadata.train_state)), losses
+    results = json.loads((folder / "run" / "results.json").read_text())
+    final = {key: value for key, value in results.items() if key.startswith("loss/")}
+    state = json.loads(json.dumps(metadata.train_state))
+    if state.pop("is_work_after_step_due"):
+        state["last_validation_loss"] = final["loss/validation"]
+    return tensor_checksums(checkpoint), state, losses, final
 
 
 def steps_in(printed):
