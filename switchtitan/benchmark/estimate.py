@@ -24,6 +24,8 @@ MEMORY_ASSUMPTIONS = (
     "nothing is compiled, and collectives do not overlap: compiled regions keep less; a GPU "
     "gathers one block ahead",
     "attention is a fused kernel that keeps no scores, and is not halved for the causal mask",
+    "low-rank layers have the contraction with the fewest operations; a GPU may choose another by "
+    "time, which keeps up to tokens * rank values more for each layer",
 )
 """Assumptions of the estimates of memory."""
 ASSUMPTIONS = (

@@ -55,8 +55,8 @@ class Limits(NamedTuple):
 LIMITS = {
     "full rank": Limits(39, 4811, 574),
     "recomputation": Limits(50, 5989, 594),
-    "switchlora": Limits(75, 4985, 726),
-    "lora": Limits(75, 4818, 740),
+    "switchlora": Limits(76, 4985, 728),
+    "lora": Limits(77, 4818, 744),
     "low rank": Limits(60, 5196, 793),
     "sltrain": Limits(137, 4628, 824),
     "cola": Limits(74, 5526, 670),

@@ -27,8 +27,8 @@ NO_KERNEL = {
     *("lift_fresh", "record_stream", "_unsafe_view", "_reshape_alias"),
 }
 """Operations without a kernel that are not views."""
-_NUM_LAUNCHES = {"stack_rows": 2, "stack_columns": 2}
-"""Operations of our own with several kernels: a product and a copy."""
+_NUM_LAUNCHES = {"stack_rows": 2, "stack_columns": 2, "pair_product": 2}
+"""Operations of our own with several kernels: a product and a copy, or two products."""
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 # Of torch's multi_tensor_apply (aten/src/ATen/native/cuda/MultiTensorApply.cuh), by number of
 # lists.

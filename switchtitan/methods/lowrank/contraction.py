@@ -409,7 +409,9 @@ class _ConcatenatedPair(torch.autograd.Function):
             _stack_columns(weight, lora_a, lora_b, part, ctx.scale),
             _stack_columns(other_weight, other_a, other_b, part, ctx.scale, True),
         )
-        grad_x = product[..., :width] + product[..., width + 2 * rank :]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product[..., :width] + product[..., width + 2 * rank :]
         of_thin = product[..., width : width + 2 * rank].flatten(0, -2)
         grad_a, grad_other_a = _scaled_product(of_thin.t(), x.flatten(0, -2), ctx.scale).split(rank)
         grad_b, grad_other_b = (

@@ -140,6 +140,8 @@ def shapes_saved(function, tensors):
     expected = torch.autograd.grad(plain(*tensors, SCALE).square().sum(), leaves)
     # Sums of some 10 products of order 1 to 100 in fp64, in another order.
     torch.testing.assert_close(grads, expected, rtol=1e-12, atol=1e-12)
+    # Not a view that keeps a larger result.
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in saved)
     return [tuple(tensor.shape) for tensor in saved]
 
 

@@ -96,6 +96,30 @@ def test_the_contraction_is_the_one_that_the_configuration_names(name):
     assert counter.get_total_flops() == num_flops(chosen, 30, 40, rank, num_tokens)
 
 
+def test_two_layers_of_one_input_compute_together_what_they_compute_apart():
+    config, shapes = LoraConfig(rank=5, alpha=3, contraction="concatenated"), [(30, 12), (8, 12)]
+    layers = [
+        Lora(config, 10, 0).build_layer("layer", nn.Linear(in_, out)).double()
+        for out, in_ in shapes
+    ]
+    tensors = [draw(4, 12, seed=9).double().requires_grad_()]
+    for layer in layers:
+        for seed, parameter in enumerate(layer.parameters()):
+            parameter.data.copy_(draw(*parameter.shape, seed=seed))
+        tensors += [layer.lora_a, layer.lora_b, layer.bias]
+    x = tensors[0]
+    together = layers[0].forward_pair(x, layers[1])
+    apart = [
+        F.linear(x, layer.weight + layer.scale * layer.lora_b.T @ layer.lora_a, layer.bias)
+        for layer in layers
+    ]
+    torch.testing.assert_close(list(together), apart)
+    grads = [draw(*out.shape, seed=3).double() for out in apart]
+    torch.testing.assert_close(
+        torch.autograd.grad(together, tensors, grads), torch.autograd.grad(apart, tensors, grads)
+    )
+
+
 # Large enough that means and variances can be compared with the formulas.
 LARGE = (90, 70, 30)
 
