@@ -103,8 +103,8 @@ def test_two_layers_of_one_input_compute_together_what_they_compute_apart():
         for out, in_ in shapes
     ]
     tensors = [draw(4, 12, seed=9).double().requires_grad_()]
-    for layer in layers:
-        for seed, parameter in enumerate(layer.parameters()):
+    for number, layer in enumerate(layers):
+        for seed, parameter in enumerate(layer.parameters(), start=10 * number):
             parameter.data.copy_(draw(*parameter.shape, seed=seed))
         tensors += [layer.lora_a, layer.lora_b, layer.bias]
     x = tensors[0]
