@@ -50,8 +50,8 @@ def dense_gradient(
 
 
 def concatenated(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """Computes [y | x A^T] in one product with W + s B A above A, and in the backward pass the
-    gradients of x and x A^T in one with W + s B A beside B."""
+    """Computes [y | x A^T] in one product with the rows of W + s B A and A, and in the backward
+    pass the gradients of x and x A^T in one with the columns of W + s B A and B."""
     return _ConcatenatedLinear.apply(x, weight, lora_a, lora_b, scale)
 
 
@@ -121,6 +121,8 @@ def fastest_contraction(x: Tensor, out_features: int, rank: int) -> Contraction:
 
 def is_pair_faster(x: Tensor, out_features: tuple[int, int], rank: int) -> bool:
     """Whether `concatenated_pair` takes less time than the fastest contraction of each layer."""
+    if not x.is_cuda:  # it has the operations of two layers
+        return False
     in_features, num_tokens = x.shape[-1], x.numel() // x.shape[-1]
     apart = 0.0
     for width in out_features:
@@ -152,18 +154,28 @@ def _flops_per_byte(device: torch.device, dtype: torch.dtype) -> float:
     return 153.0 if is_ampere else 295.0
 
 
-def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    return torch.addmm(weight.to(lora_b.dtype), lora_b.t(), lora_a, alpha=scale)
+def _merge(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, out: Tensor | None = None
+) -> Tensor:
+    return torch.addmm(weight.to(lora_b.dtype), lora_b.t(), lora_a, alpha=scale, out=out)
 
 
-# An opaque operation that depends on `grad`. Otherwise torch.compile moves the backward pass's
-# merge, which depends on parameters alone, to the forward pass and saves the result. Registered by
-# schema: a call through `torch.library.custom_op` takes the host several times as long.
+# Opaque operations. Registered by schema: a call through `torch.library.custom_op` takes the host
+# several times as long.
 _OPERATIONS = torch.library.Library("switchtitan", "DEF")
-_OPERATIONS.define(
-    "copy_in_backward(Tensor tensor, Tensor grad, bool casts=False) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
-)
+
+
+def _define(
+    schema: str, compute: Callable[..., Tensor], allocate: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Returns an operation that computes, and for meta tensors allocates its result."""
+    name = schema.partition("(")[0]
+    tags = torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout
+    _OPERATIONS.define(f"{schema} -> Tensor", tags=tags)
+    _OPERATIONS.impl(name, compute, "CompositeExplicitAutograd")
+    _OPERATIONS.impl(name, allocate, "Meta")
+    operation: Callable[..., Tensor] = getattr(torch.ops.switchtitan, name).default
+    return operation
 
 
 def _copy(tensor: Tensor, grad: Tensor, casts: bool = False) -> Tensor:
@@ -174,38 +186,28 @@ def _empty_copy(tensor: Tensor, grad: Tensor, casts: bool = False) -> Tensor:
     return torch.empty_like(tensor, dtype=grad.dtype if casts else tensor.dtype)
 
 
-_OPERATIONS.impl("copy_in_backward", _copy, "CompositeExplicitAutograd")
-_OPERATIONS.impl("copy_in_backward", _empty_copy, "Meta")
-copy_in_backward: Callable[..., Tensor] = torch.ops.switchtitan.copy_in_backward.default
+# It depends on `grad`. Otherwise torch.compile moves the backward pass's merge, which depends on
+# parameters alone, to the forward pass and saves the result.
+copy_in_backward = _define(
+    "copy_in_backward(Tensor tensor, Tensor grad, bool casts=False)", _copy, _empty_copy
+)
 """(tensor, gradient, casts=False) -> a copy of the tensor, in the dtype of the gradient if `casts`,
 made in the backward pass, compiled or not. A part of the gradient will do."""
 
 
-# Opaque too: torch.compile would copy both parts into the result.
-_OPERATIONS.define(
-    "stack_rows(Tensor weight, Tensor lora_a, Tensor lora_b, float scale) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
-)
-_OPERATIONS.define(
-    "stack_columns(Tensor weight, Tensor lora_a, Tensor lora_b, Tensor grad, float scale, "
-    "bool b_first=False) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
-)
-
-
-def _merge_above(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    stack = _empty_rows(weight, lora_a, lora_b, scale)
+def _merge_and_a(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    stack = _empty_rows(weight, lora_a)
     above, below = stack.split([len(weight), len(lora_a)])
-    torch.addmm(weight.to(lora_b.dtype), lora_b.t(), lora_a, alpha=scale, out=above)
+    _merge(weight, lora_a, lora_b, scale, out=above)
     below.copy_(lora_a)
     return stack
 
 
-def _empty_rows(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+def _empty_rows(weight: Tensor, lora_a: Tensor, *args: object) -> Tensor:
     return lora_a.new_empty(len(weight) + len(lora_a), lora_a.shape[1])
 
 
-def _merge_beside(
+def _merge_and_b(
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -213,51 +215,53 @@ def _merge_beside(
     scale: float,
     b_first: bool = False,
 ) -> Tensor:
-    stack = _empty_columns(weight, lora_a, lora_b, grad, scale)
+    stack = _empty_columns(weight, lora_a)
     if b_first:
         of_b, merged_weight = stack.split([len(lora_b), weight.shape[1]], dim=1)
     else:
         merged_weight, of_b = stack.split([weight.shape[1], len(lora_b)], dim=1)
-    torch.addmm(weight.to(lora_b.dtype), lora_b.t(), lora_a, alpha=scale, out=merged_weight)
+    _merge(weight, lora_a, lora_b, scale, out=merged_weight)
     of_b.copy_(lora_b.t())
     return stack
 
 
-def _empty_columns(
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    grad: Tensor,
-    scale: float,
-    b_first: bool = False,
-) -> Tensor:
-    return lora_a.new_empty(len(weight), weight.shape[1] + len(lora_b))
-
-
-_OPERATIONS.define(
-    "pair_product(Tensor grad, Tensor other_grad, Tensor stack, Tensor other_stack) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
-)
+def _empty_columns(weight: Tensor, lora_a: Tensor, *args: object) -> Tensor:
+    return lora_a.new_empty(len(weight), weight.shape[1] + len(lora_a))
 
 
 def _multiply_pair(grad: Tensor, other_grad: Tensor, stack: Tensor, other_stack: Tensor) -> Tensor:
-    result = _empty_pair(grad, other_grad, stack, other_stack)
+    result = _empty_pair(grad, other_grad, stack)
     left, right = result.flatten(0, -2).chunk(2, dim=1)
     torch.mm(grad.flatten(0, -2), stack, out=left)
     torch.mm(other_grad.flatten(0, -2), other_stack, out=right)
     return result
 
 
-def _empty_pair(grad: Tensor, other_grad: Tensor, stack: Tensor, other_stack: Tensor) -> Tensor:
+def _empty_pair(grad: Tensor, other_grad: Tensor, stack: Tensor, *args: object) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], 2 * stack.shape[1])
 
 
-_OPERATIONS.impl("pair_product", _multiply_pair, "CompositeExplicitAutograd")
-_OPERATIONS.impl("pair_product", _empty_pair, "Meta")
-_OPERATIONS.impl("stack_rows", _merge_above, "CompositeExplicitAutograd")
-_OPERATIONS.impl("stack_rows", _empty_rows, "Meta")
-_OPERATIONS.impl("stack_columns", _merge_beside, "CompositeExplicitAutograd")
-_OPERATIONS.impl("stack_columns", _empty_columns, "Meta")
+# Opaque, since torch.compile would copy both parts into the result.
+_stack_rows = _define(
+    "stack_rows(Tensor weight, Tensor lora_a, Tensor lora_b, float scale)",
+    _merge_and_a,
+    _empty_rows,
+)
+"""Returns the rows of W + s B A and A, [out + rank, in]."""
+_stack_columns = _define(
+    "stack_columns(Tensor weight, Tensor lora_a, Tensor lora_b, Tensor grad, float scale, "
+    "bool b_first=False)",
+    _merge_and_b,
+    _empty_columns,
+)
+"""Returns the columns of W + s B A and B, [out, in + rank], or B first; in the backward pass, see
+`copy_in_backward`."""
+_pair_product = _define(
+    "pair_product(Tensor grad, Tensor other_grad, Tensor stack, Tensor other_stack)",
+    _multiply_pair,
+    _empty_pair,
+)
+"""Returns both gradients' products with their stacks [out, width], [..., 2 width]."""
 
 
 @register_flop_formula([torch.ops.switchtitan.stack_rows, torch.ops.switchtitan.stack_columns])
@@ -267,23 +271,9 @@ def _flops_of_merge(weight: torch.Size, lora_a: torch.Size, *args: object, **kwa
 
 @register_flop_formula([torch.ops.switchtitan.pair_product])
 def _flops_of_pair(
-    grad: torch.Size,
-    other_grad: torch.Size,
-    stack: torch.Size,
-    other_stack: torch.Size,
-    *args: object,
-    **kwargs: object,
+    grad: torch.Size, other_grad: torch.Size, stack: torch.Size, *args: object, **kwargs: object
 ) -> int:
     return 2 * stack[1] * (grad.numel() + other_grad.numel())
-
-
-_stack_rows: Callable[..., Tensor] = torch.ops.switchtitan.stack_rows.default
-"""Returns W + s B A above A, [out + rank, in]."""
-_stack_columns: Callable[..., Tensor] = torch.ops.switchtitan.stack_columns.default
-"""Returns W + s B A beside B, [out, in + rank], or B first; in the backward pass, see
-`copy_in_backward`."""
-_pair_product: Callable[..., Tensor] = torch.ops.switchtitan.pair_product.default
-"""Returns two products with stacks [out, width] beside each other, [..., 2 width]."""
 
 
 def _part(grad: Tensor) -> Tensor:
@@ -349,17 +339,24 @@ class _MergedLinear(torch.autograd.Function):
         return grad_x, None, grad_a, grad_b, None, None
 
 
+def _with_thin(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Returns x (W + s B A)^T and x A^T of one product."""
+    both = F.linear(x, _stack_rows(weight, lora_a, lora_b, scale))
+    # Copied: a view of it would keep y in memory.
+    return both[..., : len(weight)], both[..., len(weight) :].contiguous()
+
+
 class _ConcatenatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
     ) -> Tensor:
-        out_features = len(weight)
-        both = F.linear(x, _stack_rows(weight, lora_a, lora_b, scale))
-        # Copied: a view of it would keep y in memory.
-        ctx.save_for_backward(x, weight, lora_a, lora_b, both[..., out_features:].contiguous())
+        out, thin = _with_thin(x, weight, lora_a, lora_b, scale)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, thin)
         ctx.scale = scale
-        return both[..., :out_features]
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
@@ -390,14 +387,11 @@ def concatenated_pair(
 class _ConcatenatedPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, ctx.scale = args
-        outputs, thin = [], []
-        for weight, lora_a, lora_b in (tensors[:3], tensors[3:]):
-            both = F.linear(x, _stack_rows(weight, lora_a, lora_b, ctx.scale))
-            outputs.append(both[..., : len(weight)])
-            thin.append(both[..., len(weight) :].contiguous())
-        ctx.save_for_backward(x, *tensors, *thin)
-        return outputs[0], outputs[1]
+        weight, lora_a, lora_b, other_weight, other_a, other_b, ctx.scale = args
+        out, thin = _with_thin(x, weight, lora_a, lora_b, ctx.scale)
+        other_out, other_thin = _with_thin(x, other_weight, other_a, other_b, ctx.scale)
+        ctx.save_for_backward(x, *args[:-1], thin, other_thin)
+        return out, other_out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

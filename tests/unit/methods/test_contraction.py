@@ -133,7 +133,7 @@ def test_on_a_gpu_the_choice_has_the_least_time(
 
 
 def shapes_saved(function, tensors):
-    """Shapes of saved tensors besides inputs."""
+    """Shapes of saved tensors that are not inputs."""
     out, saved = saved_besides(tensors, lambda: function(*tensors, SCALE))
     leaves = (tensors[0], tensors[2], tensors[3])
     grads = torch.autograd.grad(out.square().sum(), leaves)
