@@ -58,11 +58,11 @@ def test_rows_may_give_values_and_a_comparison_may_tune_nothing(tmp_path):
     assert state.chosen["thin"] == {LR: 1e-2}
 
 
-@pytest.mark.parametrize("name", ["rank_16", "preset_python"])
-def test_the_shipped_comparisons_are_valid(name):
-    comparison = load_comparison(COMPARISONS / f"{name}.toml")
-    check_plan(comparison)
-    assert len(comparison.report_seeds) >= 3
+def test_the_shipped_comparisons_are_valid():
+    files = [file for file in COMPARISONS.glob("*.toml") if not file.name.startswith("llama_")]
+    assert len(files) > 1
+    for file in files:
+        check_plan(load_comparison(file))
 
 
 @pytest.mark.parametrize(
