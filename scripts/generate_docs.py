@@ -1,4 +1,5 @@
-"""Generates docs/CONFIGURATION.md from the sections, and the tables of what fits one GPU.
+"""Generates docs/CONFIGURATION.md from the sections, the tables of what fits one GPU, and the
+numbers of docs/RESULTS.md (see results.py).
 
     python scripts/generate_docs.py [--check]
 
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from results import with_results
+
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE
 from switchtitan.benchmark.tables import batch_size_cell
 from switchtitan.config import describe, section_types, toml_value
@@ -24,6 +27,7 @@ from switchtitan.registry import Section
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "docs" / "CONFIGURATION.md"
 PERFORMANCE = ROOT / "docs" / "PERFORMANCE.md"
+RESULTS = ROOT / "docs" / "RESULTS.md"
 MEASUREMENTS = ROOT / "docs" / "measurements"
 
 _GIB = 2**30
@@ -52,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
     texts = {
         CONFIGURATION: configuration_page(),
         PERFORMANCE: with_fit_tables(PERFORMANCE.read_text(), MEASUREMENTS),
+        RESULTS: with_results(RESULTS.read_text()),
     }
     outdated = [path for path, text in texts.items() if path.read_text() != text]
     if options.check and outdated:

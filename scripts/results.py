@@ -1,0 +1,135 @@
+"""The numbers of docs/RESULTS.md, from the CSV files of finished runs in docs/results.
+
+`generate_docs.py` writes and checks them. In the page's source,
+
+    2.887<!-- FILE: a -->                   is the mean test loss of row a of FILE.csv;
+    +0.1 (+0.0 to +0.2)<!-- FILE: a - b --> that of a minus b, seed by seed, with its 95 % interval.
+                                            More rows may follow, as in a - b - c + d, and a row of
+                                            another file is FILE/a;
+    <!-- results FILE: a=label; b=label --> to
+    <!-- end -->                            holds a table of rows, with differences to the first.
+
+`, validation` after a formula takes the validation loss.
+"""
+
+import csv
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+
+from switchtitan.comparison.statistics import LEVEL, Difference, adjusted, difference
+
+FOLDER = Path(__file__).parents[1] / "docs" / "results"
+
+_SIGNED = r"[-+]\d\.\d{3}"
+_NUMBER = re.compile(
+    rf"(?:\d\.\d{{3}}|{_SIGNED} \((?:{_SIGNED} to {_SIGNED}|one seed)\))"
+    r"<!-- (?P<file>\w+): (?P<formula>[^,>]+?)(?P<validation>, validation)? -->"
+)
+_TABLE = re.compile(r"<!-- results (?P<file>\w+): (?P<rows>[^>]+) -->\n.*?<!-- end -->", re.DOTALL)
+_COLUMNS = (
+    "",
+    "lr",
+    "other_lr",
+    "trained",
+    "state, MiB",
+    "test loss",
+    "minus the first row's",
+    "on validation",
+)
+
+
+def with_results(text: str) -> str:
+    """Returns the page with all its numbers computed again.
+
+    Raises:
+        ValueError: a formula names a row without a finished run, or rows that share no seed.
+    """
+    return _NUMBER.sub(_number, _TABLE.sub(_table, text))
+
+
+def _number(match: re.Match[str]) -> str:
+    split = "validation_loss" if match["validation"] else "test_loss"
+    first, *others = match["formula"].split()
+    if others:
+        signs = [1, *(1 if sign == "+" else -1 for sign in others[::2])]
+        terms = [_losses(match["file"], row, split) for row in (first, *others[1::2])]
+        value = _interval(_sum(terms, signs))
+    else:
+        value = f"{fmean(_losses(match['file'], first, split).values()):.3f}"
+    return value + match[0][match[0].index("<!--") :]
+
+
+def _table(match: re.Match[str]) -> str:
+    file, titles = (
+        match["file"],
+        dict(row.strip().split("=", 1) for row in match["rows"].split(";")),
+    )
+    baseline, *others = titles
+    differences = [
+        {row: _sum([_losses(file, row, split), _losses(file, baseline, split)]) for row in others}
+        for split in ("test_loss", "validation_loss")
+    ]
+    lines = [_COLUMNS, ("---", *["---:"] * (len(_COLUMNS) - 1))]
+    for row, title in titles.items():
+        run = _reported(file, row)[0]
+        lines.append(
+            (
+                title,
+                f"{float(run['optimizer.lr']):g}",
+                f"{float(run['optimizer.other_lr']):g}" if run.get("optimizer.other_lr") else "-",
+                f"{int(run['num_trainable']) / 1e6:.2f} M",
+                f"{float(run['state_gib']) * 1024:.1f}",
+                f"{fmean(_losses(file, row, 'test_loss').values()):.3f}",
+                *(_cell(of, row) for of in differences),
+            )
+        )
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"<!-- results {file}: {match['rows']} -->\n\n{table}\n\n<!-- end -->"
+
+
+def _cell(differences: Mapping[str, Difference], row: str) -> str:
+    """Returns a difference, bold if it is not zero after Holm's correction over the column."""
+    if row not in differences:
+        return "-"
+    p_values = adjusted({name: of.p for name, of in differences.items()})
+    bold = "**" if p_values.get(row, 1.0) < LEVEL else ""
+    return f"{bold}{_interval(differences[row])}{bold}"
+
+
+def _interval(of: Difference) -> str:
+    if of.half_width is None:
+        return f"{of.mean:+.3f} (one seed)"
+    return f"{of.mean:+.3f} ({of.mean - of.half_width:+.3f} to {of.mean + of.half_width:+.3f})"
+
+
+def _sum(terms: list[dict[int, float]], signs: list[int] | None = None) -> Difference:
+    """Returns the signed sum of losses by seed, by default the first minus the second."""
+    signs = signs or [1, -1]
+    seeds = set.intersection(*(set(term) for term in terms))
+    sums = {
+        seed: sum(sign * term[seed] for sign, term in zip(signs, terms, strict=True))
+        for seed in seeds
+    }
+    found = difference(sums, dict.fromkeys(sums, 0.0))
+    if found is None:
+        raise ValueError("docs/results: rows of a formula share no seed, or a run diverged")
+    return found
+
+
+def _losses(file: str, row: str, split: str) -> dict[int, float]:
+    """Returns the losses of a row's reported runs by seed; `row` may be FILE/row."""
+    *other_file, name = row.split("/")
+    runs = _reported(other_file[0] if other_file else file, name)
+    return {int(run["seed"]): float(run[split]) for run in runs}
+
+
+@cache
+def _reported(file: str, row: str) -> list[dict[str, str]]:
+    with (FOLDER / f"{file}.csv").open(newline="") as lines:
+        runs = [run for run in csv.DictReader(lines) if run["row"] == row]
+    if not (reported := [run for run in runs if run["stage"] == "report"]):
+        raise ValueError(f"docs/results/{file}.csv: no finished run of row {row}")
+    return reported
