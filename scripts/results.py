@@ -9,7 +9,8 @@
     <!-- results FILE: a=label; b=label --> to
     <!-- end -->                            holds a table of rows, with differences to the first.
 
-`, validation` after a formula takes the validation loss.
+`, validation` after a formula takes the validation loss. Values are chosen on seed 1, and reported on
+the others.
 """
 
 import csv
@@ -130,6 +131,10 @@ def _losses(file: str, row: str, split: str) -> dict[int, float]:
 def _reported(file: str, row: str) -> list[dict[str, str]]:
     with (FOLDER / f"{file}.csv").open(newline="") as lines:
         runs = [run for run in csv.DictReader(lines) if run["row"] == row]
-    if not (reported := [run for run in runs if run["stage"] == "report"]):
+    # Files of earlier comparisons say which runs only served to choose values.
+    reported = [
+        run for run in runs if run.get("stage", "report") == "report" and run["seed"] != "1"
+    ]
+    if not reported:
         raise ValueError(f"docs/results/{file}.csv: no finished run of row {row}")
     return reported
