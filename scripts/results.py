@@ -9,8 +9,8 @@
     <!-- results FILE: a=label; b=label --> to
     <!-- end -->                            holds a table of rows, with differences to the first.
 
-`, validation` after a formula takes the validation loss. Values are chosen on seed 1, and reported on
-the others.
+`, validation` after a formula takes the validation loss. Values are chosen on seed 1, and reported
+on the others.
 """
 
 import csv
