@@ -27,13 +27,19 @@ NO_KERNEL = {
     *("lift_fresh", "record_stream", "_unsafe_view", "_reshape_alias"),
 }
 """Operations without a kernel that are not views."""
-_NUM_LAUNCHES = {"stack_rows": 2, "stack_columns": 2, "pair_product": 2}
-"""Operations of our own with several kernels: a product and a copy, or two products."""
+_NUM_LAUNCHES = {
+    # Our own: a product and a copy, or two products.
+    **dict.fromkeys(("stack_rows", "stack_columns", "pair_product"), 2),
+    # Of FSDP: one kernel for all parameters, after a copy of their addresses to the device.
+    # (aten/src/ATen/native/cuda/TensorShape.cu)
+    **dict.fromkeys(("split_with_sizes_copy", "chunk_cat"), 2),
+}
+"""Operations with several launches."""
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 # Of torch's multi_tensor_apply (aten/src/ATen/native/cuda/MultiTensorApply.cuh), by number of
-# lists.
-_TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
-_BLOCKS_PER_LAUNCH = 320
+# lists, in builds for CUDA 13, such as those of PyPI.
+_TENSORS_PER_LAUNCH = {1: 770, 2: 448, 3: 336, 4: 252, 5: 210}
+_BLOCKS_PER_LAUNCH = 2240
 _ELEMENTS_PER_BLOCK = 65536
 
 
@@ -150,6 +156,8 @@ class RecordLaunches(CountingMode):
         # "prim" asks a tensor for its device.
         if namespace == "prim" or func.is_view or name in NO_KERNEL:
             return
+        if name == "copy_" and args[0] is args[1]:  # nor has a copy to itself
+            return
         kind = "extern" if torch_inside.running_graphs else "eager"
         if namespace in ("c10d", "_c10d_functional"):
             kind = "collective"
@@ -197,6 +205,9 @@ def num_bytes_of(name: str, args: tuple, result: Any, tensors: list[Tensor]) -> 
     """Returns the bytes of an operation's tensors, or what it reads and writes of them."""
     if name == "embedding":
         return 2 * _num_bytes(tensors_in(result))
+    if name == "all_gather_copy_in":
+        # Into this rank's part of what is gathered.
+        return 2 * _num_bytes(args[0])
     if name in ("copy_", "fill_", "zero_"):
         return _num_bytes(tensors_in(args))
     if name == "copy_in_backward":
@@ -221,7 +232,16 @@ def num_flops(func: Any, name: str, args: tuple, kwargs: Mapping[str, Any], resu
 
 def _num_launches(name: str, args: tuple) -> int:
     if name.startswith("_foreach_"):
-        return num_launches_of_lists(lists_in(args))
+        # Norms of chunks, for which zeros are allocated, are added up in one more launch.
+        # (aten/src/ATen/native/cuda/ForeachReduceOp.cu)
+        return num_launches_of_lists(lists_in(args)) + 2 * (name == "_foreach_norm")
+    if name == "all_gather_copy_in":
+        # `_foreach_copy_` into parts of one tensor.
+        # (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py)
+        return num_launches_of_lists([args[0], args[0]])
+    if name.startswith("_fused_adam"):
+        # Weights, gradients and two moments.
+        return _num_launches_of_alike(lists_in(args)[:4])
     return _NUM_LAUNCHES.get(name, 1)
 
 
@@ -247,8 +267,10 @@ def takes_fast_path(lists: list[list[Tensor]]) -> bool:
 
 def num_launches_of_lists(lists: list[list[Tensor]]) -> int:
     """Returns the kernels of an operation on lists: one for each entry without the fast path."""
-    if not takes_fast_path(lists):
-        return len(lists[0])
+    return _num_launches_of_alike(lists) if takes_fast_path(lists) else len(lists[0])
+
+
+def _num_launches_of_alike(lists: list[list[Tensor]]) -> int:
     num_launches = num_tensors = num_blocks = 0
     for tensor in lists[0]:
         num_tensors += 1
