@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.initial import covering_blocks, plain_value
+from switchtitan.distributed.one_rank import use_few_kernels
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import (
@@ -54,6 +55,8 @@ def shard_model(
             modules[0].set_unshard_in_backward(False)
     # The root holds what is outside the units: modules that any pass may use, in any order.
     shard(model, reshard_after_forward=False)
+    if mesh.size(mesh.ndim - 1) == 1:
+        use_few_kernels(model)
     for module in model.modules():
         if isinstance(module, Reparametrized):
             for name in module.sharded_buffers:
