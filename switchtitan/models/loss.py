@@ -93,21 +93,24 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-LossAndGradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+LossAndGradient = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def loss_and_gradient_(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def loss_and_gradient_(
+    logits: Tensor, targets: Tensor, weights: Tensor, loss: Tensor
+) -> tuple[Tensor, Tensor]:
     """Overwrites `logits` with the gradient of a weighted cross entropy, except at the targets.
 
     Args:
         logits: [tokens, vocabulary].
         targets: [tokens] int64, all within the vocabulary.
         weights: [tokens], fp32 or wider; computes in their dtype.
+        loss: of other tokens, 0-dim.
 
     Returns:
-        The sum over tokens of weight * -log softmax(logits)[target], 0-dim, and the gradient at the
-        targets [tokens], in the dtype of `logits`. The caller writes it: torch.compile would copy
-        all logits for that.
+        `loss` + the sum over tokens of weight * -log softmax(logits)[target], and the gradient at
+        the targets [tokens], in the dtype of `logits`. The caller writes it: torch.compile would
+        copy all logits for that.
     """
     wide, weights = logits.to(weights.dtype), weights[:, None]
     largest = wide.amax(dim=1, keepdim=True)
@@ -116,7 +119,8 @@ def loss_and_gradient_(logits: Tensor, targets: Tensor, weights: Tensor) -> tupl
     total = exponentials.sum(dim=1, keepdim=True)
     logits.copy_(exponentials.mul_(weights / total))
     gradient_at_target = (at_target.exp() / total - 1) * weights
-    return ((total.log() - at_target) * weights).sum(), gradient_at_target[:, 0].to(logits.dtype)
+    loss = loss + ((total.log() - at_target) * weights).sum()
+    return loss, gradient_at_target[:, 0].to(logits.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -144,8 +148,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             torch.mm(hidden[chunk], weight.t(), out=logits)
-            of_chunk, gradient_at_target = loss_and_gradient(logits, targets[chunk], weights[chunk])
-            loss += of_chunk
+            loss, gradient_at_target = loss_and_gradient(
+                logits, targets[chunk], weights[chunk], loss
+            )
             logits[rows, targets[chunk]] = gradient_at_target
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[chunk])
