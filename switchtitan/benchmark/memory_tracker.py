@@ -207,8 +207,9 @@ class TrackMemory(CountingMode):
         self._hold_gathered(module)
 
     def _hold_gathered(self, module: nn.Module) -> None:
-        """Counts the module's own parameters if they are gathered."""
-        for parameter in module.parameters(recurse=False):
+        """Counts parameters within the module that are gathered; some layers have no hooks, since a
+        pair is called by another method."""
+        for parameter in module.parameters():
             if isinstance(parameter, DTensor):
                 continue
             self._hold(parameter, GATHERED)
