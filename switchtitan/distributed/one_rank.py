@@ -1,38 +1,36 @@
-"""FSDP2 where one rank holds all rows: full parameters and gradients in one kernel for each unit.
+"""FSDP2 where one rank holds all rows: a unit's parameters are cast in one kernel.
 
 FSDP2 itself casts, then copies, each parameter, and copies the packed gradients once more.
+(torch/distributed/fsdp/_fully_shard: _fsdp_param_group.py, _fsdp_collectives.py)
 """
 
-from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from switchtitan.distributed.rows import copy_all_
 
 _IS_KNOWN_TORCH = torch.__version__.startswith("2.13.")
-"""Whether `_cast_parameters` does what this torch does, with its private names."""
+"""Whether what follows fits the inside of this torch; another one runs its own kernels."""
 
 
 def use_few_kernels(model: nn.Module) -> None:
-    """Replaces kernels for each parameter of a sharded model whose shards have one rank."""
-    for module in model.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        module.set_custom_reduce_scatter(_ReduceInPlace())
-        if _IS_KNOWN_TORCH:
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                group.wait_for_unshard = partial(_cast_parameters, group)  # type: ignore[method-assign]
+    """Saves kernels of a model that is sharded over one rank, without effect on any value."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units if _IS_KNOWN_TORCH else ():
+        unit.set_custom_reduce_scatter(_ReduceInPlace())
+        for group in unit._get_fsdp_state()._fsdp_param_groups:
+            group.wait_for_unshard = partial(_cast_parameters, group)  # type: ignore[method-assign]
 
 
 @torch.no_grad()
 def _cast_parameters(group: FSDPParamGroup) -> None:
-    """Takes the place of `FSDPParamGroup.wait_for_unshard`."""
+    """Does what `FSDPParamGroup.wait_for_unshard` does on one rank."""
     if group._all_gather_result is None:
         return
     full: list[Tensor] = []
@@ -53,27 +51,14 @@ def _cast_parameters(group: FSDPParamGroup) -> None:
     group._all_gather_result = None
 
 
-class _ReduceInPlace(ReduceScatter):
-    """Gives the reduced gradients the memory of the packed ones, which FSDP2 asks for before."""
+class _ReduceInPlace(DefaultReduceScatter):
+    """Gives the reduced gradients the memory of the packed ones, which FSDP2 allocates before."""
 
     def __init__(self) -> None:
         self._packed: Tensor | None = None
 
-    def allocate(
-        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        if self._packed is not None:
-            reduced, self._packed = self._packed, None
-            return reduced
-        self._packed = torch.empty(*size, dtype=dtype, device=device)
-        return self._packed
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: object,
-        async_op: bool = False,
-    ) -> None:
-        raise AssertionError("one rank has nothing to reduce")
+    def allocate(self, *args: Any, **keys: Any) -> Tensor:
+        packed, self._packed = self._packed, None
+        if packed is None:
+            packed = self._packed = super().allocate(*args, **keys)
+        return packed

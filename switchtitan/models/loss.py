@@ -170,7 +170,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden.mul_(grad)
         if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad).to(ctx.dtype)
+            is_narrow = ctx.dtype != grad_weight.dtype
+            into = torch.empty_like(grad_weight, dtype=ctx.dtype) if is_narrow else grad_weight
+            # One kernel, which rounds once.
+            grad_weight = torch.mul(grad_weight, grad, out=into)
         return grad_hidden, grad_weight, None, None, None, None
 
 

@@ -10,6 +10,7 @@ from support.nonfinite import SKIP, differing, outcome, spoil_next_gradient
 from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 from torch import nn
 
+from switchtitan.distributed import fsdp
 from switchtitan.distributed.norms import non_finite, total_norm
 from switchtitan.models import MODELS
 from switchtitan.models.llama.model import Llama
@@ -98,6 +99,20 @@ def test_loss_and_gradients_of_several_micro_batches_equal_those_of_one_batch_in
     torch.testing.assert_close(result.loss, expected.detach(), rtol=1e-5, atol=0)
     norm = nn.utils.get_total_norm(gradients.values())
     torch.testing.assert_close(result.grad_norm, norm, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("reshard", ["true", "false"])
+def test_one_rank_with_few_kernels_trains_like_fsdp_itself_bitwise(corpora, monkeypatch, reshard):
+    narrow = ("--training.dtype", "bfloat16", "--training.frozen_dtype", "bfloat16")
+    keys = (*narrow, "--parallelism.reshard_after_forward", reshard)
+    ours = tiny_trainer(corpora / f"few-{reshard}", "switchlora", *keys)
+    monkeypatch.setattr(fsdp, "use_few_kernels", lambda model: None)
+    reference = tiny_trainer(corpora / f"many-{reshard}", "switchlora", *keys)
+    # Weights of both dtypes are cast.
+    dtypes = {parameter.dtype for parameter in ours.stepper.model.parameters()}
+    assert dtypes == {torch.float32, torch.bfloat16}
+    of_ours, expected = ((train_steps(of, 4), full_tensors(of)) for of in (ours, reference))
+    assert differing(of_ours, expected) == []
 
 
 def test_a_skipped_step_changes_no_tensor_switches_nothing_and_does_not_count(corpora):
