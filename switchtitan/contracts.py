@@ -1,7 +1,7 @@
 """The contracts between packages: interfaces of models, methods, optimizers and their sections."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -221,18 +221,22 @@ class LanguageModel(nn.Module, ABC):
 
 
 @runtime_checkable
-class Pairable(Protocol):
-    """A layer that may share the reads of its input with another layer of the same input."""
+class Groupable(Protocol):
+    """A layer that may share the reads of its input with other layers of the same input."""
 
-    def forward_pair(self, x: Tensor, other: nn.Module) -> tuple[Tensor, Tensor]:
-        """Returns what this layer and `other` return for x [..., in], equal to rounding."""
+    def forward_together(self, x: Tensor, others: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+        """Returns what this layer and the others return for x [..., in], equal to rounding."""
 
 
-def apply_pair(x: Tensor, first: nn.Module, second: nn.Module) -> tuple[Tensor, Tensor]:
-    """Applies two layers to one input."""
-    if isinstance(first, Pairable):
-        return first.forward_pair(x, second)
-    return first(x), second(x)
+def apply_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """Applies layers to one input.
+
+    The last one's output, at least, should be needed by the backward pass: it is kept in memory.
+    """
+    first, *others = layers
+    if isinstance(first, Groupable):
+        return first.forward_together(x, others)
+    return tuple(layer(x) for layer in layers)
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for, splitmix64
 from switchtitan.methods.factors import ProductLinear, ProductMethod
 from switchtitan.methods.lowrank import FACTORS, FactorConfig
-from switchtitan.methods.lowrank.contraction import copy_in_backward
+from switchtitan.methods.lowrank.operations import copy_in_backward, part_of
 
 SPARSE = "sparse_values"
 """Local name of the parameter with the values of the sparse matrix."""
@@ -177,10 +177,10 @@ class _SparseProduct(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
         x, lora_a, lora_b, sparse_values, seed = ctx.saved_tensors
         # Otherwise torch.compile would save the columns.
-        columns = _columns(lora_a, lora_b, sparse_values, copy_in_backward(seed, grad))
+        columns = _columns(lora_a, lora_b, sparse_values, copy_in_backward(seed, part_of(grad)))
         grad_x = None
         if ctx.needs_input_grad[0]:
-            factor = copy_in_backward(lora_b, grad)
+            factor = copy_in_backward(lora_b, part_of(grad))
             grad_x = grad @ _dense(lora_a, factor, sparse_values, columns)
         grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
         grad_values = grad_weight.gather(1, columns).flatten()

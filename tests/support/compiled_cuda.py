@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from support.packages import HAS_TORCHAO
 from switchtitan.benchmark.gpu.record import RecordLaunches, StepOnGpu, record_step
 from switchtitan.job.config import JobConfig, parse_unchecked
-from switchtitan.methods.lowrank.contraction import copy_in_backward
+from switchtitan.methods.lowrank.operations import copy_in_backward
 from switchtitan.models.llama.model import MLP, Attention
 from switchtitan.training.step import Stepper
 

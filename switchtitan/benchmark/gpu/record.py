@@ -17,6 +17,7 @@ from switchtitan.benchmark.gpu import torch_inside
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.errors import UserError
 from switchtitan.job.config import JobConfig
+from switchtitan.methods.lowrank.operations import IMPLEMENTATIONS
 from switchtitan.observability.collectives import CountingMode
 from switchtitan.regions import observe_regions, stop_observing_regions
 
@@ -27,14 +28,9 @@ NO_KERNEL = {
     *("lift_fresh", "record_stream", "_unsafe_view", "_reshape_alias"),
 }
 """Operations without a kernel that are not views."""
-_NUM_LAUNCHES = {
-    # Our own: a product and a copy, or two products.
-    **dict.fromkeys(("stack_rows", "stack_columns", "pair_product"), 2),
-    # Of FSDP: one kernel for all parameters, after a copy of their addresses to the device.
-    # (aten/src/ATen/native/cuda/TensorShape.cu)
-    **dict.fromkeys(("split_with_sizes_copy", "chunk_cat"), 2),
-}
-"""Operations with several launches."""
+_NUM_LAUNCHES = dict.fromkeys(("split_with_sizes_copy", "chunk_cat"), 2)
+"""Operations of FSDP with two launches: a kernel for all parameters, after a copy of their addresses
+to the device (aten/src/ATen/native/cuda/TensorShape.cu)."""
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 # Of torch's multi_tensor_apply (aten/src/ATen/native/cuda/MultiTensorApply.cuh), by number of
 # lists, in builds for CUDA 13, such as those of PyPI.
@@ -158,6 +154,10 @@ class RecordLaunches(CountingMode):
             return
         if name == "copy_" and args[0] is args[1]:  # nor has a copy to itself
             return
+        if func in IMPLEMENTATIONS:
+            with self:  # what it launches
+                IMPLEMENTATIONS[func](*args, **kwargs)
+            return
         kind = "extern" if torch_inside.running_graphs else "eager"
         if namespace in ("c10d", "_c10d_functional"):
             kind = "collective"
@@ -210,8 +210,6 @@ def num_bytes_of(name: str, args: tuple, result: Any, tensors: list[Tensor]) -> 
         return 2 * _num_bytes(args[0])
     if name in ("copy_", "fill_", "zero_"):
         return _num_bytes(tensors_in(args))
-    if name == "copy_in_backward":
-        return _num_bytes([args[0], result])
     if name in ("index_put", "index_put_"):
         return 2 * _num_bytes(tensors_in(args[2])) + _num_bytes(tensors_in(args[1]))
     return _num_bytes(tensors)

@@ -1,8 +1,8 @@
-"""Four ways to compute y = x (W + s B A)^T with gradients for x, A and B.
+"""Four ways to compute y = x (W + s B A)^T with gradients for x, A and B, of layers with one input.
 
 B is stored transposed, [rank, out]; a product that needs B takes a view. All agree to rounding and
 differ in floating-point operations and in the bytes that their products read and write. For T
-tokens, forward and backward:
+tokens, forward and backward of one layer:
 
     factored        4 out in T + 6 rank (out + in) T
     merged          4 out in T + 4 rank (out + in) T + 4 out in rank
@@ -10,26 +10,41 @@ tokens, forward and backward:
     dense gradient  6 out in T + 8 out in rank
 
 `merged` and `dense_gradient` save only their inputs for the backward pass, compiled or not;
-`factored` and `concatenated` also save x A^T. `weight` gets no gradient. Each pass casts a weight
-of another dtype.
+`factored` and `concatenated` also save x A^T. With so many tokens that W + s B A is small next to
+x, all but `factored` save it too, which takes 2 out in rank operations less. `weight` gets no
+gradient. A weight of another dtype is cast.
+
+Of several layers, all outputs but the last are one product, and the gradients of x are summed
+inside products.
 """
 
-import math
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-Contraction = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-"""(x [..., in], weight [out, in], lora_a [rank, in], lora_b [rank, out], scale) -> [..., out]"""
+from switchtitan.methods.lowrank.operations import (
+    copy_in_backward,
+    input_gradient,
+    merge,
+    part_of,
+)
+
+Factored = tuple[Tensor, Tensor, Tensor]
+"""The weight [out, in], A [rank, in] and B [rank, out] of one layer."""
+Contraction = Callable[[Tensor, Sequence[Factored], float], tuple[Tensor, ...]]
+"""(x [..., in], layers of one rank, scale) -> [..., out] of each."""
 
 
-def factored(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+def factored(x: Tensor, layers: Sequence[Factored], scale: float) -> tuple[Tensor, ...]:
     """Computes x W^T + s (x A^T) B^T."""
-    return frozen_linear(x, weight) + F.linear(F.linear(x, lora_a), lora_b.t()) * scale
+    return tuple(
+        frozen_linear(x, weight) + F.linear(F.linear(x, lora_a), lora_b.t()) * scale
+        for weight, lora_a, lora_b in layers
+    )
 
 
 def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -37,108 +52,119 @@ def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
     return _FrozenLinear.apply(x, weight)
 
 
-def merged(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+def merged(x: Tensor, layers: Sequence[Factored], scale: float) -> tuple[Tensor, ...]:
     """Multiplies x by W + s B A; the gradients of A and B are products of width rank."""
-    return _MergedLinear.apply(x, weight, lora_a, lora_b, scale, False)
+    return _MergedLinear.apply(x, scale, False, *_by_kind(layers))
 
 
-def dense_gradient(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
-) -> Tensor:
+def dense_gradient(x: Tensor, layers: Sequence[Factored], scale: float) -> tuple[Tensor, ...]:
     """Multiplies x by W + s B A; the gradients of A and B are projections of G = g^T x."""
-    return _MergedLinear.apply(x, weight, lora_a, lora_b, scale, True)
+    return _MergedLinear.apply(x, scale, True, *_by_kind(layers))
 
 
-def concatenated(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+def concatenated(x: Tensor, layers: Sequence[Factored], scale: float) -> tuple[Tensor, ...]:
     """Computes [y | x A^T] in one product with the rows of W + s B A and A, and in the backward
-    pass the gradients of x and x A^T in one with the columns of W + s B A and B."""
-    return _ConcatenatedLinear.apply(x, weight, lora_a, lora_b, scale)
+    pass the gradients of x and x A^T in one with the columns of W + s B A and B.
+
+    Of several layers, the x A^T of all lie next to the last y, which they keep in memory: the last
+    layer should be one whose output the backward pass needs. Only the first layer's gradients are
+    one product. The gradients of all A are one, which reads x once.
+    """
+    return _ConcatenatedLinear.apply(x, scale, *_by_kind(layers))[: len(layers)]
 
 
 _ALL: tuple[Contraction, ...] = (factored, merged, concatenated, dense_gradient)
 BY_NAME: dict[str, Contraction] = {contraction.__name__: contraction for contraction in _ALL}
 
 
+def _keeps_merged(out_features: Sequence[int], in_features: int, num_tokens: int) -> bool:
+    """Whether merged weights take at most a 32nd of what x and the outputs do."""
+    width = sum(out_features)
+    return 32 * width * in_features <= num_tokens * (in_features + width)
+
+
 def _products(
-    contraction: Contraction, out_features: int, in_features: int, rank: int, num_tokens: int
+    name: str, out_features: Sequence[int], in_features: int, rank: int, num_tokens: int
 ) -> list[tuple[int, int, int]]:
     """Returns (m, k, n) of each product of [m, k] and [k, n], forward and backward."""
-    forward = num_tokens, in_features, out_features
-    backward = num_tokens, out_features, in_features
-    of_factors = [(rank, num_tokens, in_features), (rank, num_tokens, out_features)]
-    narrow = [(num_tokens, in_features, rank), (num_tokens, out_features, rank)]
-    merges = 2 * [(out_features, rank, in_features)]
-    if contraction is factored:
-        wide = [(num_tokens, rank, out_features), (num_tokens, rank, in_features)]
-        return [forward, backward, *narrow, *wide, *of_factors]
-    if contraction is merged:
-        return [forward, backward, *merges, *narrow, *of_factors]
-    if contraction is concatenated:
-        forward = num_tokens, in_features, out_features + rank
-        backward = num_tokens, out_features, in_features + rank
-        return [forward, backward, *merges, *of_factors]
-    projections = [(rank, out_features, in_features), (rank, in_features, out_features)]
-    return [forward, backward, (out_features, num_tokens, in_features), *merges, *projections]
-
-
-def _products_of_pair(
-    out_features: tuple[int, int], in_features: int, rank: int, num_tokens: int
-) -> list[tuple[int, int, int]]:
-    """Returns the products of `concatenated_pair`, like `_products`."""
-    products = [(2 * rank, num_tokens, in_features)]
-    for width in out_features:
-        products += [
-            (num_tokens, in_features, width + rank),
-            (num_tokens, width, in_features + rank),
-        ]
-        products += [(rank, num_tokens, width), *2 * [(width, rank, in_features)]]
-    return products
+    *early, last = out_features
+    num_layers, forward = len(out_features), (num_tokens, in_features, last)
+    backward = [(num_tokens, out, in_features) for out in out_features]
+    num_merges = 1 if _keeps_merged(out_features, in_features, num_tokens) else 2
+    merges = num_merges * [(out, rank, in_features) for out in out_features]
+    of_a = num_layers * [(rank, num_tokens, in_features)]
+    of_b = [(rank, num_tokens, out) for out in out_features]
+    narrow = [*num_layers * [(num_tokens, in_features, rank)]]
+    narrow += [(num_tokens, out, rank) for out in out_features]
+    products = [(num_tokens, in_features, sum(early))] if early else []
+    if name == "factored":
+        wide = [(num_tokens, rank, out) for out in out_features]
+        wide += num_layers * [(num_tokens, rank, in_features)]
+        forwards = [(num_tokens, in_features, out) for out in out_features]
+        return [*forwards, *backward, *narrow, *wide, *of_a, *of_b]
+    if name == "merged":
+        return [*products, forward, *backward, *merges, *narrow, *of_a, *of_b]
+    if name == "concatenated":
+        products += [(num_tokens, in_features, last + num_layers * rank)]
+        products += [(num_tokens, out_features[0], in_features + rank)]
+        for out in out_features[1:]:
+            products += [(num_tokens, out, in_features), (num_tokens, out, rank)]
+        return [*products, *merges, (num_layers * rank, num_tokens, in_features), *of_b]
+    dense = [(out, num_tokens, in_features) for out in out_features]
+    projections = [(rank, out, in_features) for out in out_features]
+    projections += [(rank, in_features, out) for out in out_features]
+    return [*products, forward, *backward, *merges, *dense, *projections]
 
 
 def num_flops(
     contraction: Contraction, out_features: int, in_features: int, rank: int, num_tokens: int
 ) -> int:
     """Returns the floating-point operations of forward and backward, by the table above."""
-    products = _products(contraction, out_features, in_features, rank, num_tokens)
+    products = _products(contraction.__name__, (out_features,), in_features, rank, num_tokens)
     return sum(2 * m * k * n for m, k, n in products)
 
 
-def fastest_contraction(x: Tensor, out_features: int, rank: int) -> Contraction:
+def fastest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) -> Contraction:
     """Returns the contraction with the least time by the roofline of the device of x [..., in].
 
     Of equal ones, the first in the table. On a CPU operations decide: measured, its narrow products
     are as fast as others.
+
+    Args:
+        out_features: of the layers that are computed together.
     """
-    in_features, num_tokens = x.shape[-1], x.numel() // x.shape[-1]
-    best, least = _ALL[0], math.inf
-    # Traced by torch.compile, which cannot take a minimum by a function that is made here.
-    for contraction in _ALL:
-        time = _time(x, _products(contraction, out_features, in_features, rank, num_tokens))
-        if time < least:
-            best, least = contraction, time
-    return best
+    num_tokens, value_size = x.numel() // x.shape[-1], x.element_size()
+    bytes_cost = value_size * (_flops_per_byte(x.device, x.dtype) if x.is_cuda else 0.0)
+    return BY_NAME[_fastest(out_features, x.shape[-1], rank, num_tokens, bytes_cost)]
 
 
-def is_pair_faster(x: Tensor, out_features: tuple[int, int], rank: int) -> bool:
-    """Whether `concatenated_pair` takes less time than the fastest contraction of each layer."""
-    if not x.is_cuda:  # it has the operations of two layers
-        return False
-    in_features, num_tokens = x.shape[-1], x.numel() // x.shape[-1]
-    apart = 0.0
-    for width in out_features:
-        fastest = fastest_contraction(x, width, rank)
-        apart += _time(x, _products(fastest, width, in_features, rank, num_tokens))
-    return _time(x, _products_of_pair(out_features, in_features, rank, num_tokens)) < apart
+# Evaluated while torch.compile traces, not traced.
+@torch.compiler.assume_constant_result
+def _fastest(*args: Any) -> str:
+    return _fastest_of_shape(*args)
 
 
-def _time(x: Tensor, products: list[tuple[int, int, int]]) -> float:
-    """Returns the time of products in the dtype of x, in units of floating-point operations."""
-    flops_per_byte = _flops_per_byte(x.device, x.dtype) if x.is_cuda else 0.0
-    time = 0.0
-    for m, k, n in products:
-        num_bytes = x.element_size() * (m * k + k * n + m * n)
-        time += max(2 * m * k * n, num_bytes * flops_per_byte)
-    return time
+@functools.lru_cache
+def _fastest_of_shape(
+    out_features: tuple[int, ...],
+    in_features: int,
+    rank: int,
+    num_tokens: int,
+    flops_per_value: float,
+) -> str:
+    """See `fastest_contraction`.
+
+    Args:
+        flops_per_value: operations in the time that a value of a matrix takes.
+    """
+
+    def time(name: str) -> float:
+        products = _products(name, out_features, in_features, rank, num_tokens)
+        return sum(
+            max(2 * m * k * n, (m * k + k * n + m * n) * flops_per_value) for m, k, n in products
+        )
+
+    return min(BY_NAME, key=time)
 
 
 @torch.compiler.assume_constant_result
@@ -154,142 +180,19 @@ def _flops_per_byte(device: torch.device, dtype: torch.dtype) -> float:
     return 153.0 if is_ampere else 295.0
 
 
-def _merge(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, out: Tensor | None = None
-) -> Tensor:
-    return torch.addmm(weight.to(lora_b.dtype), lora_b.t(), lora_a, alpha=scale, out=out)
-
-
-# Opaque operations. Registered by schema: a call through `torch.library.custom_op` takes the host
-# several times as long.
-_OPERATIONS = torch.library.Library("switchtitan", "DEF")
-
-
-def _define(
-    schema: str, compute: Callable[..., Tensor], allocate: Callable[..., Tensor]
-) -> Callable[..., Tensor]:
-    """Returns an operation that computes, and for meta tensors allocates its result."""
-    name = schema.partition("(")[0]
-    tags = torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout
-    _OPERATIONS.define(f"{schema} -> Tensor", tags=tags)
-    _OPERATIONS.impl(name, compute, "CompositeExplicitAutograd")
-    _OPERATIONS.impl(name, allocate, "Meta")
-    operation: Callable[..., Tensor] = getattr(torch.ops.switchtitan, name).default
-    return operation
-
-
-def _copy(tensor: Tensor, grad: Tensor, casts: bool = False) -> Tensor:
-    return tensor.to(grad.dtype if casts else tensor.dtype, copy=True)
-
-
-def _empty_copy(tensor: Tensor, grad: Tensor, casts: bool = False) -> Tensor:
-    return torch.empty_like(tensor, dtype=grad.dtype if casts else tensor.dtype)
-
-
-# It depends on `grad`. Otherwise torch.compile moves the backward pass's merge, which depends on
-# parameters alone, to the forward pass and saves the result.
-copy_in_backward = _define(
-    "copy_in_backward(Tensor tensor, Tensor grad, bool casts=False)", _copy, _empty_copy
-)
-"""(tensor, gradient, casts=False) -> a copy of the tensor, in the dtype of the gradient if `casts`,
-made in the backward pass, compiled or not. A part of the gradient will do."""
-
-
-def _merge_and_a(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    stack = _empty_rows(weight, lora_a)
-    above, below = stack.split([len(weight), len(lora_a)])
-    _merge(weight, lora_a, lora_b, scale, out=above)
-    below.copy_(lora_a)
-    return stack
-
-
-def _empty_rows(weight: Tensor, lora_a: Tensor, *args: object) -> Tensor:
-    return lora_a.new_empty(len(weight) + len(lora_a), lora_a.shape[1])
-
-
-def _merge_and_b(
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    grad: Tensor,
-    scale: float,
-    b_first: bool = False,
-) -> Tensor:
-    stack = _empty_columns(weight, lora_a)
-    if b_first:
-        of_b, merged_weight = stack.split([len(lora_b), weight.shape[1]], dim=1)
-    else:
-        merged_weight, of_b = stack.split([weight.shape[1], len(lora_b)], dim=1)
-    _merge(weight, lora_a, lora_b, scale, out=merged_weight)
-    of_b.copy_(lora_b.t())
-    return stack
-
-
-def _empty_columns(weight: Tensor, lora_a: Tensor, *args: object) -> Tensor:
-    return lora_a.new_empty(len(weight), weight.shape[1] + len(lora_a))
-
-
-def _multiply_pair(grad: Tensor, other_grad: Tensor, stack: Tensor, other_stack: Tensor) -> Tensor:
-    result = _empty_pair(grad, other_grad, stack)
-    left, right = result.flatten(0, -2).chunk(2, dim=1)
-    torch.mm(grad.flatten(0, -2), stack, out=left)
-    torch.mm(other_grad.flatten(0, -2), other_stack, out=right)
-    return result
-
-
-def _empty_pair(grad: Tensor, other_grad: Tensor, stack: Tensor, *args: object) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], 2 * stack.shape[1])
-
-
-# Opaque, since torch.compile would copy both parts into the result.
-_stack_rows = _define(
-    "stack_rows(Tensor weight, Tensor lora_a, Tensor lora_b, float scale)",
-    _merge_and_a,
-    _empty_rows,
-)
-"""Returns the rows of W + s B A and A, [out + rank, in]."""
-_stack_columns = _define(
-    "stack_columns(Tensor weight, Tensor lora_a, Tensor lora_b, Tensor grad, float scale, "
-    "bool b_first=False)",
-    _merge_and_b,
-    _empty_columns,
-)
-"""Returns the columns of W + s B A and B, [out, in + rank], or B first; in the backward pass, see
-`copy_in_backward`."""
-_pair_product = _define(
-    "pair_product(Tensor grad, Tensor other_grad, Tensor stack, Tensor other_stack)",
-    _multiply_pair,
-    _empty_pair,
-)
-"""Returns both gradients' products with their stacks [out, width], [..., 2 width]."""
-
-
-@register_flop_formula([torch.ops.switchtitan.stack_rows, torch.ops.switchtitan.stack_columns])
-def _flops_of_merge(weight: torch.Size, lora_a: torch.Size, *args: object, **kwargs: object) -> int:
-    return 2 * weight.numel() * lora_a[0]
-
-
-@register_flop_formula([torch.ops.switchtitan.pair_product])
-def _flops_of_pair(
-    grad: torch.Size, other_grad: torch.Size, stack: torch.Size, *args: object, **kwargs: object
-) -> int:
-    return 2 * stack[1] * (grad.numel() + other_grad.numel())
-
-
-def _part(grad: Tensor) -> Tensor:
-    """Returns a small view: torch.compile may copy what an opaque operation reads."""
-    return grad.narrow(-1, 0, 1)
-
-
 def _cast_in_backward(weight: Tensor, grad: Tensor) -> Tensor:
     if weight.dtype == grad.dtype:
         return weight
-    return copy_in_backward(weight, _part(grad), casts=True)
+    return copy_in_backward(weight, part_of(grad), casts=True)
 
 
-def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Returns s (left right), scaled inside the product: no other kernel reads the result."""
-    unread = right[:1].expand(len(left), -1)
+def _scaled_product(left: Tensor, right: Tensor, scale: float, factor: Tensor) -> Tensor:
+    """Returns s (left right), scaled inside the product: no other kernel reads the result.
+
+    Args:
+        factor: has rows of the length of those of `right`; is not read.
+    """
+    unread = factor[:1].expand(len(left), -1)
     return torch.addmm(unread, left, right, beta=0, alpha=scale)
 
 
@@ -305,111 +208,94 @@ class _FrozenLinear(torch.autograd.Function):
         return grad @ _cast_in_backward(weight, grad) if ctx.needs_input_grad[0] else None, None
 
 
+def _by_kind(layers: Sequence[Factored]) -> list[Tensor]:
+    """Returns all weights, then all A, then all B."""
+    return [tensor for tensors in zip(*layers, strict=True) for tensor in tensors]
+
+
+def _kinds(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
+    """Splits what `_by_kind` has joined, and what `_if_kept` has added."""
+    number = len(tensors) // 3
+    return (*(tensors[n * number : (n + 1) * number] for n in range(3)), tensors[3 * number :])
+
+
+def _if_kept(stack: Tensor, x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
+    num_tokens = x.numel() // x.shape[-1]
+    return (stack,) if _keeps_merged(lengths, x.shape[-1], num_tokens) else ()
+
+
+def _multiply(x: Tensor, rows: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Returns the products of x with parts of the rows of a stack; the last part has the rest.
+
+    All but the last are one product. The last is apart, since it stays in memory.
+    """
+    early = sum(lengths[:-1])
+    outputs = F.linear(x, rows[:early]).split(lengths[:-1], -1) if early else ()
+    return [*outputs, F.linear(x, rows[early:])]
+
+
 class _MergedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scale: float,
-        has_dense_gradient: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, lora_a, lora_b)
+        ctx: Any, x: Tensor, scale: float, has_dense_gradient: bool, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights, lora_a, lora_b, _ = _kinds(tensors)
+        stack, lengths = merge(weights, lora_a, lora_b, scale, False), [*map(len, weights)]
+        ctx.save_for_backward(x, *tensors, *_if_kept(stack, x, lengths))
         ctx.scale, ctx.has_dense_gradient = scale, has_dense_gradient
-        return F.linear(x, _merge(weight, lora_a, lora_b, scale))
+        return tuple(_multiply(x, stack, lengths))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None, None]:
-        x, weight, lora_a, lora_b = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        weights, lora_a, lora_b, kept = _kinds(tensors)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            # Merged again: saving it in the forward pass would take [out, in] for every layer.
-            own_weight = _cast_in_backward(weight, grad)
-            own_b = copy_in_backward(lora_b, _part(grad))
-            grad_x = grad @ _merge(own_weight, lora_a, own_b, ctx.scale)
-        grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-        if ctx.has_dense_gradient:
-            grad_weight = _scaled_product(grad.t(), x, ctx.scale)
-            grad_a, grad_b = lora_b @ grad_weight, lora_a @ grad_weight.t()
-        else:
-            grad_a = _scaled_product((grad @ lora_b.t()).t(), x, ctx.scale)
-            grad_b = _scaled_product((x @ lora_a.t()).t(), grad, ctx.scale)
-        return grad_x, None, grad_a, grad_b, None, None
-
-
-def _with_thin(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Returns x (W + s B A)^T and x A^T of one product."""
-    both = F.linear(x, _stack_rows(weight, lora_a, lora_b, scale))
-    # Copied: a view of it would keep y in memory.
-    return both[..., : len(weight)], both[..., len(weight) :].contiguous()
+            if not kept:
+                kept = [merge(weights, lora_a, lora_b, ctx.scale, False, part_of(grads[0]))]
+            grad_x = input_gradient(grads, kept[0], [])
+        x, grads_a, grads_b = x.flatten(0, -2), [], []
+        for grad, a, b in zip(grads, lora_a, lora_b, strict=True):
+            grad = grad.flatten(0, -2)
+            if ctx.has_dense_gradient:
+                grad_weight = _scaled_product(grad.t(), x, ctx.scale, a)
+                grads_a.append(b @ grad_weight)
+                grads_b.append(a @ grad_weight.t())
+            else:
+                grads_a.append(_scaled_product((grad @ b.t()).t(), x, ctx.scale, a))
+                grads_b.append(_scaled_product((x @ a.t()).t(), grad, ctx.scale, b))
+        return grad_x, None, None, *[None] * len(weights), *grads_a, *grads_b
 
 
 class _ConcatenatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
-    ) -> Tensor:
-        out, thin = _with_thin(x, weight, lora_a, lora_b, scale)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, thin)
+    def forward(ctx: Any, x: Tensor, scale: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+        weights, lora_a, lora_b, _ = _kinds(tensors)
+        stack, lengths = merge(weights, lora_a, lora_b, scale, True), [*map(len, weights)]
+        *outputs, last = _multiply(x, stack[:, : x.shape[-1]], lengths)
+        thin = last[..., lengths[-1] :]
+        if len(weights) == 1:
+            thin = thin.contiguous()  # a view of it would keep y in memory
+        ctx.save_for_backward(x, thin, *tensors, *_if_kept(stack, x, lengths))
         ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
-        x, weight, lora_a, lora_b, thin = ctx.saved_tensors
-        leading, in_features = x.shape[:-1], x.shape[-1]
-        grad, x, thin = grad.flatten(0, -2), x.flatten(0, -2), thin.flatten(0, -2)
-        both = grad @ _stack_columns(weight, lora_a, lora_b, _part(grad), ctx.scale)
-        grad_x = both[:, :in_features].unflatten(0, leading) if ctx.needs_input_grad[0] else None
-        grad_a = _scaled_product(both[:, in_features:].t(), x, ctx.scale)
-        grad_b = _scaled_product(thin.t(), grad, ctx.scale)
-        return grad_x, None, grad_a, grad_b, None
-
-
-Factored = tuple[Tensor, Tensor, Tensor]
-"""The weight [out, in], A [rank, in] and B [rank, out] of one layer."""
-
-
-def concatenated_pair(
-    x: Tensor, first: Factored, second: Factored, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Computes `concatenated` for two layers of one input and rank.
-
-    The gradients of both As are one product, which reads x once.
-    """
-    return _ConcatenatedPair.apply(x, *first, *second, scale)
-
-
-class _ConcatenatedPair(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        weight, lora_a, lora_b, other_weight, other_a, other_b, ctx.scale = args
-        out, thin = _with_thin(x, weight, lora_a, lora_b, ctx.scale)
-        other_out, other_thin = _with_thin(x, other_weight, other_a, other_b, ctx.scale)
-        ctx.save_for_backward(x, *args[:-1], thin, other_thin)
-        return out, other_out
+        # torch.compile refuses to save what shares memory with an output, unless it is one.
+        ctx.mark_non_differentiable(thin)
+        return *outputs, last[..., : lengths[-1]], thin
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, other_weight, other_a, other_b, *thins = ctx.saved_tensors
-        (rank, width), part = lora_a.shape, _part(grads[0])
-        # Gradients of: x by the first layer | its x A^T | that of the other | x by the other.
-        product = _pair_product(
-            *grads,
-            _stack_columns(weight, lora_a, lora_b, part, ctx.scale),
-            _stack_columns(other_weight, other_a, other_b, part, ctx.scale, True),
-        )
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = product[..., :width] + product[..., width + 2 * rank :]
-        of_thin = product[..., width : width + 2 * rank].flatten(0, -2)
-        grad_a, grad_other_a = _scaled_product(of_thin.t(), x.flatten(0, -2), ctx.scale).split(rank)
-        grad_b, grad_other_b = (
-            _scaled_product(thin.flatten(0, -2).t(), grad.flatten(0, -2), ctx.scale)
-            for thin, grad in zip(thins, grads, strict=True)
-        )
-        return grad_x, None, grad_a, grad_b, None, grad_other_a, grad_other_b, None
+        x, thin, *tensors = ctx.saved_tensors
+        weights, lora_a, lora_b, kept = _kinds(tensors)
+        grads, (rank, in_features) = grads[:-1], lora_a[0].shape
+        if not kept:
+            kept = [merge(weights, lora_a, lora_b, ctx.scale, True, part_of(grads[0]))]
+        product = input_gradient(grads, kept[0], lora_b)
+        grad_x = product[..., :in_features] if ctx.needs_input_grad[0] else None
+        of_thin = product[..., in_features:].flatten(0, -2)
+        grad_a = _scaled_product(of_thin.t(), x.flatten(0, -2), ctx.scale, lora_a[0])
+        thins = thin.flatten(0, -2).split(rank, 1)
+        grads_b = [
+            _scaled_product(own.t(), grad.flatten(0, -2), ctx.scale, b)
+            for own, grad, b in zip(thins, grads, lora_b, strict=True)
+        ]
+        return grad_x, None, *[None] * len(weights), *grad_a.split(rank), *grads_b

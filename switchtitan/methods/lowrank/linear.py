@@ -1,7 +1,8 @@
 """Layers that take the place of linear ones, and the initial values of their factors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,8 @@ from switchtitan.distributed.initial import GeneratorFor, split_blocks
 from switchtitan.distributed.random import draw_vectors
 from switchtitan.methods.lowrank.contraction import (
     Contraction,
-    concatenated,
-    concatenated_pair,
     fastest_contraction,
     frozen_linear,
-    is_pair_faster,
 )
 
 FACTORS = ("lora_a", "lora_b")
@@ -75,29 +73,36 @@ class LowRankLinear(FactorLinear):
             low_rank = F.linear(F.linear(F.dropout(x, self.dropout), self.lora_a), self.lora_b.t())
             out = frozen_linear(x, self.weight) + low_rank * self.scale
         else:
-            contraction = self._contraction or fastest_contraction(x, self.out_features, self.rank)
-            out = contraction(x, self.weight, self.lora_a, self.lora_b, self.scale)
+            (out,) = self._contract(x, [self])
         return out if self.bias is None else out + self.bias
 
-    def forward_pair(self, x: Tensor, other: nn.Module) -> tuple[Tensor, Tensor]:
-        """See `contracts.Pairable`."""
-        if not isinstance(other, LowRankLinear) or not self._is_pair_faster(x, other):
-            return self(x), other(x)
-        first, second = ((each.weight, each.lora_a, each.lora_b) for each in (self, other))
-        outputs = concatenated_pair(x, first, second, self.scale)
-        biases = self.bias, other.bias
-        first_out, second_out = (
-            out if bias is None else out + bias for out, bias in zip(outputs, biases, strict=True)
+    def forward_together(self, x: Tensor, others: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+        """See `contracts.Groupable`."""
+        alike = [self, *(other for other in others if self._is_alike(other))]
+        is_cheaper = x.is_cuda or self._contraction is not None
+        if len(alike) <= len(others) or not is_cheaper:
+            return self(x), *(other(x) for other in others)
+        outputs = self._contract(x, alike)
+        return tuple(
+            out if layer.bias is None else out + layer.bias
+            for layer, out in zip(alike, outputs, strict=True)
         )
-        return first_out, second_out
 
-    def _is_pair_faster(self, x: Tensor, other: "LowRankLinear") -> bool:
-        is_alike = (self.rank, self.scale) == (other.rank, other.scale)
-        if not is_alike or (self.dropout and self.training):
-            return False
-        if self._contraction is not None:
-            return self._contraction is concatenated
-        return is_pair_faster(x, (self.out_features, other.out_features), self.rank)
+    def _contract(self, x: Tensor, layers: Sequence["LowRankLinear"]) -> tuple[Tensor, ...]:
+        contraction = self._contraction
+        if contraction is None:
+            out_features = tuple(layer.out_features for layer in layers)
+            contraction = fastest_contraction(x, out_features, self.rank)
+        parts = [(layer.weight, layer.lora_a, layer.lora_b) for layer in layers]
+        return contraction(x, parts, self.scale)
+
+    def _is_alike(self, other: nn.Module) -> TypeGuard["LowRankLinear"]:
+        """Whether this and the other may be computed together."""
+        return (
+            isinstance(other, LowRankLinear)
+            and (self.rank, self.scale) == (other.rank, other.scale)
+            and not (self.training and (self.dropout or other.dropout))
+        )
 
     def initial_slots(self) -> tuple[Tensor, Tensor]:
         """Returns which of the random vectors of its factor each vector of A and B is, [rank]."""

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from switchtitan.contracts import ApplyHead, Cache, LanguageModel, apply_pair, default_apply_head
+from switchtitan.contracts import (
+    ApplyHead,
+    Cache,
+    LanguageModel,
+    apply_together,
+    default_apply_head,
+)
 from switchtitan.models.head import Head, TiedHead
 from switchtitan.models.llama.attention import build_mask, load_attention
 from switchtitan.models.llama.cache import KeyValueCache
@@ -46,10 +52,10 @@ class Attention(nn.Module):
         self.o_proj = linear("o_proj", config.q_size, hidden_size)
 
     def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
-        query, key = apply_pair(hidden, self.q_proj, self.k_proj)
+        projections = self.q_proj, self.k_proj, self.v_proj
         query, key, value = (
             projected.unflatten(-1, (-1, self.head_dim))
-            for projected in (query, key, self.v_proj(hidden))
+            for projected in apply_together(hidden, *projections)
         )
         # Rotated before heads and positions change places: afterwards, Inductor copies the results
         # and their gradients.
@@ -74,7 +80,7 @@ class MLP(nn.Module):
         self.down_proj = linear("down_proj", intermediate_size, hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        gate, up = apply_pair(hidden, self.gate_proj, self.up_proj)
+        gate, up = apply_together(hidden, self.gate_proj, self.up_proj)
         return self.down_proj(F.silu(gate) * up)
 
 

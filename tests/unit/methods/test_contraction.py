@@ -1,4 +1,4 @@
-"""The contractions compute the same, cost what the table says, and keep their inputs alone."""
+"""The contractions compute the same, cost what the table says, and keep little besides inputs."""
 
 import pytest
 import torch
@@ -8,17 +8,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from switchtitan.methods.lowrank.contraction import (
     concatenated,
-    concatenated_pair,
     dense_gradient,
     factored,
     fastest_contraction,
-    is_pair_faster,
     merged,
     num_flops,
 )
 
 CONTRACTIONS = [factored, merged, concatenated, dense_gradient]
 OUT, IN, RANK, SCALE = 11, 7, 3, 0.37
+MANY_TOKENS = 150
+"""So many that merged weights are kept: at least 32 OUT IN / (OUT + IN)."""
 every_contraction = pytest.mark.parametrize("contraction", CONTRACTIONS, ids=lambda c: c.__name__)
 
 
@@ -27,16 +27,27 @@ def draw(*shape, seed):
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def inputs(*leading):
-    """x, W, A and B; all but W are trained."""
-    shapes = [(*leading, IN), (RANK, IN), (RANK, OUT)]
-    x, lora_a, lora_b = (draw(*shape, seed=n).requires_grad_() for n, shape in enumerate(shapes))
-    return x, draw(OUT, IN, seed=9), lora_a, lora_b
+def layer(out_features=OUT, seed=0):
+    """W, which is not trained, A and B."""
+    shapes = [(out_features, IN), (RANK, IN), (RANK, out_features)]
+    weight, lora_a, lora_b = (draw(*shape, seed=seed + n) for n, shape in enumerate(shapes))
+    return weight, lora_a.requires_grad_(), lora_b.requires_grad_()
 
 
-def plain(x, weight, lora_a, lora_b, scale):
-    """What autograd makes of the merged weight by itself."""
-    return x @ (weight.to(x.dtype) + scale * (lora_b.t() @ lora_a)).t()
+def input_of(*leading):
+    return draw(*leading, IN, seed=9).requires_grad_()
+
+
+def trained(x, layers):
+    return [x, *(tensor for _, *factors in layers for tensor in factors)]
+
+
+def plain(x, layers, scale):
+    """What autograd makes of the merged weights by itself."""
+    return [
+        x @ (weight.to(x.dtype) + scale * (lora_b.t() @ lora_a)).t()
+        for weight, lora_a, lora_b in layers
+    ]
 
 
 def compiled(function):
@@ -46,36 +57,35 @@ def compiled(function):
 
 
 @every_contraction
-@pytest.mark.parametrize("leading", [(11,), (2, 4), (2, 3, 2)])
+@pytest.mark.parametrize("leading", [(0,), (11,), (2, 4), (2, 3, 2), (2, MANY_TOKENS)])
 def test_value_and_gradients_are_those_of_the_dense_weight(contraction, leading):
-    tensors = x, weight, lora_a, lora_b = inputs(*leading)
-    grad = draw(*leading, OUT, seed=4)
-    expected = plain(*tensors, SCALE)
-    expected_grads = torch.autograd.grad(expected, (x, lora_a, lora_b), grad)
-    weight.requires_grad_()
-    out = contraction(*tensors, SCALE)
-    out.backward(grad)
+    layers, x, grad = [layer()], input_of(*leading), draw(*leading, OUT, seed=4)
+    expected = plain(x, layers, SCALE)
+    expected_grads = torch.autograd.grad(expected, trained(x, layers), grad)
+    weight = layers[0][0].requires_grad_()
+    outputs = contraction(x, layers, SCALE)
+    # fp64: sums of at most 300 terms of order 1 to 10, roundings of 1e-16.
+    torch.testing.assert_close([*outputs], expected, rtol=1e-12, atol=1e-12)
+    outputs[0].backward(grad)
     assert weight.grad is None
-    # fp64: sums of at most 12 terms of order 1 to 10, roundings of 1e-16.
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    for tensor, expected_grad in zip((x, lora_a, lora_b), expected_grads, strict=True):
+    for tensor, expected_grad in zip(trained(x, layers), expected_grads, strict=True):
         torch.testing.assert_close(tensor.grad, expected_grad, rtol=1e-12, atol=1e-12)
 
 
+@every_contraction
+@pytest.mark.parametrize("num_tokens", [4, MANY_TOKENS])
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_pair_computes_what_two_dense_weights_do(is_compiled):
-    x, weight, lora_a, lora_b = inputs(2, 4)
-    other = [draw(5, IN, seed=20), *(draw(RANK, n, seed=n).requires_grad_() for n in (IN, 5))]
-    trained, grads = (x, lora_a, lora_b, *other[1:]), [draw(2, 4, n, seed=n) for n in (OUT, 5)]
-    function = compiled(concatenated_pair) if is_compiled else concatenated_pair
-    out = function(x, (weight, lora_a, lora_b), tuple(other), SCALE)
-    expected = [plain(x, weight, lora_a, lora_b, SCALE), plain(x, *other, SCALE)]
+def test_layers_of_one_input_compute_what_dense_weights_do(contraction, num_tokens, is_compiled):
+    layers = [layer(out, seed=10 * out) for out in (OUT, 5, 6)]
+    x, grads = input_of(2, num_tokens), [draw(2, num_tokens, out, seed=out) for out in (OUT, 5, 6)]
+    outputs = (compiled(contraction) if is_compiled else contraction)(x, layers, SCALE)
+    expected = plain(x, layers, SCALE)
     # As above.
-    torch.testing.assert_close(list(out), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close([*outputs], expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
-        torch.autograd.grad(out, trained, grads),
-        torch.autograd.grad(expected, trained, grads),
+        torch.autograd.grad(outputs, trained(x, layers), grads),
+        torch.autograd.grad(expected, trained(x, layers), grads),
         rtol=1e-12,
         atol=1e-12,
     )
@@ -84,18 +94,19 @@ def test_a_pair_computes_what_two_dense_weights_do(is_compiled):
 @every_contraction
 @pytest.mark.parametrize("without", ["x", "lora_a", "lora_b"])
 def test_an_input_that_needs_no_gradient_gets_none(contraction, without):
-    named = dict(zip(("x", "weight", "lora_a", "lora_b"), inputs(6), strict=True))
+    named = {"x": input_of(6), **dict(zip(("weight", "lora_a", "lora_b"), layer(), strict=True))}
     named[without].requires_grad_(False)
-    contraction(*named.values(), SCALE).sum().backward()
+    x, *parts = named.values()
+    contraction(x, [parts], SCALE)[0].sum().backward()
     with_gradient = {name for name, tensor in named.items() if tensor.grad is not None}
     assert with_gradient == named.keys() - {"weight", without}
 
 
 @every_contraction
-def test_the_table_counts_the_operations_of_forward_and_backward(contraction):
-    num_tokens = 11
+@pytest.mark.parametrize("num_tokens", [11, MANY_TOKENS])
+def test_the_table_counts_the_operations_of_forward_and_backward(contraction, num_tokens):
     with FlopCounterMode(display=False) as counter:
-        contraction(*inputs(num_tokens), SCALE).sum().backward()
+        contraction(input_of(num_tokens), [layer()], SCALE)[0].sum().backward()
     assert counter.get_total_flops() == num_flops(contraction, OUT, IN, RANK, num_tokens)
 
 
@@ -104,7 +115,7 @@ def test_on_a_cpu_the_choice_has_the_fewest_operations():
     for shape in [(1024, 1024), (2736, 1024), (1024, 2736)]:
         for rank in (4, 128, 256, 512, 1000):
             for num_tokens in (1, 64, 700, 2048, 36864):
-                choice = fastest_contraction(torch.empty(num_tokens, shape[1]), shape[0], rank)
+                choice = fastest_contraction(torch.empty(num_tokens, shape[1]), shape[:1], rank)
                 costs = [num_flops(each, *shape, rank, num_tokens) for each in CONTRACTIONS]
                 assert num_flops(choice, *shape, rank, num_tokens) == min(costs)
                 chosen.add(choice)
@@ -128,16 +139,15 @@ def test_on_a_gpu_the_choice_has_the_least_time(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
         x = torch.empty(72, 512, width, dtype=dtype, device="cuda")
-        assert fastest_contraction(x, width, rank) is expected
-        assert is_pair_faster(x, (width, width), rank) == (expected is concatenated)
+        assert fastest_contraction(x, (width,), rank) is expected
 
 
-def shapes_saved(function, tensors):
+def shapes_saved(function, x, parts):
     """Shapes of saved tensors that are not inputs."""
-    out, saved = saved_besides(tensors, lambda: function(*tensors, SCALE))
-    leaves = (tensors[0], tensors[2], tensors[3])
+    (out,), saved = saved_besides((x, *parts), lambda: function(x, [parts], SCALE))
+    leaves = trained(x, [parts])
     grads = torch.autograd.grad(out.square().sum(), leaves)
-    expected = torch.autograd.grad(plain(*tensors, SCALE).square().sum(), leaves)
+    expected = torch.autograd.grad(plain(x, [parts], SCALE)[0].square().sum(), leaves)
     # Sums of some 10 products of order 1 to 100 in fp64, in another order.
     torch.testing.assert_close(grads, expected, rtol=1e-12, atol=1e-12)
     # Not a view that keeps a larger result.
@@ -149,16 +159,21 @@ def shapes_saved(function, tensors):
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("weight_dtype", [torch.float64, torch.float32])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_nothing_but_inputs_and_the_thin_product_is_kept(contraction, is_compiled, weight_dtype):
+def test_of_few_tokens_inputs_and_the_thin_product_are_kept(contraction, is_compiled, weight_dtype):
     """Not the merged weight, and no cast of a weight of another dtype."""
     num_tokens = 2
-    x, weight, lora_a, lora_b = inputs(num_tokens)
+    weight, *factors = layer()
     # fp32 values, which the others' fp64 can hold: nothing is rounded.
-    tensors = x, weight.float().to(weight_dtype), lora_a, lora_b
-    saved = shapes_saved(compiled(contraction) if is_compiled else contraction, tensors)
+    case = input_of(num_tokens), (weight.float().to(weight_dtype), *factors)
+    saved = shapes_saved(compiled(contraction) if is_compiled else contraction, *case)
     assert all(sorted(shape) == [num_tokens, RANK] for shape in saved)
     assert contraction in (factored, concatenated) or not saved
     if contraction is merged:
         # The control: plain autograd keeps it.
         function = compiled(plain) if is_compiled else plain
-        assert {(OUT, IN), (IN, OUT)} & set(shapes_saved(function, tensors))
+        assert {(OUT, IN), (IN, OUT)} & set(shapes_saved(function, *case))
+
+
+@pytest.mark.parametrize("contraction", [merged, dense_gradient])
+def test_of_many_tokens_the_merged_weight_is_kept(contraction):
+    assert shapes_saved(contraction, input_of(MANY_TOKENS), layer()) == [(OUT, IN)]

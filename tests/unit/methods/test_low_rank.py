@@ -90,14 +90,15 @@ def test_the_contraction_is_the_one_that_the_configuration_names(name):
     config = LoraConfig(rank=rank, contraction=name)
     layer = Lora(config, 10, 0).build_layer("layer", nn.Linear(40, 30, bias=False))
     x = torch.randn(num_tokens, 40, requires_grad=True)
-    chosen = fastest_contraction(x, 30, rank) if name == "cheapest" else BY_NAME[name]
+    chosen = fastest_contraction(x, (30,), rank) if name == "cheapest" else BY_NAME[name]
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
     assert counter.get_total_flops() == num_flops(chosen, 30, 40, rank, num_tokens)
 
 
-def test_two_layers_of_one_input_compute_together_what_they_compute_apart():
-    config, shapes = LoraConfig(rank=5, alpha=3, contraction="concatenated"), [(30, 12), (8, 12)]
+def test_layers_of_one_input_compute_together_what_they_compute_apart():
+    config = LoraConfig(rank=5, alpha=3, contraction="concatenated")
+    shapes = [(30, 12), (8, 12), (9, 12)]
     layers = [
         Lora(config, 10, 0).build_layer("layer", nn.Linear(in_, out)).double()
         for out, in_ in shapes
@@ -108,7 +109,7 @@ def test_two_layers_of_one_input_compute_together_what_they_compute_apart():
             parameter.data.copy_(draw(*parameter.shape, seed=seed))
         tensors += [layer.lora_a, layer.lora_b, layer.bias]
     x = tensors[0]
-    together = layers[0].forward_pair(x, layers[1])
+    together = layers[0].forward_together(x, layers[1:])
     apart = [
         F.linear(x, layer.weight + layer.scale * layer.lora_b.T @ layer.lora_a, layer.bias)
         for layer in layers

@@ -1,0 +1,151 @@
+"""Operations that torch.compile does not look into, and in the backward pass does not move forward.
+
+A list has one tensor for each layer of one input: weights [out, in], A [rank, in], B [rank, out].
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+# Registered by schema: a call through `torch.library.custom_op` takes the host several times as
+# long.
+_OPERATIONS = torch.library.Library("switchtitan", "DEF")
+IMPLEMENTATIONS: dict[object, Callable[..., Tensor]] = {}
+"""Operation -> what it calls, in operations of torch."""
+
+
+def _define(
+    schema: str, compute: Callable[..., Tensor], allocate: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Returns an operation that computes, and for meta tensors allocates its result."""
+    name = schema.partition("(")[0]
+    tags = torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout
+    _OPERATIONS.define(f"{schema} -> Tensor", tags=tags)
+    _OPERATIONS.impl(name, compute, "CompositeExplicitAutograd")
+    _OPERATIONS.impl(name, allocate, "Meta")
+    operation: Callable[..., Tensor] = getattr(torch.ops.switchtitan, name).default
+    IMPLEMENTATIONS[operation] = compute
+    return operation
+
+
+def part_of(grad: Tensor) -> Tensor:
+    """Returns a view of a gradient that is small enough to be copied, to depend on it."""
+    return grad.narrow(-1, 0, 1)
+
+
+def _copy(tensor: Tensor, grad: Tensor, casts: bool = False) -> Tensor:
+    return tensor.to(grad.dtype if casts else tensor.dtype, copy=True)
+
+
+def _empty_copy(tensor: Tensor, grad: Tensor, casts: bool = False) -> Tensor:
+    return torch.empty_like(tensor, dtype=grad.dtype if casts else tensor.dtype)
+
+
+# It depends on `grad`. Otherwise torch.compile moves what depends on parameters alone from the
+# backward to the forward pass and saves the result.
+copy_in_backward = _define(
+    "copy_in_backward(Tensor tensor, Tensor grad, bool casts=False)", _copy, _empty_copy
+)
+"""(tensor, gradient, casts=False) -> a copy of the tensor, in the dtype of the gradient if `casts`,
+made in the backward pass, compiled or not. Pass `part_of` the gradient."""
+
+
+def _merge(
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: float,
+    with_factors: bool,
+    grad: Tensor | None = None,
+) -> Tensor:
+    stack = _empty_stack(weights, lora_a, lora_b, scale, with_factors)
+    lengths, in_features = [len(weight) for weight in weights], lora_a[0].shape[1]
+    *merged, of_a = stack[:, :in_features].split([*lengths, len(stack) - sum(lengths)])
+    for out, weight, a, b in zip(merged, weights, lora_a, lora_b, strict=True):
+        torch.addmm(weight.to(a.dtype), b.t(), a, alpha=scale, out=out)
+    if with_factors:
+        torch.cat([*lora_a], out=of_a)
+        stack[: lengths[0], in_features:].copy_(lora_b[0].t())
+    return stack
+
+
+def _empty_stack(
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scale: float,
+    with_factors: bool,
+    grad: Tensor | None = None,
+) -> Tensor:
+    num_rows, (rank, width) = sum(len(weight) for weight in weights), lora_a[0].shape
+    if with_factors:
+        num_rows, width = num_rows + rank * len(weights), width + rank
+    return lora_a[0].new_empty(num_rows, width)
+
+
+merge = _define(
+    "merge(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, float scale, bool with_factors, "
+    "Tensor? grad=None)",
+    _merge,
+    _empty_stack,
+)
+"""Returns the rows of all W + s B A, [outs, in]. In the backward pass, pass `part_of` a gradient.
+
+With factors, the rows of all A follow, and the columns of the first B:
+
+    W_1 + s B_1 A_1  B_1
+    W_2 + s B_2 A_2
+          A_1
+          A_2
+"""
+
+
+def _input_gradient(grads: Sequence[Tensor], stack: Tensor, lora_b: Sequence[Tensor]) -> Tensor:
+    result = _empty_gradient(grads, stack, lora_b)
+    (first, *others), out = [grad.flatten(0, -2) for grad in grads], result.flatten(0, -2)
+    width, rank = stack.shape[1], len(lora_b[0]) if lora_b else 0
+    torch.mm(first, stack[: first.shape[1]], out=out[:, :width])
+    start = first.shape[1]
+    for number, grad in enumerate(others):
+        rows = stack[start : start + grad.shape[1], : width - rank]
+        out[:, : width - rank].addmm_(grad, rows)
+        start += grad.shape[1]
+        if rank:
+            of_thin = out.narrow(1, width + number * rank, rank)
+            torch.mm(grad, lora_b[number + 1].t(), out=of_thin)
+    return result
+
+
+def _empty_gradient(grads: Sequence[Tensor], stack: Tensor, lora_b: Sequence[Tensor]) -> Tensor:
+    width = stack.shape[1]
+    if lora_b:
+        width += len(lora_b[0]) * (len(grads) - 1)
+    return grads[0].new_empty(*grads[0].shape[:-1], width)
+
+
+input_gradient = _define(
+    "input_gradient(Tensor[] grads, Tensor stack, Tensor[] lora_b)",
+    _input_gradient,
+    _empty_gradient,
+)
+"""Returns the gradient of the layers' input from those of their outputs [..., out].
+
+It is summed inside products with `merge`'s stack. With each B, for a stack with factors, the
+gradients of each x A^T without its scale follow, [..., in + layers * rank].
+"""
+
+
+@register_flop_formula(torch.ops.switchtitan.merge)
+def _flops_of_merge(
+    weights: list[torch.Size], lora_a: list[torch.Size], *args: object, **kwargs: object
+) -> int:
+    return sum(2 * weight.numel() * lora_a[0][0] for weight in weights)
+
+
+@register_flop_formula(torch.ops.switchtitan.input_gradient)
+def _flops_of_gradient(
+    grads: list[torch.Size], stack: torch.Size, *args: object, **kwargs: object
+) -> int:
+    return sum(2 * grad.numel() * stack[1] for grad in grads)
