@@ -53,14 +53,14 @@ class Limits(NamedTuple):
 # Of the architecture with more, without slack: lower them with what a change saves. On sm_80 other
 # contractions are faster.
 LIMITS = {
-    "full rank": Limits(39, 4811, 535),
-    "recomputation": Limits(50, 5989, 555),
-    "switchlora": Limits(76, 4985, 632),
-    "lora": Limits(77, 4818, 649),
-    "low rank": Limits(60, 5196, 726),
-    "sltrain": Limits(137, 4628, 729),
-    "cola": Limits(74, 5526, 603),
-    "qwen2": Limits(48, 4716, 551),
+    "full rank": Limits(39, 4811, 574),
+    "recomputation": Limits(50, 5989, 594),
+    "switchlora": Limits(59, 4692, 694),
+    "lora": Limits(60, 4698, 710),
+    "low rank": Limits(60, 5196, 793),
+    "sltrain": Limits(123, 4625, 796),
+    "cola": Limits(74, 5526, 670),
+    "qwen2": Limits(48, 4716, 602),
 }
 
 
