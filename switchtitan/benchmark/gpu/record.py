@@ -29,8 +29,8 @@ NO_KERNEL = {
 }
 """Operations without a kernel that are not views."""
 _NUM_LAUNCHES = dict.fromkeys(("split_with_sizes_copy", "chunk_cat"), 2)
-"""Operations of FSDP with two launches: a kernel for all parameters, after a copy of their addresses
-to the device (aten/src/ATen/native/cuda/TensorShape.cu)."""
+"""Operations of FSDP with two launches: a kernel for all parameters, after a copy of their
+addresses to the device (aten/src/ATen/native/cuda/TensorShape.cu)."""
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 # Of torch's multi_tensor_apply (aten/src/ATen/native/cuda/MultiTensorApply.cuh), by number of
 # lists, in builds for CUDA 13, such as those of PyPI.
