@@ -1,7 +1,7 @@
 """The contracts between packages: interfaces of models, methods, optimizers and their sections."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -218,25 +218,6 @@ class LanguageModel(nn.Module, ABC):
         """Return an empty cache for `forward` of sequences of at most `capacity` tokens, padding
         included. Default: None; each new token then takes a pass over all tokens."""
         return None
-
-
-@runtime_checkable
-class Groupable(Protocol):
-    """A layer that may share the reads of its input with other layers of the same input."""
-
-    def forward_together(self, x: Tensor, others: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-        """Returns what this layer and the others return for x [..., in], equal to rounding."""
-
-
-def apply_together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """Applies layers to one input.
-
-    The last one's output, at least, should be needed by the backward pass: it is kept in memory.
-    """
-    first, *others = layers
-    if isinstance(first, Groupable):
-        return first.forward_together(x, others)
-    return tuple(layer(x) for layer in layers)
 
 
 @runtime_checkable

@@ -77,7 +77,7 @@ class LowRankLinear(FactorLinear):
         return out if self.bias is None else out + self.bias
 
     def forward_together(self, x: Tensor, others: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-        """See `contracts.Groupable`."""
+        """See `models.together.Groupable`."""
         alike = [self, *(other for other in others if self._is_alike(other))]
         is_cheaper = x.is_cuda or self._contraction is not None
         if len(alike) <= len(others) or not is_cheaper:

@@ -8,18 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from switchtitan.contracts import (
-    ApplyHead,
-    Cache,
-    LanguageModel,
-    apply_together,
-    default_apply_head,
-)
+from switchtitan.contracts import ApplyHead, Cache, LanguageModel, default_apply_head
 from switchtitan.models.head import Head, TiedHead
 from switchtitan.models.llama.attention import build_mask, load_attention
 from switchtitan.models.llama.cache import KeyValueCache
 from switchtitan.models.llama.config import LlamaFamilyConfig
 from switchtitan.models.llama.rope import rotary_tables, rotate
+from switchtitan.models.together import apply_together
 
 
 @dataclass(frozen=True)
@@ -52,16 +47,16 @@ class Attention(nn.Module):
         self.o_proj = linear("o_proj", config.q_size, hidden_size)
 
     def forward(self, hidden: Tensor, positions: Positions) -> Tensor:
+        def rotate_heads(projected: Tensor) -> Tensor:
+            # Before heads and positions change places: afterwards, Inductor copies the results and
+            # their gradients.
+            heads = projected.unflatten(-1, (-1, self.head_dim))
+            return rotate(heads, positions.cos, positions.sin)
+
         projections = self.q_proj, self.k_proj, self.v_proj
-        query, key, value = (
-            projected.unflatten(-1, (-1, self.head_dim))
-            for projected in apply_together(hidden, *projections)
-        )
-        # Rotated before heads and positions change places: afterwards, Inductor copies the results
-        # and their gradients.
-        query = rotate(query, positions.cos, positions.sin).transpose(1, 2)
-        key = rotate(key, positions.cos, positions.sin).transpose(1, 2)
-        value = value.transpose(1, 2)
+        query, key, value = apply_together(hidden, *projections, then=rotate_heads)
+        value = value.unflatten(-1, (-1, self.head_dim))
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
         if positions.cache is None:
             attended = self.attend(query, key, value, positions.mask)
         else:

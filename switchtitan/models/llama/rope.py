@@ -69,6 +69,8 @@ def rotate(features: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         features: [batch, seq, heads, head_dim], of any floating dtype, which the result keeps.
         cos, sin: [seq, 1, head_dim/2] or [batch, seq, 1, head_dim/2] in fp32.
     """
-    first, second = features.to(torch.promote_types(features.dtype, cos.dtype)).chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(features.dtype)
+    wide = torch.promote_types(features.dtype, cos.dtype)
+    first, second = (half.to(wide) for half in features.chunk(2, dim=-1))
+    # Rounded before they are joined: Inductor may store what is joined in between.
+    halves = first * cos - second * sin, second * cos + first * sin
+    return torch.cat([half.to(features.dtype) for half in halves], dim=-1)

@@ -1,0 +1,39 @@
+"""Two layers of one input in one product."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.observed import saved_besides
+from torch import nn
+
+from switchtitan.models.together import joined_linear
+
+IN, WIDTHS = 12, (20, 8)
+
+
+def draw(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+# Partitioned as for Inductor, whose code generation does not change saved tensors.
+@pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_joined_layers_compute_what_two_products_do_and_save_their_inputs_alone(bias, backend):
+    x, pair = draw(2, 3, IN, seed=9), [nn.Linear(IN, width, bias=bias) for width in WIDTHS]
+    trained = [x, *(parameter for layer in pair for parameter in layer.parameters())]
+    for seed, tensor in enumerate(trained):
+        tensor.data.copy_(draw(*tensor.shape, seed=seed))
+    join = joined_linear
+    if backend is not None:
+        join = torch.compile(joined_linear, fullgraph=True, backend=backend)
+    found, saved = saved_besides(trained, lambda: join(x, *pair))
+    assert saved == []
+    expected = torch.cat([F.linear(x, layer.weight, layer.bias) for layer in pair], dim=-1)
+    grad = draw(*expected.shape, seed=10)
+    results, references = (
+        [out, *torch.autograd.grad(out, trained, grad)] for out in (found, expected)
+    )
+    for result, reference in zip(results, references, strict=True):
+        # fp32: sums of at most 28 products, in another order.
+        assert (result - reference).norm() <= 4e-7 * reference.norm()
