@@ -50,7 +50,7 @@ def fake_stepper(
 
     Args:
         batches: the micro-batches of each step; by default those of `config`.
-        device: "cuda:0" in a process of `call_with_gpu`, in which regions compile as `config` says.
+        device: "cuda:0" in a process of `call_with_gpus`, where regions compile as `config` says.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.

@@ -13,11 +13,10 @@ compiles steps for NVIDIA GPUs on a machine without one."""
 
 import argparse
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from switchtitan.benchmark.gpu.device import ARCHS, call_with_gpu
+from switchtitan.benchmark.gpu.device import ARCHS, call_with_gpus
 from switchtitan.cli.main import add_json, positive_int
 
 
@@ -88,8 +87,7 @@ def _run_gpu(options: argparse.Namespace) -> dict[str, Any]:
     if sys.stderr.isatty():
         print("compiling: about a minute for each configuration", file=sys.stderr)
     take_steps = partial(record_steps, configs, options.num_ranks)
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(lambda arch: call_with_gpu(arch, take_steps), options.arch))
+    found = call_with_gpus([(arch, take_steps) for arch in options.arch])
     of_archs = dict(zip(options.arch, found, strict=True))
     steps = {name: {arch: found[name] for arch, found in of_archs.items()} for name in configs}
     lines = []

@@ -5,8 +5,11 @@ Triton kernels are compiled to machine code, and launches are counted; nothing r
 
 import importlib.util
 import json
+import signal
+import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -37,8 +40,6 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"compiling for a GPU
 ARCHS = ("sm_80", "sm_90")
 MOST_SHARED_BYTES = 99 * 1024
 """What a block may have on consumer cards of sm_86 and sm_89."""
-SPILLING: dict[str, int] = {}
-"""Kernel -> bytes that it may spill per thread."""
 
 
 class Limits(NamedTuple):
@@ -68,9 +69,8 @@ LIMITS = {
 def recorded():
     """Steps by architecture and case; steps with planted faults, the bytes of a kernel, and the
     products of two layers."""
-    with ThreadPoolExecutor() as pool:
-        calls = [*((arch, record_cases) for arch in ARCHS), ("sm_90", record_plants)]
-        *cases, planted = pool.map(lambda call: device.call_with_gpu(*call), calls)
+    calls = [*((arch, record_cases) for arch in ARCHS), ("sm_90", record_plants)]
+    *cases, planted = device.call_with_gpus(calls)
     return dict(zip(ARCHS, cases, strict=True)), planted
 
 
@@ -89,11 +89,7 @@ def late_compilations(step):
 
 
 def spills(step):
-    return {
-        kernel.name: kernel.spilled_bytes
-        for kernel in step.kernels
-        if kernel.spilled_bytes > SPILLING.get(kernel.name, 0)
-    }
+    return {kernel.name: kernel.spilled_bytes for kernel in step.kernels if kernel.spilled_bytes}
 
 
 def of_blocks(step):
@@ -212,3 +208,26 @@ def test_without_triton_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     outcome = run("benchmark", "gpu", "llama_60m.toml")
     outcome.check_refused("triton", "switchtitan[gpu-compile]")
+
+
+def test_sigterm_ends_the_processes_that_compile():
+    sides = ["llama_60m.toml"] * 10  # take minutes
+    words = [sys.executable, "-m", "switchtitan", "benchmark", "gpu", *sides]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as command:
+        started = Path(f"/proc/{command.pid}/task/{command.pid}/children")
+        while not (children := compiling(started.read_text().split())):
+            assert command.poll() is None
+            time.sleep(0.1)
+        command.terminate()
+        assert command.wait(60) == 128 + signal.SIGTERM
+    assert compiling(children) == []
+
+
+def compiling(processes):
+    """Those of some processes that compile for a GPU."""
+    commands = {process: Path(f"/proc/{process}/cmdline") for process in processes}
+    return [
+        process
+        for process, command in commands.items()
+        if command.exists() and device.__name__ in command.read_text().split("\0")
+    ]

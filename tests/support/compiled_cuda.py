@@ -1,6 +1,6 @@
 """Compiled steps for a GPU without one: every method, optimizer and model, and planted faults.
 
-Its functions run in a process of `call_with_gpu`.
+Its functions run in a process of `call_with_gpus`.
 """
 
 from unittest.mock import patch

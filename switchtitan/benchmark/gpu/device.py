@@ -1,6 +1,6 @@
 """A CUDA device that does nothing for torch's CPU build: built once, loaded before torch.
 
-As a program it is the child process of `call_with_gpu`."""
+As a program it is the child process of `call_with_gpus`."""
 
 import ctypes
 import hashlib
@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -52,11 +53,14 @@ def unusable() -> str | None:
     return None
 
 
-def call_with_gpu(arch: str, function: Callable[[], T]) -> T:
-    """Returns the result of a picklable function, called in a process that compiles for a GPU.
+def call_with_gpus(calls: Sequence[tuple[str, Callable[[], T]]]) -> list[T]:
+    """Returns the results of functions, each called in a process that compiles for a GPU.
+
+    The processes run at the same time. All end if this one is interrupted, or if one fails.
 
     Args:
-        arch: the architecture of the GPU, which the machine does not have, e.g. "sm_90".
+        calls: architectures of GPUs that the machine does not have, e.g. "sm_90", and picklable
+            functions.
 
     Raises:
         EnvironmentMismatchError: if this machine cannot compile for a GPU without one.
@@ -67,27 +71,39 @@ def call_with_gpu(arch: str, function: Callable[[], T]) -> T:
     if problem is not None:
         raise EnvironmentMismatchError(f"compiling for a GPU without one {problem}")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with tempfile.NamedTemporaryFile() as file:
-        command = [sys.executable, "-m", __name__, arch, file.name]
-        finished = subprocess.run(
-            command, input=pickle.dumps(function), env=environment, capture_output=True
-        )
-        if finished.returncode != 0:
-            raise RuntimeError(f"steps for {arch} failed:\n{finished.stderr.decode()}")
-        result = pickle.loads(Path(file.name).read_bytes())
-    if isinstance(result, UserError):
-        raise result
-    return result
+    results: list[T] = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        files = [folder / str(index) for index in range(len(calls))]
+        processes = []
+        for (arch, function), file in zip(calls, files, strict=True):
+            file.write_bytes(pickle.dumps(function))
+            output = stack.enter_context(file.with_suffix(".log").open("w"))
+            command = [sys.executable, "-m", __name__, arch, str(file)]
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        for (arch, _), file, process in zip(calls, files, processes, strict=True):
+            if process.wait() != 0:
+                raise RuntimeError(
+                    f"steps for {arch} failed:\n{file.with_suffix('.log').read_text()}"
+                )
+            result = pickle.loads(file.read_bytes())
+            if isinstance(result, UserError):
+                raise result
+            results.append(result)
+    return results
 
 
 def _main(arch: str, file: str) -> None:
+    """Calls the function in `file`, and replaces it by the result."""
     load()
     from switchtitan.benchmark.gpu import torch_inside
 
     try:
         # Before the function's modules are imported, which keep functions of torch.
         torch_inside.install(arch)
-        result = pickle.load(sys.stdin.buffer)()
+        result = pickle.loads(Path(file).read_bytes())()
     except UserError as error:
         result = error
     Path(file).write_bytes(pickle.dumps(result))

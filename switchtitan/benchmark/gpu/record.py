@@ -82,7 +82,7 @@ class StepOnGpu(NamedTuple):
 
 
 def record_steps(configs: Mapping[str, JobConfig], num_ranks: int) -> dict[str, StepOnGpu]:
-    """Takes steps of each configuration on rank 0; call by `call_with_gpu`.
+    """Takes steps of each configuration on rank 0; call by `call_with_gpus`.
 
     Raises:
         UserError: if a step reads values of the device.
