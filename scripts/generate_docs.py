@@ -1,11 +1,11 @@
-"""Generates docs/CONFIGURATION.md from the sections, the tables of what fits one GPU, and the
-numbers of docs/RESULTS.md (see results.py).
+"""Generates docs/CONFIGURATION.md from the sections, tables of docs/PERFORMANCE.md from records,
+and the numbers of docs/RESULTS.md (see results.py).
 
     python scripts/generate_docs.py [--check]
 
 --check writes nothing and exits with status 1 if a file is outdated.
 In PERFORMANCE.md the table between `<!-- table NAME -->` and `<!-- end -->` is generated from
-docs/measurements/NAME.json, the output of the command in it."""
+docs/measurements/NAME.json, which the command in it writes."""
 
 import argparse
 import json
@@ -31,6 +31,8 @@ RESULTS = ROOT / "docs" / "RESULTS.md"
 MEASUREMENTS = ROOT / "docs" / "measurements"
 
 _GIB = 2**30
+_CARDS = ("A100 80GB SXM", "H100 SXM")
+"""Columns of bounds."""
 _TABLE = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 _CONFIGURATION_HEAD = """\
 # Configuration
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     texts = {
         CONFIGURATION: configuration_page(),
-        PERFORMANCE: with_fit_tables(PERFORMANCE.read_text(), MEASUREMENTS),
+        PERFORMANCE: with_tables(PERFORMANCE.read_text(), MEASUREMENTS),
         RESULTS: with_results(RESULTS.read_text()),
     }
     outdated = [path for path, text in texts.items() if path.read_text() != text]
@@ -103,22 +105,49 @@ def _wrapped(text: str, width: int = 120) -> list[str]:
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
-def with_fit_tables(text: str, folder: Path) -> str:
-    """Returns `text` with every table of what fits generated from its file in `folder`."""
+def with_tables(text: str, folder: Path) -> str:
+    """Returns `text` with every table generated from its file in `folder`, and its source."""
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
         record = json.loads((folder / f"{name}.json").read_text())
-        return f"<!-- table {name} -->\n\n{fit_table(name, record)}\n<!-- end -->"
+        rows = fit_rows(record) if "fits" in record else bound_rows(record)
+        rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        source = f"Commit {record['environment']['commit']}: [figures](measurements/{name}.json)"
+        return "\n".join([f"<!-- table {name} -->", "", *lines, "", source, "", "<!-- end -->"])
 
     return _TABLE.sub(table, text)
 
 
-def fit_table(name: str, record: dict[str, Any]) -> str:
-    """Returns the Markdown table of what fits, and its source.
+def bound_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Returns the table of the least time of steps: a row for each configuration.
 
-    A row for each method, a column for each size of the model. Cells are the numbers of sequences
-    that fit. If the most that were tried always fit, they are the peaks with that number.
+    Bounds are of one rank's step, with their ratio to the first row's.
+    """
+    title = (
+        "{size}; ranks: {num_ranks}; {num_sequences} x {seq_len}; recomputation: {recomputation}"
+    )
+    heads = [title.format_map(record), "launches", "GB", "TFLOP", "peak, GiB"]
+    rows = [heads + [head for card in _CARDS for head in (f"{card}, ms", "tokens/s")]]
+    num_tokens = record["num_sequences"] * record["seq_len"]
+    first = next(iter(record["rows"].values()))["bounds_s"]
+    for row in record["rows"].values():
+        cells = [row["name"], str(row["num_launches"]), f"{row['num_bytes'] / 1e9:.1f}"]
+        cells += [f"{row['num_flops'] / 1e12:.2f}", f"{row['peak'] / _GIB:.2f}"]
+        for card in _CARDS:
+            bound_s = row["bounds_s"][card]
+            cells.append(f"{1e3 * bound_s:.1f} ({bound_s / first[card]:.3f})")
+            cells.append(f"{num_tokens / bound_s / 1e3:.4g}k")
+        rows.append(cells)
+    return rows
+
+
+def fit_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Returns the table of what fits: a row for each method, a column for each size of the model.
+
+    Cells are the numbers of sequences that fit. If the most that were tried always fit, they are
+    the peaks with that number.
     """
     all_fit = all(
         set(fit["batch_size"].values()) == {MAX_BATCH_SIZE} for fit in record["fits"].values()
@@ -137,10 +166,7 @@ def fit_table(name: str, record: dict[str, Any]) -> str:
             cell = " / ".join(map(batch_size_cell, fit["batch_size"].values()))
         cells.setdefault(row, {})[size] = cell
     sizes = next(iter(cells.values()))
-    rows = [["", *sizes], ["---", *["---:"] * len(sizes)]]
-    rows += [[row, *by_size.values()] for row, by_size in cells.items()]
-    source = f"Commit {record['environment']['commit']}: [figures](measurements/{name}.json)"
-    return "\n".join([*("| " + " | ".join(row) + " |" for row in rows), "", source, ""])
+    return [["", *sizes], *([row, *by_size.values()] for row, by_size in cells.items())]
 
 
 if __name__ == "__main__":

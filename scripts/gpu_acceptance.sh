@@ -3,6 +3,8 @@
 #
 #   scripts/gpu_acceptance.sh [FOLDER]      logs and runs go to FOLDER, outputs/gpu_acceptance
 #
+# Prints measured steps beside their bounds: of 60M on one GPU, and of 350M on all, whose bounds are
+# those of GPUs with 80 GB, one or eight (docs/USAGE.md, "Compile for a GPU without one").
 # A step that fails, or takes more than half an hour, does not stop the others. Ends with status 1
 # if one failed, 2 without a GPU.
 set -euo pipefail
@@ -19,6 +21,7 @@ if ! "$PYTHON" -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; 
     exit 2
 fi
 gpus="$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")"
+memory="$("$PYTHON" -c "import torch; print(torch.cuda.mem_get_info()[1])")"
 folder="${1:-outputs/gpu_acceptance}"
 mkdir -p -- "$folder"
 status=0
@@ -34,25 +37,31 @@ step() { # NAME COMMAND ...
     fi
 }
 
-titan=("$PYTHON" -m switchtitan launch --standalone --nproc_per_node "$gpus")
-full=train_configs/llama_350m_full_rank.toml
-switch=train_configs/llama_350m_switchlora.toml
+titan=("$PYTHON" -m switchtitan launch --standalone --nproc_per_node)
 # Speed does not depend on the tokens, and this dataset needs no network.
-keys=(--data.dataset pystdlib --data.tokenizer train --data.vocab_size 1024
+data=(--data.dataset pystdlib --data.tokenizer train --data.vocab_size 1024
     --data.max_documents none --data.offline_dataset none --data.validation_fraction 0.04
-    --data.test_fraction 0.04 --training.local_batch_size 8
-    --training.global_batch_size "$((8 * gpus))")
-short=(--training.steps 50 --lr_schedule.warmup_steps 2 --checkpoint.interval 25)
+    --data.test_fraction 0.04)
+
+measure() { # NAME RANKS SEQUENCES CONFIG ...: steps of one micro-batch for each rank
+    local file="$folder/$1.json"
+    rm -f -- "$file"
+    step "$1" "${titan[@]}" "$2" benchmark step "${@:4}" "${data[@]}" \
+        --training.local_batch_size "$3" --training.global_batch_size "$(($2 * $3))" --json "$file"
+    [ ! -e "$file" ] || "$PYTHON" scripts/gpu_bounds.py compare "$file" || status=1
+}
 
 step tests "$PYTHON" -m pytest -m gpu -v
-for config in "$full" "$switch"; do
-    name="$(basename -- "$config" .toml)"
+for name in llama_350m_full_rank llama_350m_switchlora; do
     rm -rf -- "${folder:?}/$name"
-    run=("${titan[@]}" train --config "$config" "${keys[@]}" "${short[@]}"
-        --job.output_dir "$folder/$name")
-    step "train_$name" "${run[@]}"
+    run=("${titan[@]}" "$gpus" train --config "train_configs/$name.toml" "${data[@]}"
+        --training.local_batch_size 8 --training.global_batch_size "$((8 * gpus))"
+        --lr_schedule.warmup_steps 2 --checkpoint.interval 25 --job.output_dir "$folder/$name")
+    step "train_$name" "${run[@]}" --training.steps 50
     step "resume_$name" "${run[@]}" --training.steps 60
 done
-step step_times "${titan[@]}" benchmark step "$full" "$switch" "${keys[@]}" \
-    --json "$folder/step_times.json"
+switch=method.name=switchlora,method.rank
+measure step_times_60m 1 72 llama_60m.toml "llama_60m.toml:$switch="{128,64}
+measure step_times_350m "$gpus" "$((memory > 75 * 10**9 ? 72 : 8))" \
+    llama_350m.toml "llama_350m.toml:$switch="{256,128}
 exit "$status"

@@ -1,6 +1,7 @@
 """The scripts in bash with stand-ins for Python and Slurm, and commands as real processes."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from gpu_bounds import NUM_SEQUENCES, TABLES, sides_of
 
 from switchtitan.errors import CLOSED_OUTPUT_STATUS
 
@@ -21,6 +23,8 @@ case "$*" in
     "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     "-m pip install "*) exit {pip_status} ;;
     *version_info*) exit {is_too_old} ;;
+    *device_count*) echo {num_gpus} ;;
+    *mem_get_info*) echo 85000000000 ;;
 esac
 """
 
@@ -31,23 +35,26 @@ class Machine:
     def __init__(self, folder):
         self.project, self.log, self.path = folder / "the project", folder / "calls", folder / "bin"
         (self.project / "scripts").mkdir(parents=True)
-        for name in ("scripts/setup_env.sh", "run_train.sh", "pyproject.toml"):
+        for name in ("run_train.sh", "pyproject.toml"):
             shutil.copy(REPOSITORY / name, self.project / name)
+        for name in ("setup_env.sh", "gpu_acceptance.sh"):
+            shutil.copy(REPOSITORY / "scripts" / name, self.project / "scripts" / name)
         self.log.touch()
         self.path.mkdir()
-        for tool in ("bash", "sh", "cksum", "cp", "dirname", "flock", "mkdir"):
+        for tool in ("bash", "sh", "cksum", "cp", "dirname", "flock", "mkdir", "rm", "timeout"):
             (self.path / tool).symlink_to(shutil.which(tool))
         self.add_python()
 
-    def add_python(self, pip_status=0, is_too_old=0):
+    def add_python(self, **answers):
         file = self.path / "python3"
-        file.write_text(PYTHON.format(log=self.log, pip_status=pip_status, is_too_old=is_too_old))
+        answers = {"pip_status": 0, "is_too_old": 0, "num_gpus": 1} | answers
+        file.write_text(PYTHON.format(log=self.log, **answers))
         file.chmod(0o755)
 
-    def run(self, *arguments, **variables):
+    def run(self, *arguments, script="run_train.sh", **variables):
         """Returns the status and standard error."""
         done = subprocess.run(
-            ["bash", str(self.project / "run_train.sh"), *arguments],
+            ["bash", str(self.project / script), *arguments],
             env={"PATH": str(self.path), "NGPU": "1", **variables},
             capture_output=True,
             text=True,
@@ -125,6 +132,28 @@ def test_run_train_starts_the_right_command(machine, variables, command):
     last_call = machine.log.read_text().splitlines()[-1]
     assert command in last_call
     assert last_call.endswith("train --config my file.toml")
+
+
+@pytest.mark.parametrize("num_gpus", [1, 8])
+def test_the_acceptance_measures_steps_that_have_bounds(machine, num_gpus):
+    machine.add_python(num_gpus=num_gpus)
+    assert machine.run(script="scripts/gpu_acceptance.sh")[0] == 0
+    bounded = {
+        (side, name.partition("_")[2], str(NUM_SEQUENCES))
+        for name in TABLES
+        for side in sides_of(name)
+    }
+    measured = [
+        (side, num_ranks, num_sequences)
+        for call in machine.calls("-m switchtitan launch")
+        for num_ranks, sides, num_sequences in re.findall(
+            r"_node (\d+) benchmark step (.*) --data.dataset .*--training.local_batch_size (\d+)",
+            call,
+        )
+        for side in sides.split()
+    ]
+    assert len(measured) == 6
+    assert set(measured) <= bounded
 
 
 STAND_INS = {

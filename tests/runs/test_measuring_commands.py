@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from gpu_bounds import compared
 from support.commands import result_of, run
 from support.comparisons import GRID, finish_all, write_grid
 from support.tiny_documents import make_documents, write_json_lines
@@ -17,22 +18,54 @@ from switchtitan.data import DataConfig, build_train_batches, open_corpus
 # benchmark
 
 
-def test_steps_are_compared_in_a_table_and_a_record(trained, tmp_path):
-    file = str(trained.config)
-    words = ("step", file, f"{file}:method.rank=4", "--rounds", 2, "--steps-per-round", 2)
-    words = (*words, "--json", tmp_path / "record.json", "--data.seq_len", 8)
+@pytest.fixture(scope="module")
+def timed(trained, tmp_path_factory):
+    """Two configurations, the table of their steps, and the record."""
+    sides = [str(trained.config), f"{trained.config}:method.rank=4"]
+    file = tmp_path_factory.mktemp("timed") / "record.json"
+    words = ("step", *sides, "--rounds", 2, "--steps-per-round", 2, "--json", file)
+    words = (*words, "--data.seq_len", 8)
     outcome = run("benchmark", *words)
     assert outcome.status == 0, outcome.errors
-    *_, first, second = outcome.output.splitlines()
-    assert first.endswith(f"  {file}")
-    assert second.endswith(f"  {file}:method.rank=4")
-    record = json.loads((tmp_path / "record.json").read_text())
+    record = json.loads(file.read_text())
     assert record["command"] == "switchtitan benchmark " + " ".join(map(str, words))
+    return sides, outcome.output, record
+
+
+def test_steps_are_compared_in_a_table_and_a_record(timed):
+    sides, table, record = timed
+    *_, first, second = table.splitlines()
+    assert first.endswith(f"  {sides[0]}")
+    assert second.endswith(f"  {sides[1]}")
     assert record["environment"]["num_threads"] >= 1
     reference, other = record["steps"].values()
     assert reference["ratio"] == 1
     assert other["ratio_interval_95"][0] <= other["ratio"] <= other["ratio_interval_95"][1]
     assert 0 < other["optimizer_s"] < other["step_s"]
+
+
+def test_measured_steps_are_compared_with_their_bounds_on_the_same_card(timed):
+    first, second = timed[0]
+    measured = timed[2] | {"environment": {"device": "NVIDIA H100 80GB HBM3"}}
+    step = measured["steps"][first]
+    bounds = {"H100 SXM": step["step_s"] / 2, "A100 80GB SXM": step["step_s"] / 4}
+    record = {"num_ranks": 1, "num_sequences": 8, "seq_len": 8}
+    record |= {"rows": {first: {"bounds_s": bounds}}, "environment": {"commit": "0123456789ab"}}
+
+    def cells(measured, record):
+        return [line.split() for line in compared(measured, [record])[-2:]]
+
+    step_ms, tokens_per_s = f"{1e3 * step['step_s']:.2f}", f"{step['tokens_per_s']:.0f}"
+    bound_ms = f"{500 * step['step_s']:.2f}"
+    with_bound, without = cells(measured, record)
+    assert with_bound == [step_ms, bound_ms, "2.00", tokens_per_s, first]
+    assert without[1:3] == ["-", "-"]
+    assert without[-1] == second
+    for other in ({"num_ranks": 2}, {"num_sequences": 7}):
+        assert cells(measured, record | other)[0] == [step_ms, "-", "-", tokens_per_s, first]
+    unknown = measured | {"environment": {"device": "NVIDIA L40S"}}
+    assert cells(unknown, record)[0] == [step_ms, "-", "-", tokens_per_s, first]
+    assert "no bound for this card" in compared(unknown, [record])[0]
 
 
 # estimate
