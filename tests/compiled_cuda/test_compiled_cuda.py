@@ -59,7 +59,7 @@ LIMITS = {
     "switchlora": Limits(59, 4692, 598),
     "lora": Limits(60, 4698, 615),
     "low rank": Limits(60, 5196, 726),
-    "sltrain": Limits(123, 4625, 701),
+    "sltrain": Limits(137, 4628, 729),
     "cola": Limits(74, 5526, 603),
     "qwen2": Limits(43, 4530, 541),
 }

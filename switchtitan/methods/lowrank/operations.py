@@ -36,7 +36,7 @@ def part_of(grad: Tensor) -> Tensor:
 
 
 def _copy(tensor: Tensor, grad: Tensor, casts: bool = False) -> Tensor:
-    return tensor.to(grad.dtype if casts else tensor.dtype, copy=True)
+    return _empty_copy(tensor, grad, casts).copy_(tensor)
 
 
 def _empty_copy(tensor: Tensor, grad: Tensor, casts: bool = False) -> Tensor:
