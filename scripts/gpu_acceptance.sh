@@ -3,8 +3,8 @@
 #
 #   scripts/gpu_acceptance.sh [FOLDER]      logs and runs go to FOLDER, outputs/gpu_acceptance
 #
-# Prints measured steps beside their bounds: of 60M on one GPU, and of 350M on all, whose bounds are
-# those of GPUs with 80 GB, one or eight (docs/USAGE.md, "Compile for a GPU without one").
+# Prints measured steps next to their bounds: of 60M on one GPU, and of 350M on all, whose bounds
+# are those of GPUs with 80 GB, one or eight (docs/USAGE.md, "Compile for a GPU without one").
 # A step that fails, or takes more than half an hour, does not stop the others. Ends with status 1
 # if one failed, 2 without a GPU.
 set -euo pipefail

@@ -8,7 +8,7 @@ on two cores.
 
     python scripts/gpu_bounds.py compare FILE ...
 
-prints what `switchtitan benchmark step --json FILE` measured beside the bounds of its card."""
+prints what `switchtitan benchmark step --json FILE` measured next to the bounds of its card."""
 
 import argparse
 import json
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record", help="compile steps; write records and tables")
     recording.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TABLES)}")
-    comparing = commands.add_parser("compare", help="print measured steps beside their bounds")
+    comparing = commands.add_parser("compare", help="print measured steps next to their bounds")
     comparing.add_argument("files", nargs="+", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
     folder = generate_docs.MEASUREMENTS

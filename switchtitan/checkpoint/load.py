@@ -44,7 +44,7 @@ _READABLE = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
 }
-"""(module, name) of all that torch's index consists of, besides dtypes. Exact: a prefix would allow
+"""(module, name) of all that torch's index consists of, except dtypes. Exact: a prefix would allow
 ("torch.distributed.checkpoint.filesystem", "os.system")."""
 
 

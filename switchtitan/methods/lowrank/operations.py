@@ -60,7 +60,7 @@ def _merge(
     with_factors: bool,
     grad: Tensor | None = None,
 ) -> Tensor:
-    stack = _empty_stack(weights, lora_a, lora_b, scale, with_factors)
+    stack = _empty_stack(weights, lora_a, with_factors)
     lengths, in_features = [len(weight) for weight in weights], lora_a[0].shape[1]
     *merged, of_a = stack[:, :in_features].split([*lengths, len(stack) - sum(lengths)])
     for out, weight, a, b in zip(merged, weights, lora_a, lora_b, strict=True):
@@ -71,14 +71,7 @@ def _merge(
     return stack
 
 
-def _empty_stack(
-    weights: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scale: float,
-    with_factors: bool,
-    grad: Tensor | None = None,
-) -> Tensor:
+def _empty_stack(weights: Sequence[Tensor], lora_a: Sequence[Tensor], with_factors: bool) -> Tensor:
     num_rows, (rank, width) = sum(len(weight) for weight in weights), lora_a[0].shape
     if with_factors:
         num_rows, width = num_rows + rank * len(weights), width + rank
@@ -89,7 +82,9 @@ merge = _define(
     "merge(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, float scale, bool with_factors, "
     "Tensor? grad=None)",
     _merge,
-    _empty_stack,
+    lambda weights, lora_a, _b, _scale, with_factors, *_: _empty_stack(
+        weights, lora_a, with_factors
+    ),
 )
 """Returns the rows of all W + s B A, [outs, in]. In the backward pass, pass `part_of` a gradient.
 

@@ -1,4 +1,4 @@
-"""The contractions compute the same, cost what the table says, and keep little besides inputs."""
+"""The contractions compute the same, cost what the table says, and keep little but inputs."""
 
 import pytest
 import torch
