@@ -31,8 +31,8 @@ CASES = {
     "switchlora": "method.name=switchlora method.rank=128",
     "lora": "method.name=lora method.rank=64 optimizer.name=muon",
     "low rank": "method.name=low_rank method.rank=128 optimizer.name=scale",
-    # Its blocks are those of lora; of the next three, those of full rank.
-    "relora": f"method.name=relora method.rank=64 method.reset_interval=5000 {_EAGER_BLOCKS}",
+    "relora": f"method.name=relora method.rank=64 method.reset_interval=5000 {_EAGER_UPDATE}",
+    # The blocks of these are those of full rank.
     "galore": f"method.name=galore method.rank=128 {_EAGER_BLOCKS}",
     "fira": f"method.name=fira method.rank=128 {_EAGER_BLOCKS}",
     "apollo": f"method.name=apollo method.rank=128 {_EAGER_BLOCKS}",
@@ -45,8 +45,8 @@ if HAS_TORCHAO:
     CASES["adamw8bit"] = f"optimizer.name=adamw8bit {_EAGER_UPDATE} {_EAGER_BLOCKS}"
 
 
-def config_of(name: str) -> JobConfig:
-    keys = _BASE | dict(pair.split("=") for pair in CASES[name].split())
+def config_of(name: str, more: str = "") -> JobConfig:
+    keys = _BASE | dict(pair.split("=") for pair in f"{CASES[name]} {more}".split())
     words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     return parse_unchecked(["--config", "llama_60m.toml", *words])
 
@@ -130,7 +130,7 @@ def with_few_registers() -> StepOnGpu:
         return parse(backend, {**options, "maxnreg": 24})
 
     with patch.object(CUDABackend, "parse_options", parse_with_limit):
-        return record_step(config_of("full rank"))
+        return record_step(config_of("full rank", _EAGER_UPDATE))
 
 
 def with_a_number_per_step() -> StepOnGpu:
@@ -149,7 +149,7 @@ def with_a_number_per_step() -> StepOnGpu:
         patch.object(MLP, "forward", forward),
         patch.object(Stepper, "step", step),
     ):
-        return record_step(config_of("full rank"))
+        return record_step(config_of("full rank", _EAGER_UPDATE))
 
 
 PLANTS = {

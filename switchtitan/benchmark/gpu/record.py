@@ -21,8 +21,8 @@ from switchtitan.methods.lowrank.operations import IMPLEMENTATIONS
 from switchtitan.observability.collectives import CountingMode
 from switchtitan.regions import observe_regions, stop_observing_regions
 
-NUM_STEPS = 3
-"""Steps of each configuration. The last one is recorded, in which nothing should compile."""
+NUM_STEPS = 2
+"""Steps of each configuration. The last is recorded; nothing should compile in it."""
 NO_KERNEL = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "is_pinned"),
     *("lift_fresh", "record_stream", "_unsafe_view", "_reshape_alias"),
@@ -150,7 +150,9 @@ class RecordLaunches(CountingMode):
             return
         namespace, _, name = func.name().split(".")[0].partition("::")
         # "prim" asks a tensor for its device.
-        if namespace == "prim" or func.is_view or name in NO_KERNEL:
+        if namespace == "prim" or name in NO_KERNEL:
+            return
+        if func.is_view and is_view_of(result, args[0]):
             return
         if name == "copy_" and args[0] is args[1]:  # nor has a copy to itself
             return
@@ -199,6 +201,12 @@ def tensors_in(tree: Any) -> list[Tensor]:
     elif not isinstance(tree, list | tuple):
         return []
     return [tensor for part in tree for tensor in tensors_in(part)]
+
+
+def is_view_of(result: Any, tensor: Tensor) -> bool:
+    """Whether an operation's result has the memory of a tensor: `to`, a view, may copy."""
+    storage = tensor.untyped_storage()
+    return all(part.untyped_storage() is storage for part in tensors_in(result))
 
 
 def num_bytes_of(name: str, args: tuple, result: Any, tensors: list[Tensor]) -> int:
