@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from switchtitan.benchmark.estimate import StepEstimate
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE, Fit
 from switchtitan.benchmark.gpu.record import StepOnGpu
-from switchtitan.benchmark.gpu.roofline import CARDS, bounds_s, card_of, costs_by
+from switchtitan.benchmark.gpu.roofline import bounds_s, card_of, costs_by
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
 from switchtitan.benchmark.step_times import Ratio, StepTimes, ratio_of_steps
 from switchtitan.files import format_bytes
@@ -197,8 +197,8 @@ def estimate_record(estimates: Mapping[str, StepEstimate]) -> dict[str, JsonValu
 
 def bound_table(steps: Mapping[str, Mapping[str, StepOnGpu]]) -> list[str]:
     """Formats one line per configuration: the bound on each card, and its ratio to the first."""
-    rows: list[tuple[str, ...]] = [(*(word for name in CARDS for word in (name, "ratio")), "")]
     reference = bounds_s(next(iter(steps.values())))
+    rows: list[tuple[str, ...]] = [(*(word for name in reference for word in (name, "ratio")), "")]
     for name, by_arch in steps.items():
         row: list[str] = []
         for card, seconds in bounds_s(by_arch).items():

@@ -55,7 +55,8 @@ def shard_model(
             modules[0].set_unshard_in_backward(False)
     # The root holds what is outside the units: modules that any pass may use, in any order.
     shard(model, reshard_after_forward=False)
-    if mesh.size(mesh.ndim - 1) == 1:
+    # Sums of reduced gradients would read memory that FSDP may already have given to others.
+    if mesh.size(mesh.ndim - 1) == 1 and config.accumulate_gradients == "full":
         use_few_kernels(model)
     for module in model.modules():
         if isinstance(module, Reparametrized):

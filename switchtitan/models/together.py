@@ -29,16 +29,13 @@ def apply_together(
 
     Args:
         then: [..., out] -> [..., out/n, *rest] for any `out`, each n features apart from others.
-            Of plain layers it may get the features of both: torch.compile would copy the gradients
-            if it came after the split.
+            For plain layers it may get both outputs concatenated: applied after the split, it would
+            let torch.compile copy the gradients.
     """
     if isinstance(first, Groupable):
         one, two, *rest = first.forward_together(x, (second, *others))
     elif _is_plain(first) and _is_plain(second) and _is_joined_faster(x, first, second):
-        both, dim = then(joined_linear(x, first, second)), x.dim() - 1
-        n = (first.out_features + second.out_features) // both.shape[dim]
-        one, two = both.split([first.out_features // n, second.out_features // n], dim)
-        return one, two, *(layer(x) for layer in others)
+        return *joined(x, first, second, then), *(layer(x) for layer in others)
     else:
         one, two, *rest = (layer(x) for layer in (first, second, *others))
     return then(one), then(two), *rest
@@ -58,6 +55,15 @@ def _is_joined_faster(x: Tensor, first: nn.Linear, second: nn.Linear) -> bool:
     # Each pass copies both weights once; two reads of x, and a write and a read of its gradient,
     # are saved.
     return x.numel() // x.shape[-1] > first.out_features + second.out_features
+
+
+def joined(
+    x: Tensor, first: nn.Linear, second: nn.Linear, then: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...]:
+    """Returns `then` of two layers' outputs, from one product; see `apply_together`."""
+    both, dim = then(joined_linear(x, first, second)), x.dim() - 1
+    n = (first.out_features + second.out_features) // both.shape[dim]
+    return both.split([first.out_features // n, second.out_features // n], dim)
 
 
 def joined_linear(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:

@@ -149,7 +149,7 @@ def _build(torch_folder: Path) -> Path:
         command = [str(_compiler()), "-std=c++20", "-O0", "-shared", "-fPIC", str(_SOURCE)]
         command += ["-o", str(built), f"-I{torch_folder / 'include'}"]
         command += [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True)
         # Other processes may build it at the same time.
         built.replace(library)
     return library

@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +29,18 @@ NO_KERNEL = {
     *("lift_fresh", "record_stream", "_unsafe_view", "_reshape_alias"),
 }
 """Operations without a kernel that are not views."""
-_NUM_LAUNCHES = dict.fromkeys(("split_with_sizes_copy", "chunk_cat"), 2)
-"""Operations of FSDP with two launches: a kernel for all parameters, after a copy of their
-addresses to the device (aten/src/ATen/native/cuda/TensorShape.cu)."""
+_NUM_LAUNCHES = {
+    # FSDP's: a kernel for all parameters, after a copy of their addresses to the device
+    # (aten/src/ATen/native/cuda/TensorShape.cu).
+    "split_with_sizes_copy": 2,
+    "chunk_cat": 2,
+    # Before and after the main one: sums of products of output and gradient, and a cast
+    # (flash_attn/src/flash_bwd_launch_template.h).
+    "_scaled_dot_product_flash_attention_backward": 3,
+}
+"""Launches of operations with more than one."""
+_ONLY_WRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
+"""Operations that do not read the tensors that they overwrite."""
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 # Of torch's multi_tensor_apply (aten/src/ATen/native/cuda/MultiTensorApply.cuh), by number of
 # lists, in builds for CUDA 13, such as those of PyPI.
@@ -169,8 +179,8 @@ class RecordLaunches(CountingMode):
         self._add(
             kind,
             name,
-            _num_launches(name, args),
-            num_bytes_of(name, args, result, tensors),
+            _num_launches(name, args) + _copies_first(name, args, kwargs, result),
+            num_bytes_of(name, func, args, kwargs, result),
             flops,
             dtypes[0].removeprefix("torch.") if flops else "",
         )
@@ -209,18 +219,51 @@ def is_view_of(result: Any, tensor: Tensor) -> bool:
     return all(part.untyped_storage() is storage for part in tensors_in(result))
 
 
-def num_bytes_of(name: str, args: tuple, result: Any, tensors: list[Tensor]) -> int:
-    """Returns the bytes of an operation's tensors, or what it reads and writes of them."""
+def num_bytes_of(name: str, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
+    """Returns the bytes that an operation reads, and those that it writes."""
     if name == "embedding":
         return 2 * _num_bytes(tensors_in(result))
     if name == "all_gather_copy_in":
         # Into this rank's part of what is gathered.
         return 2 * _num_bytes(args[0])
-    if name in ("copy_", "fill_", "zero_"):
-        return _num_bytes(tensors_in(args))
     if name in ("index_put", "index_put_"):
         return 2 * _num_bytes(tensors_in(args[2])) + _num_bytes(tensors_in(args[1]))
-    return _num_bytes(tensors)
+    overwritten, out = _written_by(func)
+    written = [arg for arg, is_written in zip(args, overwritten, strict=False) if is_written]
+    written += [kwargs[key] for key in out if key in kwargs]
+    read = [*args, *(value for key, value in kwargs.items() if key not in out)]
+    if name in _ONLY_WRITE or kwargs.get("beta") == 0:
+        del read[0]
+    num_copied = 0
+    if _copies_first(name, args, kwargs, result):
+        num_copied = 2 * _num_bytes(tensors_in(result))
+    return _num_bytes(tensors_in(read)) + _num_bytes(tensors_in([written, result])) + num_copied
+
+
+@cache
+def _written_by(func: Any) -> tuple[list[bool], list[str]]:
+    """Returns whether each positional argument is written, and the keywords of those that are."""
+    arguments = func._schema.arguments
+    is_written = [argument.alias_info is not None and argument.is_write for argument in arguments]
+    by_keyword = [
+        argument.name
+        for argument, written in zip(arguments, is_written, strict=True)
+        if written and argument.kwarg_only
+    ]
+    return is_written, by_keyword
+
+
+def _copies_first(name: str, args: tuple, kwargs: Mapping[str, Any], result: Any) -> bool:
+    """Whether a product first copies the matrix that it adds to, and then overwrites the copy.
+
+    (aten/src/ATen/native/cuda/Blas.cpp)
+    """
+    return (
+        name in ("addmm", "baddbmm")
+        and kwargs.get("beta") != 0
+        and args[0].dim() == result.dim()
+        and args[0] is not result
+    )
 
 
 def _num_bytes(tensors: list[Tensor]) -> int:
@@ -233,7 +276,10 @@ def num_flops(func: Any, name: str, args: tuple, kwargs: Mapping[str, Any], resu
         left, right = tensors_in(args)[-2:]
         return 2 * left.numel() * right.shape[-1]
     formula = flop_registry.get(func._overloadpacket)
-    return formula(*args, **kwargs, out_val=result) if formula else 0
+    flops: int = formula(*args, **kwargs, out_val=result) if formula else 0
+    # Causal attention leaves out the products of later keys.
+    names = [argument.name for argument in func._schema.arguments]
+    return flops // 2 if ("is_causal", True) in zip(names, args, strict=False) else flops
 
 
 def _num_launches(name: str, args: tuple) -> int:

@@ -10,8 +10,8 @@ ASSUMPTIONS = (
     "bounds, not times: no GPU ran this. A launch takes its bytes divided by bandwidth or its "
     "operations divided by FLOP/s, whichever is more, and the next one follows without a gap",
     "collectives take no time, and cached data is read from memory again",
-    "operations are those of matrix products and attention; attention is not halved for the causal "
-    "mask, and that of flex has none",
+    "operations are those of matrix products and attention, half of them with a causal mask; "
+    "attention of flex has none",
     '[training] dtype = "auto" is bfloat16; products in float32 do not use TF32',
     "a Triton kernel's registers, spilled and shared bytes are the most of its configurations, "
     "among which a GPU chooses by time",
@@ -86,14 +86,13 @@ def bounds_s(steps: Mapping[str, StepOnGpu]) -> dict[str, float]:
     """Returns the least seconds of a step by card.
 
     Args:
-        steps: by architecture. A card takes the newest that is not newer than its own, or else the
-            oldest.
+        steps: by architecture. A card takes the newest that is not newer than its own. Without one
+            it is left out.
     """
-    archs = sorted(steps)
     bounds = {}
     for name, card in CARDS.items():
-        arch = max((arch for arch in archs if arch <= card.arch), default=archs[0])
-        bounds[name] = costs_by(steps[arch].launches, card)[()].seconds
+        if archs := [arch for arch in steps if arch <= card.arch]:
+            bounds[name] = costs_by(steps[max(archs)].launches, card)[()].seconds
     return bounds
 
 

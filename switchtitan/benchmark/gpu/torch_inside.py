@@ -243,7 +243,9 @@ def num_bytes_of_kernel(kernel: Any) -> int:
     Inductor's own estimate counts such a part once for each way to index it.
     """
     V = resolve_name(f"{_INDUCTOR}.virtualized.V")
-    num_in_place = len({id(buffer) for buffer in kernel.args.inplace_buffers.values()})
+    in_place = kernel.args.inplace_buffers.values()
+    # Without those that Inductor removed, which are no arguments.
+    num_in_place = len({id(buffer) for buffer in in_place if hasattr(buffer, "inner_name")})
     accesses, total = kernel.features.buf_accesses(), 0
     for index, name in enumerate(kernel.args.python_argdefs()[1]):
         if name in accesses:

@@ -1,4 +1,4 @@
-"""Operations that torch.compile does not look into, and in the backward pass does not move forward.
+"""Operations that torch.compile neither looks into nor moves to the forward pass.
 
 A list has one tensor for each layer of one input: weights [out, in], A [rank, in], B [rank, out].
 """
@@ -61,13 +61,15 @@ def _merge(
     grad: Tensor | None = None,
 ) -> Tensor:
     stack = _empty_stack(weights, lora_a, with_factors)
-    lengths, in_features = [len(weight) for weight in weights], lora_a[0].shape[1]
-    *merged, of_a = stack[:, :in_features].split([*lengths, len(stack) - sum(lengths)])
-    for out, weight, a, b in zip(merged, weights, lora_a, lora_b, strict=True):
-        torch.addmm(weight.to(a.dtype), b.t(), a, alpha=scale, out=out)
+    out_features, in_features = len(weights[0]), lora_a[0].shape[1]
+    rows = stack[:, :in_features]
+    torch.cat([*weights, *lora_a] if with_factors else [*weights], out=rows)
+    start = 0
+    for weight, a, b in zip(weights, lora_a, lora_b, strict=True):
+        rows[start : start + len(weight)].addmm_(b.t(), a, alpha=scale)
+        start += len(weight)
     if with_factors:
-        torch.cat([*lora_a], out=of_a)
-        stack[: lengths[0], in_features:].copy_(lora_b[0].t())
+        stack[:out_features, in_features:].copy_(lora_b[0].t())
     return stack
 
 

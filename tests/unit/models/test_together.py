@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from support.observed import saved_besides
 from torch import nn
 
-from switchtitan.models.together import joined_linear
+from switchtitan.models.together import joined, joined_linear
 
 IN, WIDTHS = 12, (20, 8)
 
@@ -37,3 +37,14 @@ def test_joined_layers_compute_what_two_products_do_and_save_their_inputs_alone(
     for result, reference in zip(results, references, strict=True):
         # fp32: sums of at most 28 products, in another order.
         assert (result - reference).norm() <= 4e-7 * reference.norm()
+
+
+def test_joined_outputs_are_split_where_the_layers_end():
+    x, pair = draw(2, 3, IN, seed=9), [nn.Linear(IN, width) for width in WIDTHS]
+
+    def in_heads(y):
+        return y.unflatten(-1, (-1, 4)).flip(-1)
+
+    found = joined(x, *pair, in_heads)
+    for one, layer in zip(found, pair, strict=True):
+        torch.testing.assert_close(one, in_heads(layer(x)), rtol=0, atol=1e-6)
