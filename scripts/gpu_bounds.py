@@ -51,7 +51,7 @@ TABLES = {
     "60m_1": ALL_ROWS,
     "130m_1": MAIN_ROWS,
     "350m_1": MAIN_ROWS,
-    "350m_8": ALL_ROWS,
+    "350m_8": MAIN_ROWS,
     "1b_8": MAIN_ROWS,
     "7b_8": MAIN_ROWS,
 }
