@@ -13,6 +13,7 @@ ASSUMPTIONS = (
     "operations are those of matrix products and attention, half of them with a causal mask; "
     "attention of flex has none",
     '[training] dtype = "auto" is bfloat16; products in float32 do not use TF32',
+    "products of odd sizes are not padded; a GPU chooses that by time",
     "a Triton kernel's registers, spilled and shared bytes are the most of its configurations, "
     "among which a GPU chooses by time",
 )

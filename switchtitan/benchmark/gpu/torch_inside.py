@@ -37,6 +37,7 @@ PRIVATE = {
     f"{_INDUCTOR}.config.compile_threads": "processes that compile would lack these changes",
     f"{_INDUCTOR}.config.fx_graph_cache": "cached graphs have no kernels to read",
     f"{_INDUCTOR}.config.use_static_triton_launcher": "a launcher loads kernels on the device",
+    f"{_INDUCTOR}.config.shape_padding": "times padded products of odd sizes, as in LLaMA 1B",
     f"{_INDUCTOR}.config.benchmark_kernel": "makes Inductor note the bytes of each kernel",
     f"{_INDUCTOR}.codecache.PyCodeCache.cache_clear": "forgets generated code and its kernels",
     f"{_INDUCTOR}.codegen.simd.SIMDKernel.estimate_kernel_num_bytes": "counts strided reads twice",
@@ -212,6 +213,7 @@ def _install_inductor() -> None:
     _replace("torch._functorch.config.enable_autograd_cache", False)
     _replace(f"{_INDUCTOR}.config.use_static_triton_launcher", False)
     _replace(f"{_INDUCTOR}.config.benchmark_kernel", True)
+    _replace(f"{_INDUCTOR}.config.shape_padding", False)
     _replace(f"{_GUARDS}._empty_strided_cuda", _empty_strided)
     _replace(f"{_GUARDS}._reinterpret_tensor", _reinterpret)
     _replace(f"{_GUARDS}.assert_alignment", lambda *args: None)
