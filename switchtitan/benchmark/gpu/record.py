@@ -276,7 +276,9 @@ def num_flops(func: Any, name: str, args: tuple, kwargs: Mapping[str, Any], resu
         left, right = tensors_in(args)[-2:]
         return 2 * left.numel() * right.shape[-1]
     formula = flop_registry.get(func._overloadpacket)
-    flops: int = formula(*args, **kwargs, out_val=result) if formula else 0
+    if formula is None:
+        return 0
+    flops: int = formula(*args, **kwargs, out_val=result)
     # Causal attention leaves out the products of later keys.
     names = [argument.name for argument in func._schema.arguments]
     return flops // 2 if ("is_causal", True) in zip(names, args, strict=False) else flops
