@@ -35,7 +35,9 @@ MAIN_ROWS = {
 }
 """Name -> keys that differ from the size's file. A rank is hidden/4 and hidden/8."""
 ALL_ROWS = MAIN_ROWS | {
-    "ReLoRA": "method.name=relora,method.rank={rank},method.reset_interval=5000,method.dropout=0.1",
+    "ReLoRA, dropout 0.1": (
+        "method.name=relora,method.rank={rank},method.reset_interval=5000,method.dropout=0.1"
+    ),
     "GaLore": "method.name=galore,method.rank={rank}",
     "Fira": "method.name=fira,method.rank={rank}",
     "APOLLO": "method.name=apollo,method.rank={rank}",
@@ -44,8 +46,8 @@ ALL_ROWS = MAIN_ROWS | {
     "W = B A": "method.name=low_rank,method.rank={rank}",
     "CoLA": "model.name=cola,model.size={size},model.rank={rank}",
     "Muon": "optimizer.name=muon",
-    "8-bit AdamW": "optimizer.name=adamw8bit,compile.optimizer=false",
-    "SCALE": "optimizer.name=scale,compile.optimizer=false",
+    "8-bit AdamW": "optimizer.name=adamw8bit",
+    "SCALE": "optimizer.name=scale",
 }
 TABLES = {
     "60m_1": ALL_ROWS,

@@ -112,8 +112,6 @@ MethodConfigT = TypeVar("MethodConfigT", bound=MethodConfig)
 class OptimizerConfig(NamedSection):
     """The base class of every `[optimizer]` section."""
 
-    can_compile: ClassVar[bool] = True
-    """Whether `[compile] optimizer` can be set."""
     needs_head: ClassVar[bool] = False
     """Whether it treats the head's weight apart, so that the head must not be tied."""
     package: ClassVar[str | None] = None

@@ -52,8 +52,8 @@ class CompileConfig(Section):
     loss: bool = False
     """Compile the loss."""
     optimizer: bool = False
-    """Compile the optimizer's update. If false: torch's fused AdamW kernel, and eager operations
-    for per-vector AdamW."""
+    """Compile the update of factors that switch, of projected gradients, and of `muon` and
+    `adamw8bit`. Others are never compiled: `adamw` is torch's fused kernel."""
 
 
 class ActivationCheckpointConfig(Section):

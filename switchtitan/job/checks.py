@@ -127,7 +127,7 @@ def _check_ranks(config: "JobConfig", num_ranks: int) -> list[str]:
 
 
 def _check_optimizer(config: "JobConfig") -> list[str]:
-    """The optimizer must fit method, model and compiler, and its package must be installed."""
+    """The optimizer must fit method and model, and its package must be installed."""
     method, optimizer, problems = config.method, config.optimizer, []
     name = f"[optimizer] name = {toml_value(optimizer.name)}"
     if method.optimizers is not None and optimizer.name not in method.optimizers:
@@ -143,8 +143,6 @@ def _check_optimizer(config: "JobConfig") -> list[str]:
         )
     if optimizer.package is not None and find_spec(optimizer.package) is None:
         problems.append(_needs_package(name, optimizer.package))
-    if config.compile.optimizer and not optimizer.can_compile:
-        problems.append(f"[compile] optimizer = true: {name} cannot be compiled; remove it")
     if optimizer.needs_head and config.model.weight_copies():
         problems.append(
             f"{name}: treats the head's weight apart, and the model's head is tied to the "

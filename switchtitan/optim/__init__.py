@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules."""
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
-from switchtitan.optim.adamw import AdamW, AdamWConfig, require_adamw
+from switchtitan.optim.adamw import AdamW, AdamWConfig, build_adamw, require_adamw
 from switchtitan.optim.adamw8bit import AdamW8bit, AdamW8bitConfig
 from switchtitan.optim.lr_schedule import LRScheduleConfig, build_lr_schedule
 from switchtitan.optim.muon import MuonConfig, build_muon
@@ -19,14 +19,15 @@ OPTIMIZERS: Registry[OptimizerConfig, TrainingOptimizer] = Registry(
     "optimizer",
     {
         "adafactor": Component(AdafactorConfig, build_adafactor),
-        "adamw": Component(AdamWConfig, AdamW),
+        "adamw": Component(AdamWConfig, build_adamw),
         "adamw8bit": Component(AdamW8bitConfig, AdamW8bit),
         "muon": Component(MuonConfig, build_muon),
         "scale": Component(ScaleConfig, build_scale),
         "sgd": Component(SGDConfig, build_sgd),
     },
 )
-"""A factory is called as factory(config, parameters, compile_step), with `TrainedParameter`s."""
+"""A factory is called as factory(config, parameters, compile_step), with `TrainedParameter`s.
+Torch's optimizers are not compiled: they have kernels for many tensors."""
 
 __all__ = [
     "OPTIMIZERS",

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from switchtitan.contracts import OptimizerConfig
+from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
 from switchtitan.errors import ConfigError
 from switchtitan.optim.parameters import TrainedParameter
 from switchtitan.optim.torch_optimizer import TorchOptimizer
@@ -50,31 +50,23 @@ def require_adamw(config: OptimizerConfig) -> AdamWConfig:
 
 
 class AdamW(TorchOptimizer):
-    """`torch.optim.AdamW` on local shards.
+    """`torch.optim.AdamW` on local shards, by torch's fused kernels.
 
     Its state is `<parameter>.exp_avg`, `.exp_avg_sq` (like the parameter) and `.step` (0-dim).
 
     Args:
         parameters: the parameters to train, fp32.
-        compile_step: compile the update. Without it, torch's fused kernel updates few tensors in
-            one pass.
     """
 
-    def __init__(
-        self,
-        config: AdamKeys,
-        parameters: Iterable[TrainedParameter],
-        compile_step: bool = False,
-    ) -> None:
-        build = partial(
-            torch.optim.AdamW,
-            betas=config.betas,
-            eps=config.eps,
-            foreach=compile_step,
-            capturable=compile_step,
-            fused=not compile_step,
-        )
-        super().__init__(config, parameters, build, _initial_state, compile_step)
+    def __init__(self, config: AdamKeys, parameters: Iterable[TrainedParameter]) -> None:
+        build = partial(torch.optim.AdamW, betas=config.betas, eps=config.eps, fused=True)
+        super().__init__(config, parameters, build, _initial_state)
+
+
+def build_adamw(
+    config: AdamWConfig, parameters: Iterable[TrainedParameter], compile_step: bool
+) -> TrainingOptimizer:
+    return AdamW(config, parameters)
 
 
 def _initial_state(like: Tensor) -> dict[str, Tensor]:

@@ -27,7 +27,6 @@ class ScaleConfig(AdamKeys):
 
     name: Literal["scale"] = "scale"
     """The optimizer."""
-    can_compile: ClassVar[bool] = False
     needs_head: ClassVar[bool] = True
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of the running mean of the head's gradients, in [0, 1)."""

@@ -1,10 +1,8 @@
 """Adapters for any `torch.optim.Optimizer`, and the torch optimizers that are chosen by name."""
 
-import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import MethodType
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -37,7 +35,6 @@ class TorchOptimizer(GroupedOptimizer):
     Args:
         build: builds the torch optimizer.
         initial_state: torch itself creates the state in the first step, too late to load it.
-        compile_step: compile the torch optimizer's step.
     """
 
     def __init__(
@@ -46,7 +43,6 @@ class TorchOptimizer(GroupedOptimizer):
         parameters: Iterable[TrainedParameter],
         build: BuildOptimizer,
         initial_state: InitialState,
-        compile_step: bool = False,
     ) -> None:
         super().__init__(config, parameters)
         self._initial_state = initial_state
@@ -58,16 +54,9 @@ class TorchOptimizer(GroupedOptimizer):
         groups: list[dict[str, Any]] = []
         for group in self.groups:
             held = [self._held[name] for name in group.parameters]
-            # A tensor: torch.compile would recompile for every new Python number.
-            lr = torch.tensor(group.lr, device=held[0].device) if compile_step else group.lr
-            groups.append({"params": held, "lr": lr, "weight_decay": group.weight_decay})
+            groups.append({"params": held, "lr": group.lr, "weight_decay": group.weight_decay})
         # Torch refuses an optimizer without groups, but not a group without parameters.
         self._optimizer = build(groups or [{"params": []}])
-        self._step: Callable[[], object] = self._optimizer.step
-        if compile_step:
-            # Without torch's decorators, such as one for the profiler, which break the graph.
-            plain_step = MethodType(inspect.unwrap(type(self._optimizer).step), self._optimizer)
-            self._step = torch.compile(plain_step, fullgraph=True, dynamic=False)
         for name, held_parameter in self._held.items():
             self._optimizer.state[held_parameter] = self._create_state(name)
 
@@ -83,14 +72,14 @@ class TorchOptimizer(GroupedOptimizer):
         shards = local_shards(self.parameters[name] for name in grads)
         for name, shard, grad in zip(grads, shards, local_shards(grads.values()), strict=True):
             self._held[name].data, self._held[name].grad = self._padded(shard), self._padded(grad)
-        self._step()
+        self._optimizer.step()
         for name in grads:
             self._held[name].grad = None
 
     def set_lr(self, lr_factor: float) -> None:
         super().set_lr(lr_factor)
         for own, group in zip(self._optimizer.param_groups, self.groups, strict=False):
-            if isinstance(own["lr"], Tensor):
+            if isinstance(own["lr"], Tensor):  # torchao's
                 own["lr"].fill_(group.lr * lr_factor)
             else:
                 own["lr"] = group.lr * lr_factor
@@ -128,7 +117,7 @@ class FullTensorOptimizer(TorchOptimizer):
                 held.grad = full_tensor(parameter.grad)
                 # With one parameter in its groups, torch's step does not loop over all the others.
                 self._optimizer.param_groups = [{**own, "params": [held]}]
-                self._step()
+                self._optimizer.step()
                 copy_from_full_(parameter, held.detach())
                 held.grad, held.data = None, held.new_empty(0)
         self._optimizer.param_groups = groups
@@ -166,7 +155,6 @@ class AdafactorConfig(OptimizerConfig):
 
     name: Literal["adafactor"] = "adafactor"
     """The optimizer."""
-    can_compile: ClassVar[bool] = False
     beta2_decay: float = Field(default=-0.8, lt=0)
     """The decay rate of second moments at step t is 1 - t^beta2_decay; below 0."""
     eps: float = Field(default=1e-3, gt=0)
@@ -182,8 +170,8 @@ def build_sgd(
         return {"momentum_buffer": torch.zeros_like(like)} if config.momentum else {}
 
     nesterov = config.nesterov and config.momentum > 0  # torch refuses it without momentum
-    build = partial(torch.optim.SGD, momentum=config.momentum, nesterov=nesterov)
-    return TorchOptimizer(config, parameters, build, initial_state, compile_step)
+    build = partial(torch.optim.SGD, momentum=config.momentum, nesterov=nesterov, foreach=True)
+    return TorchOptimizer(config, parameters, build, initial_state)
 
 
 def build_adafactor(

@@ -133,8 +133,8 @@ def test_a_step_compiles_once_without_breaks_and_spills(found, arch, name):
     step = found[arch][name]
     assert step.graph_breaks == {}
     assert late_compilations(step) == []
-    assert bool(step.compiled[0]) == (name != "adamw8bit")
-    assert bool(step.kernels) == bool(step.compiled[0])
+    assert step.compiled[0]
+    assert step.kernels
     assert spills(step) == {}
     assert [k for k in step.kernels if k.shared_bytes > MOST_SHARED_BYTES] == []
 

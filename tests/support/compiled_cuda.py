@@ -22,31 +22,30 @@ NUM_BLOCKS = 2
 NUM_ROWS, WIDTH = 4096, 320
 _BASE = {"model.num_layers": NUM_BLOCKS, "training.global_batch_size": 72, "compile.loss": "false"}
 _EAGER_BLOCKS = "compile.blocks=false"
-_EAGER_UPDATE = "compile.optimizer=false"
 CASES = {
     "full rank": "",
     # Only here: its kernels would count as those of blocks.
-    "loss": f"compile.loss=true {_EAGER_BLOCKS} {_EAGER_UPDATE}",
-    "recomputation": f"activation_checkpoint.mode=full {_EAGER_UPDATE}",
+    "loss": f"compile.loss=true {_EAGER_BLOCKS}",
+    "recomputation": "activation_checkpoint.mode=full",
     "switchlora": "method.name=switchlora method.rank=128",
     "lora": "method.name=lora method.rank=64 optimizer.name=muon",
     "low rank": "method.name=low_rank method.rank=128 optimizer.name=scale",
-    "relora": f"method.name=relora method.rank=64 method.reset_interval=5000 {_EAGER_UPDATE}",
+    "relora": "method.name=relora method.rank=64 method.reset_interval=5000",
     # The blocks of these are those of full rank.
     "galore": f"method.name=galore method.rank=128 {_EAGER_BLOCKS}",
     "fira": f"method.name=fira method.rank=128 {_EAGER_BLOCKS}",
     "apollo": f"method.name=apollo method.rank=128 {_EAGER_BLOCKS}",
-    "sltrain": f"method.name=sltrain method.rank=128 {_EAGER_UPDATE}",
-    "cola": f"model.name=cola model.size=60m model.rank=128 {_EAGER_UPDATE}",
+    "sltrain": "method.name=sltrain method.rank=128",
+    "cola": "model.name=cola model.size=60m model.rank=128",
     "qwen2": "model.name=qwen2 model.size=60m model.num_kv_heads=2 optimizer.name=sgd",
 }
 """Name -> keys that differ from full rank."""
 if HAS_TORCHAO:
-    CASES["adamw8bit"] = f"optimizer.name=adamw8bit {_EAGER_UPDATE} {_EAGER_BLOCKS}"
+    CASES["adamw8bit"] = f"optimizer.name=adamw8bit {_EAGER_BLOCKS}"
 
 
-def config_of(name: str, more: str = "") -> JobConfig:
-    keys = _BASE | dict(pair.split("=") for pair in f"{CASES[name]} {more}".split())
+def config_of(name: str) -> JobConfig:
+    keys = _BASE | dict(pair.split("=") for pair in CASES[name].split())
     words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     return parse_unchecked(["--config", "llama_60m.toml", *words])
 
@@ -130,7 +129,7 @@ def with_few_registers() -> StepOnGpu:
         return parse(backend, {**options, "maxnreg": 24})
 
     with patch.object(CUDABackend, "parse_options", parse_with_limit):
-        return record_step(config_of("full rank", _EAGER_UPDATE))
+        return record_step(config_of("full rank"))
 
 
 def with_a_number_per_step() -> StepOnGpu:
@@ -149,7 +148,7 @@ def with_a_number_per_step() -> StepOnGpu:
         patch.object(MLP, "forward", forward),
         patch.object(Stepper, "step", step),
     ):
-        return record_step(config_of("full rank", _EAGER_UPDATE))
+        return record_step(config_of("full rank"))
 
 
 PLANTS = {

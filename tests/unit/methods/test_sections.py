@@ -21,7 +21,6 @@ from switchtitan.optim.torch_optimizer import SGDConfig
         ("switchlora", "optimizer.name sgd", ("switchlora", "adamw or muon")),
         ("full_rank", "optimizer.name adamw8bit", ("adamw8bit", "torchao")),
         ("full_rank", "optimizer.name scale model.tied_head true", ("scale", "tied")),
-        ("full_rank", "optimizer.name adafactor compile.optimizer true", ("adafactor", "compile")),
         ("relora", "method.restart_warmup_steps 9", ("restart_warmup_steps = 9",)),
         ("switchlora", "method.interval 9 method.switches_per_vector 2",
          ("interval = 9", "switches_per_vector = 2")),

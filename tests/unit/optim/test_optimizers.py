@@ -37,9 +37,12 @@ CHOICES = {
     "adamw": (AdamWConfig(**KEYS), ADAMW),
     "sgd": (
         SGDConfig(**KEYS, momentum=0.8, nesterov=True),
-        partial(torch.optim.SGD, momentum=0.8, nesterov=True),
+        partial(torch.optim.SGD, momentum=0.8, nesterov=True, foreach=True),
     ),
-    "sgd_without_momentum": (SGDConfig(**KEYS, momentum=0.0), torch.optim.SGD),
+    "sgd_without_momentum": (
+        SGDConfig(**KEYS, momentum=0.0),
+        partial(torch.optim.SGD, foreach=True),
+    ),
     "adafactor": (
         AdafactorConfig(**KEYS, beta2_decay=-0.7, eps=1e-2, clip_threshold=1.5),
         partial(torch.optim.Adafactor, beta2_decay=-0.7, eps=(None, 1e-2), d=1.5),
@@ -57,8 +60,8 @@ def marked(names):
     return [pytest.param(name, marks=needs_torchao if "8bit" in name else ()) for name in names]
 
 
-def ours(config, named, compile_step=False):
-    return build(config, named, METHOD_TREATS, compile_step)
+def ours(config, named):
+    return build(config, named, METHOD_TREATS)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
