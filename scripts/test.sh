@@ -2,7 +2,7 @@
 # Runs the tests. Sets up the environment.
 #
 #   ./scripts/test.sh                        all tests, on all cores
-#   ./scripts/test.sh --quick                tests/unit: what is quick, in one process
+#   ./scripts/test.sh --quick                tests/unit: what is quick, on all cores
 #   ./scripts/test.sh --faults               tests/faults in full, an hour or more; all other calls
 #                                            run a sample of its cases
 #   ./scripts/test.sh --mutations [-k TEXT]  plants the faults of tests/support/mutations.toml, one

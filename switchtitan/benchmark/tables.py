@@ -215,9 +215,9 @@ def launch_table(arch: str, step: StepOnGpu, *keys: str) -> list[str]:
     total = costs_by(step.launches, card_of(arch))[()]
     rows: list[tuple[str, ...]] = [("launches", "GB", "TFLOP", "ms", "")]
     for key, cost in (*largest[:_NUM_OPERATIONS], (("all",), total)):
-        bytes_and_flops = f"{cost.num_bytes / 1e9:.3f}", f"{cost.num_flops / 1e12:.3f}"
-        milliseconds = f"{1e3 * cost.seconds:.3f}"
-        rows.append((str(cost.num_launches), *bytes_and_flops, milliseconds, " ".join(key)))
+        figures = cost.num_bytes / 1e9, cost.num_flops / 1e12, 1e3 * cost.seconds
+        cells = (f"{figure:.4g}" for figure in figures)
+        rows.append((str(cost.num_launches), *cells, " ".join(key)))
     return _aligned(rows)
 
 

@@ -23,6 +23,7 @@ Status = Literal["ok", "optional", "warning", "missing"]
 _GIB = 1 << 30
 _EXTRAS = {
     "torchao": ("torchao", 'for [optimizer] name = "adamw8bit"'),
+    "gpu-compile": ("triton", "for switchtitan benchmark gpu, without a GPU"),
     "flash": ("flash-attn", 'for [model] attention = "flash_attn", on GPUs'),
     "wandb": ("wandb", 'for [metrics] trackers = ["wandb"]'),
 }

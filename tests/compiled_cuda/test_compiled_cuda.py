@@ -223,9 +223,8 @@ def test_a_launch_takes_its_bytes_or_its_operations_and_a_collective_nothing():
     step = StepOnGpu(launches, [], [], {})
     bounds = bounds_s({"sm_90": step})
     assert bounds["H100 SXM"] == pytest.approx(2 + 4)
-    # Code of a newer architecture does not run on a card.
+    # Other cards run other code.
     assert bounds.keys() == {name for name, card in CARDS.items() if card.arch == "sm_90"}
-    assert bounds_s({"sm_80": step, "sm_90": step}).keys() == CARDS.keys()
 
 
 def test_the_command_compares_configurations(tmp_path):

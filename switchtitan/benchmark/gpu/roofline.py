@@ -84,17 +84,12 @@ def costs_by(launches: Iterable[tuple[Launch, int]], card: Card, *keys: str) -> 
 
 
 def bounds_s(steps: Mapping[str, StepOnGpu]) -> dict[str, float]:
-    """Returns the least seconds of a step by card.
-
-    Args:
-        steps: by architecture. A card takes the newest that is not newer than its own. Without one
-            it is left out.
-    """
-    bounds = {}
-    for name, card in CARDS.items():
-        if archs := [arch for arch in steps if arch <= card.arch]:
-            bounds[name] = costs_by(steps[max(archs)].launches, card)[()].seconds
-    return bounds
+    """Returns the least seconds of a step on each card whose architecture is in `steps`."""
+    return {
+        name: costs_by(steps[card.arch].launches, card)[()].seconds
+        for name, card in CARDS.items()
+        if card.arch in steps
+    }
 
 
 def card_of(arch: str) -> Card:
