@@ -203,6 +203,14 @@ A, B, ROW, SUM = torch.ones(4, 6), torch.ones(6, 5), torch.ones(5), torch.ones(4
         (aten.add.Tensor, (A, A), {}, A.clone(), [A, A]),
         (aten.mul_.Tensor, (A, 2.0), {}, A, [A, A]),
         (aten._foreach_add_.Scalar, ([A, B], 1.0), {}, None, [A, B, A, B]),
+        # Weights and moments are overwritten, gradients are not.
+        (
+            aten._fused_adamw_.default,
+            ([A], [B], [SUM], [ROW], [], []),
+            {},
+            None,
+            [A, B, SUM, ROW, A, SUM, ROW],
+        ),
         (aten.copy_.default, (A, B), {}, A, [A, B]),
         (aten.zero_.default, (A,), {}, A, [A]),
     ],

@@ -230,6 +230,8 @@ def num_bytes_of(name: str, func: Any, args: tuple, kwargs: Mapping[str, Any], r
         return 2 * _num_bytes(tensors_in(args[2])) + _num_bytes(tensors_in(args[1]))
     overwritten, out = _written_by(func)
     written = [arg for arg, is_written in zip(args, overwritten, strict=False) if is_written]
+    if name.startswith("_fused_adam"):
+        del written[1]  # gradients, which only a scale overwrites
     written += [kwargs[key] for key in out if key in kwargs]
     read = [*args, *(value for key, value in kwargs.items() if key not in out)]
     if name in _ONLY_WRITE or kwargs.get("beta") == 0:
