@@ -216,8 +216,7 @@ def launch_table(arch: str, step: StepOnGpu, *keys: str) -> list[str]:
     rows: list[tuple[str, ...]] = [("launches", "GB", "TFLOP", "ms", "")]
     for key, cost in (*largest[:_NUM_OPERATIONS], (("all",), total)):
         figures = cost.num_bytes / 1e9, cost.num_flops / 1e12, 1e3 * cost.seconds
-        cells = (f"{figure:.4g}" for figure in figures)
-        rows.append((str(cost.num_launches), *cells, " ".join(key)))
+        rows.append((str(cost.num_launches), *map(_four_digits, figures), " ".join(key)))
     return _aligned(rows)
 
 
@@ -260,7 +259,11 @@ def _ratio_cells(ratio: Ratio) -> tuple[str, str]:
 
 def _milliseconds(seconds: float) -> str:
     """Formats seconds as milliseconds with four digits, without the unit."""
-    return f"{1e3 * seconds:.4g}"
+    return _four_digits(1e3 * seconds)
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

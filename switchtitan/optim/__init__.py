@@ -27,7 +27,7 @@ OPTIMIZERS: Registry[OptimizerConfig, TrainingOptimizer] = Registry(
     },
 )
 """A factory is called as factory(config, parameters, compile_step), with `TrainedParameter`s.
-Torch's optimizers are not compiled: they have kernels for many tensors."""
+Only Muon and `adamw8bit` compile; `adamw` is torch's fused kernel."""
 
 __all__ = [
     "OPTIMIZERS",

@@ -46,7 +46,7 @@ class AdamW8bit(TorchOptimizer):
         self,
         config: AdamW8bitConfig,
         parameters: Iterable[TrainedParameter],
-        compile_step: bool = False,
+        compile_step: bool,
     ) -> None:
         from torchao.optim import AdamW8bit as TorchaoAdamW8bit
         from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned

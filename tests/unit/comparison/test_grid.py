@@ -86,7 +86,6 @@ def test_rows_may_differ_in_these_sections_or_where_it_is_declared(
 
 
 EVALUATION = "[evaluation]\ntest_tokens = 160\ninterval = 20"
-COMPILED = {"[compile]": "[compile]\noptimizer = true"}
 SEEDS = "report_seeds = [2, 3]"
 RATES = "[1e-2, 2e-2, 4e-2]"
 
@@ -118,8 +117,8 @@ RATES = "[1e-2, 2e-2, 4e-2]"
         (GRID.replace("rank = 4 }}", "rnk = 4 }}", 1), {}, ("row thin", "--method.rnk 4")),
         (with_axes(BOTH.replace("0.0, 0.1", "-0.1, 0.0"), BOTH), {}, ("row dense", "-0.1")),
         (with_axes(BOTH.replace("0.1", "inf")), {}, (DECAY, "finite")),
-        (GRID.replace("set.method", 'set.optimizer = {{ name = "scale" }}\nset.method', 1),
-         COMPILED, ("[compile] optimizer = true",)),
+        (GRID.replace(SET_THIN, 'set.method = {{ name = "galore", rank = 4 }}\n'
+         'set.optimizer = {{ name = "sgd" }}\n'), {}, ("row thin", "galore", "sgd")),
         (GRID, {"test_tokens = 160": ""}, ("row dense", "[evaluation] test_tokens")),
         (GRID, {EVALUATION: EVALUATION.replace("20", "99")}, ("row dense", "interval = 99")),
         (with_thin("set.training = {{ steps = 5 }}", 'differ_in = ["training"]'), {},
