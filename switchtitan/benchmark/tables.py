@@ -163,10 +163,8 @@ def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
     rows: list[tuple[str, ...]] = [("TFLOP/step", "to update", "update", "full rank", "ratio", "")]
     for name, estimate in estimates.items():
         flops = estimate.forward_backward_flops, estimate.update_flops, estimate.full_rank_flops
-        total = f"{sum(flops[:2]) / 1e12:.4g}"
-        rows.append(
-            (total, *(f"{n / 1e12:.4g}" for n in flops), f"{estimate.flops_ratio:.3f}", name)
-        )
+        cells = (_four_digits(number / 1e12) for number in (sum(flops[:2]), *flops))
+        rows.append((*cells, f"{estimate.flops_ratio:.3f}", name))
     return _aligned(rows)
 
 

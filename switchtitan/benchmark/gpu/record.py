@@ -230,8 +230,6 @@ def num_bytes_of(name: str, func: Any, args: tuple, kwargs: Mapping[str, Any], r
         return 2 * _num_bytes(tensors_in(args[2])) + _num_bytes(tensors_in(args[1]))
     overwritten, out = _written_by(func)
     written = [arg for arg, is_written in zip(args, overwritten, strict=False) if is_written]
-    if name.startswith("_fused_adam"):
-        del written[1]  # gradients, which only a scale overwrites
     written += [kwargs[key] for key in out if key in kwargs]
     read = [*args, *(value for key, value in kwargs.items() if key not in out)]
     if name in _ONLY_WRITE or kwargs.get("beta") == 0:
@@ -244,9 +242,15 @@ def num_bytes_of(name: str, func: Any, args: tuple, kwargs: Mapping[str, Any], r
 
 @cache
 def _written_by(func: Any) -> tuple[list[bool], list[str]]:
-    """Returns whether each positional argument is written, and the keywords of those that are."""
+    """Returns whether each positional argument is written, and the keywords of those that are.
+
+    Fused optimizers declare that they write gradients, which only a scale overwrites.
+    """
     arguments = func._schema.arguments
-    is_written = [argument.alias_info is not None and argument.is_write for argument in arguments]
+    is_written = [
+        argument.alias_info is not None and argument.is_write and argument.name != "grads"
+        for argument in arguments
+    ]
     by_keyword = [
         argument.name
         for argument, written in zip(arguments, is_written, strict=True)
