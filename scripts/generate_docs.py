@@ -1,5 +1,5 @@
 """Generates docs/CONFIGURATION.md from the sections, tables of docs/PERFORMANCE.md from records,
-and the numbers of docs/RESULTS.md (see results.py).
+and the results in README and docs (see results.py).
 
     python scripts/generate_docs.py [--check]
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results import with_results
+from results import pictures, with_results
 
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE
 from switchtitan.benchmark.tables import batch_size_cell
@@ -27,7 +27,7 @@ from switchtitan.registry import Section
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "docs" / "CONFIGURATION.md"
 PERFORMANCE = ROOT / "docs" / "PERFORMANCE.md"
-RESULTS = ROOT / "docs" / "RESULTS.md"
+WITH_RESULTS = (ROOT / "README.md", ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "LOG.md")
 MEASUREMENTS = ROOT / "docs" / "measurements"
 
 _GIB = 2**30
@@ -58,9 +58,13 @@ def main(argv: Sequence[str]) -> None:
     texts = {
         CONFIGURATION: configuration_page(),
         PERFORMANCE: with_tables(PERFORMANCE.read_text(), MEASUREMENTS),
-        RESULTS: with_results(RESULTS.read_text()),
+        **{page: with_results(page.read_text()) for page in WITH_RESULTS},
     }
-    outdated = [path for path, text in texts.items() if path.read_text() != text]
+    for page in WITH_RESULTS:
+        texts |= pictures(texts[page])
+    outdated = [
+        path for path, text in texts.items() if not path.exists() or path.read_text() != text
+    ]
     if options.check and outdated:
         names = ", ".join(path.relative_to(ROOT).as_posix() for path in outdated)
         print(f"outdated: {names}; run python scripts/generate_docs.py", file=sys.stderr)
