@@ -1,7 +1,7 @@
 """Compares training steps of several configurations side by side.
 
 CONFIG is a file, or a file with overrides for this side:
-`FILE:section.key=value,section.key=value`. KEY is a `section.key` and overrides all sides.
+`FILE:section.key=value,section.key=value`. KEY is a `section.key` for all sides.
 
     switchtitan benchmark step CONFIG ... [--rounds N] [--steps-per-round K] [--KEY VALUE ...]
 

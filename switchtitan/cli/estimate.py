@@ -3,7 +3,7 @@
     switchtitan estimate CONFIG ... --world-size N [--section.key value ...]
 
 CONFIG is a file, or a file with overrides for this side:
-`FILE:section.key=value,section.key=value`. Further keys override all sides. Prints tables. Needs
+`FILE:section.key=value,section.key=value`. Further keys are for all sides. Prints tables. Needs
 one process only.
 
     switchtitan estimate CONFIG ... --world-size N --fit 24 80

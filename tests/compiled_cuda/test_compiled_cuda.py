@@ -236,9 +236,9 @@ def test_a_launch_takes_its_bytes_or_its_operations_and_a_collective_nothing():
 
 
 def test_the_command_compares_configurations(tmp_path):
-    sides = "llama_60m.toml", "llama_60m.toml:model.num_layers=2"
+    sides = "llama_60m.toml:model.num_layers=1", "llama_60m.toml:model.num_layers=2"
     eager = [f"--compile.{key}=false" for key in ("blocks", "loss", "optimizer")]
-    keys = ["--model.num_layers=1", "--training.global_batch_size=144", *eager]
+    keys = ["--training.global_batch_size=144", *eager]
     file = tmp_path / "record.json"
     outcome = run("benchmark", "gpu", *sides, "--num-ranks", 2, "--json", file, *keys)
     assert outcome.status == 0, outcome.errors

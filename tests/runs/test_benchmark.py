@@ -8,7 +8,7 @@ import torch
 from support.tiny import tiny_config, tiny_toml
 
 from switchtitan.benchmark import step_times
-from switchtitan.benchmark.sides import Side, load_sides, read_side
+from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.step_times import (
     WARM_UP_STEPS,
     StepTimes,
@@ -119,27 +119,30 @@ def test_sides_that_differ_in_a_key_of_the_process_are_refused(corpora, key):
 
 
 @pytest.mark.parametrize(
-    ("argument", "side"),
+    ("argument", "words"),
     [
-        ("a.toml", Side("a.toml", {})),
-        ("a.toml:method.rank=64", Side("a.toml", {"method.rank": ["64"]})),
+        ("a.toml", ["a.toml"]),
+        ("a.toml:method.rank=64", ["a.toml", "--method.rank=64"]),
         (
             "dir.x/a.toml:optimizer.betas=0.9,0.95,method.rank=64",
-            Side("dir.x/a.toml", {"optimizer.betas": ["0.9,0.95"], "method.rank": ["64"]}),
+            ["dir.x/a.toml", "--optimizer.betas=0.9,0.95", "--method.rank=64"],
         ),
-        ("odd:name.toml:job.name=a=b", Side("odd:name.toml", {"job.name": ["a=b"]})),
+        ("odd:name.toml:job.name=a=b", ["odd:name.toml", "--job.name=a=b"]),
     ],
 )
-def test_a_side_is_a_file_with_overrides(argument, side):
-    assert read_side(argument) == side
+def test_a_side_is_a_file_with_overrides(argument, words):
+    keys = ["--data.seq_len", "8"]
+    assert load_sides([argument], keys, parse=list) == {argument: ["--config", *words, *keys]}
 
 
-def test_a_sides_own_keys_take_precedence_over_those_of_all(tmp_path):
+def test_keys_are_for_all_sides_and_given_once(tmp_path):
     file = tmp_path / "tiny.toml"
     file.write_text(tiny_toml(tmp_path, "lora"))
-    keys = ["--method.rank", "3", "--optimizer.betas", "0.8", "0.9", "--data.seq_len=8"]
+    keys = ["--optimizer.betas", "0.8", "0.9", "--data.seq_len=8"]
     sides = load_sides([f"{file}", f"{file}:method.rank=5", f"{file}"], keys)
     assert list(sides) == [f"{file}", f"{file}:method.rank=5", f"{file} (3)"]
-    assert [config.method.rank for config in sides.values()] == [3, 5, 3]
+    assert [config.method.rank for config in sides.values()] == [6, 5, 6]
     assert {config.optimizer.betas for config in sides.values()} == {(0.8, 0.9)}
     assert {config.data.seq_len for config in sides.values()} == {8}
+    with pytest.raises(ConfigError, match=r"data\.seq_len=4: --data\.seq_len=8: given twice"):
+        load_sides([f"{file}:data.seq_len=4"], keys)

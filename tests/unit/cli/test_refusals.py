@@ -58,7 +58,7 @@ OTHERS = [
     ("prepare --corpus {corpus} --vocab_size 300", "vocab_size", "--corpus"),
     ("prepare --corpus {corpus} --show --split test", "no test split", "validation"),
     ("prepare --corpus {corpus} --show --split validation --seed 3", "--seed 3", "--split"),
-    ("estimate {config} --world-size 2 --fitt 24", "--fitt", "unknown option"),
+    ("estimate {config} --world-size 2 --fitt 24", "--fitt 24", "--section.key"),
     ("compare {grid} {grid}", "{grid}", "output_dir"),
     ("compare {grid} {bad_grid}", "baseline", "dens"),
     ("benchmark step {config}:method.rnk=3", "method.rnk=3", "rank"),
