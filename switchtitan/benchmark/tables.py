@@ -115,7 +115,7 @@ def size_table(
 
 def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
     """Formats two lines per configuration, in GiB: each kind at the peak, and its maximum."""
-    rows = [("GiB", "total", "state", *(kind.replace(" ", "-") for kind in KINDS), "")]
+    rows = [("GiB", "total", "state", *KINDS, "")]
     for name, estimate in estimates.items():
         memory = estimate.memory
         at_peak = (memory.at_peak[kind] for kind in KINDS)

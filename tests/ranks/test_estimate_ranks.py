@@ -11,7 +11,7 @@ from support.tiny import COMPILED, tiny_config, tiny_stepper, tiny_trainer
 from torch._dynamo.utils import counters
 
 from switchtitan.benchmark.estimate import estimate_step, measure_step
-from switchtitan.benchmark.memory_tracker import GRADIENTS, KINDS, STATE, TEMPORARY
+from switchtitan.benchmark.memory_tracker import GRADIENTS, KINDS, OTHER, STATE
 from switchtitan.distributed.shards import local
 from switchtitan.observability.collectives import CountCommunication
 
@@ -94,7 +94,7 @@ def check_estimates(rank, folder, num_ranks, expected):
             # Allocation and release do not depend on values.
             assert measured.memory.at_peak == estimate.memory.at_peak, side
             # A real process group frees reduced tensors asynchronously, in some steps late.
-            for kind in KINDS.keys() - {TEMPORARY}:
+            for kind in KINDS.keys() - {OTHER}:
                 most = [step.memory.most[kind] for step in steps]
                 assert min(most) == estimate.memory.most[kind], (side, kind, most)
             check_state(side, stepper, estimate)

@@ -120,15 +120,6 @@ def test_many_micro_batches_are_estimated_from_few(tmp_path):
 # Memory
 
 
-def test_gathered_weights_of_pairs_of_layers_are_counted(tmp_path):
-    # A pair's second layer is not called as a module.
-    single, paired = (
-        memory_of(tmp_path, "switchlora", *KEPT, "--method.contraction", contraction)
-        for contraction in ("factored", "concatenated")
-    )
-    assert paired.most["gathered"] == single.most["gathered"] > 0
-
-
 def test_the_state_of_a_torch_optimizer_is_counted(tmp_path):
     memory = memory_of(tmp_path, "full_rank", "--optimizer.name", "sgd")
     # One momentum for each weight.
