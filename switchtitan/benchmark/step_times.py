@@ -28,27 +28,17 @@ share their functions."""
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of one configuration's training steps on this rank; all arrays [rounds, steps]."""
+    """Times of one configuration's training steps on this rank."""
 
     step_s: NDArray[np.float64]
-    """Full steps, including reading the batch."""
-    forward_backward_s: NDArray[np.float64]
-    """From the start of the step to its update: batch, forward, backward and clipping."""
-    optimizer_s: NDArray[np.float64]
-    """The optimizer's update, including the method's work in it, such as switches."""
+    """[rounds]: seconds of a step, its batch included; the mean of a round."""
     tokens_per_step: int
     """Tokens of the global batch, over all ranks."""
 
     @property
     def median_s(self) -> float:
-        """The median over all steps."""
+        """The median over rounds."""
         return float(np.median(self.step_s))
-
-    @property
-    def quartiles_s(self) -> tuple[float, float]:
-        """The first and the third quartile over all steps."""
-        low, high = np.quantile(self.step_s, [0.25, 0.75])
-        return float(low), float(high)
 
     @property
     def tokens_per_s(self) -> float:
@@ -67,13 +57,13 @@ class Ratio:
 
 
 def ratio_of_steps(times: StepTimes, reference: StepTimes) -> Ratio:
-    """Returns the median over rounds of (median of a round) / (median of the reference's round).
+    """Returns the median over rounds of a round's time divided by that of the reference's round.
 
     Rounds are compared pairwise, so that a slowdown longer than a round affects both. The interval
     is the percentile bootstrap over rounds (Efron 1979), from 2000 resamples with a fixed seed; it
     is rough for few rounds.
     """
-    ratios = np.median(times.step_s, axis=1) / np.median(reference.step_s, axis=1)
+    ratios = times.step_s / reference.step_s
     draws = np.random.default_rng(0).integers(len(ratios), size=(_NUM_RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
     return Ratio(float(np.median(ratios)), float(low), float(high))
@@ -102,116 +92,47 @@ def time_steps_side_by_side(
     """
     _check_lengths(configs, WARM_UP_STEPS + rounds * steps_per_round)
     _check_process_keys(configs)
+    step_s: dict[str, list[float]] = {name: [] for name in configs}
     with (
         temporary_world(),
         ExitStack() as contexts,
         torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
+        # As in training, garbage collection does not run inside a step, but between turns, untimed.
+        GarbageCollection() as garbage,
     ):
-        benches = {
-            name: Bench(name, contexts.enter_context(real_stepper(config)))
-            for name, config in configs.items()
+        steppers = {
+            name: contexts.enter_context(real_stepper(config)) for name, config in configs.items()
         }
-        parts = _time(benches, rounds, steps_per_round)
+        # In turns too: compiling one configuration may invalidate torch's cache for another.
+        for _ in range(WARM_UP_STEPS):
+            for name, stepper in steppers.items():
+                _take_steps(name, stepper, 1)
+        contexts.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
+        for index in range(rounds):
+            for name in reversed(steppers) if index % 2 else steppers:
+                garbage.step()
+                step_s[name].append(_take_steps(name, steppers[name], steps_per_round))
     return {
-        name: _step_times(parts[name], config.training.global_batch_size * config.data.seq_len)
+        name: StepTimes(
+            np.array(step_s[name]), config.training.global_batch_size * config.data.seq_len
+        )
         for name, config in configs.items()
     }
 
 
-class Bench:
-    """The stepper of one configuration, and a stopwatch."""
-
-    def __init__(self, name: str, stepper: Stepper) -> None:
-        self.name = name
-        self.stepper = stepper
-        self._stopwatch = Stopwatch(stepper.world.device)
-
-    def run(self, num_steps: int) -> NDArray[np.float64]:
-        """Runs steps; returns seconds before, in and after the update, [steps, 3].
-
-        Raises:
-            UserError: if an update is skipped.
-        """
-        self.stepper.world.synchronize()
-        for _ in range(num_steps):
-            self._stopwatch.mark()
-            result = self.stepper.compute_gradients()
-            if result.is_skipped:
-                raise UserError(
-                    f"{self.name}: step {self.stepper.state.step} cannot be timed: its update was "
-                    "skipped, since gradients were not finite and [training] on_nonfinite = "
-                    "'skip'; lower [optimizer] lr"
-                )
-            self._stopwatch.mark()
-            self.stepper.update()
-            self._stopwatch.mark()
-            self.stepper.finish_step(result)
-            self._stopwatch.mark()
-        intervals = np.array([*self._stopwatch.intervals_s(), 0.0])
-        # The interval after a step's last mark is not part of the step.
-        return intervals.reshape(num_steps, -1)[:, :-1]
-
-
-class Stopwatch:
-    """Records times at marks; on CUDA, the times at which the device reaches them.
-
-    On CUDA it records events: waiting for the device at each mark would keep the host from running
-    ahead, and slow down the measured code.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._host_s: list[float] = []
-        self._events: list[torch.cuda.Event] = []
-
-    def mark(self) -> None:
-        """Marks the end of all work queued so far."""
-        if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._events.append(event)
-        else:
-            self._host_s.append(time.perf_counter())
-
-    def intervals_s(self) -> list[float]:
-        """Returns seconds between consecutive marks; waits for the device and clears the marks."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            pairs = zip(self._events[:-1], self._events[1:], strict=True)
-            intervals = [start.elapsed_time(end) / 1e3 for start, end in pairs]
-        else:
-            intervals = np.diff(self._host_s).tolist()
-        self._host_s, self._events = [], []
-        return intervals
-
-
-def _time(
-    benches: Mapping[str, Bench], rounds: int, steps_per_round: int
-) -> dict[str, NDArray[np.float64]]:
-    parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in benches}
-    # As in training, garbage collection does not run inside a step, but between turns, untimed.
-    with GarbageCollection() as garbage:
-        # In turns too: compiling one configuration may invalidate torch's cache for another.
-        for _ in range(WARM_UP_STEPS):
-            for bench in benches.values():
-                bench.run(1)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for index in range(rounds):
-                in_turn = list(benches.values())
-                for bench in reversed(in_turn) if index % 2 else in_turn:
-                    garbage.step()
-                    parts[bench.name].append(bench.run(steps_per_round))
-    return {name: np.stack(rounds_of_one) for name, rounds_of_one in parts.items()}
-
-
-def _step_times(parts: NDArray[np.float64], tokens_per_step: int) -> StepTimes:
-    """Converts seconds before, in and after the update, [rounds, steps, 3]."""
-    return StepTimes(
-        step_s=parts.sum(axis=2),
-        forward_backward_s=parts[:, :, 0],
-        optimizer_s=parts[:, :, 1],
-        tokens_per_step=tokens_per_step,
-    )
+def _take_steps(name: str, stepper: Stepper, num_steps: int) -> float:
+    """Returns the mean seconds of a step, until the device has done all of them."""
+    stepper.world.synchronize()
+    start_s = time.perf_counter()
+    for _ in range(num_steps):
+        if stepper.step().is_skipped:
+            raise UserError(
+                f"{name}: step {stepper.state.step} cannot be timed: its update was skipped, "
+                "since gradients were not finite and [training] on_nonfinite = 'skip'; lower "
+                "[optimizer] lr"
+            )
+    stepper.world.synchronize()
+    return (time.perf_counter() - start_s) / num_steps
 
 
 def _check_lengths(configs: Mapping[str, JobConfig], num_steps: int) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from pydantic import JsonValue
 
 from switchtitan.benchmark.estimate import StepEstimate
@@ -24,34 +23,21 @@ _NUM_OPERATIONS = 20
 
 def step_table(times: Mapping[str, StepTimes]) -> list[str]:
     """Formats one line per configuration; ratios are to the first."""
-    rows = [
-        ("ms/step", "quartiles", "to update", "update", "tokens/s", "ratio", "95 % interval", "")
-    ]
+    rows = [("ms/step", "tokens/s", "ratio", "95 % interval", "")]
     reference = next(iter(times.values()))
     for name, side_times in times.items():
-        low, high = side_times.quartiles_s
         ratio, interval = (
             ("1", "")
             if side_times is reference
             else _ratio_cells(ratio_of_steps(side_times, reference))
         )
-        rows.append(
-            (
-                _milliseconds(side_times.median_s),
-                f"{_milliseconds(low)}-{_milliseconds(high)}",
-                _milliseconds(float(np.median(side_times.forward_backward_s))),
-                _milliseconds(float(np.median(side_times.optimizer_s))),
-                format_count(side_times.tokens_per_s),
-                ratio,
-                interval,
-                name,
-            )
-        )
+        speed = _milliseconds(side_times.median_s), format_count(side_times.tokens_per_s)
+        rows.append((*speed, ratio, interval, name))
     return _aligned(rows)
 
 
 def step_record(times: Mapping[str, StepTimes]) -> dict[str, JsonValue]:
-    """Returns by configuration: medians and quartiles over all steps, the median of each round, and
+    """Returns by configuration: seconds of a step, the median over rounds and in each round, and
     the ratio to the first one."""
     reference = next(iter(times.values()))
     record: dict[str, JsonValue] = {}
@@ -59,11 +45,8 @@ def step_record(times: Mapping[str, StepTimes]) -> dict[str, JsonValue]:
         ratio = ratio_of_steps(side_times, reference)
         record[name] = {
             "step_s": side_times.median_s,
-            "step_quartiles_s": list(side_times.quartiles_s),
-            "forward_backward_s": float(np.median(side_times.forward_backward_s)),
-            "optimizer_s": float(np.median(side_times.optimizer_s)),
             "tokens_per_s": side_times.tokens_per_s,
-            "round_medians_s": np.median(side_times.step_s, axis=1).tolist(),
+            "rounds_s": side_times.step_s.tolist(),
             "ratio": ratio.value,
             "ratio_interval_95": [ratio.low, ratio.high],
         }

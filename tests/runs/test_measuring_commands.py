@@ -41,7 +41,7 @@ def test_steps_are_compared_in_a_table_and_a_record(timed):
     reference, other = record["steps"].values()
     assert reference["ratio"] == 1
     assert other["ratio_interval_95"][0] <= other["ratio"] <= other["ratio_interval_95"][1]
-    assert 0 < other["optimizer_s"] < other["step_s"]
+    assert 0 < min(other["rounds_s"]) <= other["step_s"] <= max(other["rounds_s"])
 
 
 def test_measured_steps_are_compared_with_their_bounds_on_the_same_card(timed):
