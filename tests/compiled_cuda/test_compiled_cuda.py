@@ -29,6 +29,7 @@ from support.compiled_cuda import (
 from switchtitan.benchmark.gpu import device, torch_inside
 from switchtitan.benchmark.gpu.record import Launch, StepOnGpu, num_bytes_of
 from switchtitan.benchmark.gpu.roofline import CARDS, bounds_s
+from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.optim import OPTIMIZERS
@@ -180,10 +181,10 @@ def test_plain_layers_of_one_input_are_one_product_for_many_tokens_with_gradient
     assert planted[2] == [1, 2, 2, 2]
 
 
-def test_torch_has_what_is_used_of_its_inside(monkeypatch):
-    assert torch_inside.missing() == []
-    monkeypatch.setitem(torch_inside.PRIVATE, "torch._inductor.moved", "is planted")
-    assert torch_inside.missing() == ["torch._inductor.moved"]
+def test_a_torch_that_moved_a_private_part_is_refused(monkeypatch):
+    monkeypatch.delattr("torch._subclasses.fake_tensor.DataDependentOutputException")
+    with pytest.raises(EnvironmentMismatchError, match=r"DataDependentOutput.*torch 2\.13"):
+        torch_inside.value_error()
 
 
 aten = torch.ops.aten

@@ -23,57 +23,23 @@ _FOLDER = f"{_INDUCTOR}.fx_passes.joint_graph.UniformValueConstantFolder"
 _GUARDS = "torch._C._dynamo.guards"
 _C10D = "torch._C._distributed_c10d"
 
-PRIVATE = {
-    "torch.cuda._lazy_init": "starts the driver, which is missing",
-    "torch.cuda._exchange_device": "is called around every launch",
-    "torch.cuda._maybe_exchange_device": "is called around every launch",
-    "torch._subclasses.fake_tensor.FakeTensorMode.avoid_device_init": "torch.tensor(2.0, "
-    'device="cuda") would allocate',
-    "torch._subclasses.fake_tensor.DataDependentOutputException": "is raised for a missing value",
-    f"{_C10D}.FakeWork.wait": "of the fake process group, waits for streams",
-    f"{_GUARDS}._empty_strided_cuda": "allocates in generated code",
-    f"{_GUARDS}._reinterpret_tensor": "makes views in generated code",
-    f"{_GUARDS}.assert_alignment": "reads addresses in generated code",
-    f"{_INDUCTOR}.config.compile_threads": "processes that compile would lack these changes",
-    f"{_INDUCTOR}.config.fx_graph_cache": "cached graphs have no kernels to read",
-    f"{_INDUCTOR}.config.use_static_triton_launcher": "a launcher loads kernels on the device",
-    f"{_INDUCTOR}.config.shape_padding": "times padded products of odd sizes, as in LLaMA 1B",
-    f"{_INDUCTOR}.config.benchmark_kernel": "makes Inductor note the bytes of each kernel",
-    f"{_INDUCTOR}.codecache.PyCodeCache.cache_clear": "forgets generated code and its kernels",
-    f"{_INDUCTOR}.codegen.simd.SIMDKernel.estimate_kernel_num_bytes": "counts strided reads twice",
-    f"{_INDUCTOR}.output_code.CompiledFxGraph.__call__": "runs a compiled graph",
-    f"{_INDUCTOR}.virtualized.V": "holds the graph that is compiled, with its buffers",
-    f"{_INDUCTOR}.runtime.triton_helpers.set_driver_to_gpu": "finds no driver of Triton",
-    f"{_FOLDER}._deduce_value": "computes constants of one element on the device",
-    f"{_FOLDER}._add_peephole_patterns": "computes constants of one element on the device",
-    f"{_TUNER}._make_launchers": "loads compiled kernels on the device",
-    f"{_TUNER}._dynamic_scale_rblock": "reads registers of loaded kernels",
-    f"{_TUNER}.run": "launches a kernel",
-    "torch._functorch.config.enable_autograd_cache": "cached graphs have no kernels to read",
-    "torch._dynamo.utils.counters": "counts graph breaks",
-    "torch._dynamo.utils.get_compilation_metrics": "lists what was compiled",
-    "torch._dynamo.utils.clear_compilation_metrics": "starts the list again",
-    "torch._prims.rng_prims.graphsafe_run_with_rng_state": "runs attention that is recomputed",
-    "torch.ops.aten._scaled_dot_product_flash_attention": "what a GPU chooses for attention",
-    "torch.ops.aten._fused_rms_norm": "what a GPU runs for an eager RMSNorm",
-    "torch.ops.aten._fused_rms_norm_backward": "what a GPU runs in its backward pass",
-}
-"""Name -> why it is used. A test says which names a new torch has moved."""
 
+def _private(name: str) -> Any:
+    """Returns a private part of torch.
 
-def missing() -> list[str]:
-    """Returns the names of `PRIVATE` that this torch does not have."""
-    gone = []
-    for name in PRIVATE:
-        try:
-            resolve_name(name)
-        except (ImportError, AttributeError):
-            gone.append(name)
-    return gone
+    Raises:
+        EnvironmentMismatchError: if this torch has moved it.
+    """
+    try:
+        return resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        raise EnvironmentMismatchError(
+            f"torch {torch.__version__}: `benchmark gpu` needs {name}; use torch 2.13"
+        ) from error
 
 
 def _replace(name: str, value: object) -> None:
-    assert name in PRIVATE, f"{name} is not explained in PRIVATE"
+    _private(name)
     owner, _, attribute = name.rpartition(".")
     setattr(resolve_name(owner), attribute, value)
 
@@ -86,11 +52,6 @@ def install(arch: str) -> None:
     """
     # First: torch._dynamo keeps functions of torch.cuda when it is imported.
     _install_device(arch)
-    if gone := missing():
-        raise EnvironmentMismatchError(
-            f"torch {torch.__version__}: `benchmark gpu` needs what it no longer has: "
-            f"{', '.join(gone)}; use torch 2.13"
-        )
     _install_inductor()
     _install_triton(int(arch.removeprefix("sm_")))
     _install_fused_kernels()
@@ -180,6 +141,7 @@ def _install_device(arch: str) -> None:
     torch._C._cuda_getCurrentRawStream = lambda device: 0
     torch._C._cuda_getDevice = lambda: 0
     torch.version.cuda = "13.0"
+    # Else `torch.tensor(2.0, device="cuda")` allocates.
     _replace("torch._subclasses.fake_tensor.FakeTensorMode.avoid_device_init", True)
     _replace(f"{_C10D}.FakeWork.wait", lambda work, timeout=None: True)
     # A fake tensor has no address: what tells storages apart.
@@ -206,20 +168,26 @@ def _on_cpu(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _install_inductor() -> None:
+    # Constants of one element are computed on the device.
     for name in (f"{_FOLDER}._deduce_value", f"{_FOLDER}._add_peephole_patterns"):
-        _replace(name, _on_cpu(resolve_name(name)))
+        _replace(name, _on_cpu(_private(name)))
+    # Processes that compile lack these changes.
     _replace(f"{_INDUCTOR}.config.compile_threads", 1)
+    # Cached graphs have no kernels to read.
     _replace(f"{_INDUCTOR}.config.fx_graph_cache", False)
     _replace("torch._functorch.config.enable_autograd_cache", False)
+    # It loads kernels on the device.
     _replace(f"{_INDUCTOR}.config.use_static_triton_launcher", False)
+    # Lets Inductor note the bytes of each kernel.
     _replace(f"{_INDUCTOR}.config.benchmark_kernel", True)
+    # It times padded products of odd sizes, as in LLaMA 1B.
     _replace(f"{_INDUCTOR}.config.shape_padding", False)
     _replace(f"{_GUARDS}._empty_strided_cuda", _empty_strided)
     _replace(f"{_GUARDS}._reinterpret_tensor", _reinterpret)
     _replace(f"{_GUARDS}.assert_alignment", lambda *args: None)
     _replace(f"{_INDUCTOR}.codegen.simd.SIMDKernel.estimate_kernel_num_bytes", num_bytes_of_kernel)
     name = f"{_INDUCTOR}.output_code.CompiledFxGraph.__call__"
-    call = resolve_name(name)
+    call = _private(name)
 
     def call_and_tell(graph: Any, inputs: Any) -> Any:
         running_graphs.append(graph)
@@ -244,7 +212,7 @@ def num_bytes_of_kernel(kernel: Any) -> int:
 
     Inductor's own estimate counts such a part once for each way to index it.
     """
-    V = resolve_name(f"{_INDUCTOR}.virtualized.V")
+    V = _private(f"{_INDUCTOR}.virtualized.V")
     in_place = kernel.args.inplace_buffers.values()
     # Without those that Inductor removed, which are no arguments.
     num_in_place = len({id(buffer) for buffer in in_place if hasattr(buffer, "inner_name")})
@@ -318,28 +286,28 @@ def _install_triton(capability: int) -> None:
 
 def value_error() -> type[Exception]:
     """Returns what is raised where the host reads a value, which a fake tensor does not have."""
-    return resolve_name("torch._subclasses.fake_tensor.DataDependentOutputException")
+    return _private("torch._subclasses.fake_tensor.DataDependentOutputException")
 
 
 def forget_compiled() -> None:
     """Lets the next configuration compile from scratch."""
     torch._dynamo.reset()
-    resolve_name("torch._dynamo.utils.counters").clear()
-    resolve_name(f"{_INDUCTOR}.codecache.PyCodeCache.cache_clear")()
+    _private("torch._dynamo.utils.counters").clear()
+    _private(f"{_INDUCTOR}.codecache.PyCodeCache.cache_clear")()
     newly_compiled()
     tuners.clear()
 
 
 def newly_compiled() -> list[str]:
     """Returns the functions that were compiled since the last call."""
-    metrics = resolve_name("torch._dynamo.utils.get_compilation_metrics")()
-    resolve_name("torch._dynamo.utils.clear_compilation_metrics")()
+    metrics = _private("torch._dynamo.utils.get_compilation_metrics")()
+    _private("torch._dynamo.utils.clear_compilation_metrics")()
     return [str(entry.co_name) for entry in metrics]
 
 
 def graph_breaks() -> dict[str, int]:
     """Returns the number of graph breaks by reason."""
-    return dict(resolve_name("torch._dynamo.utils.counters")["graph_break"])
+    return dict(_private("torch._dynamo.utils.counters")["graph_break"])
 
 
 # What a GPU chooses, and a CPU build cannot.
@@ -396,7 +364,7 @@ def _attend(
 def let_random_pass(mode: type[TorchDispatchMode]) -> None:
     """Lets attention that is recomputed, with its random numbers, pass a mode of this class."""
 
-    @resolve_name("torch._prims.rng_prims.graphsafe_run_with_rng_state").py_impl(mode)
+    @_private("torch._prims.rng_prims.graphsafe_run_with_rng_state").py_impl(mode)
     def run(mode: Any, operation: Any, *args: Any, rng_state: Any = None, **kwargs: Any) -> Any:
         with mode:
             return operation(*args, **kwargs)
