@@ -1,9 +1,8 @@
 """Measurements as tables and as JSON records."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
-
-from pydantic import JsonValue
 
 from switchtitan.benchmark.estimate import StepEstimate
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE, Fit
@@ -36,21 +35,19 @@ def step_table(times: Mapping[str, StepTimes]) -> list[str]:
     return _aligned(rows)
 
 
-def step_record(times: Mapping[str, StepTimes]) -> dict[str, JsonValue]:
+def step_record(times: Mapping[str, StepTimes]) -> dict[str, Any]:
     """Returns by configuration: seconds of a step, the median over rounds and in each round, and
-    the ratio to the first one."""
+    the ratio to the first one, with its 95 % interval."""
     reference = next(iter(times.values()))
-    record: dict[str, JsonValue] = {}
-    for name, side_times in times.items():
-        ratio = ratio_of_steps(side_times, reference)
-        record[name] = {
+    return {
+        name: {
             "step_s": side_times.median_s,
             "tokens_per_s": side_times.tokens_per_s,
             "rounds_s": side_times.step_s.tolist(),
-            "ratio": ratio.value,
-            "ratio_interval_95": [ratio.low, ratio.high],
+            "ratio": asdict(ratio_of_steps(side_times, reference)),
         }
-    return record
+        for name, side_times in times.items()
+    }
 
 
 def communication_table(counts: Mapping[str, CommunicationCounts]) -> list[str]:
@@ -68,17 +65,6 @@ def communication_table(counts: Mapping[str, CommunicationCounts]) -> list[str]:
         ]
         rows.append((f"{total / _MIB:.2f}", *cells, name))
     return _aligned(rows)
-
-
-def communication_record(counts: Mapping[str, CommunicationCounts]) -> dict[str, JsonValue]:
-    """Returns number of calls and bytes that each rank sends, by configuration and collective."""
-    return {
-        name: {
-            kind: {"num_calls": count.num_calls, "bytes_sent": count.bytes_sent}
-            for kind, count in by_kind.items()
-        }
-        for name, by_kind in counts.items()
-    }
 
 
 def size_table(
@@ -128,14 +114,14 @@ def batch_size_cell(batch_size: int) -> str:
     return f"{batch_size}+" if batch_size == MAX_BATCH_SIZE else str(batch_size)
 
 
-def fit_record(fits: Mapping[str, Fit]) -> dict[str, JsonValue]:
+def fit_record(fits: Mapping[str, Fit]) -> dict[str, Any]:
     """Returns by configuration: sequences per micro-batch that fit, and those that also divide the
     global batch, by GiB of the device, and the estimated peaks in bytes, by sequences."""
     return {
         name: {
             "batch_size": {f"{gib:g}": size for gib, size in fit.batch_sizes.items()},
             "local_batch_size": {f"{gib:g}": size for gib, size in fit.local_batch_sizes.items()},
-            "peak": {str(size): peak for size, peak in fit.peaks.items()},
+            "peak": fit.peaks,
         }
         for name, fit in fits.items()
     }
@@ -151,26 +137,18 @@ def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
     return _aligned(rows)
 
 
-def estimate_record(estimates: Mapping[str, StepEstimate]) -> dict[str, JsonValue]:
+def estimate_record(estimates: Mapping[str, StepEstimate]) -> dict[str, Any]:
     """Returns all figures of the tables by configuration, in bytes and FLOPs."""
-    communication = communication_record({name: e.communication for name, e in estimates.items()})
     return {
-        name: {
-            "parameters": dict(estimate.parameters),
-            "checkpoint_bytes": estimate.checkpoint_bytes,
+        name: asdict(estimate)
+        | {
             "memory": {
+                **asdict(estimate.memory),
                 "peak": estimate.memory.peak,
                 "state": estimate.memory.state,
-                "at_peak": dict(estimate.memory.at_peak),
-                "most": dict(estimate.memory.most),
             },
-            "communication": communication[name],
-            "flops": {
-                "forward_backward": estimate.forward_backward_flops,
-                "update": estimate.update_flops,
-                "full_rank": estimate.full_rank_flops,
-                "ratio": estimate.flops_ratio,
-            },
+            "communication": {kind: n._asdict() for kind, n in estimate.communication.items()},
+            "flops_ratio": estimate.flops_ratio,
         }
         for name, estimate in estimates.items()
     }

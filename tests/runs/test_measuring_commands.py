@@ -39,8 +39,8 @@ def test_steps_are_compared_in_a_table_and_a_record(timed):
     assert second.endswith(f"  {sides[1]}")
     assert record["environment"]["num_threads"] >= 1
     reference, other = record["steps"].values()
-    assert reference["ratio"] == 1
-    assert other["ratio_interval_95"][0] <= other["ratio"] <= other["ratio_interval_95"][1]
+    assert reference["ratio"]["value"] == 1
+    assert other["ratio"]["low"] <= other["ratio"]["value"] <= other["ratio"]["high"]
     assert 0 < min(other["rounds_s"]) <= other["step_s"] <= max(other["rounds_s"])
 
 
