@@ -1,11 +1,10 @@
 """The largest micro-batch that fits in a device's memory, estimated without the device."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from switchtitan.benchmark.memory_tracker import TrackMemory
-from switchtitan.benchmark.steppers import batch_without_values, fake_stepper
-from switchtitan.contracts import Batch
+from switchtitan.benchmark.steppers import fake_batches, fake_stepper
 from switchtitan.job.config import JobConfig
 
 MAX_BATCH_SIZE = 64
@@ -45,21 +44,15 @@ def largest_batch_sizes(config: JobConfig, num_ranks: int, memories_gib: Sequenc
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
     """
-    batch_size = 1
     peaks: dict[int, int] = {}
-
-    def steps() -> Generator[list[Batch], None, None]:
-        while True:
-            yield [batch_without_values(batch_size, config.data.seq_len)] * NUM_MICRO_BATCHES
-
-    with fake_stepper(config, num_ranks, batches=steps()) as stepper:
+    with fake_stepper(config, num_ranks) as stepper:
         # The first step may allocate the optimizer's state.
+        stepper.batches = fake_batches(1, config.data.seq_len, NUM_MICRO_BATCHES)
         stepper.step()
 
         def peak(size: int) -> int:
-            nonlocal batch_size
             if size not in peaks:
-                batch_size = size
+                stepper.batches = fake_batches(size, config.data.seq_len, NUM_MICRO_BATCHES)
                 with TrackMemory(stepper) as memory:
                     stepper.step()
                 peaks[size] = memory.use.peak

@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from switchtitan.contracts import Batch
 from switchtitan.distributed.config import CompileConfig
-from switchtitan.distributed.dtype import DtypeKey, agree_on_dtype
+from switchtitan.distributed.dtype import agree_on_dtype
 from switchtitan.distributed.world import World, mesh_shape, start_world, stop_world
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.log import configure_logging
@@ -35,11 +35,7 @@ def real_stepper(config: JobConfig) -> Iterator[Stepper]:
 
 @contextmanager
 def fake_stepper(
-    config: JobConfig,
-    num_ranks: int,
-    rank: int = 0,
-    batches: Generator[list[Batch], None, None] | None = None,
-    device: str = "cpu",
+    config: JobConfig, num_ranks: int, rank: int = 0, device: str = "cpu"
 ) -> Iterator[Stepper]:
     """Yields the stepper of one of `num_ranks` ranks: on a CPU, uncompiled.
 
@@ -49,7 +45,6 @@ def fake_stepper(
     of a rank's shards.
 
     Args:
-        batches: the micro-batches of each step; by default those of `config`.
         device: "cuda:0" in a process of `call_with_gpus`, where regions compile as `config` says.
 
     Raises:
@@ -57,6 +52,14 @@ def fake_stepper(
     """
     assert not dist.is_initialized(), "this process already has a process group"
     shape = mesh_shape(config.parallelism, num_ranks)
+    training, seq_len = config.training, config.data.seq_len
+    num_micro_batches = training.global_batch_size // (num_ranks * training.local_batch_size)
+    without_values = {
+        # "skip" reads the norm.
+        "training": training.model_copy(update={"on_nonfinite": "stop"}),
+        # Compilation changes no collectives.
+        "compile": CompileConfig() if device == "cpu" else config.compile,
+    }
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     try:
         mesh = init_device_mesh(
@@ -64,42 +67,22 @@ def fake_stepper(
         )
         group = dist.group.WORLD
         assert group is not None
-        world = World(rank, num_ranks, torch.device(device), mesh, group)
         with FakeTensorMode():
             yield build_stepper(
-                _without_values(config, is_compiled=device != "cpu"),
-                world,
-                batches or _batches_without_values(config, num_ranks),
-                compute_dtype=_dtype_without_device(config.training.dtype),
+                config.model_copy(update=without_values),
+                World(rank, num_ranks, torch.device(device), mesh, group),
+                fake_batches(training.local_batch_size, seq_len, num_micro_batches),
+                compute_dtype=torch.float32 if training.dtype == "float32" else torch.bfloat16,
             )
     finally:
         stop_world()
 
 
-def _dtype_without_device(key: DtypeKey) -> torch.dtype:
-    return torch.float32 if key == "float32" else torch.bfloat16
-
-
-def _without_values(config: JobConfig, is_compiled: bool) -> JobConfig:
-    """Removes settings that read values, and perhaps compilation, which changes no collectives."""
-    training = config.training.model_copy(update={"on_nonfinite": "stop"})
-    compiled = config.compile if is_compiled else CompileConfig()
-    return config.model_copy(update={"training": training, "compile": compiled})
-
-
-def _batches_without_values(
-    config: JobConfig, num_ranks: int
+def fake_batches(
+    num_sequences: int, seq_len: int, num_micro_batches: int
 ) -> Generator[list[Batch], None, None]:
-    """Yields the micro-batches of each step."""
-    num_micro_batches = config.training.global_batch_size // (
-        num_ranks * config.training.local_batch_size
-    )
-    batch = batch_without_values(config.training.local_batch_size, config.data.seq_len)
+    """Yields the micro-batches of each step, all the same zeros; read it in `FakeTensorMode`."""
+    tokens = torch.zeros(num_sequences, seq_len, dtype=torch.int64)
+    batch = Batch(tokens, targets=tokens, document_ids=tokens.int())
     while True:
         yield [batch] * num_micro_batches
-
-
-def batch_without_values(num_sequences: int, seq_len: int) -> Batch:
-    """Returns a batch of zeros; call in `FakeTensorMode`."""
-    tokens = torch.zeros(num_sequences, seq_len, dtype=torch.int64)
-    return Batch(tokens, targets=tokens, document_ids=tokens.int())

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from switchtitan.benchmark.steppers import batch_without_values, fake_stepper
+from switchtitan.benchmark.steppers import fake_batches, fake_stepper
 from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.replicas import fingerprint
 from switchtitan.distributed.rows import padded_length
@@ -99,7 +99,7 @@ def test_barriers_send_nothing_and_unknown_collectives_raise(ranks):
 
 # Weights between steps.
 def evaluate(stepper, seq_len):
-    batch = batch_without_values(2, seq_len)
+    (batch,) = next(fake_batches(2, seq_len, num_micro_batches=1))
     loss = partial(stepper.loss, targets=batch.targets, divisor=1)
     with torch.no_grad():
         for _ in range(3):
