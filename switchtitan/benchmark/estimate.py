@@ -1,6 +1,6 @@
 """Estimates a training step on any number of ranks without them: memory, communication, FLOPs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from switchtitan.benchmark.counters import CountFlops
@@ -108,14 +108,13 @@ def _with_more_micro_batches(
             extrapolated(low.num_calls, high.num_calls),
             extrapolated(low.bytes_sent, high.bytes_sent),
         )
-    return StepEstimate(
-        more.memory,
-        communication,
-        extrapolated(fewer.forward_backward_flops, more.forward_backward_flops),
-        more.update_flops,
-        extrapolated(fewer.full_rank_flops, more.full_rank_flops),
-        more.parameters,
-        more.checkpoint_bytes,
+    return replace(
+        more,
+        communication=communication,
+        forward_backward_flops=extrapolated(
+            fewer.forward_backward_flops, more.forward_backward_flops
+        ),
+        full_rank_flops=extrapolated(fewer.full_rank_flops, more.full_rank_flops),
     )
 
 

@@ -9,7 +9,7 @@ from switchtitan.benchmark.fit import MAX_BATCH_SIZE, Fit
 from switchtitan.benchmark.gpu.record import StepOnGpu
 from switchtitan.benchmark.gpu.roofline import bounds_s, card_of, costs_by
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
-from switchtitan.benchmark.step_times import Ratio, StepTimes, ratio_of_steps
+from switchtitan.benchmark.step_times import StepTimes, ratio_of_steps
 from switchtitan.files import format_bytes
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.collectives import CommunicationCounts
@@ -25,13 +25,10 @@ def step_table(times: Mapping[str, StepTimes]) -> list[str]:
     rows = [("ms/step", "tokens/s", "ratio", "95 % interval", "")]
     reference = next(iter(times.values()))
     for name, side_times in times.items():
-        ratio, interval = (
-            ("1", "")
-            if side_times is reference
-            else _ratio_cells(ratio_of_steps(side_times, reference))
-        )
         speed = _milliseconds(side_times.median_s), format_count(side_times.tokens_per_s)
-        rows.append((*speed, ratio, interval, name))
+        ratio = ratio_of_steps(side_times, reference)
+        interval = "" if side_times is reference else f"{ratio.low:.3f}-{ratio.high:.3f}"
+        rows.append((*speed, f"{ratio.value:.3f}", interval, name))
     return _aligned(rows)
 
 
@@ -182,7 +179,7 @@ def launch_table(arch: str, step: StepOnGpu, *keys: str) -> list[str]:
 def kernel_table(step: StepOnGpu) -> list[str]:
     """Formats one line per Triton kernel."""
     rows: list[tuple[str, ...]] = [("registers", "spilled", "shared", "launches", "")]
-    for name, _, *numbers in step.kernels:
+    for name, *numbers in step.kernels:
         rows.append((*map(str, numbers), name))
     return _aligned(rows)
 
@@ -209,11 +206,6 @@ def gpu_record(steps: Mapping[str, Mapping[str, StepOnGpu]]) -> dict[str, Any]:
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / _GIB:.2f}"
-
-
-def _ratio_cells(ratio: Ratio) -> tuple[str, str]:
-    """Formats the ratio and its 95 % interval."""
-    return f"{ratio.value:.3f}", f"{ratio.low:.3f}-{ratio.high:.3f}"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -69,7 +69,6 @@ class Kernel(NamedTuple):
     """A Triton kernel; the most of all configurations among which a GPU chooses by time."""
 
     name: str
-    num_configs: int
     registers: int
     """Per thread."""
     spilled_bytes: int
@@ -192,7 +191,7 @@ class RecordLaunches(CountingMode):
             resources = [_resources(compiled) for compiled in tuner.compile_results]
             registers, spilled, shared = (max(column) for column in zip(*resources, strict=True))
             name, number = tuner.inductor_meta["kernel_name"], self._tuners[tuner]
-            kernels.append(Kernel(name, len(resources), registers, spilled, shared, number))
+            kernels.append(Kernel(name, registers, spilled, shared, number))
         return kernels
 
     def _add(self, *launch: Any) -> None:
