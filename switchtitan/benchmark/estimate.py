@@ -16,24 +16,6 @@ from switchtitan.observability.collectives import (
 from switchtitan.training.describe import count_parameters
 from switchtitan.training.step import Stepper
 
-MEMORY_ASSUMPTIONS = (
-    '[training] dtype = "auto" means bfloat16, as on GPUs since Ampere; for other devices pass '
-    "--training.dtype float32",
-    "memory is that of tensors on rank 0, whose shards are the largest, without allocator "
-    "overhead, kernel workspaces, libraries and batches; evaluation and saving are not included",
-    "nothing is compiled, and collectives do not overlap: compiled regions keep less; a GPU "
-    "gathers one block ahead",
-    "attention is a fused kernel that keeps no scores, and is not halved for the causal mask",
-    "low-rank layers have the contraction with the fewest operations; a GPU may choose another by "
-    "time, which keeps up to tokens * rank values more for each layer",
-)
-"""Assumptions of the estimates of memory."""
-ASSUMPTIONS = (
-    *MEMORY_ASSUMPTIONS,
-    "FLOPs are those of matrix products and attention; the ratio compares FLOPs, not times, with "
-    "full-rank training of the same model without recomputation",
-)
-"""Assumptions of the estimates."""
 _NUM_SIMULATED = 3
 """Micro-batches: a first, a last, and one that stands for all others."""
 
@@ -63,10 +45,11 @@ class StepEstimate:
 
 
 def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
-    """Estimates a step, under `ASSUMPTIONS`, by running it on fake tensors; see `fake_stepper`.
+    """Estimates a step by running it on fake tensors; see `fake_stepper`.
 
     Measures the second step, since the first may allocate the optimizer's state. Of many
     micro-batches it runs `_NUM_SIMULATED`: all but the first and the last cost the same.
+    docs/PERFORMANCE.md says what else is assumed.
 
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.

@@ -14,12 +14,6 @@ NUM_MICRO_BATCHES = 2
 USABLE_SHARE = 0.9
 """The share of a device's memory that tensors may take. The rest is for what estimates leave out:
 the CUDA context, libraries, kernel workspaces and fragmentation."""
-FIT_ASSUMPTIONS = (
-    f"a step has {NUM_MICRO_BATCHES} micro-batches; up to {MAX_BATCH_SIZE} sequences are tried",
-    f"a micro-batch fits if the estimated peak is at most {USABLE_SHARE:.0%} of the memory",
-    "a smaller micro-batch never has a higher peak",
-)
-"""Assumptions of the search, in addition to `MEMORY_ASSUMPTIONS`."""
 
 
 @dataclass(frozen=True)

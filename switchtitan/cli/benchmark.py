@@ -79,7 +79,7 @@ def _run_step(options: argparse.Namespace) -> dict[str, Any] | None:
 def _run_gpu(options: argparse.Namespace) -> dict[str, Any]:
     from switchtitan.benchmark import tables
     from switchtitan.benchmark.gpu.record import record_steps
-    from switchtitan.benchmark.gpu.roofline import ASSUMPTIONS, card_of
+    from switchtitan.benchmark.gpu.roofline import card_of
     from switchtitan.benchmark.sides import load_simulated_sides
     from switchtitan.observability.environment import describe_environment
 
@@ -107,13 +107,11 @@ def _run_gpu(options: argparse.Namespace) -> dict[str, Any]:
     lines += [
         "bound of a step in milliseconds, and its ratio to the first configuration's",
         *tables.bound_table(steps),
-        "assumptions:",
-        *(f"- {assumption}" for assumption in ASSUMPTIONS),
+        'assumptions: docs/PERFORMANCE.md, "What a step costs on a GPU (bounds)"',
     ]
     print("\n".join(lines), flush=True)
     return {
         "environment": describe_environment(),
         "num_ranks": options.num_ranks,
-        "assumptions": list(ASSUMPTIONS),
         "steps": tables.gpu_record(steps),
     }

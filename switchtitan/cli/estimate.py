@@ -17,13 +17,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from switchtitan.benchmark import tables
-from switchtitan.benchmark.estimate import ASSUMPTIONS, MEMORY_ASSUMPTIONS, estimate_step
-from switchtitan.benchmark.fit import FIT_ASSUMPTIONS, largest_batch_sizes
+from switchtitan.benchmark.estimate import estimate_step
+from switchtitan.benchmark.fit import largest_batch_sizes
 from switchtitan.benchmark.memory_tracker import KINDS
 from switchtitan.benchmark.sides import load_simulated_sides
 from switchtitan.cli.main import number, positive_int
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.environment import describe_environment
+
+_ASSUMPTIONS = 'assumptions: docs/PERFORMANCE.md, "How good are the estimates?"'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,11 +66,10 @@ def _estimate(configs: Mapping[str, JobConfig], num_ranks: int) -> dict[str, Any
         *tables.communication_table(communication),
         "floating-point operations of each rank in a step",
         *tables.flops_table(estimates),
-        "assumptions:",
-        *(f"- {assumption}" for assumption in ASSUMPTIONS),
+        _ASSUMPTIONS,
     ]
     print("\n".join(lines), flush=True)
-    return {"assumptions": list(ASSUMPTIONS), "estimates": tables.estimate_record(estimates)}
+    return {"estimates": tables.estimate_record(estimates)}
 
 
 def _fit(
@@ -78,12 +79,10 @@ def _fit(
         name: largest_batch_sizes(config, num_ranks, memories_gib)
         for name, config in configs.items()
     }
-    assumptions = [*FIT_ASSUMPTIONS, *MEMORY_ASSUMPTIONS]
     lines = [
         f"largest local_batch_size on each of {num_ranks} ranks that fits and divides their batch",
         *tables.fit_table(fits),
-        "assumptions:",
-        *(f"- {assumption}" for assumption in assumptions),
+        _ASSUMPTIONS,
     ]
     print("\n".join(lines), flush=True)
-    return {"assumptions": assumptions, "fits": tables.fit_record(fits)}
+    return {"fits": tables.fit_record(fits)}

@@ -6,19 +6,6 @@ from dataclasses import dataclass
 from switchtitan.benchmark.gpu.record import Launch, StepOnGpu
 from switchtitan.observability.throughput import peak_flops_per_s
 
-ASSUMPTIONS = (
-    "bounds, not times: no GPU ran this. A launch takes its bytes divided by bandwidth or its "
-    "operations divided by FLOP/s, whichever is more, and the next one follows without a gap",
-    "collectives take no time, and cached data is read from memory again",
-    "operations are those of matrix products and attention, half of them with a causal mask; "
-    "attention of flex has none",
-    '[training] dtype = "auto" is bfloat16; products in float32 do not use TF32',
-    "products of odd sizes are not padded; a GPU chooses that by time",
-    "a Triton kernel's registers, spilled and shared bytes are the most of its configurations, "
-    "among which a GPU chooses by time",
-)
-"""Assumptions of the bounds."""
-
 
 @dataclass(frozen=True)
 class Card:
