@@ -1,10 +1,9 @@
 """`./run_train.sh` as a user runs it: it trains, also on two "nodes" of this machine, resumes,
-stops, and refuses a mistake once."""
+and refuses a mistake once."""
 
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -80,30 +79,6 @@ def test_a_run_trains_resumes_on_two_ranks_and_refuses_other_settings(environmen
 def contents(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-
-
-def test_a_stopped_run_says_how_it_resumes(environment, corpora):
-    number, folder = signal.SIGTERM, corpora / "stopped"
-    # Stops the complete job, including the loader's worker.
-    keys = ("--checkpoint.async_save", "true", "--data.num_workers", "1")
-    arguments = ("--config", str(write_config(folder)), *keys)
-    checkpoints = folder / "run" / "checkpoints"
-    command = [SCRIPT, *arguments, "--training.steps", "100000"]
-    ranks = environment | {"NGPU": "2"}
-    with started(command, folder / "output.txt", cwd=folder, env=ranks) as run:
-        run.wait_until(lambda: list(checkpoints.glob("step-*")))
-        status, said = run_train(environment, folder, *arguments)
-        os.killpg(run.process.pid, number)
-        assert run.process.wait(timeout=600) == 128 + number, run.said
-    assert status == 2
-    assert "trains in this folder" in said
-    newest = max(checkpoints.glob("step-*"))
-    assert f"the same command resumes from {newest}" in run.said
-    assert "Traceback" not in run.said
-    steps = int(newest.name.removeprefix("step-")) + 3
-    status, said = run_train(environment, folder, *arguments, "--training.steps", f"{steps}")
-    assert status == 0, said
-    assert f"resuming from {newest}" in said
 
 
 def test_two_nodes_with_separate_corpora_train_as_one_run(environment, tmp_path):

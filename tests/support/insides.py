@@ -15,9 +15,9 @@ def wait_for_shared_folders(seconds):
     output._VISIBLE_WITHIN_S = seconds
 
 
-def wait_for_owners(seconds):
+def wait_for_owners(monkeypatch, seconds):
     """Sets how long a run waits, in this process, for another one to leave its folder."""
-    output._ENDS_WITHIN_S = seconds
+    monkeypatch.setattr(output, "_ENDS_WITHIN_S", seconds)
 
 
 def align_rows(monkeypatch, is_aligned):
