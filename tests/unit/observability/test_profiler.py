@@ -56,17 +56,23 @@ def test_a_trace_of_the_chosen_steps_is_written_once_and_the_profile_plugin_read
 
 
 @pytest.mark.parametrize(
-    ("enabled", "rank", "steps_done", "num_steps"),
-    [(False, 0, 0, 1), (True, 1, 0, 1), (True, 0, 10, 1), (True, 0, 0, 30)],
+    ("enabled", "rank", "ranks", "steps_done", "num_steps", "is_traced"),
+    [
+        (False, 0, (0,), 0, 1, False),
+        (True, 1, (0,), 0, 1, False),
+        (True, 1, "all", 0, 1, True),
+        (True, 0, (0,), 10, 1, False),
+        (True, 0, (0,), 0, 30, True),
+    ],
 )
-def test_what_is_traced(tmp_path, caplog, enabled, rank, steps_done, num_steps):
+def test_what_is_traced(tmp_path, caplog, enabled, rank, ranks, steps_done, num_steps, is_traced):
     """Nothing if it is off, on another rank, and in a run that resumes after the chosen steps;
     the steps so far if the run ends early."""
-    config = ProfilerConfig(enabled=enabled, start_step=2, num_steps=num_steps)
+    config = ProfilerConfig(enabled=enabled, ranks=ranks, start_step=2, num_steps=num_steps)
     with Profiler(config, tmp_path, rank=rank, steps_done=steps_done) as profiler:
         work(4, profiler)
-    is_traced = num_steps == 30
-    assert list(tmp_path.rglob("*.json")) == ([profiler.trace] if is_traced else [])
+    names = [trace.name.partition(".")[0] for trace in tmp_path.rglob("*.json")]
+    assert names == [f"rank{rank}"] * is_traced
     assert (profiler.trace is not None) == is_traced
     assert not [of for of in caplog.records if of.levelno >= logging.WARNING]
 
