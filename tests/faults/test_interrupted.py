@@ -25,11 +25,9 @@ from switchtitan.data import DataConfig, open_corpus, plan_corpus
 SHORT = [
     ("killed", "start-up", 2),
     ("killed", "training", 2),
-    ("killed", "save", 1),
     ("killed", "async save", 2),
     ("stopped", "start-up", 2),
     ("stopped", "training", 2),
-    ("stopped", "save", 2),
     ("stopped", "async save", 1),
 ]
 LONG = [

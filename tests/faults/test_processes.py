@@ -170,11 +170,12 @@ def own_and_fail_in_a_save(pipe, home, may_write):
     pipe.send("failed")
 
 
-def test_the_folder_is_owned_until_a_background_save_is_complete(tmp_path):
+def test_the_folder_is_owned_until_a_background_save_is_complete(tmp_path, monkeypatch):
     home = tmp_path / "run"
     process, pipe = start(own_and_fail_in_a_save, home, tmp_path / "may-write")
     assert pipe.recv() == "failed"
     world = start_world(ParallelismConfig())
+    wait_for_owners(monkeypatch, 0.1)
     with refused(f"process {process.pid} ", error=ConfigError), lock_output_dir(home, world):
         pass
     (tmp_path / "may-write").touch()
