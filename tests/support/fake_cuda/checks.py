@@ -33,7 +33,8 @@ def steps_of_first_rank(folder):
     for name in CASES:
         with observed_stepper(Path(folder), name, 0) as (stepper, races):
             found["steps"][name] = steps_of(stepper, name, races)
-    return found | {"on a CPU": _on_cpu(Path(folder), list(CASES), 0)}
+    on_cpu = {name: collectives_on_cpu(Path(folder), name) for name in sorted(ON_CPU)}
+    return found | {"on a CPU": on_cpu}
 
 
 def steps_of_last_rank(folder):
@@ -48,8 +49,7 @@ def steps_of_last_rank(folder):
                 found["steps"][name] = steps_of(stepper, name, races)
             if name in SAVED:
                 found["saves"][name] = _saves(stepper, races)
-    found["updates"] = kernel_checks.kernels_of_updates(Path(folder), rank)
-    return found | {"on a CPU": _on_cpu(Path(folder), sorted(UNEVEN), rank)}
+    return found | {"updates": kernel_checks.kernels_of_updates(Path(folder), rank)}
 
 
 def plants_and_kernels(folder):
@@ -59,10 +59,6 @@ def plants_and_kernels(folder):
         "switches": kernel_checks.kernels_of_switches(0),
         "losses": [kernel_checks.kernels_of_loss(size) for size in VOCABULARIES],
     }
-
-
-def _on_cpu(folder, names, rank):
-    return {name: collectives_on_cpu(folder, name, rank) for name in names if name in ON_CPU}
 
 
 class LateEvent(python_api.FakeEvent):

@@ -18,12 +18,7 @@ from switchtitan.models.loss import CrossEntropy
 
 # Real widths, since torch cuts lists of tensors into launches by their sizes.
 LARGE = Path(__file__).parents[3] / "train_configs/llama_350m_switchlora.toml"
-SWITCHES = {
-    "stored": "",
-    "constant": "--method.candidates constant",
-    "host": "--method.candidates_device host",
-    "replicated": "--parallelism.frozen_weights replicate",
-}
+SWITCHES = {"stored": "", "host": "--method.candidates_device host"}
 UPDATES = {
     # The structure of the 350M model: 168 layers, 336 factors of two widths.
     "350M": "--model.num_layers 24 --model.num_kv_heads 2 --method.rank 8 --compile.optimizer true",

@@ -105,13 +105,10 @@ def collectives_in(sent):
     return {kind: [count.num_calls, count.bytes_sent] for kind, count in sent.counts.items()}
 
 
-def collectives_on_cpu(folder, name, rank):
-    """Returns the collectives of steps 2, 3, ... of a case on a CPU, for one period."""
+def collectives_on_cpu(folder, name):
+    """Returns the collectives of rank 0 in steps 2, 3, ... of a case on a CPU, for one period."""
     found = []
-    with (
-        _without_initial_values(),
-        fake_stepper(config_of(folder, name), NUM_RANKS, rank) as stepper,
-    ):
+    with _without_initial_values(), fake_stepper(config_of(folder, name), NUM_RANKS) as stepper:
         stepper.step()
         for _ in range(PERIOD):
             with CountCommunication() as sent:
