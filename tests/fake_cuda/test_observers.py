@@ -35,7 +35,7 @@ def test_a_chunk_of_the_loss_takes_three_products_and_aligned_rows(found):
         assert strides == [[ALIGNED_ROWS[vocabulary], 1]] * NUM_CHUNKS
 
 
-@pytest.mark.parametrize("kind", ["copies", "reads", "background copies", "collectives"])
+@pytest.mark.parametrize("kind", ["copies", "background copies", "collectives"])
 def test_mistakes_are_found_and_nothing_else(found, kind):
     plants = found["plants"][kind]
     assert {name: findings for name, findings in plants["right"].items() if findings} == {}

@@ -10,7 +10,7 @@ import torch.distributed._functional_collectives as functional
 from support.fake_cuda.python_api import FakeEvent, FakeStream
 from support.fake_cuda.races import FindRaces
 from support.fake_cuda.steps import observe, observed_stepper
-from support.fake_cuda.waits import FindBlockingCopies, FindHostReads
+from support.fake_cuda.waits import FindBlockingCopies
 from switchtitan.distributed.copies import CopyToHost, HostCopies
 
 DEVICE = torch.device("cuda", 0)
@@ -21,7 +21,6 @@ def planted(folder):
     with observed_stepper(folder, "gathered once", 0) as (stepper, races):
         return {
             "copies": _found(COPIES, _blocking_copies),
-            "reads": _found(READS, _reads),
             "background copies": _found(BACKGROUND_COPIES, _races_of_background_copies),
             "collectives": _found(COLLECTIVES, _races_of_collective),
             "steps": _step_without_waits(stepper, races),
@@ -45,20 +44,6 @@ COPIES = {
         "page-locked": lambda table: torch.ones(4).pin_memory().to(table.device, non_blocking=True),
     },
 }
-READS = {
-    "wrong": {
-        "item": lambda table: table[0].item(),
-        "bool": lambda table: bool(table.isfinite().all()),
-        "list": lambda table: table.tolist(),
-        "nonzero": lambda table: table.nonzero(),
-        "mask": lambda table: table[table > 0],
-        "svd": lambda table: torch.linalg.svd(table.view(2, 4)),
-    },
-    "right": {
-        "shape": lambda table: table.shape[0] + table.numel(),
-        "where": lambda table: torch.where(table > 0, table, 0).any(),
-    },
-}
 
 
 def _blocking_copies(plant):
@@ -66,17 +51,6 @@ def _blocking_copies(plant):
     with FindBlockingCopies() as copies:
         plant(table)
     return copies.found
-
-
-def _reads(plant):
-    """Returns the reads that are found, or the exception."""
-    table = torch.zeros(8, device=DEVICE)
-    with FindHostReads() as reads:
-        try:
-            plant(table)
-        except Exception as error:
-            reads.found.append(type(error).__name__)
-    return reads.found
 
 
 class _StreamWithEmptyEvents(FakeStream):
@@ -114,56 +88,20 @@ def _races_of_background_copies(mistake):
     return races.found
 
 
-class _Gather:
-    """An asynchronous all_gather of `own` into `full`, over two ranks."""
-
-    def __init__(self):
-        self.groups = [dist.new_group([0, 1]) for _ in range(2)]
-        self.own, self.full = (torch.ones(size, device=DEVICE) for size in (8, 16))
-        self.work = self.start(self.full, 0)
-
-    def start(self, full, group):
-        work = dist.all_gather_single(full, self.own, group=self.groups[group], async_op=True)
-        assert work is not None
-        return work
-
-    def wait(self):
-        self.work.wait()
-        return self
-
-    def wait_for_another(self, group):
-        self.start(self.full.new_empty(16), group).wait()
-        return self
-
-    def wait_in_another_stream(self):
-        with torch.cuda.stream(torch.cuda.Stream()):
-            return self.wait()
-
-
 COLLECTIVES = {
     "wrong": {
-        "the result is read at once": lambda gather: gather.full.mul(2),
-        "the input is written at once": lambda gather: gather.own.add_(1),
-        "another stream waits": lambda gather: gather.wait_in_another_stream().full.mul(2),
-        "another group is waited for": lambda gather: gather.wait_for_another(1).full.mul(2),
-        "functional, read at once": lambda gather: torch.ops._c10d_functional.all_reduce(
-            gather.wait().full, "sum", gather.groups[0].group_name
-        ).mul(2),
+        "read at once": lambda table, group: torch.ops._c10d_functional.all_reduce(
+            table, "sum", group.group_name
+        ),
     },
-    "right": {
-        "the result is waited for": lambda gather: gather.wait().full.mul_(2),
-        "the input is read": lambda gather: gather.own.mul(2),
-        "later work is waited for": lambda gather: gather.wait_for_another(0).full.mul_(2),
-        "functional": lambda gather: functional.all_reduce(
-            gather.wait().full, "sum", gather.groups[0]
-        ).mul(2),
-    },
+    "right": {"waited for": lambda table, group: functional.all_reduce(table, "sum", group)},
 }
 
 
-def _races_of_collective(use):
+def _races_of_collective(reduce):
+    """Returns the races of a functional collective, as of a DTensor, whose result is read."""
     with FindRaces() as races:
-        use(_Gather())
+        reduce(torch.ones(8, device=DEVICE), dist.group.WORLD).mul(2)
     return races.found
 
 
