@@ -1,12 +1,12 @@
-"""Steps after the first one compile nothing, although vectors are switched. A step reads no values
-back from the device, and leaves no tensors to the garbage collection."""
+"""Steps after the first one compile nothing, although vectors are switched, and leave no tensors to
+the garbage collection."""
 
 import gc
 
 import pytest
 import torch
 from support.compiled import SWITCHLORA_COMPILED, compiled_functions
-from support.observed import RecordReadsBack, least_growth, num_tensors
+from support.observed import least_growth, num_tensors
 from support.tiny import COMPILED, tiny_trainer, train_steps
 from torch._dynamo.utils import compilation_time_metrics, counters
 
@@ -59,9 +59,7 @@ def test_no_graph_break_and_no_recompilation_in_steps_with_switches(corpora, ove
         ("switchlora", COMPILED),
     ],
 )
-def test_steps_read_nothing_back_and_leave_no_tensors_to_the_garbage_collection(
-    corpora, method, overrides
-):
+def test_steps_leave_no_tensors_to_the_garbage_collection(corpora, method, overrides):
     """Such tensors would occupy memory until the next collection, many steps later."""
     trainer = tiny_trainer(corpora / "watched", method, *overrides)
     train_steps(trainer, 1)
@@ -80,13 +78,7 @@ def test_steps_read_nothing_back_and_leave_no_tensors_to_the_garbage_collection(
     gc.collect()
     gc.disable()
     try:
-        counts = [num_tensors(), take_five_steps()]
-        if overrides == COMPILED:
-            counts.append(take_five_steps())
-        else:
-            with RecordReadsBack() as record:
-                counts.append(take_five_steps())
-            assert record.found == []
+        counts = [num_tensors(), take_five_steps(), take_five_steps()]
     finally:
         gc.enable()
     assert least_growth(counts) <= 0

@@ -1,4 +1,4 @@
-"""What calls do: reads, memory, tensors that they leave, and bytes that they send."""
+"""What calls do: memory, tensors that they leave, and bytes that they send."""
 
 import gc
 from itertools import accumulate, pairwise
@@ -6,22 +6,10 @@ from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchtitan.benchmark import estimate
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.observability.collectives import CountCommunication
-
-_aten = torch.ops.aten
-_READS_BACK = {
-    _aten._local_scalar_dense,  # of `item()`, `float()` and `bool()`
-    _aten.is_nonzero,
-    _aten.equal,
-    # The lengths of their results depend on values.
-    _aten.nonzero,
-    _aten.masked_select,
-    _aten._unique2,
-}
 
 
 def saved_besides(inputs, compute):
@@ -39,23 +27,6 @@ def saved_besides(inputs, compute):
     others = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in held]
     assert len(others) < len(saved), "the hooks saw nothing, not even an input"
     return result, others
-
-
-class RecordReadsBack(TorchDispatchMode):
-    """Records operations for which the host would wait if their tensors were on a GPU; not
-    `tolist`, `numpy` and `cpu`, which are none on a CPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        picks_by_mask = func.overloadpacket is _aten.index and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        if picks_by_mask or func.overloadpacket in _READS_BACK:
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def peak_extra_bytes(call):

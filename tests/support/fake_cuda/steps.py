@@ -21,6 +21,7 @@ from switchtitan.distributed.world import World, mesh_shape, stop_world
 from switchtitan.observability.collectives import CountCommunication
 from switchtitan.training import build as builder
 from switchtitan.training.build import build_stepper
+from switchtitan.training.trainer import RunningLoss
 
 Collectives = dict[str, list[float]]
 """Kind -> number and bytes that a rank sends."""
@@ -118,8 +119,10 @@ def collectives_on_cpu(folder, name):
 
 
 def steps_of(stepper, name, races):
-    """Returns what is observed in steps 2, 3, ... of a case."""
-    return [observe(stepper.step, races) for _ in range(num_steps_of(name) - 1)]
+    """Returns what is observed in steps 2, 3, ... of a case, as a run takes them."""
+    loss = RunningLoss(torch.device("cuda", 0))
+    step = lambda: loss.add(stepper.step())  # noqa: E731
+    return [observe(step, races) for _ in range(num_steps_of(name) - 1)]
 
 
 def unexpected_in(name, steps):
