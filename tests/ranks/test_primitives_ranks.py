@@ -9,18 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import scale_parameters
-from support.insides import draw_in_small_blocks
 from support.layouts import asked_for
 from support.optimizer_steps import build, draw, parameters, placed
 from support.projected_models import RANK, TARGETS, draw_gradients, draw_model, give_gradients
 from support.ranks import run_rows_on_ranks
-from support.tiny import full_tensors, tiny_config, tiny_trainer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.rows import (
@@ -49,7 +46,6 @@ from switchtitan.methods.projected import (
     leading_singular_vectors,
 )
 from switchtitan.methods.relora import merge_and_restart_, prune_
-from switchtitan.models import MODELS
 from switchtitan.observability.collectives import CountCommunication
 from switchtitan.optim import OPTIMIZERS, AdamWConfig
 from switchtitan.optim.muon import MuonConfig
@@ -361,23 +357,6 @@ def check_disagreement(mesh):
         exchange.check()
 
 
-# A run on four ranks.
-def check_initial_values(folder):
-    """Bitwise those of an unsharded model."""
-    # So that tiny tensors have several blocks, whose borders are inside shards.
-    draw_in_small_blocks(64, 5)
-    keys = ("--parallelism.replicate", "2")
-    trainer = tiny_trainer(folder / "initial", "switchlora", *keys, num_ranks=NUM_RANKS)
-    config = tiny_config(folder / "initial", "switchlora", *keys, num_ranks=NUM_RANKS)
-    with torch.device("meta"):
-        alone = MODELS.build(config.model)
-    METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(alone)
-    materialize(alone, CPU, config.job.seed)
-    tensors = full_tensors(trainer)
-    for name, value in alone.state_dict().items():
-        assert torch.equal(bits(tensors[f"model.{name}"]), bits(value)), name
-
-
 CHECKS = {
     # Batches of another size may be multiplied in another order, in fp32.
     **{
@@ -403,23 +382,20 @@ CHECKS = {
     "differing replicas": (check_differing_replicas, "2x2"),
     **{f"row exchange on {name}": (check_row_exchange, name) for name in LAYOUTS},
     **{f"disagreement on {name}": (check_disagreement, name) for name in ("4", "2x2")},
-    "initial values": (check_initial_values,),
 }
 
 
-def check_one(rank, name, folder):
+def check_one(rank, name):
     check, *args = CHECKS[name]
-    if not args:
-        check(folder)
-    elif isinstance(args[0], str):
+    if isinstance(args[0], str):
         check(mesh_of(args[0]), *args[1:])
     else:
         check(*args)
 
 
 @pytest.fixture(scope="module")
-def errors(corpora, request):
-    return run_rows_on_ranks(NUM_RANKS, check_one, asked_for(request, CHECKS), corpora)
+def errors(request):
+    return run_rows_on_ranks(NUM_RANKS, check_one, asked_for(request, CHECKS))
 
 
 @pytest.mark.parametrize("name", CHECKS)

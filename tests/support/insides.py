@@ -1,13 +1,7 @@
 """Reaches inside the product, where no public name shows what it does."""
 
-from switchtitan.distributed import initial
 from switchtitan.models import loss
 from switchtitan.training import output
-
-
-def draw_in_small_blocks(largest, num_blocks):
-    """Draws initial values in several blocks even of tiny tensors, in this process."""
-    initial._LARGEST_BLOCK, initial._NUM_BLOCKS = largest, num_blocks
 
 
 def wait_for_shared_folders(seconds):
