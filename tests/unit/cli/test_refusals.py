@@ -68,11 +68,8 @@ OTHERS = [
 ]
 LAUNCH = [
     ("--nproc_per_node 2 train --config {config} --training.step 9", "--training.step 9", "steps"),
-    ("--nnodes 2 --rdzv_backend c10d train", "RDZV_ENDPOINT=: ", "HOST:PORT"),
-    ("{two} --rdzv_endpoint node-1 train", "RDZV_ENDPOINT=node-1", "HOST:PORT"),
     ("{two} --rdzv_endpoint node-1:0 train", "RDZV_ENDPOINT=node-1:0", "HOST:PORT"),
     ("{two} --rdzv_endpoint fe80::1:1x train", "RDZV_ENDPOINT=fe80::1:1x", "HOST:PORT"),
-    ("{two} --rdzv_endpoint none.invalid:1 train", "RDZV_ENDPOINT=none.invalid:1", "resolved"),
     ("--nproc_per_node 2 trian", "launch trian", "train, benchmark"),
     ("evaluate outputs/mine", "launch evaluate", "-m MODULE"),
     ("{static} --node_rank 2 --rdzv_endpoint localhost:29500 train", "NODE_RANK=2", "NNODES=2"),

@@ -32,11 +32,9 @@ from switchtitan.errors import CorpusError
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"dataset": "text", "path": "x", "text_column": "body"}, "text_column"),
         ({"dataset": "c4", "validation_fraction": 0.1}, "validation_fraction = 0.1"),
         ({"tokenizer": "t5-base", "vocab_size": 300}, "vocab_size = 300"),
         ({"dataset": "pystdlib", "offline_dataset": "pystdlib"}, "offline_dataset"),
-        ({"dataset": "jsonl", "path": "x", "hub_split": "train"}, 'hub_split = "train"'),
         ({"sources": [{"dataset": "c4", "weight": 1}], "dataset": "c4"}, 'dataset = "c4"'),
     ],
 )

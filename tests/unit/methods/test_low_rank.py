@@ -40,19 +40,6 @@ def build_layer(**settings):
     return layer
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("leading", [(4,), (2, 6)])
-def test_it_computes_the_dense_layer_of_its_merged_weight(bias, leading):
-    layer, x = build_layer(bias=bias), draw(*leading, IN)
-    expected = F.linear(x, effective_weight(layer), layer.bias)
-    # fp64 sums of a few terms of order 1.
-    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
-    layer(x).sum().backward()
-    assert layer.weight.grad is None
-    assert all(p.grad is not None for name, p in layer.named_parameters() if name != "weight")
-    assert (layer.bias is not None) == bias
-
-
 def test_dropout_acts_in_training_on_the_way_into_the_factors_alone():
     dropout = 0.4
     layer, x = build_layer(bias=True, dropout=dropout), draw(9, IN)

@@ -1,7 +1,5 @@
 """Layers without a frozen weight: W = B A, and SLTrain's W = B A + S with S sparse."""
 
-import logging
-
 import pytest
 import torch
 from support.observed import saved_besides
@@ -184,16 +182,6 @@ def test_a_run_that_resumes_decomposes_no_weight(corpora, monkeypatch, method):
     resumed = tiny_trainer(folder, method)
     resumed.close()
     assert resumed.stepper.state.step == 2
-
-
-def test_the_log_says_that_initial_weights_are_approximated(corpora, caplog):
-    keys = ("--checkpoint.initial_weights", str(save_run(corpora / "from-full-rank", "full_rank")))
-    stop_world()
-    for method, is_approximated in (("lora", False), ("low_rank", True)):
-        with caplog.at_level(logging.WARNING):
-            tiny_trainer(corpora / f"{method}-from-full-rank", method, *keys).close()
-        stop_world()
-        assert (f"'{method}' starts from an approximation" in caplog.text) == is_approximated
 
 
 def test_rate_and_weight_decay_of_the_factors_are_those_of_the_sparse_values():

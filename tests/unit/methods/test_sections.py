@@ -5,10 +5,7 @@ from support.tiny import tiny_config
 
 from switchtitan.errors import ConfigError
 from switchtitan.methods import METHODS
-from switchtitan.methods.lora import LoraConfig
-from switchtitan.methods.relora import ReloraConfig
 from switchtitan.methods.switchlora.plan import SwitchLoraConfig
-from switchtitan.models.cola import ColaConfig
 from switchtitan.optim.torch_optimizer import SGDConfig
 
 
@@ -51,11 +48,7 @@ SWITCHED = {"rank": 4, "decay_ratio": 0.2, "candidates_device": "host"}
         (SwitchLoraConfig(**SWITCHED), ()),
         (SwitchLoraConfig(**SWITCHED, decay="constant", candidates="constant"),
          ("decay_ratio = 0.2", "candidates_device = 'host'")),
-        (ReloraConfig(rank=4, reset_interval=200, reset_moments="zero", prune_ratio=0.5),
-         ("prune_ratio = 0.5",)),
-        (LoraConfig(rank=4, dropout=0.1, contraction="merged"), ("contraction = 'merged'",)),
         (SGDConfig(lr=1e-3, momentum=0, nesterov=True), ("nesterov = true",)),
-        (ColaConfig(size="9m", rank=5, max_positions=64), ("max_positions = 64",)),
     ],
 )  # fmt: skip
 def test_a_key_that_another_one_switches_off_has_no_effect(section, void):

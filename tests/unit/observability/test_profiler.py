@@ -77,22 +77,6 @@ def test_what_is_traced(tmp_path, caplog, enabled, rank, ranks, steps_done, num_
     assert not [of for of in caplog.records if of.levelno >= logging.WARNING]
 
 
-def test_profiling_recompiles_nothing(tmp_path, fresh_compiler):
-    from torch._dynamo.testing import CompileCounter
-
-    counter = CompileCounter()
-    compiled = torch.compile(lambda x: (x @ x.T).sum(), backend=counter, fullgraph=True)
-    x = torch.ones(5, 7)
-    compiled(x)
-    config = config_of(start_step=3, num_steps=2, with_stack=True, record_shapes=True)
-    with Profiler(config, tmp_path) as profiler:
-        for _ in range(10):
-            compiled(x)
-            profiler.step()
-    assert profiler.trace is not None
-    assert counter.frame_count == 1
-
-
 # Snapshots: one if memory runs out, one on request, none otherwise.
 
 
