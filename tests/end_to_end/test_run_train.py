@@ -1,5 +1,4 @@
-"""`./run_train.sh` as a user runs it: it trains, also on two "nodes" of this machine, resumes,
-and refuses a mistake once."""
+"""`./run_train.sh` as a user runs it trains and resumes, also on two "nodes" of this machine."""
 
 import json
 import os
@@ -51,7 +50,7 @@ def write_config(folder):
     return file
 
 
-def test_a_run_trains_resumes_on_two_ranks_and_refuses_other_settings(environment, corpora):
+def test_a_run_trains_and_resumes_on_two_ranks(environment, corpora):
     folder = corpora / "a user's folder"
     config, output = ("--config", str(write_config(folder))), folder / "run"
     watch = ("--metrics.tensorboard", "true", "--profiler.enabled", "true")
@@ -67,18 +66,6 @@ def test_a_run_trains_resumes_on_two_ranks_and_refuses_other_settings(environmen
     resumed_from = output / "checkpoints" / "step-000000006"
     assert second[1].count(f"resuming from {resumed_from}") == 1
     assert (output / "checkpoints" / "step-000000012").is_dir()
-
-    before = contents(output)
-    other = ("--model.intermediate_size", "30")
-    status, printed = run_train(environment, folder, *config, *other, NGPU="2")
-    assert status == 2, printed
-    assert printed.count("error: ") == printed.count("saved with 28, now 30") == 1
-    assert contents(output) == before
-
-
-def contents(folder):
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 def test_two_nodes_with_separate_corpora_train_as_one_run(environment, tmp_path):
