@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support.insides import num_flops
 from support.observed import communication_of_a_step, estimate_all_micro_batches
 from support.tiny import tiny_config
 
@@ -14,12 +15,7 @@ from switchtitan.benchmark.fit import (
     largest_batch_sizes,
 )
 from switchtitan.methods import METHODS
-from switchtitan.methods.lowrank.contraction import (
-    factored,
-    fastest_contraction,
-    merged,
-    num_flops,
-)
+from switchtitan.methods.lowrank.contraction import factored, fastest_contraction, merged
 from switchtitan.methods.switchlora.plan import Plan
 from switchtitan.models import MODELS, linear_shapes
 from switchtitan.observability.collectives import CollectiveCount

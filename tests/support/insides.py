@@ -1,5 +1,6 @@
 """Reaches inside the product, where no public name shows what it does."""
 
+from switchtitan.methods.lowrank import contraction as contractions
 from switchtitan.models import loss
 from switchtitan.training import output
 
@@ -30,3 +31,13 @@ def record_strides(cross_entropy):
 
     cross_entropy._loss_and_gradient = recorded
     return strides
+
+
+def num_flops(contraction, out_features, *rest):
+    """Returns the FLOPs of forward and backward, by the table that chooses among contractions.
+
+    Args:
+        rest: in_features, rank and the number of tokens.
+    """
+    products = contractions._products(contraction.__name__, (out_features,), *rest)
+    return sum(2 * m * k * n for m, k, n in products)

@@ -116,14 +116,6 @@ def _products(
     return [*products, forward, *backward, *merges, *dense, *projections]
 
 
-def num_flops(
-    contraction: Contraction, out_features: int, in_features: int, rank: int, num_tokens: int
-) -> int:
-    """Returns the floating-point operations of forward and backward, by the table above."""
-    products = _products(contraction.__name__, (out_features,), in_features, rank, num_tokens)
-    return sum(2 * m * k * n for m, k, n in products)
-
-
 def fastest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) -> Contraction:
     """Returns the contraction with the least time by the roofline of the device of x [..., in].
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.insides import num_flops
 from support.observed import saved_besides
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,7 +13,6 @@ from switchtitan.methods.lowrank.contraction import (
     factored,
     fastest_contraction,
     merged,
-    num_flops,
 )
 
 CONTRACTIONS = [factored, merged, concatenated, dense_gradient]

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support.insides import num_flops
 from support.small_llama import MODEL
 from support.switchlora_layers import effective_weight
 from torch import nn
@@ -19,7 +20,7 @@ from switchtitan.methods.lowrank import (
     lora_bounds,
     low_rank_layers,
 )
-from switchtitan.methods.lowrank.contraction import BY_NAME, fastest_contraction, num_flops
+from switchtitan.methods.lowrank.contraction import BY_NAME, fastest_contraction
 from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.models import MODELS
 
