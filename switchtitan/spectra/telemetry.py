@@ -27,7 +27,7 @@ _FILE = re.compile(r"step-(\d{9,})\.safetensors")
 
 @dataclass(kw_only=True)
 class RankTelemetry:
-    """A `training.trainer.Hook` that measures singular values of each linear layer's change."""
+    """A hook of the trainer that measures singular values of each linear layer's change."""
 
     model: nn.Module
     dense_weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]

@@ -49,10 +49,11 @@ from switchtitan.training.evaluate import Evaluator, Evaluators, Prompts
 from switchtitan.training.output import start_output
 from switchtitan.training.step import Stepper, TrainState
 from switchtitan.training.stop import Stop
-from switchtitan.training.trainer import Hook, Trainer
+from switchtitan.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from switchtitan.observability.profiler import Profiler
+    from switchtitan.spectra.telemetry import RankTelemetry
     from switchtitan.spectra.weight_change import Origin
 
 logger = logging.getLogger(__name__)
@@ -365,7 +366,7 @@ def _open_origin(
 
 def _build_hooks(
     config: JobConfig, stepper: Stepper, reporter: Reporter, origin: "Origin | None"
-) -> list[Hook]:
+) -> "list[RankTelemetry]":
     """Build what a run does between steps."""
     if config.spectrum.interval is None or origin is None:
         return []

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from switchtitan.training.stop import Stop, Stopped
 
 if TYPE_CHECKING:
     from switchtitan.observability.profiler import Profiler
+    from switchtitan.spectra.telemetry import RankTelemetry
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +35,6 @@ class TrainingDivergedError(UserError):
     """Losses, gradients or weights are no longer finite; the configuration was valid."""
 
     exit_status = 3
-
-
-class Hook(Protocol):
-    """Work between steps. All ranks call its methods in the same order."""
-
-    def is_due(self, step: int) -> bool:
-        """Whether to call `after` when `step` steps are done."""
-        ...
-
-    def after(self, step: int) -> None:
-        """Called after step `step`; all gradients have been finite so far."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -67,8 +57,8 @@ class Trainer:
     throughput: Throughput
     profiler: "Profiler | None"
     region_times: RegionTimes
-    hooks: Sequence[Hook]
-    """What else to do between steps, in order: after evaluations, before saves."""
+    hooks: "Sequence[RankTelemetry]"
+    """What else to do between steps, in order, on all ranks: after evaluations, before saves."""
     stop: Stop
     """When to stop before the last step."""
 
