@@ -349,7 +349,8 @@ def _read_words(words: list[str], key: FieldInfo | None) -> object:
         items = [item.strip() for item in words[0].strip("[]").split(",")]
         readings = [_literal(words[0]), words[0], [_literal(item) for item in items], items]
     accepted = (reading for reading in readings if key is not None and _accepts(key, reading))
-    return next(accepted, readings[0])
+    # If none is, the message is about the numbers of a list rather than about a string.
+    return next(accepted, readings[-2 if "," in words[0] else 0])
 
 
 def _literal(word: str) -> object:

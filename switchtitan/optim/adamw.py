@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
@@ -13,21 +13,16 @@ from switchtitan.errors import ConfigError
 from switchtitan.optim.parameters import TrainedParameter
 from switchtitan.optim.torch_optimizer import TorchOptimizer
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class AdamKeys(OptimizerConfig):
     """The configuration keys of Adam's rule."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     """Decay rates of the first and second moment, each in [0, 1)."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the square root of the second moment; above 0."""
-
-    @field_validator("betas")
-    @classmethod
-    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("each must lie in [0, 1)")
-        return betas
 
 
 class AdamWConfig(AdamKeys):

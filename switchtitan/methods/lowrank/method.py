@@ -2,10 +2,10 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from switchtitan.contracts import (
@@ -23,21 +23,15 @@ from switchtitan.optim import OPTIMIZERS, TrainedParameter, trained_parameters
 ADAPTED_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _check_targets(targets: tuple[str, ...]) -> tuple[str, ...]:
-    if not targets or len(set(targets)) != len(targets):
-        raise ValueError("name at least one layer, each once")
-    return targets
-
-
 class FactorConfig(MethodConfig):
     """The keys of all methods whose rank is below the dimensions of the layers that they adapt."""
 
     rank: int = Field(ge=1)
     """Number of vectors in each factor: at least 1, and below the smaller dimension of every
     adapted layer."""
-    targets: Annotated[tuple[str, ...], AfterValidator(_check_targets)] = ADAPTED_LINEARS
-    """Local names of the linear layers to adapt, at least one, each once; by default all of
-    attention and MLP. All other parameters train as with full_rank."""
+    targets: tuple[str, ...] = Field(default=ADAPTED_LINEARS, min_length=1)
+    """Local names of the linear layers to adapt, at least one; by default all of attention and MLP.
+    All other parameters train as with full_rank."""
 
     def adapts(self, name: str) -> bool:
         """Returns whether the linear layer of this qualified name is a target."""
