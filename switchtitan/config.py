@@ -105,7 +105,7 @@ def load_table(file: Path, config_type: type[ConfigT]) -> ConfigT:
     try:
         return _validate(config_type, read_toml(file))
     except ValidationError as error:
-        raise_together([f"{file}: {key}{given}: {why}" for key, given, why in _explain(error)])
+        raise_together([f"{file}: {mistake}" for mistake in mistakes_in(error)])
         raise
 
 
@@ -297,6 +297,13 @@ def _validate(section_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT
         for key, value in values.items()
     }
     return section_type.model_validate_json(json.dumps(values, default=str), strict=True)
+
+
+def mistakes_in(error: Exception) -> list[str]:
+    """Return a message for each key, value and mistake of pydantic's error, or of another error."""
+    if not isinstance(error, ValidationError):
+        return [str(error)]
+    return [f"{key}{given}: {why}".removeprefix(": ") for key, given, why in _explain(error)]
 
 
 def _explain(error: ValidationError) -> list[tuple[str, str, str]]:

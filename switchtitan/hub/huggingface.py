@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from switchtitan.config import mistakes_in
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.files import file_inside
@@ -66,25 +67,13 @@ def _files_in(folder: Path, single_name: str) -> list[Path]:
     except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{folder} holds neither {single_name} nor a valid {index_name} "
-            f"({mistakes_in(error)}); use a folder with the weights"
+            f"({'; '.join(mistakes_in(error))}); use a folder with the weights"
         ) from error
 
 
 def write_json(file: Path, content: Mapping[str, object]) -> None:
     """Writes a file such as config.json."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def mistakes_in(error: Exception) -> str:
-    """Returns one line for an error of pydantic: each wrong key, its value and what is wrong."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    messages = []
-    for detail in error.errors(include_url=False):
-        key, is_given = ".".join(map(str, detail["loc"])), detail["type"] != "missing"
-        given = f"{key} = {detail['input']!r}: " if is_given and key else f"{key} "
-        messages.append(f"{given}{detail['msg']}".strip())
-    return "; ".join(messages)
 
 
 def check_shapes(weights: Mapping[str, Tensor], config: ModelConfig, source: str) -> None:
@@ -111,7 +100,8 @@ def read_config(file: Path) -> dict[str, Any]:
         contents = file_inside(file.parent, file.name).read_bytes()
         return TypeAdapter(dict[str, Any]).validate_json(contents)
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file} is corrupted: {mistakes_in(error)}") from error
+        problems = "; ".join(mistakes_in(error))
+        raise CheckpointError(f"{file} is corrupted: {problems}") from error
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

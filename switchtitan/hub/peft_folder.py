@@ -11,18 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from switchtitan.config import mistakes_in
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.files import exists
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
 from switchtitan.hub.export_folder import ReadWeights
-from switchtitan.hub.huggingface import (
-    CONFIG_NAME,
-    mistakes_in,
-    read_config,
-    read_dense,
-    write_json,
-)
+from switchtitan.hub.huggingface import CONFIG_NAME, read_config, read_dense, write_json
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
@@ -81,9 +76,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     try:
         return AdapterConfig.model_validate(given)
     except ValidationError as error:
+        problems = "; ".join(mistakes_in(error))
         raise CheckpointError(
-            f"{file}: {mistakes_in(error)}; only plain LoRA is read; if PEFT can merge the "
-            "adapter, merge it with merge_and_unload() first"
+            f"{file}: {problems}; only plain LoRA is read; if PEFT can merge the adapter, merge it "
+            "with merge_and_unload() first"
         ) from error
 
 

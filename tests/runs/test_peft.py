@@ -86,7 +86,7 @@ def test_a_merged_adapter_has_the_logits_that_peft_computes(base, tmp_path, keys
 
 def test_an_adapter_that_changes_its_base_when_peft_loads_it_is_refused(base, tmp_path):
     save_adapter(base, tmp_path / "adapter", init_lora_weights="olora")
-    with pytest.raises(CheckpointError, match=r"init_lora_weights = 'olora'.*merge_and_unload"):
+    with pytest.raises(CheckpointError, match=r'= "olora".*merge_and_unload'):
         read_adapted(tmp_path / "adapter")
 
 
