@@ -233,7 +233,7 @@ class Reparametrized(Protocol):
         self,
         weight: Tensor,
         generator_for: Callable[[str], torch.Generator],
-        rows: Mapping[str, range] | None = None,
+        rows: Mapping[str, range],
     ) -> dict[str, Tensor]:
         """Return fp32 values of its parameters and buffers, by local name.
 
@@ -241,9 +241,8 @@ class Reparametrized(Protocol):
             weight: [out, in], the plain layer's initial weight; its rows `rows["weight"]`, or all
                 rows if the module has no parameter `weight`.
             generator_for: local name -> generator, the same on every rank.
-            rows: local name -> the rows to return; other tensors need not be computed. By default
-                all rows of all parameters and buffers. Those of `weight` are complete blocks of
-                `distributed.initial`.
+            rows: local name -> the rows to return; other tensors need not be computed. Those of
+                `weight` are complete blocks of `distributed.initial`.
         """
         ...
 

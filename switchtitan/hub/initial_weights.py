@@ -2,7 +2,6 @@
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,21 +22,12 @@ from switchtitan.hub.peft_folder import (
 from switchtitan.models import MODELS
 
 
-class InitialWeights(NamedTuple):
-    """Weights that a run starts from, and their source."""
-
-    source: Path
-    """The absolute path that was read; for a run's folder, that of its newest checkpoint."""
-    tensors: dict[str, Tensor]
-    """By the plain model's names."""
-
-
-def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
-    """Reads the plain model's weights.
+def read_initial_weights(path: Path, config: ModelConfig) -> tuple[Path, dict[str, Tensor]]:
+    """Returns the absolute path that was read, and the plain model's weights by name.
 
     Args:
         path: a safetensors file, a folder in Hugging Face's layout or with a PEFT adapter, which is
-            merged, or a checkpoint or run of any method.
+            merged, or a checkpoint or run of any method, whose newest checkpoint is read.
         config: the plain model's section.
 
     Raises:
@@ -57,7 +47,7 @@ def read_initial_weights(path: Path, config: ModelConfig) -> InitialWeights:
         _check_same_model(dense.config, config, source)
         weights = dense.read()
     check_shapes(weights, config, f"[checkpoint] initial_weights = {str(path)!r}")
-    return InitialWeights(source.absolute(), weights)
+    return source.absolute(), weights
 
 
 def _check_same_model(theirs: ModelConfig, ours: ModelConfig, source: Path) -> None:

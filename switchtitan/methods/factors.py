@@ -36,12 +36,10 @@ class ProductLinear(FactorLinear):
         return F.linear(F.linear(x, self.lora_a), self.lora_b.t(), self.bias)
 
     def initial_tensors(
-        self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range] | None = None
+        self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range]
     ) -> dict[str, Tensor]:
         """See `contracts.Reparametrized`. A decomposition needs all rows of the weight."""
         parts = self.initial_parts(weight)
-        if rows is None:
-            return parts
         return {name: take(part, rows[name]) for name, part in parts.items() if name in rows}
 
     def initial_parts(self, weight: Tensor) -> dict[str, Tensor]:

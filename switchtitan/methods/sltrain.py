@@ -78,11 +78,11 @@ class SparseProductLinear(ProductLinear):
         return out if self.bias is None else out + self.bias
 
     def initial_tensors(
-        self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range] | None = None
+        self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range]
     ) -> dict[str, Tensor]:
         """See `contracts.Reparametrized`. A decomposition needs all rows of the weight."""
         tensors = {"support_seed": torch.tensor([self._seed])}
-        if rows is None or rows.keys() & {*FACTORS, SPARSE}:
+        if rows.keys() & {*FACTORS, SPARSE}:
             tensors |= super().initial_tensors(weight, generator_for, rows)
         return tensors
 

@@ -60,7 +60,7 @@ class Origin:
                 f"{self._source} {'have changed' if self._source.exists() else 'are missing'}; "
                 "restore them, or set [spectrum] interval = none"
             )
-        self._given = read_initial_weights(self._source, self._config).tensors
+        _, self._given = read_initial_weights(self._source, self._config)
 
     def changes(self, dense: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yields name and change [out, in] since step 0 of each linear layer; see `open`.

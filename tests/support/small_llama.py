@@ -22,6 +22,13 @@ MODEL = LlamaConfig(
 )
 
 
+def initial_tensors(layer, weight, generator_of):
+    """All rows of a layer's initial tensors, those of the plain `weight` included."""
+    tensors = dict(layer.named_parameters()) | dict(layer.named_buffers()) | {"weight": weight}
+    rows = {name: range(len(tensor)) for name, tensor in tensors.items()}
+    return layer.initial_tensors(weight, generator_of, rows)
+
+
 @torch.no_grad()
 def draw_model(method=None):
     """The model with its initial values, which are those of the plain model."""
@@ -37,7 +44,8 @@ def draw_model(method=None):
         own = {name: tensor for name, tensor in own.items() if tensor is not None}
         values = {name: plain.get(f"{prefix}.{name}") for name in own}
         if isinstance(module, Reparametrized):
-            values = module.initial_tensors(
+            values = initial_tensors(
+                module,
                 plain[f"{prefix}.weight"],
                 lambda name, prefix=prefix: generator_for(SEED, f"{prefix}.{name}"),
             )

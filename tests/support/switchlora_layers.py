@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from support.small_llama import initial_tensors
 from switchtitan.distributed import random
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import full_tensor
@@ -48,7 +49,7 @@ def build_layer(out_features, in_features, rank, scale, dtype, seed=0):
         torch.randn(out_features, in_features, generator=generator_for(seed, "weight"))
         / in_features**0.5
     )
-    values = layer.initial_tensors(weight, partial(generator_for, seed))
+    values = initial_tensors(layer, weight, partial(generator_for, seed))
     layer.load_state_dict(values)
     return layer.to(dtype)
 

@@ -109,10 +109,9 @@ class LowRankLinear(FactorLinear):
         return torch.arange(self.rank), torch.arange(self.rank)
 
     def initial_tensors(
-        self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range] | None = None
+        self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range]
     ) -> dict[str, Tensor]:
         """See `contracts.Reparametrized`: W + s B A is the plain layer's weight."""
-        rows = rows or {name: range(len(tensor)) for name, tensor in self.named_parameters()}
         lora_a, lora_b = (
             self.draw(factor, slots, generator_for).to(weight.dtype)
             for factor, slots in zip(FACTORS, self.initial_slots(), strict=True)

@@ -62,12 +62,11 @@ class SwitchLoraLinear(LowRankLinear):
         return slots, slots.roll(self.rank // 2)
 
     def initial_tensors(
-        self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range] | None = None
+        self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range]
     ) -> dict[str, Tensor]:
         tensors = super().initial_tensors(weight, generator_for, rows)
         for name, factor in zip(self.sharded_buffers, FACTORS, strict=False):
-            held = rows[name] if rows is not None else range(self.num_candidates)
-            slots = torch.arange(held.start, held.stop)
+            slots = torch.arange(rows[name].start, rows[name].stop)
             tensors[name] = self.draw(factor, slots, generator_for)
         return tensors
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.small_llama import MODEL
+from support.small_llama import MODEL, initial_tensors
 
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.initial import (
@@ -110,7 +110,7 @@ def test_layers_start_alike_on_any_number_of_ranks(method, keys, shape):
     tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
     numbers = {name: tensor.shape[0] for name, tensor in tensors.items()}
     generator = partial(generator_for, 1)
-    full = layer.initial_tensors(weight, generator)
+    full = initial_tensors(layer, weight, generator)
     for num_ranks in (2, 3, 8):
         for rank in range(num_ranks):
             own = {name: rows_of_rank(count, rank, num_ranks) for name, count in numbers.items()}

@@ -45,7 +45,7 @@ def read_section(folder, **changes):
 def read_folder(folder):
     """Returns the model's section and its weights."""
     config = read_section(folder)
-    return config, read_initial_weights(folder, config).tensors
+    return config, read_initial_weights(folder, config)[1]
 
 
 def logits_of(config, weights, tokens=TOKENS):
@@ -178,15 +178,15 @@ def test_what_repeats_or_is_computed_is_dropped_and_another_head_is_refused(fold
     embedding = weights["model.embed_tokens.weight"]
     file = tmp_path / "model.safetensors"
     save_file({**weights, "lm_head.weight": embedding.clone()}, file)
-    assert read_initial_weights(tmp_path, config).tensors.keys() == weights.keys()
+    assert read_initial_weights(tmp_path, config)[1].keys() == weights.keys()
     # Old versions of transformers store rotary frequencies too.
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
     save_file({**weights, **frequencies}, file)
-    assert read_initial_weights(tmp_path, config).tensors.keys() == weights.keys()
+    assert read_initial_weights(tmp_path, config)[1].keys() == weights.keys()
     # Other programs may store only the head's name.
     only_head = {name: value for name, value in weights.items() if value is not embedding}
     save_file({**only_head, "lm_head.weight": embedding.clone()}, file)
-    read = read_initial_weights(tmp_path, config).tensors
+    read = read_initial_weights(tmp_path, config)[1]
     assert torch.equal(read["model.embed_tokens.weight"], embedding)
     save_file({**weights, "lm_head.weight": embedding + 1}, file)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight and model\.embed_tokens\.weight"):

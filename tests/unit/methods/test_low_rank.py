@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.insides import num_flops
-from support.small_llama import MODEL
+from support.small_llama import MODEL, initial_tensors
 from support.switchlora_layers import effective_weight
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -113,10 +113,10 @@ def test_layers_of_one_input_compute_together_what_they_compute_apart():
 LARGE = (90, 70, 30)
 
 
-def initial_tensors(bounds, out=LARGE[0], in_=LARGE[1], rank=LARGE[2]):
+def tensors_within(bounds, out=LARGE[0], in_=LARGE[1], rank=LARGE[2]):
     weight = draw(out, in_, seed=0).float()
     layer = LowRankLinear(in_, out, rank, SCALE, bounds(out, in_, rank))
-    return weight, layer.initial_tensors(weight.clone(), lambda name: generator_for(3, name))
+    return weight, initial_tensors(layer, weight.clone(), lambda name: generator_for(3, name))
 
 
 def check_uniform(values, std):
@@ -129,21 +129,21 @@ def check_uniform(values, std):
 
 
 def test_lora_starts_with_b_zero_a_uniform_and_the_weight_untouched():
-    weight, tensors = initial_tensors(lora_bounds)
+    weight, tensors = tensors_within(lora_bounds)
     assert torch.equal(tensors["weight"], weight)
     assert not tensors["lora_b"].any()
     check_uniform(tensors["lora_a"], std=1 / math.sqrt(3 * LARGE[1]))
 
 
 def test_balanced_factors_have_the_published_deviations():
-    _, tensors = initial_tensors(balanced_bounds)
+    _, tensors = tensors_within(balanced_bounds)
     (out, in_, rank), root_of_gain = LARGE, 3**-0.25
     check_uniform(tensors["lora_a"], std=(rank * out**0.5 / in_**1.5) ** 0.25 * root_of_gain)
     check_uniform(tensors["lora_b"], std=(rank / (in_ * out) ** 0.5) ** 0.25 * root_of_gain)
     assert not torch.equal(tensors["lora_a"].flatten()[:100], tensors["lora_b"].flatten()[:100])
     torch.rand(3)  # another state of the global generator
     assert all(
-        torch.equal(initial_tensors(balanced_bounds)[1][key], tensors[key]) for key in tensors
+        torch.equal(tensors_within(balanced_bounds)[1][key], tensors[key]) for key in tensors
     )
 
 

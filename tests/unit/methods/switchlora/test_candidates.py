@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.small_llama import initial_tensors
 from support.switchlora_layers import (
     build_optimizer,
     draw_few_at_a_time,
@@ -29,7 +30,7 @@ def build(shapes, device, **keys):
         name = f"layer{index}"
         layer = method.build_layer(name, nn.Linear(in_, out, bias=False))
         weight = torch.randn(out, in_, generator=generator_for(index, "weight")) / in_**0.5
-        layer.load_state_dict(layer.initial_tensors(weight, partial(generator_for, index)))
+        layer.load_state_dict(initial_tensors(layer, weight, partial(generator_for, index)))
         layers[name] = layer.to(device)
         for buffer in layer.host_buffers:
             setattr(layer, buffer, layer.get_buffer(buffer).cpu())
