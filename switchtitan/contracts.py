@@ -89,13 +89,6 @@ class MethodConfig(NamedSection):
     keeps_initial_weights: ClassVar[bool] = True
     """Whether a run starts from exactly the weights that it is given, up to rounding."""
 
-    def draws_in_forward(self) -> bool:
-        """Return whether the replaced layers draw random numbers in training, such as dropout.
-
-        If neither they nor the model do, activation checkpointing does not save generators' states.
-        """
-        return True
-
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
         """Return error messages for linear layers of these (out, in), by name; none by default."""
         return []
@@ -161,9 +154,6 @@ class Cache(Protocol):
 
 class LanguageModel(nn.Module, ABC):
     """The base class of every model. Its linear layers are `nn.Linear`."""
-
-    draws_in_forward: ClassVar[bool] = True
-    """See `MethodConfig.draws_in_forward`."""
 
     def __init__(self) -> None:
         super().__init__()

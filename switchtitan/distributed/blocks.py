@@ -46,18 +46,14 @@ _EXPENSIVE_OPERATIONS = {
 }
 
 
-def checkpoint_activations(
-    model: LanguageModel, config: ActivationCheckpointConfig, preserve_rng_state: bool = True
-) -> None:
+def checkpoint_activations(model: LanguageModel, config: ActivationCheckpointConfig) -> None:
     """Makes each block keep fewer activations. Call before compilation and sharding.
 
-    Args:
-        preserve_rng_state: whether to recompute with the random numbers of the forward pass. Takes
-            host time in every block; without effect in compiled blocks, which always do.
+    What is recomputed draws the random numbers of the forward pass.
     """
     if config.mode == "none":
         return
-    options: dict[str, object] = {"preserve_rng_state": preserve_rng_state}
+    options = dict[str, object]()
     if config.mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
     for block in model.blocks().values():

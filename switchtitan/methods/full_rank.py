@@ -20,10 +20,6 @@ class FullRankConfig(MethodConfig):
     name: Literal["full_rank"] = "full_rank"
     """The method."""
 
-    def draws_in_forward(self) -> bool:
-        """See `contracts.MethodConfig`."""
-        return False
-
 
 class FullRank(Method[FullRankConfig]):
     """Trains all parameters of the model."""

@@ -166,11 +166,7 @@ def build_stepper(
     with torch.device("meta"):
         model = MODELS.build(config.model)
     method.prepare_model(model)
-    checkpoint_activations(
-        model,
-        config.activation_checkpoint,
-        preserve_rng_state=model.draws_in_forward or config.method.draws_in_forward(),
-    )
+    checkpoint_activations(model, config.activation_checkpoint)
     if config.compile.blocks:
         compile_blocks(model)
     cast_frozen_weights(model, getattr(torch, config.training.frozen_dtype))

@@ -38,9 +38,7 @@ def build_model(mode, backend=None, dropout=0.0):
         model = MODELS.build(MODEL)
     method = LoraConfig(rank=6, init="balanced", dropout=dropout)
     METHODS.build(method, 10, seed=0).prepare_model(model)
-    checkpoint_activations(
-        model, ActivationCheckpointConfig(mode=mode), preserve_rng_state=method.draws_in_forward()
-    )
+    checkpoint_activations(model, ActivationCheckpointConfig(mode=mode))
     if backend is not None:
         for block in model.blocks().values():
             block.compile(fullgraph=True, dynamic=False, backend=backend)

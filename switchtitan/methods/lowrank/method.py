@@ -37,10 +37,6 @@ class FactorConfig(MethodConfig):
         """Returns whether the linear layer of this qualified name is a target."""
         return name.rpartition(".")[2] in self.targets
 
-    def draws_in_forward(self) -> bool:
-        """See `contracts.MethodConfig`."""
-        return False
-
     def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
         """See `contracts.MethodConfig`."""
         problems = []
@@ -86,10 +82,6 @@ class LowRankConfig(FactorConfig):
             f"contraction = {self.contraction!r} has no effect on training with dropout = "
             f"{self.dropout:g}, which is always factored"
         ]
-
-    def draws_in_forward(self) -> bool:
-        """See `contracts.MethodConfig`."""
-        return self.dropout > 0
 
 
 LayerT = TypeVar("LayerT", bound=LowRankLinear)

@@ -1,7 +1,6 @@
 """LLaMA (arXiv 2302.13971) and its family, with the module names of Hugging Face's models."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -108,8 +107,6 @@ class Decoder(nn.Module):
 
 class Llama(LanguageModel):
     """A language model of LLaMA's family: the section's class says which of its parts vary."""
-
-    draws_in_forward: ClassVar[bool] = False
 
     def __init__(self, config: LlamaFamilyConfig) -> None:
         super().__init__()
