@@ -2,7 +2,6 @@
 
 import json
 import os
-import select
 import signal
 import sys
 import threading
@@ -114,16 +113,6 @@ def interrupt_on_sigterm() -> None:
 
     signal.signal(signal.SIGTERM, interrupt)
     sys.unraisablehook = send_again
-
-
-def is_output_closed() -> bool:
-    """Whether standard output is a pipe that nobody reads any more, as after `| head`."""
-    try:
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)  # errors are always reported
-        return any(events & select.POLLERR for _, events in poll.poll(0))
-    except (OSError, ValueError, AttributeError):  # not a file of the system
-        return False
 
 
 def discard_output() -> None:

@@ -68,10 +68,12 @@ def run(argv: Sequence[str] | None = None) -> None:
             raise
         sys.stdout.flush()
     except BrokenPipeError:
-        if not errors.is_output_closed():
-            raise
-        errors.discard_output()
-        _exit(errors.CLOSED_OUTPUT_STATUS)
+        try:
+            print(flush=True)  # fails again if it is this pipe, and not, say, that of a tracker
+        except BrokenPipeError:
+            errors.discard_output()
+            _exit(errors.CLOSED_OUTPUT_STATUS)
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> None:
