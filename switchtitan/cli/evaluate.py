@@ -15,7 +15,8 @@ import torch
 
 from switchtitan.cli.main import add_model_arguments, positive_int
 from switchtitan.cli.prepare import open_given
-from switchtitan.data import Corpus, open_corpus
+from switchtitan.data.corpus import Corpus
+from switchtitan.data.prepare import open_corpus
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.fsdp import materialize, shard_model

@@ -17,8 +17,9 @@ import numpy as np
 
 from switchtitan.cli.main import positive_int
 from switchtitan.config import find_config, load_config, split_arguments
-from switchtitan.data import Corpus, DataConfig, open_corpus
-from switchtitan.data.corpus import INDEX_FILE, SplitName, open_prepared, verify_files
+from switchtitan.data.config import DataConfig
+from switchtitan.data.corpus import INDEX_FILE, Corpus, SplitName, open_prepared, verify_files
+from switchtitan.data.prepare import open_corpus
 from switchtitan.data.sequences import TokenSequence
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import EXPANSIONS, JobConfig, print_note

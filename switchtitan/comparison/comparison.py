@@ -17,7 +17,7 @@ from switchtitan.comparison.runs import (
     read_csv,
     read_folder,
 )
-from switchtitan.data import open_corpus
+from switchtitan.data.prepare import open_corpus
 from switchtitan.errors import ConfigError
 
 FindResult = Callable[[Run], RunResult | None]

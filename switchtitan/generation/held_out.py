@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from switchtitan.contracts import IGNORED_TARGET, Batch
-from switchtitan.data import Corpus, ValidationBatches
+from switchtitan.data.corpus import Corpus
+from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.sequences import document_ids
 from switchtitan.data.text import TextSize, size_of_sequences
 from switchtitan.data.tokenizer import DocumentTokenizer

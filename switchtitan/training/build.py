@@ -17,7 +17,9 @@ from switchtitan.checkpoint.load import find_checkpoint, restore
 from switchtitan.checkpoint.save import CHECKPOINTS_FOLDER, Checkpointer, CheckpointTensors
 from switchtitan.config import resolved_toml
 from switchtitan.contracts import Batch, Method, SummedLoss
-from switchtitan.data import Corpus, ValidationBatches, build_train_batches, open_corpus
+from switchtitan.data.corpus import Corpus
+from switchtitan.data.loader import ValidationBatches, build_train_batches
+from switchtitan.data.prepare import open_corpus
 from switchtitan.data.text import size_of_sequences
 from switchtitan.distributed.blocks import checkpoint_activations, compile_blocks
 from switchtitan.distributed.dtype import ComputeDtype, agree_on_dtype, dtype_on

@@ -11,7 +11,7 @@ from torch import nn
 
 from switchtitan.checkpoint.load import check_same_run, read_metadata
 from switchtitan.config import flatten, parse_toml, resolved_toml, toml_value
-from switchtitan.data import Corpus
+from switchtitan.data.corpus import Corpus
 from switchtitan.distributed.dtype import ComputeDtype
 from switchtitan.distributed.world import World, device_name
 from switchtitan.errors import CheckpointError

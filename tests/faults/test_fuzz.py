@@ -17,9 +17,10 @@ from support.tiny import METHOD_KEYS, tiny_config, tiny_toml
 from support.tiny_documents import make_documents, save_tokenizer, write_json_lines, write_nanogpt
 
 from switchtitan.config import toml_value
-from switchtitan.data import DATASETS, DataConfig, open_corpus, open_prepared
-from switchtitan.data.config import SourceConfig
-from switchtitan.data.prepare import read_batches
+from switchtitan.data.config import DataConfig, SourceConfig
+from switchtitan.data.corpus import open_prepared
+from switchtitan.data.prepare import open_corpus, read_batches
+from switchtitan.data.sources import DATASETS
 from switchtitan.data.tokenizer import read_tokenizer
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.huggingface import parameter_shapes

@@ -24,8 +24,9 @@ from support.fuzzing import limited_cpu_time
 from support.tiny import tiny_config, tiny_trainer
 from support.tiny_documents import make_documents, write_json_lines
 
-from switchtitan.data import DataConfig, open_corpus
+from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import fingerprint_of
+from switchtitan.data.prepare import open_corpus
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.huggingface import parameter_shapes
 

@@ -20,7 +20,9 @@ from support.long_form import IS_LONG, num_cases
 from support.preparation import count_encoded, start_preparation, use_small_batches
 from support.tiny_documents import make_documents, write_json_lines
 
-from switchtitan.data import DataConfig, open_corpus, plan_corpus
+from switchtitan.data.config import DataConfig
+from switchtitan.data.corpus import plan_corpus
+from switchtitan.data.prepare import open_corpus
 
 SHORT = [
     ("killed", "start-up", 2),

@@ -17,7 +17,8 @@ from support.insides import wait_for_shared_folders
 from support.ranks import run_forked, run_on_ranks
 from support.tiny_documents import make_documents, write_json_lines
 
-from switchtitan.data import DataConfig, open_corpus
+from switchtitan.data.config import DataConfig
+from switchtitan.data.prepare import open_corpus
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import Bf16Support, agree_on_dtype

@@ -13,7 +13,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE
 from switchtitan.comparison.comparison import Comparison
 from switchtitan.comparison.config import load_comparison
-from switchtitan.data import DataConfig, build_train_batches, open_corpus
+from switchtitan.data.config import DataConfig
+from switchtitan.data.loader import build_train_batches
+from switchtitan.data.prepare import open_corpus
 
 # benchmark
 

@@ -17,7 +17,7 @@ from support.tiny import tiny_config
 from support.trained import TOKENS, save_qwen, train_and_save
 
 from switchtitan.config import toml_value
-from switchtitan.data import open_corpus
+from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import train_tokenizer
 from switchtitan.spectra.plots import measure
 from switchtitan.spectra.spectrum import summarize

@@ -16,7 +16,7 @@ from support.nonfinite import SKIP, spoil_next_gradient, spoil_next_loss
 from support.tiny import full_tensors, record_reports, tiny_config, tiny_trainer, train_steps
 
 from switchtitan.checkpoint.save import list_step_folders
-from switchtitan.data import open_corpus
+from switchtitan.data.prepare import open_corpus
 from switchtitan.errors import RanksDisagreeError
 from switchtitan.models import MODELS
 from switchtitan.observability.tensorboard import read_curves

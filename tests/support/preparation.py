@@ -6,12 +6,15 @@ import sys
 import numpy as np
 import pytest
 
-from switchtitan.data import open_corpus, prepare
+from switchtitan.data import prepare
+from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import DocumentTokenizer
 
 ONE_RUN = """
 import os, signal, sys
-from switchtitan.data import DataConfig, open_corpus, prepare
+from switchtitan.data import prepare
+from switchtitan.data.config import DataConfig
+from switchtitan.data.prepare import open_corpus
 
 prepare.BATCH_DOCUMENTS, prepare.SEGMENT_TOKENS = 8, 500
 config = DataConfig.model_validate_json(sys.argv[1])

@@ -6,7 +6,7 @@ from support.comparisons import write_grid
 from support.tiny import TINY, tiny_config
 from support.trained import save_qwen
 
-from switchtitan.data import open_corpus
+from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import train_tokenizer
 
 # A row: words, and two parts of the message. Names in braces are of `places`.

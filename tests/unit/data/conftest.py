@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from support.tiny_documents import make_documents, write_json_lines
 
-from switchtitan.data import DataConfig, open_corpus
+from switchtitan.data.config import DataConfig
+from switchtitan.data.prepare import open_corpus
 
 
 @pytest.fixture(scope="session")

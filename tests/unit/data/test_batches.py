@@ -14,14 +14,11 @@ from support.tiny_documents import make_documents, write_json_lines
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from switchtitan.contracts import IGNORED_TARGET
-from switchtitan.data import (
-    DataConfig,
-    ValidationBatches,
-    build_train_batches,
-    open_corpus,
-)
+from switchtitan.data.config import DataConfig
+from switchtitan.data.loader import ValidationBatches, build_train_batches
 from switchtitan.data.mixture import PERIOD, schedule_of
 from switchtitan.data.order import permute, sequence_index
+from switchtitan.data.prepare import open_corpus
 from switchtitan.data.sequences import TokenSequences, document_ids
 from switchtitan.data.text import bytes_by_token, num_text_bytes
 from switchtitan.data.tokenizer import DocumentTokenizer, train_tokenizer

@@ -19,11 +19,17 @@ from support.preparation import (
 )
 from support.tiny_documents import make_documents, save_tokenizer, write_json_lines, write_nanogpt
 
-from switchtitan.data import DataConfig, open_corpus, open_prepared, plan_corpus
 from switchtitan.data import corpus as corpus_module
 from switchtitan.data import prepare as prepare_module
-from switchtitan.data.corpus import fingerprint_of, plan_from_name, verify_files
-from switchtitan.data.prepare import is_held_out
+from switchtitan.data.config import DataConfig
+from switchtitan.data.corpus import (
+    fingerprint_of,
+    open_prepared,
+    plan_corpus,
+    plan_from_name,
+    verify_files,
+)
+from switchtitan.data.prepare import is_held_out, open_corpus
 from switchtitan.data.sources import hub_error
 from switchtitan.data.tokenizer import fetch_tokenizer, read_tokenizer, train_tokenizer
 from switchtitan.errors import CorpusError

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from support.tiny_documents import make_documents, write_json_lines, write_nanogpt
 
-from switchtitan.data import DATASETS, sources
+from switchtitan.data import sources
 from switchtitan.data.config import SourceConfig
-from switchtitan.data.sources import TEXT_DOCUMENT_BYTES, read_text
+from switchtitan.data.sources import DATASETS, TEXT_DOCUMENT_BYTES, read_text
 from switchtitan.errors import CorpusError
 
 TEXTS = make_documents(23, seed=1)
