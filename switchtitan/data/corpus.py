@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from switchtitan.data.config import TRAINED_TOKENIZER, DataConfig
-from switchtitan.data.mixture import PERIOD, MixedSequences, Schedule, Sequences
+from switchtitan.data.mixture import ONE_SOURCE, PERIOD, Schedule, Sequences
 from switchtitan.data.sequences import TokenSequences
 from switchtitan.data.sources import DATASETS, Source, hub_error
 from switchtitan.data.tokenizer import (
@@ -299,10 +299,9 @@ class Corpus:
     def split(self, name: SplitName, seq_len: int) -> Sequences:
         """The sequences of one split, of all sources of a mixture. Raises a CorpusError if there is
         no such split, or it is shorter than one sequence."""
-        if self.schedule is not None:
-            parts = [part._own_split(name, seq_len) for part in self.parts]
-            return MixedSequences(parts, [part.name for part in self.parts], self.schedule)
-        return self._own_split(name, seq_len)
+        parts = [source._own_split(name, seq_len) for source in self.sources]
+        names = [source.name for source in self.sources]
+        return Sequences(parts, names, self.schedule or ONE_SOURCE)
 
     def _own_split(self, name: str, seq_len: int) -> TokenSequences:
         if name not in self.index.splits:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from switchtitan.data.order import sequence_index
 from switchtitan.data.sequences import TokenSequence, TokenSequences
 from switchtitan.errors import ConfigError
 
@@ -91,11 +92,14 @@ def schedule_of(weights: Sequence[float]) -> Schedule:
     return Schedule(tuple(counts.tolist()))
 
 
-class MixedSequences(Dataset[TokenSequence]):
-    """The sequences of several sources; methods as those of `TokenSequences`.
+ONE_SOURCE = Schedule((PERIOD,))
 
-    Index i is sequence i of the first source, then of the second one, and so on. In the global
-    order, a source that ends starts again in another order. `names` are for messages.
+
+class Sequences(Dataset[TokenSequence]):
+    """The sequences of a split of one source or several.
+
+    Index i is sequence i of the first source, then of the second one, and so on. In the endless
+    global order, a source that ends starts again in another order. `names` are for messages.
     """
 
     def __init__(
@@ -113,24 +117,31 @@ class MixedSequences(Dataset[TokenSequence]):
         return self._parts[source][index - int(self._starts[source])]
 
     def ordered(self, seed: int | None, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the indices of the sequences at positions [...] of the unshuffled order (seed
+        None), or of the global order."""
         sources, places = self._schedule.places(positions)
         indices = self._starts[sources]
         for source, part in enumerate(self._parts):
             is_own = sources == source
-            indices[is_own] += part.ordered(seed, places[is_own])
+            own = places[is_own]
+            indices[is_own] += own if seed is None else sequence_index(seed, own, len(part))
         return indices
 
     @property
     def num_unshuffled(self) -> int:
+        """Positions in the unshuffled order, which ends where the first source ends."""
         return min(self._schedule.position_of(k, len(part)) for k, part in enumerate(self._parts))
 
     def epochs(self, position: int) -> list[int]:
+        """Returns how often each source was read to its end before a position of the orders."""
         given = self._schedule.num_given(position)
         return [number // len(part) for number, part in zip(given, self._parts, strict=True)]
 
     def stretches(self, num_sequences: int) -> Iterator[NDArray[np.int64]]:
+        """Yields the tokens of the first unshuffled sequences, joined where they are adjacent.
+
+        The first token of each stretch is only the context of the others.
+        """
         for part, number in zip(self._parts, self._schedule.num_given(num_sequences), strict=True):
-            yield from part.stretches(number)
-
-
-Sequences = TokenSequences | MixedSequences
+            if number:
+                yield part.read(0, number * self.seq_len + 1)

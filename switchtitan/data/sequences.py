@@ -1,6 +1,6 @@
 """The sequences of a split, from memory-mapped token files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
-
-from switchtitan.data.order import sequence_index
 
 
 class TokenSequence(NamedTuple):
@@ -25,9 +22,9 @@ class TokenSequence(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class TokenSequences(Dataset[TokenSequence]):
-    """The sequences of one split: sequence i holds tokens [i * seq_len, (i + 1) * seq_len] of the
-    joined shards.
+class TokenSequences:
+    """The sequences of one corpus's split: sequence i holds tokens [i * seq_len, (i + 1) * seq_len]
+    of the joined shards.
 
     Consecutive sequences share one token, the last target of one and the first input of the next,
     so each token is a target once."""
@@ -40,7 +37,6 @@ class TokenSequences(Dataset[TokenSequence]):
     seq_len: int
     eos_id: int
     """The token that ends a document."""
-    names = ("the training split",)
 
     def __getstate__(self) -> dict[str, object]:
         # Pickling a memory map copies all tokens; a worker process maps the files again instead.
@@ -61,32 +57,11 @@ class TokenSequences(Dataset[TokenSequence]):
 
     def __getitem__(self, index: int) -> TokenSequence:
         first = index * self.seq_len
-        tokens = torch.from_numpy(self._read(first, first + self.seq_len + 1))
+        tokens = torch.from_numpy(self.read(first, first + self.seq_len + 1))
         return TokenSequence(tokens, document_ids(tokens[:-1], self.eos_id))
 
-    def ordered(self, seed: int | None, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the indices of the sequences at positions [...] of the unshuffled order (seed
-        None), or of the endless global order."""
-        return positions if seed is None else sequence_index(seed, positions, len(self))
-
-    @property
-    def num_unshuffled(self) -> int:
-        """Positions in the unshuffled order, which ends where the first source ends."""
-        return len(self)
-
-    def epochs(self, position: int) -> list[int]:
-        """Returns how often each source was read to its end before a position of that order."""
-        return [position // len(self)]
-
-    def stretches(self, num_sequences: int) -> Iterator[NDArray[np.int64]]:
-        """Yields the tokens of the first unshuffled sequences, joined where they are adjacent.
-
-        The first token of each stretch is only the context of the others.
-        """
-        if num_sequences:
-            yield self._read(0, num_sequences * self.seq_len + 1)
-
-    def _read(self, first: int, end: int) -> NDArray[np.int64]:
+    def read(self, first: int, end: int) -> NDArray[np.int64]:
+        """Returns tokens `first` to `end - 1` of the joined shards."""
         pieces = []
         shard = int(np.searchsorted(self._ends, first, side="right"))
         while first < end:
