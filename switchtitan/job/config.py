@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.config import (
@@ -98,7 +98,7 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """`[evaluation]`: loss on held-out sequences, and continuations of prompts."""
+    """`[evaluation]`: loss on held-out sequences."""
 
     interval: int = Field(default=1000, ge=1)
     """Optimizer steps between evaluations. The model is also evaluated before the first and after
@@ -108,19 +108,14 @@ class EvaluationConfig(Section):
     test_tokens: int | None = Field(default=None, ge=1)
     """Test tokens on which the trained model is evaluated once, after the last step, rounded down
     to full sequences; at least data.seq_len. Needs data.test_fraction. "none" disables it."""
-    prompts: tuple[str, ...] = ()
-    """Texts that the model continues at each evaluation with the most probable tokens, up to the
-    end of a document; the log and TensorBoard's text tab show them. Default: none. They do not
-    change the training."""
-    prompt_tokens: int = Field(default=32, ge=1, le=1024)
-    """Maximum tokens of a continuation, at most 1024. Ranks gather a sharded model's weights once
-    for each, for all prompts together. A prompt and its continuation must fit data.seq_len."""
 
-    def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
-        if self.prompts or self.is_default("prompt_tokens"):
-            return []
-        return [f"prompt_tokens = {self.prompt_tokens} has no effect without prompts"]
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_former_keys(cls, keys: Any) -> Any:
+        """Runs of version 0.4.0 saved two more keys, without effect unless there were prompts."""
+        if isinstance(keys, dict) and keys.get("prompts") == []:
+            return {key: keys[key] for key in keys if key not in ("prompts", "prompt_tokens")}
+        return keys
 
 
 class SpectrumConfig(Section):

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,15 +110,6 @@ class Reporter:
             self._wandb.log({**values, "step": step})
         for line in self._table.lines(step, values):
             logger.info("%s", line)
-
-    def report_continuations(self, step: int, continuations: Iterable[tuple[str, str]]) -> None:
-        """Shows pairs of a prompt and the text after it, in the log and in TensorBoard."""
-        if not self._is_main:
-            return
-        for number, (prompt, text) in enumerate(continuations, start=1):
-            logger.info("continuation %d at step %d: %r -> %r", number, step, prompt, text)
-            if self._tensorboard is not None:
-                self._tensorboard.write_text(f"continuations/{number}", prompt + text, step)
 
     def report_table(self, step: int, title: str, table: str) -> None:
         """Shows a table of characters in TensorBoard's text tab."""

@@ -47,7 +47,7 @@ from switchtitan.training.describe import (
     run_facts,
     run_identity,
 )
-from switchtitan.training.evaluate import Evaluator, Evaluators, Prompts
+from switchtitan.training.evaluate import Evaluator, Evaluators
 from switchtitan.training.output import start_output
 from switchtitan.training.step import Stepper, TrainState
 from switchtitan.training.stop import Stop
@@ -226,7 +226,6 @@ def build_evaluators(
 
     Raises:
         CorpusError: if a split is shorter than one sequence.
-        ConfigError: if a prompt is too long.
     """
     seq_len = config.data.seq_len
 
@@ -242,12 +241,9 @@ def build_evaluators(
         size = partial(size_of_sequences, sequences, batches.num_sequences)
         return Evaluator(batches, loss, world, lambda: size(corpus.tokenizer()))
 
-    keys, test, prompts = config.evaluation, None, None
-    if keys.test_tokens is not None:
-        test = evaluator_on("test", keys.test_tokens)
-    if keys.prompts:
-        prompts = Prompts(keys.prompts, corpus.tokenizer(), keys.prompt_tokens, seq_len)
-    return Evaluators(evaluator_on("validation", keys.tokens), test, prompts)
+    keys = config.evaluation
+    test = None if keys.test_tokens is None else evaluator_on("test", keys.test_tokens)
+    return Evaluators(evaluator_on("validation", keys.tokens), test)
 
 
 def read_initial_weights(config: JobConfig, state: TrainState) -> dict[str, Tensor]:

@@ -1,18 +1,15 @@
-"""Loss over held-out batches, and continuations of prompts. Changes no weight."""
+"""Loss over held-out batches. Changes no weight."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
-from switchtitan.contracts import IGNORED_TARGET, Batch, LanguageModel, SummedLoss
-from switchtitan.data.tokenizer import DocumentTokenizer
+from switchtitan.contracts import IGNORED_TARGET, Batch, SummedLoss
 from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.world import World
-from switchtitan.errors import ConfigError
 from switchtitan.training.stop import Stopped
 
 if TYPE_CHECKING:
@@ -78,63 +75,9 @@ class Evaluator:
         return loss_sum / num_targets
 
 
-class Prompts:
-    """Texts that the model in training continues with the most probable tokens.
-
-    Args:
-        documents: the tokenizer of the model's corpus.
-        num_tokens: of each continuation, at most.
-        seq_len: of training, which prompt and continuation must not exceed.
-
-    Raises:
-        ConfigError: if a prompt is too long.
-    """
-
-    def __init__(
-        self, prompts: Sequence[str], documents: DocumentTokenizer, num_tokens: int, seq_len: int
-    ) -> None:
-        # Most runs have no prompts.
-        from switchtitan.generation.text import prompt_ids
-
-        self._prompts, self._documents, self._num_tokens = prompts, documents, num_tokens
-        # An empty prompt begins a document.
-        self._tokens = [prompt_ids(documents.tokenizer, of) or [documents.eos_id] for of in prompts]
-        for index, tokens in enumerate(self._tokens):
-            if len(tokens) + num_tokens > seq_len:
-                raise ConfigError(
-                    f"[evaluation] prompts[{index}]: its {len(tokens)} tokens and prompt_tokens = "
-                    f"{num_tokens} exceed [data] seq_len = {seq_len}; shorten it, or lower "
-                    "prompt_tokens"
-                )
-
-    def __call__(self, model: LanguageModel) -> list[tuple[str, str]]:
-        """Returns pairs of a prompt and its continuation, up to the end of its document.
-
-        All ranks must call; they gather a sharded model's weights once for each token, and compute
-        the same. Draws no random numbers.
-        """
-        from switchtitan.generation.decoding import continuations
-        from switchtitan.generation.sampling import Sampler, Sampling
-
-        greedy, device = Sampler(Sampling(temperature=0)), next(model.parameters()).device
-        # Never ends early: the ranks' passes must be equally many, whatever they compute.
-        steps = list(continuations(model, self._tokens, greedy, self._num_tokens, device))
-        texts = map(self._text_after, self._tokens, zip(*steps, strict=True))
-        return list(zip(self._prompts, texts, strict=True))
-
-    def _text_after(self, tokens: Sequence[int], new: Sequence[int]) -> str:
-        """Returns the text of `new` up to the end of the document of `tokens`."""
-        new = list(takewhile(lambda token: token != self._documents.eos_id, new))
-        decode = self._documents.tokenizer.decode
-        text: str = decode([*tokens, *new])
-        return text[len(decode(tokens)) :]
-
-
 class Evaluators(NamedTuple):
     """What evaluates the model of a run."""
 
     validation: Evaluator
     test: Evaluator | None
     """Evaluates the trained model once; None without a test split."""
-    prompts: Prompts | None = None
-    """Continued after each evaluation on the validation split; None without prompts."""

@@ -86,18 +86,16 @@ class Trainer:
         self.reporter.close()
 
     def evaluate(self) -> None:
-        """Reports the validation loss, and continuations of prompts."""
+        """Reports the validation loss."""
         self._stop_if_diverged()
-        state, model, prompts = self.stepper.state, self.stepper.model, self.evaluators.prompts
+        state = self.stepper.state
         with self.throughput.excluded(), region("evaluate"):
             self.tensors.check_replicas()
-            loss = self.evaluators.validation(model, self.stop.is_due)
-            continuations = [] if prompts is None else prompts(model)
+            loss = self.evaluators.validation(self.stepper.model, self.stop.is_due)
         if state.first_validation_loss is None:
             state.first_validation_loss = loss
         state.last_validation_loss = loss
         self.reporter.report(state.step, loss_metrics("validation", loss))
-        self.reporter.report_continuations(state.step, continuations)
 
     def save(self) -> None:
         """Saves a checkpoint, in the background if configured so."""

@@ -162,7 +162,6 @@ SNAPSHOT = ("--profiler.memory_snapshot_step", "50")
         ("cpu", 1, ("--lr_schedule.decay", "constant", "--lr_schedule.min_factor", "0.5"),
          "[lr_schedule] min_factor = 0.5"),
         ("cpu", 1, ("--optimizer.decay_norms", "true"), "[optimizer] decay_norms = true"),
-        ("cpu", 1, ("--evaluation.prompt_tokens", "9"), "[evaluation] prompt_tokens = 9"),
         ("cpu", 1, ("--data.path", "texts"), '[data] path = "texts"'),
         ("cpu", 1, ("--checkpoint.initial_weights", "a", "--checkpoint.resume", "b"),
          "[checkpoint] initial_weights = 'a'"),
