@@ -144,14 +144,6 @@ SummedLoss = Callable[..., Tensor]
 `models.loss`."""
 
 
-class Cache(Protocol):
-    """What a model keeps of the tokens that it has read, so that the next ones take less time."""
-
-    def advance(self, num_tokens: Tensor) -> None:
-        """Count the tokens [batch] of the last forward pass; those after them were padding."""
-        ...
-
-
 class LanguageModel(nn.Module, ABC):
     """The base class of every model. Its linear layers are `nn.Linear`."""
 
@@ -202,9 +194,9 @@ class LanguageModel(nn.Module, ABC):
             tokens, document_ids: [batch, seq].
         """
 
-    def new_cache(self, batch_size: int, capacity: int, device: torch.device) -> Cache | None:
-        """Return an empty cache for `forward` of sequences of at most `capacity` tokens, padding
-        included. Default: None; each new token then takes a pass over all tokens."""
+    def new_cache(self, capacity: int, device: torch.device) -> object | None:
+        """Return what `forward` keeps of the tokens of one sequence, at most `capacity`, so that
+        the next ones take less time. Default: None; each then takes a pass over all tokens."""
         return None
 
 

@@ -21,8 +21,7 @@ from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.precision import use_full_precision
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import ConfigError
-from switchtitan.generation.decoding import continuations
-from switchtitan.generation.sampling import Sampler, Sampling
+from switchtitan.generation.decoding import Sampler, Sampling, continuation
 from switchtitan.generation.text import TextStream, prompt_ids
 from switchtitan.generation.trained import (
     check_tokens,
@@ -89,16 +88,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     use_full_precision(device.type)
     compute_dtype = dtype_on(device, options.dtype, trained.compute_dtype)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    steps = continuations(
+    tokens = continuation(
         trained.load(device, compute_dtype.dtype),
-        [prompt_tokens],
+        prompt_tokens,
         Sampler(sampling, options.seed or 0),
         options.max_new_tokens,
         device,
     )
     print(prompt, end="", flush=True)
-    tokens, stream = (step[0] for step in steps), TextStream(tokenizer, prompt_tokens)
     try:
+        stream = TextStream(tokenizer, prompt_tokens)
         result = _stream(tokens, stop_tokens(trained, documents), stream)
     finally:
         print(flush=True)

@@ -1,85 +1,94 @@
-"""Continue sequences of tokens with a model, one token at a time."""
+"""Continue a sequence with a model: draw the next token from its logits, one at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from switchtitan.contracts import Cache, LanguageModel
-from switchtitan.distributed.fsdp import free_gathered_weights
-
-Choose = Callable[[Tensor], list[int]]
-"""Logits [batch, vocabulary] -> the next token of each row."""
+from switchtitan.contracts import LanguageModel
 
 
-def continuations(
+def continuation(
     model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
-    choose: Choose,
+    prompt: Sequence[int],
+    choose: Callable[[Tensor], int],
     num_tokens: int,
     device: torch.device,
-) -> Iterator[list[int]]:
-    """Yields the next token of every prompt, `num_tokens` times.
-
-    All prompts are read in one pass. If the model is sharded, all ranks must iterate, to the end or
-    equally far. Compiles nothing, and leaves the model as it was.
+) -> Iterator[int]:
+    """Yields the next token of a sequence, `num_tokens` times.
 
     Args:
-        prompts: tokens, at least one in each prompt.
-        choose: the same on all ranks, e.g. a `Sampler`.
-        device: where the model computes.
+        model: for passes without gradients, on `device`; see `TrainedModel.load`.
+        prompt: its tokens, at least one.
+        choose: logits [vocabulary] -> the next token, e.g. a `Sampler`.
     """
-    sequences = [list(prompt) for prompt in prompts]
-    capacity = max(map(len, prompts)) + num_tokens
-    cache = model.new_cache(len(prompts), capacity, device)
-    unread = sequences
-    try:
-        for _ in range(num_tokens):
-            with _inference(model):
-                logits = _next_logits(model, unread, cache, device)
-            chosen = choose(logits)
-            yield chosen
-            sequences = [[*row, token] for row, token in zip(sequences, chosen, strict=True)]
-            unread = sequences if cache is None else [[token] for token in chosen]
-    finally:
-        free_gathered_weights(model)
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        # Compiled blocks have static shapes: each length of a sequence would compile them again.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        model.train(was_training)
-
-
-def _next_logits(
-    model: LanguageModel, unread: list[list[int]], cache: Cache | None, device: torch.device
-) -> Tensor:
-    """Reads tokens of each sequence; returns the logits [batch, vocabulary] after their last."""
-    tokens, lengths = _padded(unread, device)
-    rows = torch.arange(len(unread), device=device)
-
-    def logits_at_ends(hidden: Tensor, head: nn.Module) -> Tensor:
-        logits: Tensor = head(hidden[rows, lengths - 1])
-        return logits
-
-    document_ids = torch.zeros_like(tokens, dtype=torch.int32)
+    cache = model.new_cache(len(prompt) + num_tokens, device)
     cached = {} if cache is None else {"cache": cache}
-    logits: Tensor = model(tokens, document_ids, logits_at_ends, **cached)
-    if cache is not None:
-        cache.advance(lengths)
-    return logits
+    sequence = unread = list(prompt)
+    for _ in range(num_tokens):
+        tokens = torch.tensor([unread], device=device)
+        document_ids = torch.zeros_like(tokens, dtype=torch.int32)
+        token = choose(model(tokens, document_ids, _logits_at_end, **cached))
+        yield token
+        sequence.append(token)
+        unread = sequence if cache is None else [token]
 
 
-def _padded(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns tokens [batch, longest], padded on the right, and the lengths [batch], int64."""
-    longest = max(map(len, sequences))
-    rows = [sequence + [0] * (longest - len(sequence)) for sequence in sequences]
-    lengths = [len(sequence) for sequence in sequences]
-    return torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
+def _logits_at_end(hidden: Tensor, head: nn.Module) -> Tensor:
+    logits: Tensor = head(hidden[:, -1])
+    return logits[0]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 always chooses the most probable token."""
+    top_k: int | None = None
+    """Only the `top_k` most probable tokens, and those as probable as the last of them."""
+    top_p: float | None = None
+    """Only the fewest most probable tokens whose probabilities add up to `top_p` or more."""
+
+
+class Sampler:
+    """Draws tokens; the same logits in the same order give the same tokens.
+
+    Args:
+        seed: of the random numbers, at least 0. Without effect at temperature 0.
+    """
+
+    def __init__(self, sampling: Sampling, seed: int = 0) -> None:
+        self._sampling = sampling
+        # Not the global generator, whose state belongs to training.
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        """Returns a token for `logits` [vocabulary], on any device."""
+        if self._sampling.temperature == 0:
+            return int(logits.argmax())
+        # Drawn on the CPU, so that a seed means the same on every device.
+        chances = probabilities(logits.float().cpu(), self._sampling)
+        return int(torch.multinomial(chances, 1, generator=self._generator))
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Returns the probabilities [vocabulary] that a `Sampler` draws with.
+
+    Args:
+        logits: [vocabulary], fp32 or wider.
+        sampling: its temperature is above 0.
+    """
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < len(logits):
+        last_kept = logits.topk(sampling.top_k).values[-1]
+        logits = logits.masked_fill(logits < last_kept, -torch.inf)
+    if sampling.top_p is not None:
+        ordered, order = logits.sort(descending=True, stable=True)
+        chances = ordered.softmax(dim=-1)
+        # A token stays if those before it do not suffice. So the first one always stays.
+        is_dropped = chances.cumsum(dim=-1) - chances >= sampling.top_p
+        is_dropped[0] = False
+        logits[order[is_dropped]] = -torch.inf
+    return logits.softmax(dim=-1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from switchtitan.contracts import ApplyHead, Cache, LanguageModel, default_apply_head
+from switchtitan.contracts import ApplyHead, LanguageModel, default_apply_head
 from switchtitan.models.head import Head, TiedHead
 from switchtitan.models.llama.attention import build_mask, load_attention
 from switchtitan.models.llama.cache import KeyValueCache
@@ -24,7 +24,7 @@ class Positions:
     """
 
     cos: Tensor
-    """[seq, 1, head_dim/2] fp32; with a cache [batch, seq, 1, head_dim/2]. `sin` is alike."""
+    """[seq, 1, head_dim/2] fp32. `sin` is alike."""
     sin: Tensor
     mask: BlockMask | None
     """The attention backend's mask, from the document ids."""
@@ -129,16 +129,15 @@ class Llama(LanguageModel):
         tokens: Tensor,
         document_ids: Tensor,
         apply_head: ApplyHead = default_apply_head,
-        cache: Cache | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """See `LanguageModel`. Only flex reads the document ids; with a cache, each sequence is one
+        """See `LanguageModel`. Only flex reads the document ids; with a cache, the sequence is one
         document."""
         seq_len = tokens.shape[1]
         if cache is None:
             mask = build_mask(self.config.attention, document_ids)
             positions = Positions(*self._rotary_tables(seq_len, tokens.device), mask)
         else:
-            assert isinstance(cache, KeyValueCache)
             positions = Positions(*cache.next(seq_len), None, cache)
         hidden = self.model.embed_tokens(tokens)
         for block in self.model.layers:
@@ -148,8 +147,8 @@ class Llama(LanguageModel):
     def _rotary_tables(self, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
         return rotary_tables(seq_len, self.config.head_width, self.config.rope, device)
 
-    def new_cache(self, batch_size: int, capacity: int, device: torch.device) -> KeyValueCache:
-        return KeyValueCache(batch_size, *self._rotary_tables(capacity, device))
+    def new_cache(self, capacity: int, device: torch.device) -> KeyValueCache:
+        return KeyValueCache(*self._rotary_tables(capacity, device))
 
     def blocks(self) -> dict[str, nn.Module]:
         return {f"model.layers.{index}": block for index, block in enumerate(self.model.layers)}

@@ -67,7 +67,7 @@ def rotate(features: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         features: [batch, seq, heads, head_dim], of any floating dtype, which the result keeps.
-        cos, sin: [seq, 1, head_dim/2] or [batch, seq, 1, head_dim/2] in fp32.
+        cos, sin: [seq, 1, head_dim/2] in fp32.
     """
     wide = torch.promote_types(features.dtype, cos.dtype)
     first, second = (half.to(wide) for half in features.chunk(2, dim=-1))
