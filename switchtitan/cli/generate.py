@@ -4,12 +4,11 @@
     switchtitan generate TARGET --prompt-file FILE
 
 TARGET is a run, a checkpoint, a folder in Hugging Face's layout or a LoRA adapter's folder. Prints
-the prompt and its continuation as it comes, and the speed on standard error."""
+the prompt and its continuation as it comes, and what ended it on standard error."""
 
 import argparse
 import math
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Prints the prompt and its continuation; returns text, tokens and speed.
+    """Prints the prompt and its continuation; returns text and tokens.
 
     Raises:
         UserError: if model, tokenizer or prompt cannot be read.
@@ -101,13 +100,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         result = _stream(tokens, stop_tokens(trained, documents), stream)
     finally:
         print(flush=True)
-    speed = result["tokens_per_s"]
-    said = "" if speed is None else f", {speed:.1f} tokens/s after the first"
-    print(
-        f"{len(result['tokens'])} tokens{said}; prompt: {len(prompt_tokens)} tokens, "
-        f"{result['first_token_s']:.2f} s; stopped by: {result['stopped_by']}",
-        file=sys.stderr,
-    )
+    print(f"{len(result['tokens'])} tokens; stopped by: {result['stopped_by']}", file=sys.stderr)
     return {
         "model": str(trained.source),
         "compute_dtype": compute_dtype.name,
@@ -136,13 +129,11 @@ def _read_prompt(options: argparse.Namespace) -> str:
 
 
 def _stream(tokens: Iterator[int], stops: frozenset[int], stream: TextStream) -> dict[str, Any]:
-    """Prints text as it comes; returns it with its tokens and their speed."""
+    """Prints text as it comes; returns it with its tokens."""
     pieces: list[str] = []
     new_tokens: list[int] = []
-    times = [time.perf_counter()]
     ending = "length"
     for token in tokens:
-        times.append(time.perf_counter())
         new_tokens.append(token)
         if token in stops:
             ending = "end of text"
@@ -151,12 +142,4 @@ def _stream(tokens: Iterator[int], stops: frozenset[int], stream: TextStream) ->
         print(pieces[-1], end="", flush=bool(pieces[-1]))
     pieces.append(stream.rest())
     print(pieces[-1], end="")
-    # The first token takes the pass over the prompt.
-    elapsed_s = times[-1] - times[1]
-    return {
-        "text": "".join(pieces),
-        "tokens": new_tokens,
-        "stopped_by": ending,
-        "tokens_per_s": (len(new_tokens) - 1) / elapsed_s if elapsed_s > 0 else None,
-        "first_token_s": times[1] - times[0],
-    }
+    return {"text": "".join(pieces), "tokens": new_tokens, "stopped_by": ending}

@@ -233,7 +233,7 @@ def test_prompt_and_text_go_to_stdout_and_the_rest_to_stderr(trained):
     words = (trained.run, "--prompt", PROMPT, "--max-new-tokens", 20)
     shown = run("generate", *words, "--seed", 3)
     assert shown.output == PROMPT + generated(*words, "--seed", 3)["text"] + "\n"
-    assert "tokens/s" in shown.errors
+    assert "tokens; stopped by: " in shown.errors
     assert "the model knows sequences of 16" in shown.errors
 
 
