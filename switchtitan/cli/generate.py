@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from switchtitan.cli.main import add_model_arguments, number, positive_int
 from switchtitan.distributed.dtype import dtype_on
@@ -21,7 +22,7 @@ from switchtitan.distributed.precision import use_full_precision
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import ConfigError
 from switchtitan.generation.decoding import Sampler, Sampling, continuation
-from switchtitan.generation.text import TextStream, prompt_ids
+from switchtitan.generation.text import prompt_ids, text_pieces
 from switchtitan.generation.trained import (
     check_tokens,
     load_for_evaluation,
@@ -96,8 +97,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     print(prompt, end="", flush=True)
     try:
-        stream = TextStream(tokenizer, prompt_tokens)
-        result = _stream(tokens, stop_tokens(trained, documents), stream)
+        result = _print_text(tokenizer, prompt_tokens, tokens, stop_tokens(trained, documents))
     finally:
         print(flush=True)
     print(f"{len(result['tokens'])} tokens; stopped by: {result['stopped_by']}", file=sys.stderr)
@@ -128,18 +128,21 @@ def _read_prompt(options: argparse.Namespace) -> str:
         ) from error
 
 
-def _stream(tokens: Iterator[int], stops: frozenset[int], stream: TextStream) -> dict[str, Any]:
+def _print_text(
+    tokenizer: Tokenizer, prompt: list[int], tokens: Iterator[int], stops: frozenset[int]
+) -> dict[str, Any]:
     """Prints text as it comes; returns it with its tokens."""
-    pieces: list[str] = []
-    new_tokens: list[int] = []
-    ending = "length"
-    for token in tokens:
-        new_tokens.append(token)
-        if token in stops:
-            ending = "end of text"
-            break
-        pieces.append(stream.add(token))
-        print(pieces[-1], end="", flush=bool(pieces[-1]))
-    pieces.append(stream.rest())
-    print(pieces[-1], end="")
+    new_tokens, pieces = list[int](), list[str]()
+
+    def until_stop() -> Iterator[int]:
+        for token in tokens:
+            new_tokens.append(token)
+            if token in stops:
+                return
+            yield token
+
+    for piece in text_pieces(tokenizer, prompt, until_stop()):
+        pieces.append(piece)
+        print(piece, end="", flush=bool(piece))
+    ending = "end of text" if new_tokens[-1] in stops else "length"
     return {"text": "".join(pieces), "tokens": new_tokens, "stopped_by": ending}

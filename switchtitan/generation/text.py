@@ -1,13 +1,10 @@
 """Prompts to tokens, and tokens to text as they come."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 from tokenizers import Tokenizer
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""What decoders put in place of bytes that are no character, or not yet one."""
-_CONTEXT = 8
-"""Tokens before a new one that are decoded with it: a token's text can depend on those before."""
+from tokenizers.decoders import DecodeStream
 
 
 def prefix_ids(tokenizer: Tokenizer) -> list[int]:
@@ -26,37 +23,22 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return prefix_ids(tokenizer) + ids
 
 
-class TextStream:
-    """The text of a growing sequence of tokens, in pieces that end between characters.
+def text_pieces(
+    tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]
+) -> Iterator[str]:
+    """Yields the text after a prompt while its tokens come, in pieces that end between characters.
 
-    The pieces together are the text of all tokens. Special tokens have no text.
-
-    Args:
-        prompt: the tokens before the first new one.
+    Special tokens have no text. The last piece is what was held back until the tokens ended.
     """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt[-_CONTEXT:])
-        self._shown = self._decode()
-
-    def add(self, token: int) -> str:
-        """Returns the new characters; none while the bytes of a character are incomplete."""
-        self._ids.append(token)
-        text = self._decode()
-        if text.endswith(REPLACEMENT):
-            return ""
-        new = text[len(self._shown) :]
-        if len(self._ids) > 2 * _CONTEXT:
-            self._ids = self._ids[-_CONTEXT:]
-            text = self._decode()
-        self._shown = text
-        return new
-
-    def rest(self) -> str:
-        """Returns what `add` still holds back, at the end of the sequence."""
-        return self._decode()[len(self._shown) :]
-
-    def _decode(self) -> str:
-        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        return text
+    stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
+    read, num_shown = list(prompt), 0
+    for token in tokens:
+        read.append(token)
+        piece = None
+        # It raises nothing narrower. If bytes that are no character take back one that was shown,
+        # the text after it comes at the end.
+        with suppress(Exception):
+            piece = stream.step(tokenizer, token)
+        num_shown += len(piece or "")
+        yield piece or ""
+    yield tokenizer.decode(read)[len(tokenizer.decode(list(prompt))) + num_shown :]

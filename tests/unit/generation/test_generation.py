@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from switchtitan.data.tokenizer import train_tokenizer
 from switchtitan.generation.decoding import Sampler, Sampling, continuation, probabilities
-from switchtitan.generation.text import REPLACEMENT, TextStream, prefix_ids, prompt_ids
+from switchtitan.generation.text import prefix_ids, prompt_ids, text_pieces
 from switchtitan.models import MODELS
 from switchtitan.models.cola import ColaConfig
 from switchtitan.models.llama.config import LlamaConfig, Qwen2Config
@@ -141,6 +141,7 @@ def test_a_seed_repeats_its_tokens_and_leaves_the_global_generator_alone():
 # Text
 
 TEXT = "Größe: 5 €, 日本語 and 👩‍🔬 emoji. "
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @pytest.fixture(scope="module")
@@ -161,18 +162,13 @@ def word_pieces():
     return tokenizer
 
 
-def pieces_of(tokenizer, prompt, tokens):
-    stream = TextStream(tokenizer, prompt)
-    return [*(stream.add(token) for token in tokens), stream.rest()]
-
-
 def test_pieces_are_full_characters(byte_level):
-    pieces = pieces_of(byte_level, [], byte_level.encode(TEXT).ids)
+    pieces = list(text_pieces(byte_level, [], byte_level.encode(TEXT).ids))
     assert "".join(pieces) == TEXT
     assert "" in pieces  # a token that is a part of a character
     assert not any(REPLACEMENT in piece for piece in pieces)
     # What never becomes a character comes at the end.
-    assert pieces_of(byte_level, [], byte_level.encode("€").ids[:1]) == ["", REPLACEMENT]
+    assert list(text_pieces(byte_level, [], byte_level.encode("€").ids[:1])) == ["", REPLACEMENT]
 
 
 def test_pieces_of_random_bytes_are_the_text_of_all(byte_level):
@@ -181,7 +177,7 @@ def test_pieces_of_random_bytes_are_the_text_of_all(byte_level):
     for _ in range(200):
         ids = [drawn.randrange(1, byte_level.get_vocab_size()) for _ in range(40)]
         whole = byte_level.decode(prompt + ids)
-        assert "and " + "".join(pieces_of(byte_level, prompt, ids)) == whole
+        assert "and " + "".join(text_pieces(byte_level, prompt, ids)) == whole
 
 
 def test_pieces_of_random_words_are_the_text_of_all(word_pieces):
@@ -193,8 +189,16 @@ def test_pieces_of_random_words_are_the_text_of_all(word_pieces):
         words = [drawn.choice(units) for _ in range(40)]
         ids = [id for unit in words for id in unit]
         cut = len(words[0])
-        pieces = pieces_of(word_pieces, ids[:cut], ids[cut:])
+        pieces = text_pieces(word_pieces, ids[:cut], ids[cut:])
         assert word_pieces.decode(ids[:cut]) + "".join(pieces) == word_pieces.decode(ids)
+
+
+def test_text_after_bytes_that_take_back_a_character_comes_at_the_end(word_pieces):
+    euro = [word_pieces.token_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
+    ids = [*word_pieces.encode("a").ids, *euro, euro[0], *word_pieces.encode("b").ids]
+    shown = "".join(text_pieces(word_pieces, [], ids))
+    assert shown.startswith("a€")
+    assert shown.endswith(" b")
 
 
 def test_a_prompt_begins_as_the_tokenizer_begins_texts_and_does_not_end(byte_level):
