@@ -8,7 +8,6 @@ slowly or not compiled) or `missing`, with what to do. Exit status 1 if somethin
 import argparse
 import fcntl
 import importlib
-import re
 import shutil
 import sys
 import tempfile
@@ -29,7 +28,6 @@ _EXTRAS = {
 }
 """Extra of switchtitan -> its package, and what it is for."""
 _EAGER = "pass --compile.blocks false --compile.loss false --compile.optimizer false"
-_INSTALL_TORCH = "install torch as pytorch.org/get-started says"
 
 
 class Finding(NamedTuple):
@@ -65,16 +63,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _findings(output_dir: Path) -> Iterator[Finding]:
     yield Finding("ok", "Python", f"{sys.version.split()[0]}, {sys.executable}")
-    requirements = metadata.requires("switchtitan") if _is_installed("switchtitan") else None
-    needed = [re.split(r"[^\w.-]", of)[0] for of in requirements or [] if "extra ==" not in of]
-    lacking = ", ".join(name for name in needed if not _is_installed(name))
-    fix = f"run pip install {lacking.replace(',', '')}"
-    yield _finding("packages", lacking, fix, "all that switchtitan depends on", "missing")
     try:
         torch = importlib.import_module("torch")
     except Exception as error:  # a broken installation raises many kinds
         reason = str(error).partition("\n")[0] or type(error).__name__
-        yield Finding("missing", "torch", f"cannot be imported ({reason})", _INSTALL_TORCH)
+        fix = "install torch as pytorch.org/get-started says"
+        yield Finding("missing", "torch", f"cannot be imported ({reason})", fix)
     else:
         yield Finding("ok", "torch", torch.__version__)
         yield from _findings_with_torch()
@@ -101,7 +95,6 @@ def _findings(output_dir: Path) -> Iterator[Finding]:
 
 def _findings_with_torch() -> Iterator[Finding]:
     import torch
-    import torch.distributed as dist
 
     from switchtitan.distributed.dtype import bf16_support
     from switchtitan.distributed.world import unusable_gpu
@@ -118,8 +111,6 @@ def _findings_with_torch() -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             memory = format_bytes(torch.cuda.get_device_properties(index).total_memory)
             yield Finding("ok", f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {memory}")
-        problem = "" if dist.is_nccl_available() else "not in this build of torch"
-        yield _finding("NCCL", problem, _INSTALL_TORCH, "in this build of torch", "missing")
     else:
         problem, _, fix = (unusable_gpu() or "").partition("; ")
         yield _finding("GPU", problem, fix, "none: trains on the CPU", "missing")

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         materialize(model, world.device, 0, trained.tensors)
         trained.tensors.clear()
         batches = progress_bar(
-            "evaluating", held_out.batches, total=held_out.num_batches, unit="batches"
+            "evaluating", held_out.batches, total=len(held_out.batches), unit="batches"
         )
         loss = Evaluator(batches, CrossEntropy(compile_regions=False), world)(model)
         if not world.is_main:

@@ -1,14 +1,14 @@
 """What a trained model is evaluated on: a split of a prepared corpus, or a text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from switchtitan.contracts import IGNORED_TARGET, Batch
-from switchtitan.data.corpus import Corpus
+from switchtitan.data.corpus import Corpus, SplitName
 from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.sequences import document_ids
 from switchtitan.data.text import TextSize, size_of_sequences
@@ -16,8 +16,6 @@ from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError
 from switchtitan.generation.text import prefix_ids
-
-SplitName = Literal["validation", "test"]
 
 
 class Shape(NamedTuple):
@@ -33,9 +31,8 @@ class Shape(NamedTuple):
 class HeldOut:
     """Text to evaluate a model on."""
 
-    batches: Iterable[Batch]
-    """This rank's; it has a length."""
-    num_batches: int
+    batches: ValidationBatches | list[Batch]
+    """This rank's."""
     size: TextSize
     """Over all ranks."""
 
@@ -57,7 +54,7 @@ def held_out_split(
         num_ranks=world.size,
     )
     size = size_of_sequences(sequences, batches.num_sequences, corpus.tokenizer())
-    return HeldOut(batches, len(batches), size)
+    return HeldOut(batches, size)
 
 
 def held_out_text(
@@ -96,7 +93,7 @@ def held_out_text(
         rank=world.rank,
         num_ranks=world.size,
     )
-    return HeldOut(batches, len(batches), TextSize(len(ids), len(text.encode())))
+    return HeldOut(batches, TextSize(len(ids), len(text.encode())))
 
 
 def text_batches(
