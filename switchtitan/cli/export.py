@@ -6,15 +6,16 @@ The low-rank factors of any method are merged into dense weights in float32. The
 exported too if the run's corpus is in its [data] cache_dir, relative to the current folder."""
 
 import argparse
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ByteSize, TypeAdapter
 
 from switchtitan.checkpoint.load import find_given
 from switchtitan.checkpoint.save import CHECKPOINTS_FOLDER
+from switchtitan.cli.main import number
 from switchtitan.data.corpus import TOKENIZER_FILE
 from switchtitan.generation.trained import find_corpus, trained_corpus
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
@@ -34,6 +35,11 @@ _LOADED_BY = {
     "'FOLDER')`.",
 }
 """Format -> a sentence of the model card."""
+
+
+_size = number(
+    TypeAdapter(ByteSize).validate_python, lambda size: size >= 1, "a size such as 500MB or 2GB"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,15 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of the stored weights (default: float32)",
     )
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])B", text, re.IGNORECASE)
-    unit = {"K": 10**3, "M": 10**6, "G": 10**9}
-    num_bytes = int(float(match[1]) * unit[match[2].upper()]) if match else 0
-    if num_bytes < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a size, for example 500MB or 2GB")
-    return num_bytes
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
