@@ -42,7 +42,7 @@ class StepTimes:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens per second of the median step."""
+        """Tokens per second of the median round."""
         return self.tokens_per_step / self.median_s
 
 

@@ -6,6 +6,7 @@ The low-rank factors of any method are merged into dense weights in float32. The
 exported too if the run's corpus is in its [data] cache_dir, relative to the current folder."""
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,14 @@ _LOADED_BY = {
 """Format -> a sentence of the model card."""
 
 
-_size = number(
-    TypeAdapter(ByteSize).validate_python, lambda size: size >= 1, "a size such as 500MB or 2GB"
-)
+def _num_bytes(word: str) -> int:
+    # pydantic ignores what follows a number or a unit.
+    if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]?i?B", word, re.IGNORECASE):
+        raise ValueError
+    return TypeAdapter(ByteSize).validate_python(word)
+
+
+_size = number(_num_bytes, lambda size: size >= 1, "a size such as 500MB or 2GB")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,6 @@
 """Prompts to tokens, and tokens to text as they come."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -31,14 +30,14 @@ def text_pieces(
     Special tokens have no text. The last piece is what was held back until the tokens ended.
     """
     stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
-    read, num_shown = list(prompt), 0
+    read, num_shown = list(prompt), len(tokenizer.decode(list(prompt)))
     for token in tokens:
         read.append(token)
-        piece = None
-        # It raises nothing narrower. If bytes that are no character take back one that was shown,
-        # the text after it comes at the end.
-        with suppress(Exception):
-            piece = stream.step(tokenizer, token)
-        num_shown += len(piece or "")
-        yield piece or ""
-    yield tokenizer.decode(read)[len(tokenizer.decode(list(prompt))) + num_shown :]
+        try:
+            piece = stream.step(tokenizer, token) or ""
+        except Exception:  # nothing narrower: bytes that are no character took back a shown one
+            piece = tokenizer.decode(read)[num_shown:]
+            stream = DecodeStream(ids=list(read), skip_special_tokens=True)
+        num_shown += len(piece)
+        yield piece
+    yield tokenizer.decode(read)[num_shown:]

@@ -112,7 +112,7 @@ class EvaluationConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _drop_former_keys(cls, keys: Any) -> Any:
-        """Runs of version 0.4.0 saved two more keys, without effect unless there were prompts."""
+        """Older runs saved keys of prompts, without effect where the list of prompts is empty."""
         if isinstance(keys, dict) and keys.get("prompts") == []:
             return {key: keys[key] for key in keys if key not in ("prompts", "prompt_tokens")}
         return keys

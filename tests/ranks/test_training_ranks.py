@@ -157,7 +157,7 @@ def resumed_in(name):
         return ()
     if name == "switchlora":
         return tuple(LAYOUTS)
-    return ("two", "one") if name in METHOD_KEYS else ("two",)
+    return ("two", "one")
 
 
 def build(folder, home, name, layout):

@@ -46,6 +46,7 @@ TRAINED = [
     ("generate {other} --prompt x", "no tokenizer", "{other}"),
     ("generate {other} --prompt größe --tokenizer {export}", "vocabulary of 200", "--tokenizer"),
     ("export {run} --folder /proc/x", "/proc/x", "cannot be written"),
+    ("export {run} --max-shard-size 5,000MB", "--max-shard-size", "5,000MB: expected a size"),
     ("report {run} --output {folder}/x.gmp", "x.gmp", ".html, .png"),
     ("report {folder} --output x.png", "{folder}", "no TensorBoard"),
 ]
