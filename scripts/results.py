@@ -1,36 +1,24 @@
-"""The numbers and pictures of the documents, from the CSV files of finished runs in docs/results.
+"""The numbers of README, RESULTS.md and LOG.md, from CSV files of finished runs in docs/results.
 
-`generate_docs.py` writes and checks those of README, RESULTS.md and LOG.md. In a page's source,
+`generate_docs.py` writes and checks them. In a page's source,
 
     2.887<!-- FILE: a -->                   is the mean test loss of row a of FILE.csv;
     +0.1 (+0.0 to +0.2)<!-- FILE: a - b --> that of a minus b, seed by seed, with its 95 % interval.
                                             More rows may follow, as in a - b - c + d, and a row of
                                             another file is FILE/a;
-    0.84<!-- FILE: a, tokens -->            the share of row a's tokens after which full rank
-                                            has its loss, interpolated between FILE's rows;
     <!-- results FILE: a=label; b=label --> to
-    <!-- end -->                            holds a table of rows, with differences to the first;
-                                            of several files, FILE, OTHER, their differences alone;
-    <!-- picture FILE: a; one: b=x, c=y; two: d=z -->
-                                            comes before the picture results/FILE.svg: distances of
-                                            rows b, c and d to a over x, y and z, in two series.
+    <!-- end -->                            holds a table of rows, with differences to the first.
 
 `, validation` after a formula takes the validation loss. Values are chosen on seed 1, and reported
 on the others.
 """
 
 import csv
-import io
 import re
 from collections.abc import Mapping
 from functools import cache
-from math import exp, log
 from pathlib import Path
 from statistics import fmean
-
-import matplotlib as mpl
-import numpy as np
-from matplotlib.figure import Figure
 
 from switchtitan.comparison.statistics import LEVEL, Difference, adjusted, difference
 
@@ -38,12 +26,10 @@ FOLDER = Path(__file__).parents[1] / "docs" / "results"
 
 _SIGNED = r"[-+]\d\.\d{3}"
 _NUMBER = re.compile(
-    rf"(?:\d\.\d+|{_SIGNED} \((?:{_SIGNED} to {_SIGNED}|one seed)\))"
-    r"<!-- (?P<file>\w+): (?P<formula>[^,>]+?)(?P<option>, validation|, tokens)? -->"
+    rf"(?:\d\.\d{{3}}|{_SIGNED} \((?:{_SIGNED} to {_SIGNED}|one seed)\))"
+    r"<!-- (?P<file>\w+): (?P<formula>[^,>]+?)(?P<validation>, validation)? -->"
 )
-_TABLE = re.compile(
-    r"<!-- results (?P<files>\w+(?:, \w+)*): (?P<rows>[^>]+) -->\n.*?<!-- end -->", re.DOTALL
-)
+_TABLE = re.compile(r"<!-- results (?P<file>\w+): (?P<rows>[^>]+) -->\n.*?<!-- end -->", re.DOTALL)
 _COLUMNS = (
     "",
     "lr",
@@ -54,10 +40,6 @@ _COLUMNS = (
     "minus the first row's",
     "on validation",
 )
-_PICTURE = re.compile(r"<!-- picture (?P<file>\w+): (?P<baseline>\S+); (?P<series>[^>]+) -->")
-_CORPORA = {"python": "Python code", "english": "English prose", "eigen": "C++"}
-_LINEAR_WEIGHTS = 401_408
-"""Weights of the linear layers of the model of 0.66 M parameters; low-rank methods freeze them."""
 
 
 def with_results(text: str) -> str:
@@ -69,21 +51,10 @@ def with_results(text: str) -> str:
     return _NUMBER.sub(_number, _TABLE.sub(_table, text))
 
 
-def pictures(text: str) -> dict[Path, str]:
-    """Returns the SVG of each picture that the page shows, by its file.
-
-    Raises:
-        ValueError: as `with_results`.
-    """
-    return {FOLDER / f"{match['file']}.svg": _picture(match) for match in _PICTURE.finditer(text)}
-
-
 def _number(match: re.Match[str]) -> str:
-    split = "validation_loss" if match["option"] == ", validation" else "test_loss"
+    split = "validation_loss" if match["validation"] else "test_loss"
     first, *others = match["formula"].split()
-    if match["option"] == ", tokens":
-        value = f"{_share_of_tokens(match['file'], first):.2f}"
-    elif others:
+    if others:
         signs = [1, *(1 if sign == "+" else -1 for sign in others[::2])]
         terms = [_losses(match["file"], row, split) for row in (first, *others[1::2])]
         value = _interval(_sum(terms, signs))
@@ -92,101 +63,32 @@ def _number(match: re.Match[str]) -> str:
     return value + match[0][match[0].index("<!--") :]
 
 
-def _share_of_tokens(file: str, row: str) -> float:
-    names = dict.fromkeys(run["row"] for run in _runs(file))
-    points = {_mean(file, name): log(_tokens(file, name)) for name in names}
-    loss, losses = _mean(file, row), sorted(points)
-    if not losses[0] <= loss <= losses[-1]:
-        raise ValueError(f"docs/results/{file}.csv: no losses on both sides of that of {row}")
-    tokens = exp(np.interp(loss, losses, [points[of] for of in losses]))
-    return float(tokens / _tokens(file, row))
-
-
-def _tokens(file: str, row: str) -> int:
-    return int(_reported(file, row)[0]["tokens"])
-
-
 def _table(match: re.Match[str]) -> str:
-    files = match["files"].split(", ")
-    titles = dict(row.strip().split("=", 1) for row in match["rows"].split(";"))
-    lines = _rows(files[0], titles) if len(files) == 1 else _short_rows(files, titles)
-    lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"<!-- results {match['files']}: {match['rows']} -->\n\n{table}\n\n<!-- end -->"
-
-
-def _rows(file: str, titles: Mapping[str, str]) -> list[list[str]]:
-    """Returns the cells of one file's table, with its header."""
-    differences = [_differences(file, titles, split) for split in ("test_loss", "validation_loss")]
-    lines = [list(_COLUMNS)]
+    file, titles = (
+        match["file"],
+        dict(row.strip().split("=", 1) for row in match["rows"].split(";")),
+    )
+    baseline, *others = titles
+    differences = [
+        {row: _sum([_losses(file, row, split), _losses(file, baseline, split)]) for row in others}
+        for split in ("test_loss", "validation_loss")
+    ]
+    lines = [_COLUMNS, ("---", *["---:"] * (len(_COLUMNS) - 1))]
     for row, title in titles.items():
         run = _reported(file, row)[0]
         lines.append(
-            [
+            (
                 title,
                 f"{float(run['optimizer.lr']):g}",
                 f"{float(run['optimizer.other_lr']):g}" if run.get("optimizer.other_lr") else "-",
                 f"{int(run['num_trainable']) / 1e6:.2f} M",
                 f"{float(run['state_gib']) * 1024:.1f}",
-                f"{_mean(file, row):.3f}",
+                f"{fmean(_losses(file, row, 'test_loss').values()):.3f}",
                 *(_cell(of, row) for of in differences),
-            ]
+            )
         )
-    return lines
-
-
-def _short_rows(files: list[str], titles: Mapping[str, str]) -> list[list[str]]:
-    """Returns the cells of the table of several files, with its header."""
-    differences = [_differences(file, titles, "test_loss") for file in files]
-    corpora = [_CORPORA[file.rsplit("_", 1)[1]] for file in files]
-    lines = [["", "trained", "state, MiB", "frozen in bf16", *corpora]]
-    of_baseline, *_ = (_reported(files[0], row)[0]["num_trainable"] for row in titles)
-    for row, title in titles.items():
-        run = _reported(files[0], row)[0]
-        state = float(run["state_gib"]) * 1024
-        in_bf16 = f"{state - 2 * _LINEAR_WEIGHTS / 2**20:.1f}"
-        lines.append(
-            [
-                title,
-                f"{int(run['num_trainable']) / 1e6:.2f} M",
-                f"{state:.1f}",
-                "-" if run["num_trainable"] == of_baseline else in_bf16,
-                *(_cell(of, row) for of in differences),
-            ]
-        )
-    return lines
-
-
-def _differences(file: str, rows: Mapping[str, str], split: str) -> dict[str, Difference]:
-    """Returns what each row has more than the first, by row."""
-    baseline, *others = rows
-    return {
-        row: _sum([_losses(file, row, split), _losses(file, baseline, split)]) for row in others
-    }
-
-
-def _picture(match: re.Match[str]) -> str:
-    figure = Figure((7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(0, color="grey", linewidth=1)
-    baseline = _losses(match["file"], match["baseline"], "test_loss")
-    for series in match["series"].split("; "):
-        label, rows = series.split(": ")
-        points = dict(point.split("=") for point in rows.split(", "))
-        found = [_sum([_losses(match["file"], row, "test_loss"), baseline]) for row in points]
-        shares, means = [float(share) for share in points.values()], [of.mean for of in found]
-        errors = [of.half_width or 0.0 for of in found]
-        axes.errorbar(shares, means, errors, fmt="o-", capsize=3, label=label)
-    axes.set(xlabel="share of directions that a step can move", xlim=(0, 1.05))
-    axes.set(ylabel="test loss minus full rank's")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    stream = io.StringIO()
-    # Equal text for equal numbers.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": match["file"]}):
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"<!-- results {file}: {match['rows']} -->\n\n{table}\n\n<!-- end -->"
 
 
 def _cell(differences: Mapping[str, Difference], row: str) -> str:
@@ -218,31 +120,21 @@ def _sum(terms: list[dict[int, float]], signs: list[int] | None = None) -> Diffe
     return found
 
 
-def _mean(file: str, row: str) -> float:
-    return fmean(_losses(file, row, "test_loss").values())
-
-
 def _losses(file: str, row: str, split: str) -> dict[int, float]:
-    """Returns the losses of a row's reported runs by seed."""
-    return {int(run["seed"]): float(run[split]) for run in _reported(file, row)}
-
-
-def _reported(file: str, row: str) -> list[dict[str, str]]:
-    """Returns a row's runs that report and do not select; `row` may be FILE/row."""
+    """Returns the losses of a row's reported runs by seed; `row` may be FILE/row."""
     *other_file, name = row.split("/")
-    file = other_file[0] if other_file else file
-    # Files of earlier comparisons say which runs only served to choose values.
-    reported = [
-        run
-        for run in _runs(file)
-        if run["row"] == name and run.get("stage", "report") == "report" and run["seed"] != "1"
-    ]
-    if not reported:
-        raise ValueError(f"docs/results/{file}.csv: no finished run of row {name}")
-    return reported
+    runs = _reported(other_file[0] if other_file else file, name)
+    return {int(run["seed"]): float(run[split]) for run in runs}
 
 
 @cache
-def _runs(file: str) -> list[dict[str, str]]:
+def _reported(file: str, row: str) -> list[dict[str, str]]:
     with (FOLDER / f"{file}.csv").open(newline="") as lines:
-        return list(csv.DictReader(lines))
+        runs = [run for run in csv.DictReader(lines) if run["row"] == row]
+    # Files of earlier comparisons say which runs only served to choose values.
+    reported = [
+        run for run in runs if run.get("stage", "report") == "report" and run["seed"] != "1"
+    ]
+    if not reported:
+        raise ValueError(f"docs/results/{file}.csv: no finished run of row {row}")
+    return reported
