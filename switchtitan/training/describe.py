@@ -153,7 +153,7 @@ def describe_run(
         logger.log(level, "changed since that checkpoint: %s", "; ".join(changes))
     if any(is_on for _, is_on in config.compile) and stepper.state.step < config.training.steps:
         logger.info(
-            "compiling: the first step takes a minute or more; later runs use the cache; "
+            "compiling: the first step can take minutes; later runs use the cache; "
             "speed and ETA are measured from the second step"
         )
 
