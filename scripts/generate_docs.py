@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results import with_results
+from results import pictures, with_results
 
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE
 from switchtitan.benchmark.tables import batch_size_cell
@@ -60,7 +60,11 @@ def main(argv: Sequence[str]) -> None:
         PERFORMANCE: with_tables(PERFORMANCE.read_text(), MEASUREMENTS),
         **{page: with_results(page.read_text()) for page in WITH_RESULTS},
     }
-    outdated = [path for path, text in texts.items() if path.read_text() != text]
+    for page in WITH_RESULTS:
+        texts |= pictures(texts[page])
+    outdated = [
+        path for path, text in texts.items() if not path.exists() or path.read_text() != text
+    ]
     if options.check and outdated:
         names = ", ".join(path.relative_to(ROOT).as_posix() for path in outdated)
         print(f"outdated: {names}; run python scripts/generate_docs.py", file=sys.stderr)

@@ -1,24 +1,31 @@
-"""The numbers of README, RESULTS.md and LOG.md, from CSV files of finished runs in docs/results.
+"""The numbers and pictures of the documents, from the CSV files of finished runs in docs/results.
 
-`generate_docs.py` writes and checks them. In a page's source,
+`generate_docs.py` writes and checks those of README, RESULTS.md and LOG.md. In a page's source,
 
     2.887<!-- FILE: a -->                   is the mean test loss of row a of FILE.csv;
     +0.1 (+0.0 to +0.2)<!-- FILE: a - b --> that of a minus b, seed by seed, with its 95 % interval.
                                             More rows may follow, as in a - b - c + d, and a row of
                                             another file is FILE/a;
     <!-- results FILE: a=label; b=label --> to
-    <!-- end -->                            holds a table of rows, with differences to the first.
+    <!-- end -->                            holds a table of rows, with differences to the first;
+    <!-- picture FILE: a; one: b=x, c=y; two: d=z -->
+                                            comes before the picture results/FILE.svg: distances of
+                                            rows b, c and d to a over x, y and z, in two series.
 
 `, validation` after a formula takes the validation loss. Values are chosen on seed 1, and reported
 on the others.
 """
 
 import csv
+import io
 import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from statistics import fmean
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
 
 from switchtitan.comparison.statistics import LEVEL, Difference, adjusted, difference
 
@@ -40,6 +47,7 @@ _COLUMNS = (
     "minus the first row's",
     "on validation",
 )
+_PICTURE = re.compile(r"<!-- picture (?P<file>\w+): (?P<baseline>\S+); (?P<series>[^>]+) -->")
 
 
 def with_results(text: str) -> str:
@@ -49,6 +57,15 @@ def with_results(text: str) -> str:
         ValueError: a formula names a row without a finished run, or rows that share no seed.
     """
     return _NUMBER.sub(_number, _TABLE.sub(_table, text))
+
+
+def pictures(text: str) -> dict[Path, str]:
+    """Returns the SVG of each picture that the page shows, by its file.
+
+    Raises:
+        ValueError: as `with_results`.
+    """
+    return {FOLDER / f"{match['file']}.svg": _picture(match) for match in _PICTURE.finditer(text)}
 
 
 def _number(match: re.Match[str]) -> str:
@@ -73,7 +90,7 @@ def _table(match: re.Match[str]) -> str:
         {row: _sum([_losses(file, row, split), _losses(file, baseline, split)]) for row in others}
         for split in ("test_loss", "validation_loss")
     ]
-    lines = [_COLUMNS, ("---", *["---:"] * (len(_COLUMNS) - 1))]
+    lines: list[tuple[str, ...]] = [_COLUMNS]
     for row, title in titles.items():
         run = _reported(file, row)[0]
         lines.append(
@@ -87,8 +104,36 @@ def _table(match: re.Match[str]) -> str:
                 *(_cell(of, row) for of in differences),
             )
         )
+    # A key that was not tuned has no value in the file.
+    filled = [column for column in zip(*lines, strict=True) if set(column[1:]) != {"-"}]
+    head, *body = zip(*filled, strict=True)
+    lines = [head, ("---", *["---:"] * (len(head) - 1)), *body]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"<!-- results {file}: {match['rows']} -->\n\n{table}\n\n<!-- end -->"
+
+
+def _picture(match: re.Match[str]) -> str:
+    figure = Figure((7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color="grey", linewidth=1)
+    baseline = _losses(match["file"], match["baseline"], "test_loss")
+    for series in match["series"].split("; "):
+        label, rows = series.split(": ")
+        points = dict(point.split("=") for point in rows.split(", "))
+        found = [_sum([_losses(match["file"], row, "test_loss"), baseline]) for row in points]
+        shares, means = [float(share) for share in points.values()], [of.mean for of in found]
+        errors = [of.half_width or 0.0 for of in found]
+        axes.errorbar(shares, means, errors, fmt="o-", capsize=3, label=label)
+    axes.set(xlabel="share of directions that a step can move", xlim=(0, 1.05))
+    axes.set(ylabel="test loss minus full rank's")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    stream = io.StringIO()
+    # Equal text for equal numbers.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": match["file"]}):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
 def _cell(differences: Mapping[str, Difference], row: str) -> str:
