@@ -34,10 +34,8 @@ def real_stepper(config: JobConfig) -> Iterator[Stepper]:
 
 
 @contextmanager
-def fake_stepper(
-    config: JobConfig, num_ranks: int, rank: int = 0, device: str = "cpu"
-) -> Iterator[Stepper]:
-    """Yields the stepper of one of `num_ranks` ranks: on a CPU, uncompiled.
+def fake_stepper(config: JobConfig, num_ranks: int, device: str = "cpu") -> Iterator[Stepper]:
+    """Yields the stepper of the first of `num_ranks` ranks: on a CPU, uncompiled.
 
     Its tensors are fake (shapes without values), and its collectives do nothing: it requires no
     ranks, no memory for the model and no corpus. dtype "auto" is bf16, as on current GPUs. Run
@@ -48,19 +46,26 @@ def fake_stepper(
         device: "cuda:0" in a process of `call_with_gpus`, where regions compile as `config` says.
 
     Raises:
-        EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
+        EnvironmentMismatchError: if the model cannot train on the device, or the ranks do not fill
+            the mesh of `config`.
     """
     assert not dist.is_initialized(), "this process already has a process group"
     shape = mesh_shape(config.parallelism, num_ranks)
     training, seq_len = config.training, config.data.seq_len
     num_micro_batches = training.global_batch_size // (num_ranks * training.local_batch_size)
+    compute_dtype = torch.float32 if training.dtype == "float32" else torch.bfloat16
+    model = config.model
+    if device == "cpu":
+        model = model.on_any_machine()
+        model.check_device(device, compute_dtype)
     without_values = {
+        "model": model,
         # "skip" reads the norm.
         "training": training.model_copy(update={"on_nonfinite": "stop"}),
         # Compilation changes no collectives.
         "compile": CompileConfig() if device == "cpu" else config.compile,
     }
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
     try:
         mesh = init_device_mesh(
             torch.device(device).type, shape, mesh_dim_names=("replicate", "shard")
@@ -70,9 +75,9 @@ def fake_stepper(
         with FakeTensorMode():
             yield build_stepper(
                 config.model_copy(update=without_values),
-                World(rank, num_ranks, torch.device(device), mesh, group),
+                World(0, num_ranks, torch.device(device), mesh, group),
                 fake_batches(training.local_batch_size, seq_len, num_micro_batches),
-                compute_dtype=torch.float32 if training.dtype == "float32" else torch.bfloat16,
+                compute_dtype=compute_dtype,
             )
     finally:
         stop_world()

@@ -148,7 +148,8 @@ class DataConfig(SourceConfig):
     def source_config(self, number: int, tokenizer: str) -> "DataConfig":
         """The configuration of one source of a mixture."""
         keys = self.sources[number].model_dump(exclude={"weight"})
-        return self.model_copy(update=keys | {"sources": (), "tokenizer": tokenizer})
+        of_mixture = {"sources": (), "tokenizer": tokenizer, "offline_dataset": None}
+        return self.model_copy(update=keys | of_mixture)
 
     def fallback_config(self) -> "DataConfig":
         """The configuration to use if the hub cannot be reached."""

@@ -49,6 +49,8 @@ def commit() -> str | None:
     """Returns the commit of this code, with "-dirty" for local changes; None outside a checkout."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     folder = Path(switchtitan.__file__).parent
+    if not (folder.parent / ".git").exists():  # installed in an environment of another repository
+        return None
     try:
         found = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -14,6 +14,7 @@ from switchtitan.benchmark.fit import (
     largest_batch_size,
     largest_batch_sizes,
 )
+from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods import METHODS
 from switchtitan.methods.lowrank.contraction import factored, fastest_contraction, merged
 from switchtitan.methods.switchlora.plan import Plan
@@ -74,6 +75,18 @@ def padded_numel(parameters, num_ranks):
     return sum(
         -(-p.shape[0] // num_ranks) * num_ranks * (p.numel() // p.shape[0]) for p in parameters
     )
+
+
+def test_attention_that_needs_a_gpu_is_estimated_as_sdpa_or_refused(tmp_path):
+    config = one_pass(tmp_path, "lora", *BF16)
+
+    def memory_with(attention):
+        model = config.model.model_copy(update={"attention": attention})
+        return estimate_step(config.model_copy(update={"model": model}), 1).memory
+
+    assert memory_with("flash_attn") == memory_with("sdpa")
+    with pytest.raises(EnvironmentMismatchError, match=r"attention = 'flex'.*on a CPU"):
+        memory_with("flex")
 
 
 # FLOPs

@@ -317,6 +317,14 @@ def test_the_offline_corpus_takes_its_place_with_a_warning(tmp_path, caplog, key
 
 
 @pytest.mark.usefixtures("offline")
+def test_a_mixture_has_no_offline_corpus(tmp_path):
+    sources = ({"dataset": "pystdlib", "weight": 1}, {"dataset": "c4", "weight": 1})
+    keys = {"offline_dataset": "pystdlib", "max_bytes": 50_000, "cache_dir": tmp_path}
+    with pytest.raises(CorpusError, match="HF_HUB_OFFLINE"):
+        open_corpus(DataConfig(sources=sources, **keys))
+
+
+@pytest.mark.usefixtures("offline")
 def test_a_prepared_corpus_needs_no_hub(elsewhere, corpus):
     config = elsewhere.model_copy(update={"tokenizer": "some/tokenizer"})
     shutil.copytree(corpus.folder, plan_from_name(config).folder)
