@@ -18,8 +18,6 @@ from typing import Any
 
 from results import pictures, with_results
 
-from switchtitan.benchmark.fit import MAX_BATCH_SIZE
-from switchtitan.benchmark.tables import batch_size_cell
 from switchtitan.config import describe, section_types, toml_value
 from switchtitan.job.config import JobConfig
 from switchtitan.registry import Section
@@ -115,7 +113,7 @@ def with_tables(text: str, folder: Path) -> str:
     def table(match: re.Match[str]) -> str:
         name = match[1]
         record = json.loads((folder / f"{name}.json").read_text())
-        rows = fit_rows(record) if "fits" in record else bound_rows(record)
+        rows = bound_rows(record)
         rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         source = f"Commit {record['environment']['commit']}: [figures](measurements/{name}.json)"
@@ -145,32 +143,6 @@ def bound_rows(record: dict[str, Any]) -> list[list[str]]:
             cells.append(f"{num_tokens / bound_s / 1e3:.4g}k")
         rows.append(cells)
     return rows
-
-
-def fit_rows(record: dict[str, Any]) -> list[list[str]]:
-    """Returns the table of what fits: a row for each method, a column for each size of the model.
-
-    Cells are the numbers of sequences that fit. If the most that were tried always fit, they are
-    the peaks with that number.
-    """
-    all_fit = all(
-        set(fit["batch_size"].values()) == {MAX_BATCH_SIZE} for fit in record["fits"].values()
-    )
-    cells: dict[str, dict[str, str]] = {}
-    for side, fit in record["fits"].items():
-        file, _, overrides = side.partition(":")
-        keys = dict(override.partition(".")[2].split("=", 1) for override in overrides.split(","))
-        size = keys.pop("size")
-        keys.pop("rank", None)  # it follows the size
-        method = Path(file).stem.removeprefix("llama_350m_")
-        row = ", ".join([method, *(f"{key}={value}" for key, value in keys.items())])
-        if all_fit:
-            cell = f"{fit['peak'][str(MAX_BATCH_SIZE)] / _GIB:.2f}"
-        else:
-            cell = " / ".join(map(batch_size_cell, fit["batch_size"].values()))
-        cells.setdefault(row, {})[size] = cell
-    sizes = next(iter(cells.values()))
-    return [["", *sizes], *([row, *by_size.values()] for row, by_size in cells.items())]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,6 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from switchtitan.errors import ConfigError
-from switchtitan.files import exists
 from switchtitan.registry import Registry, Section
 
 FOLDER = Path(str(resources.files("switchtitan"))) / "train_configs"
@@ -77,7 +77,7 @@ def find_config(given: Path) -> Path:
     So `llama_350m.toml` and `train_configs/llama_350m.toml` work in any working directory.
     """
     files = [given, FOLDER / given, FOLDER.parent / given]
-    return next((file for file in files if exists(file) and file.suffix == ".toml"), given)
+    return next((file for file in files if os.path.exists(file) and file.suffix == ".toml"), given)
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _with_bases(file: Path) -> list[tuple[Path, dict[str, Any]]]:
         if not isinstance(base, str):
             raise ConfigError(f"{place}: expected the path of a file")
         local, installed = file.parent / base, FOLDER / base
-        file = installed if exists(installed) and not exists(local) else local
+        file = installed if os.path.exists(installed) and not os.path.exists(local) else local
         if file.resolve() in [path.resolve() for path, _ in chain]:
             raise ConfigError(f"{place}: a file cannot be based on itself")
 

@@ -101,11 +101,6 @@ def checksum_line(contents: bytes, name: str) -> bytes:
     return f"{hashlib.sha256(contents).hexdigest()}  {name}\n".encode()
 
 
-def exists(path: Path) -> bool:
-    """Whether a file or folder exists; False also for paths that no file can have."""
-    return os.path.exists(path)
-
-
 def is_plain_name(name: str) -> bool:
     """Whether `name` names a file or folder within any folder, and nothing outside of it."""
     return name not in ("", ".", "..") and "\0" not in name and Path(name).name == name

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 import re
 import warnings
@@ -32,7 +33,7 @@ from switchtitan.checkpoint.save import (
 from switchtitan.config import flatten
 from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError, CheckpointFormatError, abbreviate
-from switchtitan.files import exists, file_inside, sha256_of_file
+from switchtitan.files import file_inside, sha256_of_file
 from switchtitan.process import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def find_checkpoint(folder: Path, config: CheckpointConfig) -> Path | None:
         except CheckpointError as error:
             raise type(error)(f"{key}: {error}") from error
     weights = config.initial_weights
-    if found is None and weights is not None and not exists(Path(weights)):
+    if found is None and weights is not None and not os.path.exists(weights):
         raise CheckpointError(f"[checkpoint] initial_weights = {weights!r}: no such file or folder")
     return found
 

@@ -43,7 +43,7 @@ from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.shards import local, replica_group, with_local
 from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError
-from switchtitan.files import exists, make_folder, named_errors, sync_folder
+from switchtitan.files import make_folder, named_errors, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class Checkpointer:
             sums = together(lambda: _write_tensors(partial, tensors, group))
             together(lambda: _seal(final, metadata, sums) if is_main else None)
         except CheckpointError as error:
-            if is_main and exists(partial):
+            if is_main and os.path.exists(partial):
                 _remove(partial)
             raise CheckpointError(
                 f"cannot save step {metadata.step} to {self._folder}: {error}; older checkpoints "

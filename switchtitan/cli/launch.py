@@ -32,7 +32,6 @@ from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.cli.rendezvous import check_rendezvous, check_slurm_tasks
 from switchtitan.distributed.world import raise_file_limit
 from switchtitan.errors import EXIT_STATUS_KEY, USER_ERROR_STATUS, ConfigError, final_line
-from switchtitan.files import exists
 from switchtitan.job.config import RunConfig, parse_arguments, parse_unchecked
 from switchtitan.process import num_cores, threads_per_process
 
@@ -58,7 +57,8 @@ def run(words: Sequence[str]) -> None:
     )
     options = parser.parse_args(words)
     script = options.training_script
-    if not (options.module or options.no_python or script in OWN_COMMANDS or exists(Path(script))):
+    is_given = options.module or options.no_python or script in OWN_COMMANDS
+    if not (is_given or os.path.exists(script)):
         raise ConfigError(f"launch {script}: expected {', '.join(OWN_COMMANDS)}, a file, -m MODULE")
     _check_machines(options)
     if options.training_script == "train":

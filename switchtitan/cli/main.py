@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from switchtitan import __version__, errors
-from switchtitan.files import exists, write_atomically
+from switchtitan.files import write_atomically
 from switchtitan.process import num_cores, set_thread_defaults
 
 COMMANDS = {
@@ -134,7 +134,7 @@ def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
 
 def _check_json(file: Path) -> None:
     """Checks `--json FILE` before hours of measuring."""
-    if not exists(file.absolute().parent) or (exists(file) and file.is_dir()):
+    if not os.path.exists(file.absolute().parent) or (os.path.exists(file) and file.is_dir()):
         raise errors.ConfigError(f"--json {file}: expected a file in a folder that exists")
 
 

@@ -1,5 +1,6 @@
 """The `[data]` section: corpus, tokenizer, sequence length and the cache of prepared corpora."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -8,7 +9,6 @@ from pydantic import Field, model_validator
 
 from switchtitan.config import toml_value
 from switchtitan.data.sources import DATASETS
-from switchtitan.files import exists
 from switchtitan.registry import Section
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class DataConfig(SourceConfig):
             return None
         path = Path(self.tokenizer).expanduser()
         looks_local = self.tokenizer.startswith((".", "/", "~")) or path.suffix == ".json"
-        return path if looks_local or exists(path) else None
+        return path if looks_local or os.path.exists(path) else None
 
     @property
     def hub_tokenizer(self) -> str | None:
@@ -142,7 +142,7 @@ class DataConfig(SourceConfig):
     @property
     def needs_hub_dataset(self) -> bool:
         """Whether the dataset itself comes from the hub."""
-        is_local = self.path is not None and exists(self.folder)
+        is_local = self.path is not None and os.path.exists(self.folder)
         return DATASETS[self.dataset].comes_from_hub and not is_local
 
     def source_config(self, number: int, tokenizer: str) -> "DataConfig":

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CorpusError, abbreviate
-from switchtitan.files import exists
 
 if TYPE_CHECKING:
     from switchtitan.data.config import SourceConfig
@@ -102,7 +101,7 @@ def _reader_of(files: Sequence[Path], read_file: Callable[[Path], Iterator[str]]
 
 def _find_files(config: "SourceConfig", *patterns: str) -> list[Path]:
     path = config.folder
-    if exists(path) and path.is_file():
+    if os.path.exists(path) and path.is_file():
         return [path]
     found = {file for pattern in patterns for file in path.rglob(pattern) if not file.is_dir()}
     if not found:

@@ -1,6 +1,7 @@
 """Write and read LoRA adapters in the layout of Hugging Face's PEFT."""
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +15,6 @@ from torch import Tensor
 from switchtitan.config import mistakes_in
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, abbreviate
-from switchtitan.files import exists
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
 from switchtitan.hub.export_folder import ReadWeights
 from switchtitan.hub.huggingface import CONFIG_NAME, read_config, read_dense, write_json
@@ -156,7 +156,7 @@ def folder_of_model(path: Path) -> Path:
     own, named = path / BASE_FOLDER, read_adapter_config(path).base_model_name_or_path
     if own.is_dir():
         return own
-    if named is not None and exists(Path(named) / CONFIG_NAME):
+    if named is not None and os.path.exists(Path(named) / CONFIG_NAME):
         return Path(named)
     raise CheckpointError(
         f"{path / ADAPTER_CONFIG_NAME}: base_model_name_or_path = {named!r}: no such folder; "

@@ -4,7 +4,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,7 +21,6 @@ class Throughput:
         flops_per_token: of forward and backward.
         peak_flops_per_s: of one device; None if unknown, then MFU is not reported.
         start_step: steps done before this run, of `num_steps`.
-        clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -33,14 +32,12 @@ class Throughput:
         peak_flops_per_s: float | None,
         num_steps: int,
         start_step: int = 0,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._tokens_per_step = tokens_per_step
         self._flops_per_token_and_device = flops_per_token / num_devices
         self._peak = peak_flops_per_s
         self._num_steps, self._step = num_steps, start_step
-        self._clock = clock
-        self._began_at = self._window_began_at = clock()
+        self._began_at = self._window_began_at = time.perf_counter()
         self._excluded_s = 0.0
         self._first: tuple[int, float] | None = None
         """Step and time of the first call of `measure`."""
@@ -50,11 +47,11 @@ class Throughput:
     @contextmanager
     def excluded(self) -> Iterator[None]:
         """Excludes the time inside (evaluation, saving) from the speed, not from the time left."""
-        began_at = self._clock()
+        began_at = time.perf_counter()
         try:
             yield
         finally:
-            self._excluded_s += self._clock() - began_at
+            self._excluded_s += time.perf_counter() - began_at
 
     def measure(self, step: int) -> dict[str, float]:
         """Returns the metrics since the last call, by TensorBoard tag.
@@ -62,7 +59,7 @@ class Throughput:
         Call it when the device has finished `step` steps. The first of several calls returns
         nothing, since its window includes compilation: call it after one step.
         """
-        now = self._clock()
+        now = time.perf_counter()
         num_steps = step - self._step
         assert num_steps > 0, f"measured twice at step {step}"
         elapsed_s = max(now - self._window_began_at - self._excluded_s, 1e-9)
@@ -95,7 +92,7 @@ class Throughput:
     @property
     def wall_time_s(self) -> float:
         """Seconds since this object was created."""
-        return self._clock() - self._began_at
+        return time.perf_counter() - self._began_at
 
     @property
     def mean_tokens_per_s(self) -> float:

@@ -25,14 +25,14 @@ def clock(monkeypatch):
     return clock
 
 
-def throughput_of(clock, **arguments):
+def throughput_of(**arguments):
     defaults = {"tokens_per_step": 600, "flops_per_token": 4e9, "num_devices": 2}
     defaults |= {"peak_flops_per_s": 3e12, "num_steps": 110, "start_step": 10}
-    return Throughput(**(defaults | arguments), clock=lambda: clock.now)
+    return Throughput(**(defaults | arguments))
 
 
 def test_speed_is_tokens_over_time(clock):
-    throughput = throughput_of(clock)
+    throughput = throughput_of()
     clock.now += 99
     assert throughput.measure(11) == {}, "it includes compilation"
     clock.now += 20
@@ -43,7 +43,7 @@ def test_speed_is_tokens_over_time(clock):
         "throughput/eta_s": 89 * 2,
     }
     assert throughput.measure(21) == pytest.approx(expected)
-    unknown = throughput_of(clock, peak_flops_per_s=None, num_steps=11)
+    unknown = throughput_of(peak_flops_per_s=None, num_steps=11)
     clock.now += 5
     values = unknown.measure(11)
     assert "throughput/mfu" not in values
@@ -53,7 +53,7 @@ def test_speed_is_tokens_over_time(clock):
 
 
 def test_excluded_time_counts_for_the_time_left_only(clock):
-    throughput = throughput_of(clock)
+    throughput = throughput_of()
     clock.now += 50  # compilation
     throughput.measure(20)
     clock.now += 10
