@@ -33,7 +33,8 @@ from switchtitan.job.checks import check, keys_without_effect
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
 from switchtitan.observability.config import MetricsConfig, ProfilerConfig
-from switchtitan.optim import OPTIMIZERS, LRScheduleConfig
+from switchtitan.optim import OPTIMIZERS
+from switchtitan.optim.lr_schedule import LRScheduleConfig
 
 _USAGE = """\
 usage: switchtitan train [--config FILE] [--section.key value ...]

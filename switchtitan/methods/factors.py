@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchtitan.distributed.initial import GeneratorFor
-from switchtitan.methods.lowrank import FACTORS, FactorConfig, ReplacingMethod
-from switchtitan.methods.lowrank.linear import FactorLinear, take
-from switchtitan.methods.lowrank.method import FactorSection
+from switchtitan.methods.lowrank.linear import FACTORS, FactorLinear, take
+from switchtitan.methods.lowrank.method import FactorConfig, FactorSection, ReplacingMethod
 from switchtitan.methods.projected import is_right, leading_singular_vectors
 
 

@@ -11,7 +11,8 @@ from switchtitan.contracts import (
     OptimizerConfig,
     TrainingOptimizer,
 )
-from switchtitan.optim import OPTIMIZERS, trained_parameters
+from switchtitan.optim import OPTIMIZERS
+from switchtitan.optim.parameters import trained_parameters
 
 
 class FullRankConfig(MethodConfig):

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from switchtitan.methods.lowrank import LowRankConfig, LowRankMethod, balanced_bounds, lora_bounds
+from switchtitan.methods.lowrank.linear import balanced_bounds, lora_bounds
+from switchtitan.methods.lowrank.method import LowRankConfig, LowRankMethod
 
 
 class LoraConfig(LowRankConfig):

@@ -36,10 +36,10 @@ from switchtitan.distributed.shards import (
     rows_per_rank,
     shard_group,
 )
-from switchtitan.methods.lowrank import FactorConfig
-from switchtitan.optim import AdamW, AdamWConfig, require_adamw, trained_parameters
+from switchtitan.methods.lowrank.method import FactorConfig
+from switchtitan.optim.adamw import AdamW, AdamWConfig, require_adamw
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
-from switchtitan.optim.parameters import TrainedParameter
+from switchtitan.optim.parameters import TrainedParameter, trained_parameters
 from switchtitan.regions import region
 
 TINY_NORM = 1e-8

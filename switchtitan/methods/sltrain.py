@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for, splitmix64
 from switchtitan.methods.factors import ProductLinear, ProductMethod
-from switchtitan.methods.lowrank import FACTORS, FactorConfig
+from switchtitan.methods.lowrank.linear import FACTORS
+from switchtitan.methods.lowrank.method import FactorConfig
 from switchtitan.methods.lowrank.operations import copy_in_backward, part_of
 
 SPARSE = "sparse_values"

@@ -1,11 +1,9 @@
 """Optimizers and learning-rate schedules."""
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
-from switchtitan.optim.adamw import AdamW, AdamWConfig, build_adamw, require_adamw
+from switchtitan.optim.adamw import AdamWConfig, build_adamw
 from switchtitan.optim.adamw8bit import AdamW8bit, AdamW8bitConfig
-from switchtitan.optim.lr_schedule import LRScheduleConfig, build_lr_schedule
 from switchtitan.optim.muon import MuonConfig, build_muon
-from switchtitan.optim.parameters import TrainedParameter, trained_parameters
 from switchtitan.optim.scale import ScaleConfig, build_scale
 from switchtitan.optim.torch_optimizer import (
     AdafactorConfig,
@@ -28,14 +26,3 @@ OPTIMIZERS: Registry[OptimizerConfig, TrainingOptimizer] = Registry(
 )
 """A factory is called as factory(config, parameters, compile_step), with `TrainedParameter`s.
 Only Muon and `adamw8bit` compile; `adamw` is torch's fused kernel."""
-
-__all__ = [
-    "OPTIMIZERS",
-    "AdamW",
-    "AdamWConfig",
-    "LRScheduleConfig",
-    "TrainedParameter",
-    "build_lr_schedule",
-    "require_adamw",
-    "trained_parameters",
-]

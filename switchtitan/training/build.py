@@ -39,7 +39,7 @@ from switchtitan.observability.environment import versions
 from switchtitan.observability.region_times import RegionTimes
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput, peak_flops_per_s
-from switchtitan.optim import build_lr_schedule
+from switchtitan.optim.lr_schedule import build_lr_schedule
 from switchtitan.training.describe import (
     compared_values,
     describe_run,

@@ -9,7 +9,7 @@ from support.optimizer_steps import build, parameters, train
 from support.switchlora_layers import with_interval
 from support.switchlora_runs import RANK, check_golden_trajectory, check_whole_run
 
-from switchtitan.methods.lowrank import LowRankLinear
+from switchtitan.methods.lowrank.linear import LowRankLinear
 from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.optim.muon import MuonConfig
 

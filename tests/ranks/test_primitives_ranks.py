@@ -37,7 +37,7 @@ from switchtitan.distributed.shards import (
 )
 from switchtitan.errors import RanksDisagreeError
 from switchtitan.methods import METHODS, projected
-from switchtitan.methods.lowrank import LowRankLinear
+from switchtitan.methods.lowrank.linear import LowRankLinear
 from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.methods.projected import (
     ApolloConfig,
@@ -47,7 +47,8 @@ from switchtitan.methods.projected import (
 )
 from switchtitan.methods.relora import merge_and_restart_, prune_
 from switchtitan.observability.collectives import CountCommunication
-from switchtitan.optim import OPTIMIZERS, AdamWConfig
+from switchtitan.optim import OPTIMIZERS
+from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.muon import MuonConfig
 from switchtitan.optim.scale import ScaleConfig
 

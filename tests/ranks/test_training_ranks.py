@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import parse_arguments
-from switchtitan.methods.lowrank import low_rank_layers
+from switchtitan.methods.lowrank.linear import low_rank_layers
 from switchtitan.spectra.telemetry import read_spectra
 from switchtitan.training.build import build_trainer
 

@@ -23,8 +23,8 @@ from switchtitan.hub.initial_weights import read_model_folder, without_copies
 from switchtitan.hub.peft_folder import read_adapted
 from switchtitan.methods import METHODS
 from switchtitan.methods.lora import Lora, LoraConfig
-from switchtitan.methods.lowrank import LowRankConfig, LowRankMethod, low_rank_layers
-from switchtitan.methods.lowrank.method import ADAPTED_LINEARS
+from switchtitan.methods.lowrank.linear import low_rank_layers
+from switchtitan.methods.lowrank.method import ADAPTED_LINEARS, LowRankConfig, LowRankMethod
 from switchtitan.models import MODELS
 from switchtitan.registry import Component
 from switchtitan.spectra.telemetry import read_spectra

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from switchtitan.optim import OPTIMIZERS, TrainedParameter
+from switchtitan.optim import OPTIMIZERS
+from switchtitan.optim.parameters import TrainedParameter
 
 NUM_STEPS = 12
 

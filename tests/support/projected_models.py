@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from support.optimizer_steps import placed
-from switchtitan.optim import AdamWConfig
+from switchtitan.optim.adamw import AdamWConfig
 
 ADAM = AdamWConfig(lr=0.03, betas=(0.8, 0.97), eps=1e-2, weight_decay=0.2, decay_norms=True)
 NUM_STEPS = 22

@@ -3,7 +3,7 @@
 from torch import nn
 
 from support.optimizer_steps import draw, parameters, placed
-from switchtitan.optim import TrainedParameter
+from switchtitan.optim.parameters import TrainedParameter
 
 SHAPES = {
     "embed.weight": (6, 7),

@@ -9,14 +9,14 @@ from support.small_llama import initial_tensors
 from switchtitan.distributed import random
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import full_tensor
-from switchtitan.methods.lowrank import balanced_bounds, low_rank_layers
+from switchtitan.methods.lowrank.linear import balanced_bounds, low_rank_layers
 from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.methods.switchlora import update
 from switchtitan.methods.switchlora.candidates import StoredCandidates
 from switchtitan.methods.switchlora.method import SwitchLoraLinear, SwitchLoraOptimizer
 from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
-from switchtitan.optim import AdamW
+from switchtitan.optim.adamw import AdamW
 from switchtitan.optim.muon import MuonConfig
 
 # Multiples of 16, for which cuBLAS has TF32 kernels.

@@ -15,10 +15,10 @@ from support.switchlora_reference import (
     constant_candidates,
     switch_rate,
 )
-from switchtitan.methods.lowrank import low_rank_layers
+from switchtitan.methods.lowrank.linear import low_rank_layers
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
 from switchtitan.methods.switchlora.method import SwitchLoraLinear
-from switchtitan.optim import AdamWConfig
+from switchtitan.optim.adamw import AdamWConfig
 
 NUM_STEPS = 60
 RANK = 5  # k_proj and v_proj are [6, 12]: one candidate on each side waits, so their limit is felt

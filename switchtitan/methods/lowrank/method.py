@@ -18,7 +18,8 @@ from switchtitan.contracts import (
 )
 from switchtitan.methods.lowrank.contraction import BY_NAME
 from switchtitan.methods.lowrank.linear import FACTORS, FactorLinear, LowRankLinear, lora_bounds
-from switchtitan.optim import OPTIMIZERS, TrainedParameter, trained_parameters
+from switchtitan.optim import OPTIMIZERS
+from switchtitan.optim.parameters import TrainedParameter, trained_parameters
 
 ADAPTED_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

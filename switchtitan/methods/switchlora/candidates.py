@@ -14,7 +14,7 @@ from torch import Tensor
 from switchtitan.distributed.copies import CopyToHost, HostCopies, to_device
 from switchtitan.distributed.random import advance64, as_uniform, splitmix64
 from switchtitan.distributed.rows import RowSpans, ShardedRows, copy_all_, paired_rows
-from switchtitan.methods.lowrank import LowRankLinear
+from switchtitan.methods.lowrank.linear import LowRankLinear
 from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, Switch
 
 BUFFERS = ("candidates_a", "candidates_b")

@@ -13,15 +13,15 @@ from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.rows import RowExchange, RowSpans, ShardedRows, copy_all_, paired_rows
 from switchtitan.distributed.shards import shard_group
-from switchtitan.methods.lowrank import (
+from switchtitan.methods.lowrank.linear import (
     FACTORS,
-    FrozenWeights,
     LowRankLinear,
-    LowRankMethod,
     balanced_bounds,
     lora_bounds,
     low_rank_layers,
 )
+from switchtitan.methods.lowrank.method import LowRankMethod
+from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.methods.switchlora.candidates import (
     BUFFERS,
     Candidates,
@@ -31,7 +31,7 @@ from switchtitan.methods.switchlora.candidates import (
 )
 from switchtitan.methods.switchlora.plan import Plan, Switch, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
-from switchtitan.optim import AdamW, require_adamw
+from switchtitan.optim.adamw import AdamW, require_adamw
 from switchtitan.optim.base import SplitOptimizer
 from switchtitan.optim.muon import MuonConfig, build_muon
 from switchtitan.regions import region

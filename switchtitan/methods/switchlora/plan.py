@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from switchtitan.distributed.rows import Spans
-from switchtitan.methods.lowrank import LowRankConfig
+from switchtitan.methods.lowrank.method import LowRankConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.rows import copy_all_
 from switchtitan.distributed.shards import allocate_adjacent, as_one_matrix, local_shards, row_range
-from switchtitan.methods.lowrank import FACTORS, LowRankLinear
+from switchtitan.methods.lowrank.linear import FACTORS, LowRankLinear
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan, vector_spans
-from switchtitan.optim import AdamWConfig
+from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.base import GroupedOptimizer
 from switchtitan.optim.muon import Muon, MuonConfig
 from switchtitan.optim.parameters import TrainedParameter

@@ -14,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from switchtitan.distributed.random import generator_for
 from switchtitan.methods.lora import Lora, LoraConfig
-from switchtitan.methods.lowrank import (
+from switchtitan.methods.lowrank.contraction import BY_NAME, fastest_contraction
+from switchtitan.methods.lowrank.linear import (
     LowRankLinear,
     balanced_bounds,
     lora_bounds,
     low_rank_layers,
 )
-from switchtitan.methods.lowrank.contraction import BY_NAME, fastest_contraction
 from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.models import MODELS
 

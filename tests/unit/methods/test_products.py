@@ -20,7 +20,7 @@ from switchtitan.methods.sltrain import (
     SparseProductLinear,
     support,
 )
-from switchtitan.optim import AdamWConfig
+from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.parameters import parameter_groups
 
 RANK = 3

@@ -10,9 +10,10 @@ from support.switchlora_reference import constant_candidates
 from torch import nn
 
 from switchtitan.distributed.random import generator_for
-from switchtitan.methods.lowrank import FACTORS, LowRankLinear, low_rank_layers
+from switchtitan.methods.lowrank.linear import FACTORS, LowRankLinear, low_rank_layers
 from switchtitan.methods.relora import Relora, ReloraConfig, ReloraOptimizer, largest
-from switchtitan.optim import AdamW, AdamWConfig, TrainedParameter
+from switchtitan.optim.adamw import AdamW, AdamWConfig
+from switchtitan.optim.parameters import TrainedParameter
 
 NUM_STEPS, INTERVAL, WARMUP = 28, 7, 3
 ADAMW = AdamWConfig(lr=3e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, decay_norms=True)

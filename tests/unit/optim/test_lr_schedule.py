@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from switchtitan.optim import LRScheduleConfig, build_lr_schedule
+from switchtitan.optim.lr_schedule import LRScheduleConfig, build_lr_schedule
 
 NUM_STEPS = 37
 FORMULAS = {

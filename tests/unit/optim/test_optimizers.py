@@ -14,9 +14,11 @@ from torch import nn
 from switchtitan.errors import ConfigError
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.models import MODELS
-from switchtitan.optim import OPTIMIZERS, AdamWConfig, trained_parameters
+from switchtitan.optim import OPTIMIZERS
+from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.adamw8bit import AdamW8bitConfig, block_size
 from switchtitan.optim.muon import MuonConfig
+from switchtitan.optim.parameters import trained_parameters
 from switchtitan.optim.scale import ScaleConfig
 from switchtitan.optim.torch_optimizer import AdafactorConfig, SGDConfig
 

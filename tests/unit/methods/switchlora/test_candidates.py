@@ -14,7 +14,7 @@ from torch import nn
 
 from switchtitan.distributed.random import draw_vectors, generator_for, splitmix32, splitmix64
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
-from switchtitan.optim import AdamWConfig
+from switchtitan.optim.adamw import AdamWConfig
 
 SEED = 4
 RANK = 5

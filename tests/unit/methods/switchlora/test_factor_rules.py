@@ -19,11 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from switchtitan.distributed.shards import allocate_adjacent
 from switchtitan.methods.lora import Lora, LoraConfig
-from switchtitan.methods.lowrank import LowRankLinear
+from switchtitan.methods.lowrank.linear import LowRankLinear
 from switchtitan.methods.switchlora import SwitchLora, update
 from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, SwitchLoraConfig, VectorSpan
-from switchtitan.optim import OPTIMIZERS, AdamWConfig, TrainedParameter
+from switchtitan.optim import OPTIMIZERS
+from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.muon import MuonConfig
+from switchtitan.optim.parameters import TrainedParameter
 
 RANK, NUM_STEPS = 3, 12
 BOUNDS = (0.4, 0.0)

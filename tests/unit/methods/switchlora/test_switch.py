@@ -11,7 +11,7 @@ from support.switchlora_layers import (
     with_interval,
 )
 
-from switchtitan.optim import AdamWConfig
+from switchtitan.optim.adamw import AdamWConfig
 
 # (out, in, rank): wide, tall and with a rank near the number of candidates
 SHAPES = [(5, 7, 2), (23, 14, 9), (31, 64, 30), (64, 48, 13)]
