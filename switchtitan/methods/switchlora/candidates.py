@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.copies import CopyToHost, HostCopies, to_device
+from switchtitan.distributed.copies import CopyToHost, to_device
 from switchtitan.distributed.random import advance64, as_uniform, splitmix64
 from switchtitan.distributed.rows import RowSpans, ShardedRows, copy_all_, paired_rows
 from switchtitan.methods.lowrank.linear import LowRankLinear
@@ -110,14 +110,13 @@ class StoredCandidates:
 class HostCandidates(StoredCandidates):
     """Like `StoredCandidates`, with buffers in host memory.
 
-    Each direction takes one copy for all layers, in another stream. The host waits for the vectors
-    of the second-to-last step, whose copy has finished by then.
+    Each direction takes one copy for all layers. The host waits for the vectors of the
+    second-to-last step, whose copy has finished by then.
     """
 
     def __init__(self, layers: Sequence[LowRankLinear]) -> None:
         super().__init__(layers)
         self._device, self._dtype = layers[0].lora_a.device, layers[0].lora_a.dtype
-        self._copies = HostCopies(self._device)
         self._in_flight: deque[tuple[list[Tensor], CopyToHost]] = deque()
         # A vector is taken again after `spare` more vectors. A step takes at most rank // 2.
         spare = min(min(layer.plain_shape) - layer.rank for layer in layers)
@@ -128,10 +127,10 @@ class HostCandidates(StoredCandidates):
         wanted = super().row_requests(switches)
         shapes = [(sum(map(len, spans)), buffer.width) for buffer, spans in wanted]
         # Rows of other ranks are zeros: the exchange sums over ranks.
-        packed = self._copies.zeros_on_host(sum(map(prod, shapes)), self._dtype)
+        packed = torch.zeros(sum(map(prod, shapes)), dtype=self._dtype)
         pairs = paired_rows(wanted, cut(packed, shapes))
         copy_all_([(place, held) for held, place in pairs])
-        on_device = cut(self._copies.to_device(packed), shapes)
+        on_device = cut(to_device(packed, self._device), shapes)
         return [RowSpans(ShardedRows(rows), (range(len(rows)),)) for rows in on_device]
 
     def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
@@ -140,7 +139,7 @@ class HostCandidates(StoredCandidates):
         packed = torch.empty(num_elements, dtype=self._dtype, device=self._device)
         pieces = cut(packed, [rows.shape for _, rows in pairs])
         copy_all_([(piece, rows) for piece, (_, rows) in zip(pieces, pairs, strict=True)])
-        self._in_flight.append(([place for place, _ in pairs], self._copies.to_host(packed)))
+        self._in_flight.append(([place for place, _ in pairs], CopyToHost(packed)))
 
     def flush(self) -> None:
         self._write_back_all_but(0)

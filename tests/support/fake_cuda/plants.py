@@ -11,7 +11,7 @@ from support.fake_cuda.python_api import FakeEvent, FakeStream
 from support.fake_cuda.races import FindRaces
 from support.fake_cuda.steps import observe, observed_stepper
 from support.fake_cuda.waits import FindBlockingCopies
-from switchtitan.distributed.copies import CopyToHost, HostCopies
+from switchtitan.distributed.copies import CopyToHost, to_device
 
 DEVICE = torch.device("cuda", 0)
 
@@ -53,24 +53,19 @@ def _blocking_copies(plant):
     return copies.found
 
 
-class _StreamWithEmptyEvents(FakeStream):
-    """A stream whose events record nothing, so that no one waits for its work."""
-
-    def record_event(self, event=None):
-        return event or FakeEvent()
+def _record_nothing(stream):
+    """Returns an event for which no one waits."""
+    return FakeEvent()
 
 
 def _read_at_once(copy):
-    copy.source = None
-    return copy.destination
+    return copy._copy
 
 
 BACKGROUND_COPIES = {
     "wrong": {
-        "other streams are deaf": patch.object(FakeStream, "wait_stream", lambda *_: None),
-        "events record nothing": patch.object(torch.cuda, "Stream", _StreamWithEmptyEvents),
+        "events record nothing": patch.object(FakeStream, "record_event", _record_nothing),
         "read at once": patch.object(CopyToHost, "wait", _read_at_once),
-        "stream not recorded": patch.object(torch.Tensor, "record_stream", lambda *_: None),
     },
     "right": {"no mistake": nullcontext()},
 }
@@ -79,12 +74,10 @@ BACKGROUND_COPIES = {
 def _races_of_background_copies(mistake):
     """Copies to the host and from the host, as host candidates do."""
     with mistake, FindRaces() as races:
-        copies = HostCopies(DEVICE)
-        put_back = copies.to_host(torch.ones(8, device=DEVICE).mul(2))
+        put_back = CopyToHost(torch.ones(8, device=DEVICE).mul(2))
         put_back.wait().add(1)
         for _ in range(2):
-            fetched = copies.zeros_on_host(8, torch.float32)
-            copies.to_device(fetched).mul(2)
+            to_device(torch.zeros(8), DEVICE).mul(2)
     return races.found
 
 
