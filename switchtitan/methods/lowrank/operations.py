@@ -16,15 +16,12 @@ IMPLEMENTATIONS: dict[object, Callable[..., Tensor]] = {}
 """Operation -> what it calls, in operations of torch."""
 
 
-def _define(
-    schema: str, compute: Callable[..., Tensor], allocate: Callable[..., Tensor]
-) -> Callable[..., Tensor]:
-    """Returns an operation that computes, and for meta tensors allocates its result."""
+def _define(schema: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns an operation that calls `compute`, on meta tensors too."""
     name = schema.partition("(")[0]
     tags = torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout
     _OPERATIONS.define(f"{schema} -> Tensor", tags=tags)
     _OPERATIONS.impl(name, compute, "CompositeExplicitAutograd")
-    _OPERATIONS.impl(name, allocate, "Meta")
     operation: Callable[..., Tensor] = getattr(torch.ops.switchtitan, name).default
     IMPLEMENTATIONS[operation] = compute
     return operation
@@ -36,18 +33,12 @@ def part_of(grad: Tensor) -> Tensor:
 
 
 def _copy(tensor: Tensor, grad: Tensor, casts: bool = False) -> Tensor:
-    return _empty_copy(tensor, grad, casts).copy_(tensor)
-
-
-def _empty_copy(tensor: Tensor, grad: Tensor, casts: bool = False) -> Tensor:
-    return torch.empty_like(tensor, dtype=grad.dtype if casts else tensor.dtype)
+    return torch.empty_like(tensor, dtype=grad.dtype if casts else tensor.dtype).copy_(tensor)
 
 
 # It depends on `grad`. Otherwise torch.compile moves what depends on parameters alone from the
 # backward to the forward pass and saves the result.
-copy_in_backward = _define(
-    "copy_in_backward(Tensor tensor, Tensor grad, bool casts=False)", _copy, _empty_copy
-)
+copy_in_backward = _define("copy_in_backward(Tensor tensor, Tensor grad, bool casts=False)", _copy)
 """(tensor, gradient, casts=False) -> a copy of the tensor, in the dtype of the gradient if `casts`,
 made in the backward pass, compiled or not. Pass `part_of` the gradient."""
 
@@ -60,8 +51,11 @@ def _merge(
     with_factors: bool,
     grad: Tensor | None = None,
 ) -> Tensor:
-    stack = _empty_stack(weights, lora_a, with_factors)
-    out_features, in_features = len(weights[0]), lora_a[0].shape[1]
+    num_rows, (rank, in_features) = sum(map(len, weights)), lora_a[0].shape
+    shape = (num_rows, in_features)
+    if with_factors:
+        shape = (num_rows + rank * len(weights), in_features + rank)
+    stack = lora_a[0].new_empty(shape)
     rows = stack[:, :in_features]
     torch.cat([*weights, *lora_a] if with_factors else [*weights], out=rows)
     start = 0
@@ -69,24 +63,14 @@ def _merge(
         rows[start : start + len(weight)].addmm_(b.t(), a, alpha=scale)
         start += len(weight)
     if with_factors:
-        stack[:out_features, in_features:].copy_(lora_b[0].t())
+        stack[: len(weights[0]), in_features:].copy_(lora_b[0].t())
     return stack
-
-
-def _empty_stack(weights: Sequence[Tensor], lora_a: Sequence[Tensor], with_factors: bool) -> Tensor:
-    num_rows, (rank, width) = sum(len(weight) for weight in weights), lora_a[0].shape
-    if with_factors:
-        num_rows, width = num_rows + rank * len(weights), width + rank
-    return lora_a[0].new_empty(num_rows, width)
 
 
 merge = _define(
     "merge(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, float scale, bool with_factors, "
     "Tensor? grad=None)",
     _merge,
-    lambda weights, lora_a, _b, _scale, with_factors, *_: _empty_stack(
-        weights, lora_a, with_factors
-    ),
 )
 """Returns the rows of all W + s B A, [outs, in]. In the backward pass, pass `part_of` a gradient.
 
@@ -100,9 +84,9 @@ With factors, the rows of all A follow, and the columns of the first B:
 
 
 def _input_gradient(grads: Sequence[Tensor], stack: Tensor, lora_b: Sequence[Tensor]) -> Tensor:
-    result = _empty_gradient(grads, stack, lora_b)
-    (first, *others), out = [grad.flatten(0, -2) for grad in grads], result.flatten(0, -2)
     width, rank = stack.shape[1], len(lora_b[0]) if lora_b else 0
+    result = grads[0].new_empty(*grads[0].shape[:-1], width + rank * (len(grads) - 1))
+    (first, *others), out = [grad.flatten(0, -2) for grad in grads], result.flatten(0, -2)
     torch.mm(first, stack[: first.shape[1]], out=out[:, :width])
     start = first.shape[1]
     for number, grad in enumerate(others):
@@ -115,17 +99,8 @@ def _input_gradient(grads: Sequence[Tensor], stack: Tensor, lora_b: Sequence[Ten
     return result
 
 
-def _empty_gradient(grads: Sequence[Tensor], stack: Tensor, lora_b: Sequence[Tensor]) -> Tensor:
-    width = stack.shape[1]
-    if lora_b:
-        width += len(lora_b[0]) * (len(grads) - 1)
-    return grads[0].new_empty(*grads[0].shape[:-1], width)
-
-
 input_gradient = _define(
-    "input_gradient(Tensor[] grads, Tensor stack, Tensor[] lora_b)",
-    _input_gradient,
-    _empty_gradient,
+    "input_gradient(Tensor[] grads, Tensor stack, Tensor[] lora_b)", _input_gradient
 )
 """Returns the gradient of the layers' input from those of their outputs [..., out].
 
