@@ -13,36 +13,24 @@ from switchtitan.optim.parameters import TrainedParameter, parameter_groups
 class GroupedOptimizer(TrainingOptimizer):
     """Trains groups of parameters. A subclass adds its state and a step.
 
-    Args:
-        rates_as_tensors: keep learning rates on the device, since torch.compile would recompile for
-            every new Python number.
-
     Attributes:
         groups: of one learning rate and one weight decay each.
-        rates: the current learning rate of each group.
         parameters: of all groups, by qualified name.
         state: live tensors by the name that checkpoints have.
     """
 
-    def __init__(
-        self,
-        config: OptimizerConfig,
-        parameters: Iterable[TrainedParameter],
-        rates_as_tensors: bool = False,
-    ) -> None:
+    def __init__(self, config: OptimizerConfig, parameters: Iterable[TrainedParameter]) -> None:
         self.groups = parameter_groups(config, parameters)
         self.parameters = {
             name: parameter for group in self.groups for name, parameter in group.parameters.items()
         }
-        self.rates: list[Tensor | float] = [group.lr for group in self.groups]
-        if rates_as_tensors:
-            devices = [next(iter(group.parameters.values())).device for group in self.groups]
-            self.rates = [
-                torch.tensor(group.lr, device=device)
-                for group, device in zip(self.groups, devices, strict=True)
-            ]
         self.state: dict[str, Tensor] = {}
         self._config, self._lr_factor = config, 1.0
+
+    @property
+    def rates(self) -> list[float]:
+        """The current learning rate of each group."""
+        return [group.lr * self._lr_factor for group in self.groups]
 
     @abstractmethod
     def step(self) -> None:
@@ -54,11 +42,6 @@ class GroupedOptimizer(TrainingOptimizer):
 
     def set_lr(self, lr_factor: float) -> None:
         self._lr_factor = lr_factor
-        for index, (rate, group) in enumerate(zip(self.rates, self.groups, strict=True)):
-            if isinstance(rate, Tensor):
-                rate.fill_(group.lr * lr_factor)
-            else:
-                self.rates[index] = group.lr * lr_factor
 
     def metrics(self) -> dict[str, float]:
         """Returns the learning rates by TensorBoard tag."""

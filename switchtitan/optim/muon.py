@@ -70,7 +70,8 @@ class Muon(GroupedOptimizer):
         self, config: MuonConfig, parameters: Iterable[TrainedParameter], compile_step: bool
     ) -> None:
         trained = list(parameters)
-        super().__init__(config, trained, rates_as_tensors=compile_step)
+        super().__init__(config, trained)
+        self._is_compiled = compile_step
         self._dtype = trained[0].compute_dtype if trained else torch.float32
         for name, parameter in self.parameters.items():
             self.state[f"{name}.momentum"] = torch.zeros_like(parameter, requires_grad=False)
@@ -101,10 +102,12 @@ class Muon(GroupedOptimizer):
         if batches:
             batches = self._orthogonalize(batches)
         updates = dict(zip(grads, exchange.distribute(batches), strict=True))
-        for group, lr in zip(self.groups, self.rates, strict=True):
+        for group, rate in zip(self.groups, self.rates, strict=True):
             if names := [name for name in group.parameters if name in grads]:
                 shards = local_shards(group.parameters[name] for name in names)
                 own = [updates[name] for name in names]
+                # torch.compile would recompile for every new Python number.
+                lr = torch.full((), rate, device=shards[0].device) if self._is_compiled else rate
                 self._subtract(shards, own, lr, group.weight_decay)
 
     def _exchange_of(self, names: tuple[str, ...]) -> MatrixExchange:

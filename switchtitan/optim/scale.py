@@ -73,7 +73,7 @@ class Scale(GroupedOptimizer):
                 if group.weight_decay:
                     shard.mul_(1 - lr * group.weight_decay)
                 rms = norms[name].clamp_(min=_TINY_RMS)
-                shard.addcdiv_(directions[name], rms, value=-float(lr))
+                shard.addcdiv_(directions[name], rms, value=-lr)
 
     def metrics(self) -> dict[str, float]:
         rates = super().metrics()
