@@ -28,8 +28,7 @@ class FullRank(Method[FullRankConfig]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        adapted, head = linear_weights(model), model.output_head()
-        parameters = trained_parameters(model, adapted, model.blocks(), head, model.compute_dtype)
+        parameters = trained_parameters(model, linear_weights(model))
         return OPTIMIZERS.build(config, parameters, compile_step)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from switchtitan.contracts import OptimizerConfig
+from switchtitan.contracts import LanguageModel, OptimizerConfig
 
 
 class TrainedParameter(NamedTuple):
@@ -38,22 +38,14 @@ class ParameterGroup(NamedTuple):
     weight_decay: float
 
 
-def trained_parameters(
-    model: nn.Module,
-    treated: Collection[str],
-    blocks: Iterable[str] = (),
-    head: nn.Module | None = None,
-    compute_dtype: torch.dtype = torch.float32,
-) -> list[TrainedParameter]:
+def trained_parameters(model: LanguageModel, treated: Collection[str]) -> list[TrainedParameter]:
     """Returns the parameters that require a gradient, in the model's order.
 
     Args:
         treated: names of the parameters that the method changes.
-        blocks: qualified names of the model's blocks, see `contracts.LanguageModel.blocks`.
-        head: see `contracts.LanguageModel.output_head`. A tied head has no parameter of its own.
-        compute_dtype: dtype in which the model multiplies.
     """
-    prefixes = tuple(f"{block}." for block in blocks)
+    prefixes, head = tuple(f"{block}." for block in model.blocks()), model.output_head()
+    # A tied head has no parameter of its own.
     of_head = set() if head is None else set(head.parameters())
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     of_embeddings = {parameter for module in embeddings for parameter in module.parameters()}
@@ -65,7 +57,7 @@ def trained_parameters(
             is_in_block=name.startswith(prefixes),
             is_head=parameter in of_head and parameter not in of_embeddings,
             input_dim=0 if parameter in of_embeddings else 1,
-            compute_dtype=compute_dtype,
+            compute_dtype=model.compute_dtype,
         )
         for name, parameter in model.named_parameters()
         if parameter.requires_grad

@@ -21,6 +21,13 @@ class OddModel(nn.Module):
         self.up_proj = nn.Linear(5, 7)
         self.down_proj = nn.Linear(9, 5, bias=False)
         self.lm_head = nn.Linear(5, 11, bias=False)
+        self.compute_dtype = torch.float32
+
+    def blocks(self):
+        return {}
+
+    def output_head(self):
+        return self.lm_head
 
 
 def draw_model(mesh=None):

@@ -120,14 +120,11 @@ class ReplacingMethod(Method[FactorSection]):
         adapted = {
             name for name, _ in model.named_parameters() if name.rpartition(".")[2] in self.adapted
         }
-        trained = trained_parameters(
-            model, adapted, model.blocks(), model.output_head(), model.compute_dtype
-        )
         return [
             entry
             if entry.is_other
             else entry._replace(decays=True, input_dim=0 if entry.name.endswith(SUFFIX_B) else 1)
-            for entry in trained
+            for entry in trained_parameters(model, adapted)
         ]
 
     def build_optimizer(

@@ -252,7 +252,7 @@ def test_a_tied_head_is_no_head_and_scale_refuses_a_model_that_names_none(tmp_pa
     config = tiny_config(tmp_path, "full_rank", "--model.tied_head", "true")
     with torch.device("meta"):
         model = MODELS.build(config.model)
-    entries = trained_parameters(model, (), model.blocks(), model.output_head())
+    entries = trained_parameters(model, ())
     assert not any(entry.is_head for entry in entries)
     with pytest.raises(ConfigError, match=r'"scale".*no head'):
         OPTIMIZERS.build(ScaleConfig(lr=LR), entries, False)
