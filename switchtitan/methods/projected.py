@@ -37,7 +37,7 @@ from switchtitan.distributed.shards import (
     shard_group,
 )
 from switchtitan.methods.lowrank.method import FactorConfig
-from switchtitan.optim.adamw import AdamW, AdamWConfig, require_adamw
+from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.parameters import TrainedParameter, trained_parameters
 from switchtitan.regions import region
@@ -474,7 +474,7 @@ class Projected(Method[ProjectedConfig]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        adamw = require_adamw(config)
+        assert isinstance(config, AdamWConfig)  # see `ProjectedConfig.optimizers`
         names = {
             f"{name}.weight"
             for name, module in model.named_modules()
@@ -483,5 +483,5 @@ class Projected(Method[ProjectedConfig]):
         targeted = {name: p for name, p in model.named_parameters() if name in names}
         others = [p for p in trained_parameters(model, targeted) if p.is_other]
         optimizer = _OPTIMIZERS[type(self.config)]
-        projected = optimizer(self.config, adamw, targeted, self.seed, compile_step)
-        return SplitOptimizer([projected, AdamW(adamw, others)])
+        projected = optimizer(self.config, config, targeted, self.seed, compile_step)
+        return SplitOptimizer([projected, AdamW(config, others)])

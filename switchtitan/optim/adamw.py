@@ -9,7 +9,6 @@ from pydantic import Field
 from torch import Tensor
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
-from switchtitan.errors import ConfigError
 from switchtitan.optim.parameters import TrainedParameter
 from switchtitan.optim.torch_optimizer import TorchOptimizer
 
@@ -31,17 +30,6 @@ class AdamWConfig(AdamKeys):
 
     name: Literal["adamw"] = "adamw"
     """The optimizer."""
-
-
-def require_adamw(config: OptimizerConfig) -> AdamWConfig:
-    """Returns the configuration of AdamW, for a method that uses a variant of AdamW.
-
-    Raises:
-        ConfigError: if another optimizer is chosen.
-    """
-    if not isinstance(config, AdamWConfig):
-        raise ConfigError(f'[optimizer] name = {config.name!r}: expected "adamw"')
-    return config
 
 
 class AdamW(TorchOptimizer):

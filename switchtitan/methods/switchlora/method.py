@@ -31,7 +31,7 @@ from switchtitan.methods.switchlora.candidates import (
 )
 from switchtitan.methods.switchlora.plan import Plan, Switch, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
-from switchtitan.optim.adamw import AdamW, require_adamw
+from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.base import SplitOptimizer
 from switchtitan.optim.muon import MuonConfig, build_muon
 from switchtitan.regions import region
@@ -100,8 +100,9 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
             # Layers that are not targets are matrices in blocks.
             dense = build_muon(config, others, compile_step)
         else:
-            rule = VectorAdamW(require_adamw(config), factors, plan, compile_step)
-            dense = AdamW(require_adamw(config), others)
+            assert isinstance(config, AdamWConfig)  # see `SwitchLoraConfig.optimizers`
+            rule = VectorAdamW(config, factors, plan, compile_step)
+            dense = AdamW(config, others)
         weights = FrozenWeights(layers, self.seed, compile_step)
         return SwitchLoraOptimizer(layers, plan, rule, dense, self.candidates_of(layers), weights)
 
