@@ -95,6 +95,7 @@ def materialize(
     device: torch.device,
     seed: int,
     initial_weights: Mapping[str, Tensor] | None = None,
+    is_restored: bool = False,
 ) -> None:
     """Allocates a meta model's shards on `device` and fills them with its initial values.
 
@@ -103,32 +104,11 @@ def materialize(
 
     Args:
         initial_weights: the plain model's parameters, used instead of drawn values (a warm start).
+        is_restored: the caller overwrites all tensors of the state dict. They are not initialized,
+            which can take minutes; buffers that no checkpoint has are.
     """
     _allocate(model, device)
-    names = dict(model.named_parameters()) | dict(model.named_buffers())
-    _initialize(model, names.keys(), seed, initial_weights)
-
-
-@full_precision()
-def materialize_to_restore(model: LanguageModel, device: torch.device, seed: int) -> None:
-    """Allocates a meta model's shards on `device` for a checkpoint's values.
-
-    Initial values can take minutes, so only buffers that no checkpoint has get them. The caller
-    overwrites all tensors of the state dict, which are not initialized.
-    """
-    _allocate(model, device)
-    saved = model.state_dict().keys()
-    unsaved = {name for name, _ in model.named_buffers() if name not in saved}
-    _initialize(model, unsaved, seed, None)
-
-
-def _initialize(
-    model: LanguageModel,
-    names: Collection[str],
-    seed: int,
-    initial_weights: Mapping[str, Tensor] | None,
-) -> None:
-    """Fills some of the model's parameters and buffers, given by qualified name."""
+    overwritten: Collection[str] = model.state_dict().keys() if is_restored else ()
 
     def plain_rows(name: str, shape: tuple[int, ...], rows: range) -> Tensor:
         if initial_weights is not None:
@@ -142,7 +122,7 @@ def _initialize(
         prefix = f"{module_name}." if module_name else ""
         tensors = dict(module.named_parameters(recurse=False))
         tensors |= dict(module.named_buffers(recurse=False))
-        own = {name: tensor for name, tensor in tensors.items() if prefix + name in names}
+        own = {name: tensor for name, tensor in tensors.items() if prefix + name not in overwritten}
         if not own:
             continue
         held = {name: row_range(tensor) for name, tensor in own.items()}

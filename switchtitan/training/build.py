@@ -26,7 +26,6 @@ from switchtitan.distributed.dtype import ComputeDtype, agree_on_dtype, dtype_on
 from switchtitan.distributed.fsdp import (
     cast_frozen_weights,
     materialize,
-    materialize_to_restore,
     shard_model,
 )
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
@@ -173,10 +172,7 @@ def build_stepper(
         compile_blocks(model)
     cast_frozen_weights(model, getattr(torch, config.training.frozen_dtype))
     shard_model(model, world.shard_mesh, compute_dtype, config.parallelism)
-    if is_restored:
-        materialize_to_restore(model, world.device, config.job.seed)
-    else:
-        materialize(model, world.device, config.job.seed, initial_weights)
+    materialize(model, world.device, config.job.seed, initial_weights, is_restored)
     optimizer = method.build_optimizer(model, config.optimizer, config.compile.optimizer)
     return Stepper(
         model=model,
