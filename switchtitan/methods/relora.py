@@ -228,11 +228,6 @@ def largest(scores: Tensor, prune_ratio: float) -> Tensor:
     equal ones, the first are kept."""
     flat = scores.flatten()
     num_kept = flat.numel() - round(prune_ratio * flat.numel())
-    if num_kept == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    # Selecting takes an eighth of the time of sorting on a CPU.
-    threshold = flat.topk(num_kept, sorted=False).values.min()
-    keep, equal = flat > threshold, flat == threshold
-    # Ties must not change the count, and ranks must agree on which to keep.
-    keep |= equal & (equal.cumsum(0) <= num_kept - keep.sum())
-    return keep.view(scores.shape)
+    # Stable: ties must not change the count, and ranks must agree on which to keep.
+    kept = flat.argsort(descending=True, stable=True)[:num_kept]
+    return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, kept, True).view(scores.shape)

@@ -11,7 +11,7 @@ from torch import nn
 
 from switchtitan.distributed.random import generator_for
 from switchtitan.methods.lowrank.linear import FACTORS, LowRankLinear, low_rank_layers
-from switchtitan.methods.relora import Relora, ReloraConfig, ReloraOptimizer, largest
+from switchtitan.methods.relora import Relora, ReloraConfig, ReloraOptimizer
 from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.parameters import TrainedParameter
 
@@ -118,17 +118,6 @@ def test_whole_model_follows_a_plain_reference_through_three_resets(keys):
         for tensor, other in zip(ours, expected, strict=True):
             torch.testing.assert_close(tensor.detach(), other.detach(), rtol=0, atol=TOLERANCE)
         assert layer.lora_b.any(), "the last step is followed by no reset"
-
-
-@pytest.mark.parametrize("num_levels", [1, 3, 10**6])
-@pytest.mark.parametrize("ratio", [0.01, 0.5, 0.999])
-def test_the_largest_are_those_of_a_stable_sort(num_levels, ratio):
-    scores = (torch.rand(31, 29, generator=generator_for(5, "scores")) * num_levels).floor()
-    order = scores.flatten().argsort(descending=True, stable=True)
-    expected = torch.zeros(scores.numel(), dtype=torch.bool)
-    expected[order[: scores.numel() - round(ratio * scores.numel())]] = True
-    assert torch.equal(largest(scores, ratio), expected.view(scores.shape))
-    assert not largest(torch.ones(1, 1), 0.9).any()
 
 
 def run(optimizer, num_steps):
