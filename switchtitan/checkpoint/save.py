@@ -114,11 +114,6 @@ class CheckpointTensors:
         """Returns all tensors by name, and values outside the state that every rank computes."""
         return {**(collected or self()), **_of_optimizer(self.optimizer.replicated())}
 
-    def check_replicas(self) -> None:
-        """Compares the model's replicas, see `replicas.check_replicas`."""
-        # The default group of CUDA ranks does not communicate buffers that stay in host memory.
-        check_replicas(self._of_model, self._device)
-
     def check_state(
         self, numbers: Mapping[str, Tensor], collected: Mapping[str, Tensor] | None = None
     ) -> None:

@@ -90,7 +90,6 @@ class Trainer:
         self._stop_if_diverged()
         state = self.stepper.state
         with self.throughput.excluded(), region("evaluate"):
-            self.tensors.check_replicas()
             loss = self.evaluators.validation(self.stepper.model, self.stop.is_due)
         if state.first_validation_loss is None:
             state.first_validation_loss = loss
@@ -103,7 +102,7 @@ class Trainer:
         state = self.stepper.state
         with self.throughput.excluded(), region("save"):
             tensors = self.tensors()
-            self._check_ranks(tensors)
+            self.check_ranks(tensors)
             # A finite gradient can still overflow a weight.
             if names := self.tensors.non_finite():
                 raise self._divergence(
@@ -112,16 +111,15 @@ class Trainer:
                 )
             self.checkpointer.save(state.step, tensors, asdict(state))
 
-    def check_ranks(self) -> None:
+    def check_ranks(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Compares all that ranks hold alike, the numbers that determine the next step included.
+
+        Args:
+            tensors: what `self.tensors` returned.
 
         Raises:
             RanksDisagreeError: on every rank, if ranks differ; names tensors.
         """
-        with self.throughput.excluded():
-            self._check_ranks()
-
-    def _check_ranks(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         state = self.stepper.state
         numbers = {
             "training.step": state.step,
@@ -203,7 +201,8 @@ class Trainer:
         self.checkpointer.poll()
         self.reporter.advance(step)
         if self.check_interval and step % self.check_interval == 0:
-            self.check_ranks()
+            with self.throughput.excluded():
+                self.check_ranks()
         if self.reporter.is_due(step):
             with region("report"):
                 self._report(result.grad_norm)

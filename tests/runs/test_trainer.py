@@ -251,20 +251,20 @@ def test_skips_that_are_not_in_a_row_do_not_stop_the_run(corpora, monkeypatch):
 
 
 def test_a_save_in_progress_is_finished_when_ranks_disagree(corpora, monkeypatch):
-    intervals = ("--checkpoint.interval", "2", "--evaluation.interval", "3")
+    intervals = ("--checkpoint.interval", "2", "--parallelism.check_interval", "3")
     keys = (*intervals, "--checkpoint.async_save", "true")
     trainer = tiny_trainer(corpora / "disagree", "switchlora", *keys)
     may_write = threading.Event()
     write_when(may_write, monkeypatch)
 
-    def disagree():
+    def disagree(*_):
         assert trainer.checkpointer.latest is None
         # The save is still in progress when the error is raised.
         threading.Timer(0.3, may_write.set).start()
         raise RanksDisagreeError("ranks no longer hold the same weights")
 
     before_each_step(
-        trainer, lambda step: step and setattr(trainer.tensors, "check_replicas", disagree)
+        trainer, lambda step: step == 2 and setattr(trainer.tensors, "check_state", disagree)
     )
     with pytest.raises(RanksDisagreeError):
         trainer.train()
