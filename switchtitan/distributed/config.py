@@ -25,8 +25,8 @@ class ParallelismConfig(Section):
     in the backward pass of the last micro-batch."""
     frozen_weights: Literal["shard", "replicate"] = "shard"
     """Placement of frozen weights: `shard` splits them over the ranks and gathers them like trained
-    weights; `replicate` keeps full tensors on every rank, so no step communicates them, and
-    requires a method that freezes weights. Results are the same."""
+    weights; `replicate` keeps full tensors on every rank, so no step communicates them. Results
+    are the same. No effect if all weights train."""
     timeout_s: int = Field(default=1800, ge=1)
     """Seconds, at least 1, after which a collective fails if a rank has not joined it. Must exceed
     the time in which a rank writes, reads or verifies a checkpoint. Does not limit the preparation

@@ -13,7 +13,7 @@ from switchtitan.distributed.random import generator_for, splitmix64
 from switchtitan.methods.factors import ProductLinear, ProductMethod
 from switchtitan.methods.lowrank.linear import FACTORS
 from switchtitan.methods.lowrank.method import FactorConfig
-from switchtitan.methods.lowrank.operations import copy_in_backward, part_of
+from switchtitan.methods.lowrank.operations import copy_in_backward, define, part_of
 
 SPARSE = "sparse_values"
 """Local name of the parameter with the values of the sparse matrix."""
@@ -135,13 +135,9 @@ def support(seed: Tensor, out_features: int, in_features: int, num_per_row: int)
 
 
 # Opaque to torch.compile, whose integers do not wrap around.
-_OPERATIONS = torch.library.Library("switchtitan", "FRAGMENT")
-_OPERATIONS.define(
-    "support(Tensor seed, int out_features, int in_features, int num_per_row) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+_support = define(
+    "support(Tensor seed, int out_features, int in_features, int num_per_row)", support
 )
-_OPERATIONS.impl("support", support, "CompositeExplicitAutograd")
-_OPERATIONS.impl("support", lambda seed, rows, _, columns: seed.new_empty(rows, columns), "Meta")
 
 
 def _dense(lora_a: Tensor, lora_b: Tensor, sparse_values: Tensor, columns: Tensor) -> Tensor:
@@ -155,10 +151,7 @@ def _dense(lora_a: Tensor, lora_b: Tensor, sparse_values: Tensor, columns: Tenso
 def _columns(lora_a: Tensor, lora_b: Tensor, sparse_values: Tensor, seed: Tensor) -> Tensor:
     """Returns `support` of a layer's parameters."""
     out_features, in_features = lora_b.shape[1], lora_a.shape[1]
-    columns: Tensor = torch.ops.switchtitan.support.default(
-        seed, out_features, in_features, sparse_values.numel() // out_features
-    )
-    return columns
+    return _support(seed, out_features, in_features, sparse_values.numel() // out_features)
 
 
 class _SparseProduct(torch.autograd.Function):

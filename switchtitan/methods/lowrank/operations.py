@@ -16,7 +16,7 @@ IMPLEMENTATIONS: dict[object, Callable[..., Tensor]] = {}
 """Operation -> what it calls, in operations of torch."""
 
 
-def _define(schema: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def define(schema: str, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Returns an operation that calls `compute`, on meta tensors too."""
     name = schema.partition("(")[0]
     tags = torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout
@@ -38,7 +38,7 @@ def _copy(tensor: Tensor, grad: Tensor, casts: bool = False) -> Tensor:
 
 # It depends on `grad`. Otherwise torch.compile moves what depends on parameters alone from the
 # backward to the forward pass and saves the result.
-copy_in_backward = _define("copy_in_backward(Tensor tensor, Tensor grad, bool casts=False)", _copy)
+copy_in_backward = define("copy_in_backward(Tensor tensor, Tensor grad, bool casts=False)", _copy)
 """(tensor, gradient, casts=False) -> a copy of the tensor, in the dtype of the gradient if `casts`,
 made in the backward pass, compiled or not. Pass `part_of` the gradient."""
 
@@ -67,7 +67,7 @@ def _merge(
     return stack
 
 
-merge = _define(
+merge = define(
     "merge(Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, float scale, bool with_factors, "
     "Tensor? grad=None)",
     _merge,
@@ -99,7 +99,7 @@ def _input_gradient(grads: Sequence[Tensor], stack: Tensor, lora_b: Sequence[Ten
     return result
 
 
-input_gradient = _define(
+input_gradient = define(
     "input_gradient(Tensor[] grads, Tensor stack, Tensor[] lora_b)", _input_gradient
 )
 """Returns the gradient of the layers' input from those of their outputs [..., out].
