@@ -61,7 +61,7 @@ LIMITS = {
     "switchlora": Limits(63, 4815, 606),
     "lora": Limits(64, 4823, 643),
     "low rank": Limits(62, 5196, 730),
-    "sltrain": Limits(139, 4640, 733),
+    "sltrain": Limits(447, 4696, 1349),
     "cola": Limits(76, 5526, 607),
     "qwen2": Limits(45, 4530, 546),
 }
