@@ -11,7 +11,7 @@ from torch import nn
 
 from switchtitan.distributed.random import generator_for
 from switchtitan.methods.lowrank.linear import FACTORS, LowRankLinear, low_rank_layers
-from switchtitan.methods.relora import Relora, ReloraConfig, ReloraOptimizer
+from switchtitan.methods.relora import Relora, ReloraConfig, ReloraOptimizer, largest
 from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.parameters import TrainedParameter
 
@@ -118,6 +118,13 @@ def test_whole_model_follows_a_plain_reference_through_three_resets(keys):
         for tensor, other in zip(ours, expected, strict=True):
             torch.testing.assert_close(tensor.detach(), other.detach(), rtol=0, atol=TOLERANCE)
         assert layer.lora_b.any(), "the last step is followed by no reset"
+
+
+def test_of_equal_scores_the_first_are_kept():
+    scores = torch.tensor([[1.0, 3.0, 1.0], [3.0, 1.0, 0.0]])
+    assert largest(scores, 0.5).tolist() == [[True, True, False], [True, False, False]]
+    assert largest(scores, 0.34).tolist() == [[True, True, True], [True, False, False]]
+    assert not largest(torch.ones(1, 1), 0.9).any()
 
 
 def run(optimizer, num_steps):
