@@ -54,7 +54,8 @@ def with_results(text: str) -> str:
     """Returns the page with all its numbers computed again.
 
     Raises:
-        ValueError: a formula names a row without a finished run, or rows that share no seed.
+        ValueError: a formula names a row without a finished run or with several of a seed, or rows
+            that share no seed.
     """
     return _NUMBER.sub(_number, _TABLE.sub(_table, text))
 
@@ -81,13 +82,11 @@ def _number(match: re.Match[str]) -> str:
 
 
 def _table(match: re.Match[str]) -> str:
-    file, titles = (
-        match["file"],
-        dict(row.strip().split("=", 1) for row in match["rows"].split(";")),
-    )
+    file = match["file"]
+    titles = dict(row.strip().split("=", 1) for row in match["rows"].split(";"))
     baseline, *others = titles
     differences = [
-        {row: _sum([_losses(file, row, split), _losses(file, baseline, split)]) for row in others}
+        {row: _difference(file, row, baseline, split) for row in others}
         for split in ("test_loss", "validation_loss")
     ]
     lines: list[tuple[str, ...]] = [_COLUMNS]
@@ -116,11 +115,10 @@ def _picture(match: re.Match[str]) -> str:
     figure = Figure((7, 4), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color="grey", linewidth=1)
-    baseline = _losses(match["file"], match["baseline"], "test_loss")
     for series in match["series"].split("; "):
         label, rows = series.split(": ")
         points = dict(point.split("=") for point in rows.split(", "))
-        found = [_sum([_losses(match["file"], row, "test_loss"), baseline]) for row in points]
+        found = [_difference(match["file"], row, match["baseline"], "test_loss") for row in points]
         shares, means = [float(share) for share in points.values()], [of.mean for of in found]
         errors = [of.half_width or 0.0 for of in found]
         axes.errorbar(shares, means, errors, fmt="o-", capsize=3, label=label)
@@ -151,9 +149,12 @@ def _interval(of: Difference) -> str:
     return f"{of.mean:+.3f} ({of.mean - of.half_width:+.3f} to {of.mean + of.half_width:+.3f})"
 
 
-def _sum(terms: list[dict[int, float]], signs: list[int] | None = None) -> Difference:
-    """Returns the signed sum of losses by seed, by default the first minus the second."""
-    signs = signs or [1, -1]
+def _difference(file: str, row: str, baseline: str, split: str) -> Difference:
+    return _sum([_losses(file, row, split), _losses(file, baseline, split)], [1, -1])
+
+
+def _sum(terms: list[dict[int, float]], signs: list[int]) -> Difference:
+    """Returns the signed sum of losses by seed."""
     seeds = set.intersection(*(set(term) for term in terms))
     sums = {
         seed: sum(sign * term[seed] for sign, term in zip(signs, terms, strict=True))
@@ -169,7 +170,10 @@ def _losses(file: str, row: str, split: str) -> dict[int, float]:
     """Returns the losses of a row's reported runs by seed; `row` may be FILE/row."""
     *other_file, name = row.split("/")
     runs = _reported(other_file[0] if other_file else file, name)
-    return {int(run["seed"]): float(run[split]) for run in runs}
+    losses = {int(run["seed"]): float(run[split]) for run in runs}
+    if len(losses) != len(runs):
+        raise ValueError(f"docs/results: row {row} of {file}.csv has several runs of a seed")
+    return losses
 
 
 @cache
