@@ -6,14 +6,18 @@
     +0.1 (+0.0 to +0.2)<!-- FILE: a - b --> that of a minus b, seed by seed, with its 95 % interval.
                                             More rows may follow, as in a - b - c + d, and a row of
                                             another file is FILE/a;
+    0.80 (0.77 to 0.83)<!-- FILE: OTHER/a, tokens -->
+                                            is the share of the tokens of row a of OTHER.csv after
+                                            which the rows of FILE, that differ in their tokens,
+                                            have its loss;
     <!-- results FILE: a=label; b=label --> to
     <!-- end -->                            holds a table of rows, with differences to the first;
     <!-- picture FILE: a; one: b=x, c=y; two: d=z -->
                                             comes before the picture results/FILE.svg: distances of
                                             rows b, c and d to a over x, y and z, in two series.
 
-`, validation` after a formula takes the validation loss. Values are chosen on seed 1, and reported
-on the others.
+`, validation` after a formula of losses takes the validation loss. Values are chosen on seed 1, and
+reported on the others.
 """
 
 import csv
@@ -21,10 +25,12 @@ import io
 import re
 from collections.abc import Mapping
 from functools import cache
+from math import exp, log
 from pathlib import Path
 from statistics import fmean
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
 
 from switchtitan.comparison.statistics import LEVEL, Difference, adjusted, difference
@@ -35,6 +41,9 @@ _SIGNED = r"[-+]\d\.\d{3}"
 _NUMBER = re.compile(
     rf"(?:\d\.\d{{3}}|{_SIGNED} \((?:{_SIGNED} to {_SIGNED}|one seed)\))"
     r"<!-- (?P<file>\w+): (?P<formula>[^,>]+?)(?P<validation>, validation)? -->"
+)
+_SHARE = re.compile(
+    r"\d\.\d{2} \(\d\.\d{2} to \d\.\d{2}\)<!-- (?P<file>\w+): (?P<row>[^,>]+), tokens -->"
 )
 _TABLE = re.compile(r"<!-- results (?P<file>\w+): (?P<rows>[^>]+) -->\n.*?<!-- end -->", re.DOTALL)
 _COLUMNS = (
@@ -54,10 +63,10 @@ def with_results(text: str) -> str:
     """Returns the page with all its numbers computed again.
 
     Raises:
-        ValueError: a formula names a row without a finished run or with several of a seed, or rows
-            that share no seed.
+        ValueError: a formula names a row without a finished run or with several of a seed, rows
+            that share no seed, or a row whose loss is outside those that give it tokens.
     """
-    return _NUMBER.sub(_number, _TABLE.sub(_table, text))
+    return _SHARE.sub(_share, _NUMBER.sub(_number, _TABLE.sub(_table, text)))
 
 
 def pictures(text: str) -> dict[Path, str]:
@@ -79,6 +88,21 @@ def _number(match: re.Match[str]) -> str:
     else:
         value = f"{fmean(_losses(match['file'], first, split).values()):.3f}"
     return value + match[0][match[0].index("<!--") :]
+
+
+def _share(match: re.Match[str]) -> str:
+    """Interpolates log(tokens) between the losses of FILE's rows, seed by seed."""
+    file, row = match["file"], match["row"]
+    names = dict.fromkeys(run["row"] for run in _runs(file))
+    budgets = [(_losses(file, name, "test_loss"), _tokens(file, name)) for name in names]
+    shares = {}
+    for seed, loss in _losses(file, row, "test_loss").items():
+        tokens = {losses[seed]: log(number) for losses, number in budgets}
+        if not min(tokens) <= loss <= max(tokens):
+            raise ValueError(f"docs/results/{file}.csv: no row has so low or high a loss as {row}")
+        found = exp(np.interp(loss, sorted(tokens), [tokens[of] for of in sorted(tokens)]))
+        shares[seed] = found / _tokens(file, row)
+    return _interval(_sum([shares], [1]), ".2f") + match[0][match[0].index("<!--") :]
 
 
 def _table(match: re.Match[str]) -> str:
@@ -143,10 +167,11 @@ def _cell(differences: Mapping[str, Difference], row: str) -> str:
     return f"{bold}{_interval(differences[row])}{bold}"
 
 
-def _interval(of: Difference) -> str:
+def _interval(of: Difference, form: str = "+.3f") -> str:
     if of.half_width is None:
-        return f"{of.mean:+.3f} (one seed)"
-    return f"{of.mean:+.3f} ({of.mean - of.half_width:+.3f} to {of.mean + of.half_width:+.3f})"
+        return f"{of.mean:{form}} (one seed)"
+    low, high = of.mean - of.half_width, of.mean + of.half_width
+    return f"{of.mean:{form}} ({low:{form}} to {high:{form}})"
 
 
 def _difference(file: str, row: str, baseline: str, split: str) -> Difference:
@@ -167,23 +192,33 @@ def _sum(terms: list[dict[int, float]], signs: list[int]) -> Difference:
 
 
 def _losses(file: str, row: str, split: str) -> dict[int, float]:
-    """Returns the losses of a row's reported runs by seed; `row` may be FILE/row."""
-    *other_file, name = row.split("/")
-    runs = _reported(other_file[0] if other_file else file, name)
+    """Returns the losses of a row's reported runs by seed."""
+    runs = _reported(file, row)
     losses = {int(run["seed"]): float(run[split]) for run in runs}
     if len(losses) != len(runs):
         raise ValueError(f"docs/results: row {row} of {file}.csv has several runs of a seed")
     return losses
 
 
-@cache
+def _tokens(file: str, row: str) -> int:
+    return int(_reported(file, row)[0]["tokens"])
+
+
 def _reported(file: str, row: str) -> list[dict[str, str]]:
-    with (FOLDER / f"{file}.csv").open(newline="") as lines:
-        runs = [run for run in csv.DictReader(lines) if run["row"] == row]
+    """Returns a row's runs on the seeds that report; `row` may be FILE/row."""
+    *other, name = row.split("/")
     # Files of earlier comparisons say which runs only served to choose values.
     reported = [
-        run for run in runs if run.get("stage", "report") == "report" and run["seed"] != "1"
+        run
+        for run in _runs(other[0] if other else file)
+        if run["row"] == name and run.get("stage", "report") == "report" and run["seed"] != "1"
     ]
     if not reported:
         raise ValueError(f"docs/results/{file}.csv: no finished run of row {row}")
     return reported
+
+
+@cache
+def _runs(file: str) -> list[dict[str, str]]:
+    with (FOLDER / f"{file}.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
