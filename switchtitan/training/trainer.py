@@ -144,6 +144,9 @@ class Trainer:
             # All ranks must agree.
             has_results = self.reporter.has_results(state.step, state.last_validation_loss)
             if not self.stepper.world.broadcast(has_results):
+                # The last evaluation may be of an earlier step, if the run was made shorter.
+                if state.first_validation_loss is not None:
+                    self.evaluate()
                 self._finalize()
             return
         if self.num_steps < self.evaluate_interval and state.first_validation_loss is None:

@@ -115,6 +115,21 @@ def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_config
     assert levels == ["WARNING", "INFO"]  # to train longer is no reason for a warning
 
 
+def test_a_stopped_run_that_is_made_shorter_ends_with_the_loss_of_its_last_weights(corpora, capsys):
+    folder, every = corpora / "made-shorter", ("--evaluation.interval", "2")
+    trainer = tiny_trainer(folder, "lora", *every)
+    trainer.evaluate()
+    train_steps(trainer, 3)
+    trainer.save()
+    trainer.stepper.close()
+    tiny_trainer(folder, "lora", *every, "--training.steps", "3").train()
+    results = json.loads((folder / "run" / "results.json").read_text())
+    loss = trainer.evaluators.validation(trainer.stepper.model)
+    before = trainer.stepper.state.first_validation_loss
+    assert (results["step"], results["loss/validation"]) == (3, pytest.approx(loss, rel=1e-6))
+    assert f"{before:.4f} -> {loss:.4f}" in capsys.readouterr().out
+
+
 def test_a_resumed_run_writes_its_configuration_only_if_it_is_another(tmp_path):
     write_config(tmp_path, "lr = 1", 0)
     write_config(tmp_path, "lr = 1", 3)
