@@ -98,8 +98,8 @@ def final_line(message: str, status: int) -> str:
 
 
 def interrupt_on_sigterm() -> None:
-    """Makes SIGTERM raise KeyboardInterrupt, like Ctrl-C. Sends a signal again that Python swallows
-    in a destructor or the callback of a weak reference."""
+    """Makes SIGTERM, and SIGHUP but for `nohup`, raise KeyboardInterrupt, like Ctrl-C. Sends a
+    signal again that Python swallows in a destructor or the callback of a weak reference."""
     report_others = sys.unraisablehook
 
     def interrupt(number: int, frame: object) -> None:
@@ -109,9 +109,11 @@ def interrupt_on_sigterm() -> None:
         if not isinstance(swallowed.exc_value, KeyboardInterrupt):
             return report_others(swallowed)
         (number,) = swallowed.exc_value.args or (signal.SIGINT,)
-        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
 
     signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, interrupt)
     sys.unraisablehook = send_again
 
 

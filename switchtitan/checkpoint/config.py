@@ -1,11 +1,15 @@
 """The `[checkpoint]` section."""
 
-from pydantic import Field
+import os
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from switchtitan.registry import Section
 
 RESUME_AUTO = "auto"
 RESUME_NEVER = "never"
+_GivenPath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class CheckpointConfig(Section):
@@ -17,7 +21,7 @@ class CheckpointConfig(Section):
     keep_latest: int = Field(default=2, ge=0)
     """How many of this run's newest checkpoints to keep; 0 keeps all."""
 
-    resume: str = Field(default=RESUME_AUTO, min_length=1)
+    resume: _GivenPath = Field(default=RESUME_AUTO, min_length=1)
     """What to resume from. "auto": the newest complete checkpoint in the output folder, if any.
     "never": start from scratch; an error if the output folder holds checkpoints. Otherwise the path
     of a checkpoint or a run."""
@@ -32,7 +36,7 @@ class CheckpointConfig(Section):
     launch` kills ranks that have not ended some seconds later. Set it to what your cluster allows
     between the signal and SIGKILL."""
 
-    initial_weights: str | None = None
+    initial_weights: _GivenPath | None = None
     """Dense weights that a new run starts from: a folder in Hugging Face's layout with safetensors
     files, a folder with a PEFT adapter, a safetensors file, or a checkpoint or run of any
     method."""

@@ -25,7 +25,11 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.run import get_args_parser
+from torch.distributed.run import (
+    determine_local_world_size,
+    get_args_parser,
+    parse_min_max_nnodes,
+)
 from torch.distributed.run import run as run_torchrun
 
 from switchtitan.checkpoint.config import CheckpointConfig
@@ -60,17 +64,16 @@ def run(words: Sequence[str]) -> None:
     is_given = options.module or options.no_python or script in OWN_COMMANDS
     if not (is_given or os.path.exists(script)):
         raise ConfigError(f"launch {script}: expected {', '.join(OWN_COMMANDS)}, a file, -m MODULE")
-    _check_machines(options)
+    least_nodes, most_nodes, num_processes = _counts(options)
+    _check_machines(options, least_nodes, most_nodes)
     if options.training_script == "train":
-        least, _, most = options.nnodes.partition(":")
-        counts = (least, options.nproc_per_node)  # or "gpu" processes, which torchrun counts
         keys = options.training_script_args
 
         def ignore(note: str) -> None:
             """The first rank prints it."""
 
-        if most in ("", least) and all(count.isdecimal() for count in counts):
-            config = parse_arguments(keys, int(counts[0]) * int(counts[1]), ignore)
+        if least_nodes == most_nodes:
+            config = parse_arguments(keys, least_nodes * num_processes, ignore)
         else:
             config = parse_unchecked(keys, ignore)
         _let_ranks_stop(options, config.checkpoint.grace_s, config.job.stop_signal)
@@ -82,9 +85,9 @@ def run(words: Sequence[str]) -> None:
     if options.training_script in OWN_COMMANDS:
         options.training_script_args.insert(0, options.training_script)
         options.module, options.training_script = True, "switchtitan"
-    if options.nproc_per_node.isdecimal():  # torchrun's own default is one thread
-        threads = threads_per_process(num_cores(), int(options.nproc_per_node))
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # torchrun's own default is one thread.
+    threads = threads_per_process(num_cores(), num_processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # A failing rank prints its own error; the agent would repeat it on every node.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if os.environ.get("TORCH_CPP_LOG_LEVEL") == "FATAL":
@@ -94,14 +97,27 @@ def run(words: Sequence[str]) -> None:
         run_ranks(options)
 
 
-def _check_machines(options: argparse.Namespace) -> None:
-    most_nodes = options.nnodes.rpartition(":")[2]  # "1:4" is elastic
-    if most_nodes.isdecimal():
-        check_slurm_tasks(int(most_nodes))
+def _counts(options: argparse.Namespace) -> tuple[int, int, int]:
+    """Returns the least and the most machines, which differ in "1:4", and processes on each."""
+    given = f"--nnodes {options.nnodes} --nproc_per_node {options.nproc_per_node}"
+    try:
+        counts = (
+            *parse_min_max_nnodes(options.nnodes),
+            determine_local_world_size(options.nproc_per_node),  # counts "gpu"
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"{given}: {error}") from error
+    if min(counts) < 1:
+        raise ConfigError(f"{given}: expected integers >= 1")
+    return counts
+
+
+def _check_machines(options: argparse.Namespace, least_nodes: int, most_nodes: int) -> None:
+    check_slurm_tasks(most_nodes)
     is_static = options.rdzv_backend == "static"
-    if options.nnodes.isdecimal() and (is_static or options.rdzv_backend == "c10d"):
+    if least_nodes == most_nodes and (is_static or options.rdzv_backend == "c10d"):
         node_rank = options.node_rank if is_static else None
-        check_rendezvous(_endpoint(options), int(options.nnodes), node_rank)
+        check_rendezvous(_endpoint(options), least_nodes, node_rank)
 
 
 def _endpoint(options: argparse.Namespace) -> str:

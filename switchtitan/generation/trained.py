@@ -187,7 +187,7 @@ def find_corpus(metadata: CheckpointMetadata) -> Path:
             f"the checkpoint names no folder of a corpus: data.cache_dir = {cache_dir!r}, "
             f"corpus.name = {name!r}"
         )
-    return Path(cache_dir) / name
+    return Path(cache_dir).expanduser() / name
 
 
 def trained_corpus(folder: Path, metadata: CheckpointMetadata) -> CorpusIndex | None:

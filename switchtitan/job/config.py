@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.config import (
@@ -49,7 +49,7 @@ class RunConfig(Section):
 
     name: str = Field(min_length=1)
     """Name of the run in logs and TensorBoard."""
-    output_dir: Path
+    output_dir: Annotated[Path, AfterValidator(Path.expanduser)]
     """Folder for checkpoints, logs and traces, relative to the working directory; created if
     missing."""
     seed: int = Field(default=42, ge=0, lt=2**63)
@@ -196,7 +196,7 @@ def _model_in_folder(folder: str) -> dict[str, object]:
     # Imported here: most runs do not use it.
     from switchtitan.hub.initial_weights import read_model_folder
 
-    return read_model_folder(Path(folder))
+    return read_model_folder(Path(folder).expanduser())
 
 
 EXPANSIONS: dict[KeyPath, Expand] = {("model", "from_folder"): _model_in_folder}

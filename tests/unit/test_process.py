@@ -171,13 +171,15 @@ def test_an_observer_that_starts_or_stops_inside_a_region_sees_pairs(record):
     assert late.calls == ["second", "end"]
 
 
-def test_a_signal_that_comes_in_a_callback_of_a_weakref_is_not_lost(monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_comes_in_a_callback_of_a_weakref_is_not_lost(monkeypatch, number):
     class Thing:
         pass
 
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    before, things = signal.getsignal(signal.SIGTERM), [Thing()]
-    reference = weakref.ref(things[0], lambda _: signal.raise_signal(signal.SIGTERM))
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    things = [Thing()]
+    reference = weakref.ref(things[0], lambda _: signal.raise_signal(number))
 
     def work():
         things.clear()
@@ -188,6 +190,7 @@ def test_a_signal_that_comes_in_a_callback_of_a_weakref_is_not_lost(monkeypatch)
         with pytest.raises(KeyboardInterrupt) as interrupt:
             work()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
     assert reference() is None
-    assert interrupt.value.args == (signal.SIGTERM,)
+    assert interrupt.value.args == (number,)

@@ -69,6 +69,9 @@ OTHERS = [
 ]
 LAUNCH = [
     ("--nproc_per_node 2 train --config {config} --training.step 9", "--training.step 9", "steps"),
+    ("--nproc_per_node two train", "--nproc_per_node two", "value"),
+    ("--nproc_per_node 0 train", "--nproc_per_node 0", "integers >= 1"),
+    ("--nnodes x train", "--nnodes x", "int"),
     ("{two} --rdzv_endpoint node-1:0 train", "RDZV_ENDPOINT=node-1:0", "HOST:PORT"),
     ("{two} --rdzv_endpoint fe80::1:1x train", "RDZV_ENDPOINT=fe80::1:1x", "HOST:PORT"),
     ("--nproc_per_node 2 trian", "launch trian", "train, benchmark"),

@@ -198,3 +198,12 @@ def test_compilation_without_a_compiler_or_headers_is_refused(parse, monkeypatch
     with pytest.raises(ConfigError, match=r"g\+\+.*--compile\.blocks false"):
         parse("--compile.blocks", "true")
     assert "gcc" in missing_toolchain("cuda")
+
+
+def test_a_path_below_the_home_folder_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ("--job.output_dir=~/run", "--checkpoint.resume=~/old", "--checkpoint.initial_weights=~")
+    config = parse_arguments(keys, 1, print_note)
+    assert config.job.output_dir == tmp_path / "run"
+    assert config.checkpoint.resume == str(tmp_path / "old")
+    assert config.checkpoint.initial_weights == str(tmp_path)
