@@ -136,6 +136,9 @@ def start_output(output_dir: Path, resolved: str, world: World, step: int, num_s
 
 def write_config(output_dir: Path, resolved: str, step: int) -> None:
     """Writes the configuration that a run has from `step` on, if it is another than before."""
+    for file in _resumed_configs(output_dir):
+        if _step_of(file) > step:  # of checkpoints that are gone
+            file.unlink()
     if step == 0:
         write_atomically(output_dir / CONFIG_FILE, resolved)
         return
@@ -146,8 +149,11 @@ def write_config(output_dir: Path, resolved: str, step: int) -> None:
 
 def newest_config_file(output_dir: Path) -> Path:
     """Returns the file with the configuration of a run's last part."""
-    resumed = [file for file in output_dir.iterdir() if _RESUMED_CONFIG.fullmatch(file.name)]
-    return max(resumed, key=_step_of, default=output_dir / CONFIG_FILE)
+    return max(_resumed_configs(output_dir), key=_step_of, default=output_dir / CONFIG_FILE)
+
+
+def _resumed_configs(output_dir: Path) -> list[Path]:
+    return [file for file in output_dir.iterdir() if _RESUMED_CONFIG.fullmatch(file.name)]
 
 
 def _step_of(resumed_config: Path) -> int:

@@ -141,6 +141,8 @@ def test_a_resumed_run_writes_its_configuration_only_if_it_is_another(tmp_path):
     newest = newest_config_file(tmp_path)
     assert (newest.read_text(), newest.stem) == ("lr = 1", "config-from-step-12")
     assert len([*tmp_path.iterdir()]) == 3
+    write_config(tmp_path, "lr = 3", 0)  # the checkpoints were moved away
+    assert [file.name for file in tmp_path.iterdir()] == ["config.toml"]
 
 
 def pretend(monkeypatch, is_native):
