@@ -129,9 +129,11 @@ def materialize(
         rows, plain, values = dict(held), set(own), dict[str, Tensor]()
         if isinstance(module, Reparametrized):
             plain &= {"bias"}
-            # The rows of the plain weight that the module's tensors follow from.
+            # The rows of the plain weight that the module's tensors follow from. Buffers that no
+            # checkpoint has do not depend on it.
             shape = module.plain_shape
-            rows["weight"] = covering_blocks(shape, held.get("weight", range(shape[0])))
+            needed = range(0 if is_restored else shape[0])
+            rows["weight"] = covering_blocks(shape, held.get("weight", needed))
             weight = plain_rows(f"{prefix}weight", shape, rows["weight"])
             generator = partial(_generator_within, seed, prefix)
             values = module.initial_tensors(weight, generator, rows)
