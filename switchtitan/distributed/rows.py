@@ -6,9 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.distributed.tensor import DTensor
 
-from switchtitan.distributed.shards import row_range
+from switchtitan.distributed.shards import local_shards, row_range
 from switchtitan.errors import RanksDisagreeError
 
 Spans = tuple[range, ...]
@@ -19,28 +18,24 @@ class ShardedRows:
     """The rows that this rank holds of a matrix [rows, width], sharded along dimension 0 or plain.
 
     Looks up the row range once: asking the mesh takes longer than slicing. Not for autograd.
+
+    Attributes:
+        shard: the local shard [held, width], sharing memory with `matrix`.
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
         self.width, self.held = matrix.shape[1], row_range(matrix)
-        self._is_sharded = isinstance(matrix, DTensor)
-
-    @property
-    def shard(self) -> Tensor:
-        """The local shard [held, width]."""
-        # Not cached: FSDP replaces a shard that needs padding before the first forward pass.
-        return self.matrix._local_tensor if self._is_sharded else self.matrix  # type: ignore[attr-defined]
+        (self.shard,) = local_shards([matrix])
 
     def paired(self, spans: Spans, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns (view of the shard, view of `rows` [wanted, width]) for local rows of `spans`."""
-        shard, first, end = self.shard, self.held.start, self.held.stop
+        first, end = self.held.start, self.held.stop
         pairs = []
         position = 0
         for span in spans:
             start, stop = max(span.start, first), min(span.stop, end)
             if start < stop:  # most spans are on other ranks
-                held = shard.narrow(0, start - first, stop - start)
+                held = self.shard.narrow(0, start - first, stop - start)
                 wanted = rows.narrow(0, position + start - span.start, stop - start)
                 pairs.append((held, wanted))
             position += len(span)

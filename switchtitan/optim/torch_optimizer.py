@@ -14,7 +14,6 @@ from switchtitan.distributed.shards import (
     copy_from_full_,
     full_tensor,
     local,
-    local_shards,
 )
 from switchtitan.optim.base import GroupedOptimizer
 from switchtitan.optim.parameters import TrainedParameter
@@ -46,9 +45,8 @@ class TorchOptimizer(GroupedOptimizer):
     ) -> None:
         super().__init__(config, parameters)
         self._initial_state = initial_state
-        # Empty until the first step, since FSDP may replace a shard before the first forward pass.
         self._held = {
-            name: nn.Parameter(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+            name: nn.Parameter(self._padded(local(parameter.detach())))
             for name, parameter in self.parameters.items()
         }
         groups: list[dict[str, Any]] = []
@@ -62,19 +60,12 @@ class TorchOptimizer(GroupedOptimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        grads = {
-            name: parameter.grad
-            for name, parameter in self.parameters.items()
-            if parameter.grad is not None
-        }
-        if not grads:
-            return
-        shards = local_shards(self.parameters[name] for name in grads)
-        for name, shard, grad in zip(grads, shards, local_shards(grads.values()), strict=True):
-            self._held[name].data, self._held[name].grad = self._padded(shard), self._padded(grad)
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                self._held[name].grad = self._padded(local(parameter.grad))
         self._optimizer.step()
-        for name in grads:
-            self._held[name].grad = None
+        for held in self._held.values():
+            held.grad = None
 
     def set_lr(self, lr_factor: float) -> None:
         super().set_lr(lr_factor)
@@ -88,7 +79,7 @@ class TorchOptimizer(GroupedOptimizer):
         """Returns torch's state of a parameter, and adds it to the state that is saved."""
         parameter = self.parameters[name]
         shard = local(parameter.detach())
-        state = self._initial_state(self._padded(shard))
+        state = self._initial_state(self._held[name].detach())
         for key, value in state.items():
             saved = as_shard_of(value[: len(shard)], parameter) if value.ndim else value
             self.state[f"{name}.{key}"] = saved

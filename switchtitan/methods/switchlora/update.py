@@ -102,9 +102,10 @@ class VectorAdamW(GroupedOptimizer):
         # In a flattened table, of all local vectors in the order of groups.
         self._places = np.add.outer(np.multiply(order, rank), held).ravel()
         self._means, self._squares = self._zeros("exp_avg", order), self._zeros("exp_avg_sq", order)
-        of_moments = local_shards(self._means), local_shards(self._squares)
-        self._moments = [
-            [as_one_matrix([shards[i] for i in group]) for shards in of_moments]
+        self._shards = local_shards(factors.parameters)
+        tables = self._shards, local_shards(self._means), local_shards(self._squares)
+        self._matrices = [
+            [as_one_matrix([shards[i] for i in group]) for shards in tables]
             for group in self._groups
         ]
         first = factors.parameters[0]
@@ -129,14 +130,13 @@ class VectorAdamW(GroupedOptimizer):
         num_held = len(self._factors.held)
         if not num_held:
             return
-        # FSDP may replace shards before the first forward pass: they are looked up in every step.
-        shards = local_shards(self._factors.parameters)
         grads = local_shards(self._factors.gradients())
         sizes = [len(group) * num_held for group in self._groups]
         coefficients = self._coefficients().unsqueeze(2).split(sizes, dim=1)
-        for group, moments, of_group in zip(self._groups, self._moments, coefficients, strict=True):
-            own = [shards[i] for i in group]
-            matrix = as_one_matrix(own)
+        for group, of_table, of_group in zip(
+            self._groups, self._matrices, coefficients, strict=True
+        ):
+            own, (matrix, *moments) = [self._shards[i] for i in group], of_table
             vectors = torch.cat(own) if matrix is None else matrix
             grad = torch.cat([grads[i] for i in group]) if len(group) > 1 else grads[group[0]]
             self._update(vectors, grad, *moments, *of_group, betas=self._keys.betas)
