@@ -11,15 +11,12 @@ import argparse
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from switchtitan.cli.main import add_model_arguments, positive_int
 from switchtitan.cli.prepare import open_given
 from switchtitan.data.corpus import Corpus
 from switchtitan.data.prepare import open_corpus
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import dtype_on
-from switchtitan.distributed.fsdp import materialize, shard_model
 from switchtitan.distributed.world import World, start_world, temporary_world
 from switchtitan.errors import ConfigError, CorpusError
 from switchtitan.generation.held_out import HeldOut, Shape, held_out_split, held_out_text
@@ -33,7 +30,6 @@ from switchtitan.generation.trained import (
     saved_config,
 )
 from switchtitan.job.config import EvaluationConfig, JobConfig
-from switchtitan.models import MODELS
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.log import perplexity_of
 from switchtitan.process import progress_bar
@@ -75,8 +71,6 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         config = saved_config(trained.metadata)
     with temporary_world():
         world = start_world(ParallelismConfig())
-        with torch.device("meta"):
-            model = MODELS.build(trained.config)
         if config is None:
             longest = min(trained.max_positions or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
             shape = Shape(options.seq_len or longest, _LOCAL_BATCH_SIZE)
@@ -88,9 +82,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         if dtype == "auto" and config is not None:
             dtype = config.training.dtype
         compute_dtype = dtype_on(world.device, dtype, trained.compute_dtype)
-        shard_model(model, world.shard_mesh, compute_dtype.dtype, ParallelismConfig())
-        materialize(model, world.device, 0, trained.tensors)
-        trained.tensors.clear()
+        model = trained.load(world.device, compute_dtype.dtype)
         batches = progress_bar(
             "evaluating", held_out.batches, total=len(held_out.batches), unit="batches"
         )
