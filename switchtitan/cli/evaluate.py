@@ -13,13 +13,16 @@ from typing import Any, Literal
 
 from switchtitan.cli.main import add_model_arguments, positive_int
 from switchtitan.cli.prepare import open_given
+from switchtitan.contracts import Batch
 from switchtitan.data.corpus import Corpus
+from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.prepare import open_corpus
+from switchtitan.data.text import TextSize
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.world import World, start_world, temporary_world
 from switchtitan.errors import ConfigError, CorpusError
-from switchtitan.generation.held_out import HeldOut, Shape, held_out_split, held_out_text
+from switchtitan.generation.held_out import held_out_text
 from switchtitan.generation.trained import (
     TrainedModel,
     check_tokens,
@@ -72,33 +75,30 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     with temporary_world():
         world = start_world(ParallelismConfig())
         if config is None:
-            longest = min(trained.max_positions or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
-            shape = Shape(options.seq_len or longest, _LOCAL_BATCH_SIZE)
+            seq_len = min(trained.max_positions or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
         else:
-            seq_len = options.seq_len or config.data.seq_len
-            shape = Shape(seq_len, config.training.local_batch_size)
-        held_out, described = _open_held_out(options, trained, config, shape, world)
+            seq_len = config.data.seq_len
+        seq_len = options.seq_len or seq_len
+        batches, size, described = _open_held_out(options, trained, config, seq_len, world)
         dtype = options.dtype
         if dtype == "auto" and config is not None:
             dtype = config.training.dtype
         compute_dtype = dtype_on(world.device, dtype, trained.compute_dtype)
         model = trained.load(world.device, compute_dtype.dtype)
-        batches = progress_bar(
-            "evaluating", held_out.batches, total=len(held_out.batches), unit="batches"
-        )
-        loss = Evaluator(batches, CrossEntropy(compile_regions=False), world)(model)
+        shown = progress_bar("evaluating", batches, total=len(batches), unit="batches")
+        loss = Evaluator(shown, CrossEntropy(compile_regions=False), world)(model)
         if not world.is_main:
             return None
     result = {
         "weights": str(trained.source),
         **described,
         "compute_dtype": compute_dtype.name,
-        "seq_len": shape.seq_len,
-        "tokens": held_out.size.num_tokens,
-        "bytes": held_out.size.num_bytes,
+        "seq_len": seq_len,
+        "tokens": size.num_tokens,
+        "bytes": size.num_bytes,
         "loss": loss,
         "perplexity": perplexity_of(loss),
-        "bits_per_byte": held_out.size.bits_per_byte(loss),
+        "bits_per_byte": size.bits_per_byte(loss),
     }
     for name in ("weights", "text", "corpus", "split"):
         if name in result:
@@ -114,35 +114,39 @@ def _open_held_out(
     options: argparse.Namespace,
     trained: TrainedModel,
     config: JobConfig | None,
-    shape: Shape,
+    seq_len: int,
     world: World,
-) -> tuple[HeldOut, dict[str, Any]]:
-    """Returns what to evaluate on, and its description for the result."""
+) -> tuple[ValidationBatches | list[Batch], TextSize, dict[str, Any]]:
+    """Returns this rank's batches, the size of their text over all ranks, and its description."""
+    batch_size = _LOCAL_BATCH_SIZE if config is None else config.training.local_batch_size
     if options.text is not None:
         tokenizer = open_tokenizer(trained, options.tokenizer)
         check_tokens(trained, [tokenizer.vocab_size - 1])
-        held_out = held_out_text(options.text, options.tokens, tokenizer, shape, world)
-        return held_out, {"text": str(options.text)}
+        own = held_out_text(options.text, options.tokens, tokenizer, seq_len, batch_size, world)
+        return *own, {"text": str(options.text)}
     split: Literal["validation", "test"] = options.split or "validation"
     evaluation = EvaluationConfig() if config is None else config.evaluation
     of_test = evaluation.test_tokens if split == "test" else None
     num_tokens = options.tokens or of_test or evaluation.tokens
-    if num_tokens < shape.seq_len:
+    if num_tokens < seq_len:
         raise ConfigError(
-            f"--tokens {num_tokens}: expected at least one sequence, [data] seq_len = "
-            f"{shape.seq_len}"
+            f"--tokens {num_tokens}: expected at least one sequence, [data] seq_len = {seq_len}"
         )
     corpus = _open_corpus(options, trained, config, world)
     corpus.check_vocabulary(trained.config.vocab_size)
+    sequences, num_sequences = corpus.split(split, seq_len), num_tokens // seq_len
     if options.tokens is None:
         # A default is no request for more than there is.
-        num_sequences = corpus.split(split, shape.seq_len).num_unshuffled
-        num_tokens = min(num_tokens, num_sequences * shape.seq_len)
-    return held_out_split(corpus, split, num_tokens, shape, world), {
-        "corpus": corpus.description,
-        "fingerprint": corpus.fingerprint,
-        "split": split,
-    }
+        num_sequences = min(num_sequences, sequences.num_unshuffled)
+    batches = ValidationBatches(
+        sequences,
+        num_sequences=num_sequences,
+        local_batch_size=batch_size,
+        rank=world.rank,
+        num_ranks=world.size,
+    )
+    described = {"corpus": corpus.description, "fingerprint": corpus.fingerprint, "split": split}
+    return batches, batches.text_size(corpus.tokenizer()), described
 
 
 def _open_corpus(

@@ -13,6 +13,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from switchtitan.contracts import IGNORED_TARGET, Batch
 from switchtitan.data.mixture import Sequences
 from switchtitan.data.sequences import TokenSequence
+from switchtitan.data.text import TextSize, num_text_bytes
+from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CorpusError
 
 logger = logging.getLogger(__name__)
@@ -135,6 +137,12 @@ class ValidationBatches:
         self._sequences = sequences
         self._local_batch_size = local_batch_size
         self._rank, self._num_ranks = rank, num_ranks
+
+    def text_size(self, documents: DocumentTokenizer) -> TextSize:
+        """Reads all sequences; returns the size of their text, over all ranks."""
+        stretches = self._sequences.stretches(self.num_sequences)
+        num_bytes = sum(num_text_bytes(tokens, documents) for tokens in stretches)
+        return TextSize(self.num_sequences * self._sequences.seq_len, num_bytes)
 
     def __len__(self) -> int:
         return -(-self.num_sequences // (self._num_ranks * self._local_batch_size))

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from switchtitan.data.mixture import Sequences
 from switchtitan.data.tokenizer import DocumentTokenizer
 
 
@@ -25,15 +24,6 @@ class TextSize(NamedTuple):
         if self.num_bytes == 0:
             return None
         return loss * self.num_tokens / (math.log(2) * self.num_bytes)
-
-
-def size_of_sequences(
-    sequences: Sequences, num_sequences: int, documents: DocumentTokenizer
-) -> TextSize:
-    """Returns the size of the first unshuffled sequences, whose text it reads."""
-    stretches = sequences.stretches(num_sequences)
-    num_bytes = sum(num_text_bytes(tokens, documents) for tokens in stretches)
-    return TextSize(num_sequences * sequences.seq_len, num_bytes)
 
 
 def num_text_bytes(tokens: NDArray[np.int64], documents: DocumentTokenizer) -> int:

@@ -1,69 +1,33 @@
-"""What a trained model is evaluated on: a split of a prepared corpus, or a text."""
+"""The batches of a text that a trained model is evaluated on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from switchtitan.contracts import IGNORED_TARGET, Batch
-from switchtitan.data.corpus import Corpus, SplitName
-from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.sequences import document_ids
-from switchtitan.data.text import TextSize, size_of_sequences
+from switchtitan.data.text import TextSize
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError
 from switchtitan.generation.text import prefix_ids
 
 
-class Shape(NamedTuple):
-    """How tokens are cut into batches."""
-
-    seq_len: int
-    """Tokens per sequence."""
-    local_batch_size: int
-    """Sequences per rank and batch."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Text to evaluate a model on."""
-
-    batches: ValidationBatches | list[Batch]
-    """This rank's."""
-    size: TextSize
-    """Over all ranks."""
-
-
-def held_out_split(
-    corpus: Corpus, split: SplitName, num_tokens: int, shape: Shape, world: World
-) -> HeldOut:
-    """Returns the first tokens of a split, for a model with the corpus's tokenizer.
-
-    Raises:
-        CorpusError: if there is no such split, or it is shorter than one sequence.
-    """
-    sequences = corpus.split(split, shape.seq_len)
-    batches = ValidationBatches(
-        sequences,
-        num_sequences=num_tokens // shape.seq_len,
-        local_batch_size=shape.local_batch_size,
-        rank=world.rank,
-        num_ranks=world.size,
-    )
-    size = size_of_sequences(sequences, batches.num_sequences, corpus.tokenizer())
-    return HeldOut(batches, size)
-
-
 def held_out_text(
-    file: Path, num_tokens: int | None, own: DocumentTokenizer, shape: Shape, world: World
-) -> HeldOut:
-    """Returns a text file as one document, without its end.
+    file: Path,
+    num_tokens: int | None,
+    own: DocumentTokenizer,
+    seq_len: int,
+    local_batch_size: int,
+    world: World,
+) -> tuple[list[Batch], TextSize]:
+    """Returns this rank's batches of a text file, one document without its end, and its size.
 
     Args:
         num_tokens: only that many tokens at its start; None for all.
+        seq_len: tokens per sequence.
+        local_batch_size: sequences per rank and batch.
 
     Raises:
         ConfigError: if the file cannot be read, is not UTF-8 or is empty.
@@ -87,13 +51,13 @@ def held_out_text(
     batches = text_batches(
         [*context, *ids],
         num_context=len(context),
-        seq_len=shape.seq_len,
+        seq_len=seq_len,
         eos_id=own.eos_id,
-        local_batch_size=shape.local_batch_size,
+        local_batch_size=local_batch_size,
         rank=world.rank,
         num_ranks=world.size,
     )
-    return HeldOut(batches, TextSize(len(ids), len(text.encode())))
+    return batches, TextSize(len(ids), len(text.encode()))
 
 
 def text_batches(

@@ -6,7 +6,6 @@ What most runs do not use is imported where it is built.
 import logging
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +19,6 @@ from switchtitan.contracts import Batch, Method, SummedLoss
 from switchtitan.data.corpus import Corpus
 from switchtitan.data.loader import ValidationBatches, build_train_batches
 from switchtitan.data.prepare import open_corpus
-from switchtitan.data.text import size_of_sequences
 from switchtitan.distributed.blocks import checkpoint_activations, compile_blocks
 from switchtitan.distributed.dtype import ComputeDtype, agree_on_dtype, dtype_on
 from switchtitan.distributed.fsdp import (
@@ -226,16 +224,14 @@ def build_evaluators(
     seq_len = config.data.seq_len
 
     def evaluator_on(split: Literal["validation", "test"], num_tokens: int) -> Evaluator:
-        sequences = corpus.split(split, seq_len)
         batches = ValidationBatches(
-            sequences,
+            corpus.split(split, seq_len),
             num_sequences=num_tokens // seq_len,
             local_batch_size=config.training.local_batch_size,
             rank=world.rank,
             num_ranks=world.size,
         )
-        size = partial(size_of_sequences, sequences, batches.num_sequences)
-        return Evaluator(batches, loss, world, lambda: size(corpus.tokenizer()))
+        return Evaluator(batches, loss, world, lambda: batches.text_size(corpus.tokenizer()))
 
     keys = config.evaluation
     test = None if keys.test_tokens is None else evaluator_on("test", keys.test_tokens)
