@@ -10,6 +10,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.precision import use_full_precision
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import ConfigError
-from switchtitan.generation.decoding import Sampler, Sampling, continuation
+from switchtitan.generation.decoding import Sampler, continuation
 from switchtitan.generation.text import prompt_ids, text_pieces
 from switchtitan.generation.trained import (
     check_tokens,
@@ -87,11 +88,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(device_type())
     use_full_precision(device.type)
     compute_dtype = dtype_on(device, options.dtype, trained.compute_dtype)
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    sampler = Sampler(options.temperature, options.top_k, options.top_p, options.seed or 0)
     tokens = continuation(
         trained.load(device, compute_dtype.dtype),
         prompt_tokens,
-        Sampler(sampling, options.seed or 0),
+        sampler,
         options.max_new_tokens,
         device,
     )
@@ -107,10 +108,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "prompt": prompt,
         "prompt_tokens": prompt_tokens,
         **result,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "seed": options.seed or 0,
+        **asdict(sampler),
     }
 
 

@@ -40,9 +40,9 @@ def _logits_at_end(hidden: Tensor, head: nn.Module) -> Tensor:
     return logits[0]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose the next token."""
+@dataclass
+class Sampler:
+    """Chooses tokens; the same logits in the same order give the same tokens."""
 
     temperature: float = 1.0
     """Divides the logits; 0 always chooses the most probable token."""
@@ -50,45 +50,36 @@ class Sampling:
     """Only the `top_k` most probable tokens, and those as probable as the last of them."""
     top_p: float | None = None
     """Only the fewest most probable tokens whose probabilities add up to `top_p` or more."""
+    seed: int = 0
+    """Of the random numbers, at least 0. Without effect at temperature 0."""
 
-
-class Sampler:
-    """Draws tokens; the same logits in the same order give the same tokens.
-
-    Args:
-        seed: of the random numbers, at least 0. Without effect at temperature 0.
-    """
-
-    def __init__(self, sampling: Sampling, seed: int = 0) -> None:
-        self._sampling = sampling
+    def __post_init__(self) -> None:
         # Not the global generator, whose state belongs to training.
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(self.seed)
 
     def __call__(self, logits: Tensor) -> int:
         """Returns a token for `logits` [vocabulary], on any device."""
-        if self._sampling.temperature == 0:
+        if self.temperature == 0:
             return int(logits.argmax())
         # Drawn on the CPU, so that a seed means the same on every device.
-        chances = probabilities(logits.float().cpu(), self._sampling)
+        chances = self.probabilities(logits.float().cpu())
         return int(torch.multinomial(chances, 1, generator=self._generator))
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Returns the probabilities of tokens [vocabulary] at a temperature above 0.
 
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Returns the probabilities [vocabulary] that a `Sampler` draws with.
-
-    Args:
-        logits: [vocabulary], fp32 or wider.
-        sampling: its temperature is above 0.
-    """
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < len(logits):
-        last_kept = logits.topk(sampling.top_k).values[-1]
-        logits = logits.masked_fill(logits < last_kept, -torch.inf)
-    if sampling.top_p is not None:
-        ordered, order = logits.sort(descending=True, stable=True)
-        chances = ordered.softmax(dim=-1)
-        # A token stays if those before it do not suffice. So the first one always stays.
-        is_dropped = chances.cumsum(dim=-1) - chances >= sampling.top_p
-        is_dropped[0] = False
-        logits[order[is_dropped]] = -torch.inf
-    return logits.softmax(dim=-1)
+        Args:
+            logits: [vocabulary], fp32 or wider.
+        """
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < len(logits):
+            last_kept = logits.topk(self.top_k).values[-1]
+            logits = logits.masked_fill(logits < last_kept, -torch.inf)
+        if self.top_p is not None:
+            ordered, order = logits.sort(descending=True, stable=True)
+            chances = ordered.softmax(dim=-1)
+            # A token stays if those before it do not suffice. So the first one always stays.
+            is_dropped = chances.cumsum(dim=-1) - chances >= self.top_p
+            is_dropped[0] = False
+            logits[order[is_dropped]] = -torch.inf
+        return logits.softmax(dim=-1)

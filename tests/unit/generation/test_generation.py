@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from switchtitan.data.tokenizer import train_tokenizer
-from switchtitan.generation.decoding import Sampler, Sampling, continuation, probabilities
+from switchtitan.generation.decoding import Sampler, continuation
 from switchtitan.generation.text import prefix_ids, prompt_ids, text_pieces
 from switchtitan.models import MODELS
 from switchtitan.models.cola import ColaConfig
@@ -15,7 +15,7 @@ from switchtitan.models.llama.config import LlamaConfig, Qwen2Config
 from switchtitan.models.llama.model import Llama
 
 CPU = torch.device("cpu")
-GREEDY = Sampler(Sampling(temperature=0))
+GREEDY = Sampler(temperature=0)
 SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 37,
@@ -86,16 +86,16 @@ LOGITS = torch.tensor([1.0, 3.0, -2.0, 2.0, 0.5, 2.5, -1.0])
 CRITICAL = 22.46
 
 
-def draws(sampling, num_draws, seed=3):
-    sampler = Sampler(sampling, seed)
+def draws(num_draws=5000, **keys):
+    sampler = Sampler(**{"seed": 3, **keys})
     return [sampler(LOGITS) for _ in range(num_draws)]
 
 
-def chi_square(sampling, expected, num_draws=5000):
+def chi_square(expected, **keys):
     """Pearson's statistic of draws against the probabilities `expected`."""
-    drawn = torch.tensor(draws(sampling, num_draws))
+    drawn = torch.tensor(draws(**keys))
     counts = torch.bincount(drawn, minlength=len(LOGITS)).double()
-    mean = expected.double() * num_draws
+    mean = expected.double() * len(drawn)
     is_possible = mean > 0
     assert counts[~is_possible].sum() == 0
     return ((counts - mean)[is_possible] ** 2 / mean[is_possible]).sum().item()
@@ -104,18 +104,19 @@ def chi_square(sampling, expected, num_draws=5000):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_follow_the_softmax(temperature):
     expected = (LOGITS / temperature).softmax(0)
-    torch.testing.assert_close(probabilities(LOGITS, Sampling(temperature)), expected)
-    assert chi_square(Sampling(temperature), expected) < CRITICAL
-    assert chi_square(Sampling(temperature), (LOGITS / temperature / 1.4).softmax(0)) > CRITICAL
+    torch.testing.assert_close(Sampler(temperature).probabilities(LOGITS), expected)
+    assert chi_square(expected, temperature=temperature) < CRITICAL
+    other = (LOGITS / temperature / 1.4).softmax(0)
+    assert chi_square(other, temperature=temperature) > CRITICAL
 
 
 def test_top_k_keeps_the_most_probable_tokens():
     kept = torch.tensor([1, 5, 3])
     expected = torch.zeros(7)
     expected[kept] = LOGITS[kept].softmax(0)
-    torch.testing.assert_close(probabilities(LOGITS, Sampling(top_k=3)), expected)
-    assert chi_square(Sampling(top_k=3), expected) < CRITICAL
-    everything = probabilities(LOGITS, Sampling(top_k=7, top_p=1.0))
+    torch.testing.assert_close(Sampler(top_k=3).probabilities(LOGITS), expected)
+    assert chi_square(expected, top_k=3) < CRITICAL
+    everything = Sampler(top_k=7, top_p=1.0).probabilities(LOGITS)
     torch.testing.assert_close(everything, LOGITS.softmax(-1))
 
 
@@ -124,7 +125,7 @@ def test_top_p_keeps_the_fewest_tokens_that_suffice():
     sums = ordered.cumsum(0)
     for num_kept in range(1, 7):
         # Just below the sum of `num_kept` tokens, all of these are needed.
-        found = probabilities(LOGITS, Sampling(top_p=sums[num_kept - 1].item() - 1e-4))
+        found = Sampler(top_p=sums[num_kept - 1].item() - 1e-4).probabilities(LOGITS)
         expected = torch.zeros(7)
         expected[order[:num_kept]] = ordered[:num_kept] / sums[num_kept - 1]
         torch.testing.assert_close(found, expected)
@@ -132,7 +133,7 @@ def test_top_p_keeps_the_fewest_tokens_that_suffice():
 
 def test_a_seed_repeats_its_tokens_and_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    first, again, other = (draws(Sampling(), 50, seed) for seed in (5, 5, 6))
+    first, again, other = (draws(50, seed=seed) for seed in (5, 5, 6))
     assert first == again != other
     assert torch.equal(torch.get_rng_state(), before)
     assert GREEDY(LOGITS) == 1
