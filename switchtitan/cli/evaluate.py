@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_mutually_exclusive_group()
     corpus = "a prepared corpus (default: that of the run, or of --config)"
     text.add_argument("--corpus", type=Path, metavar="FOLDER", help=corpus)
-    text.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text file")
+    text.add_argument("--text", metavar="FILE", help="a UTF-8 text file")
     parser.add_argument(
         "--split", choices=["validation", "test"], help="of the corpus (default: validation)"
     )
@@ -123,7 +123,7 @@ def _open_held_out(
         tokenizer = open_tokenizer(trained, options.tokenizer)
         check_tokens(trained, [tokenizer.vocab_size - 1])
         own = held_out_text(options.text, options.tokens, tokenizer, seq_len, batch_size, world)
-        return *own, {"text": str(options.text)}
+        return *own, {"text": options.text}
     split: Literal["validation", "test"] = options.split or "validation"
     evaluation = EvaluationConfig() if config is None else config.evaluation
     of_test = evaluation.test_tokens if split == "test" else None

@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from switchtitan.distributed.precision import use_full_precision
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import ConfigError
 from switchtitan.generation.decoding import Sampler, continuation
-from switchtitan.generation.text import prompt_ids, text_pieces
+from switchtitan.generation.text import prompt_ids, read_text, text_pieces
 from switchtitan.generation.trained import (
     check_tokens,
     load_for_evaluation,
@@ -67,7 +66,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for name, value in draws.items():
         if options.temperature == 0 and value is not None:
             raise ConfigError(f"{name} has no effect with --temperature 0; leave one out")
-    prompt = _read_prompt(options)
+    prompt: str | None = options.prompt
+    if prompt is None:
+        prompt = read_text("--prompt-file", options.prompt_file)
     section = None if options.config is None else load_for_evaluation(options.config).model
     trained = open_trained_model(options.target, section)
     documents = open_tokenizer(trained, options.tokenizer)
@@ -110,20 +111,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         **result,
         **asdict(sampler),
     }
-
-
-def _read_prompt(options: argparse.Namespace) -> str:
-    if options.prompt is not None:
-        text: str = options.prompt
-        return text
-    try:
-        if options.prompt_file == "-":
-            return sys.stdin.buffer.read().decode()
-        return Path(options.prompt_file).read_bytes().decode()
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--prompt-file {options.prompt_file}: cannot be read ({error}); expected a UTF-8 file"
-        ) from error
 
 
 def _print_text(

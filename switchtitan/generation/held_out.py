@@ -1,7 +1,6 @@
 """The batches of a text that a trained model is evaluated on."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -11,11 +10,11 @@ from switchtitan.data.text import TextSize
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError
-from switchtitan.generation.text import prefix_ids
+from switchtitan.generation.text import prefix_ids, read_text
 
 
 def held_out_text(
-    file: Path,
+    file: str,
     num_tokens: int | None,
     own: DocumentTokenizer,
     seq_len: int,
@@ -32,13 +31,7 @@ def held_out_text(
     Raises:
         ConfigError: if the file cannot be read, is not UTF-8 or is empty.
     """
-    try:
-        text = file.read_bytes().decode()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"--text {file}: cannot be read ({reason}); expected a UTF-8 file"
-        ) from error
+    text = read_text("--text", file)
     encoding = own.tokenizer.encode(text, add_special_tokens=False)
     ids = encoding.ids
     if num_tokens is not None and num_tokens < len(ids):

@@ -1,9 +1,27 @@
-"""Prompts to tokens, and tokens to text as they come."""
+"""Text from files, prompts to tokens, and tokens to text as they come."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+from switchtitan.errors import ConfigError
+
+
+def read_text(option: str, file: str) -> str:
+    """Returns the UTF-8 text of the file that a command's option gives; `-` is standard input.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    try:
+        with open(0 if file == "-" else file, "rb") as stream:
+            return stream.read().decode()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{option} {file}: cannot be read ({reason}); expected a UTF-8 file"
+        ) from error
 
 
 def prefix_ids(tokenizer: Tokenizer) -> list[int]:
