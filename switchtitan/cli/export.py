@@ -17,8 +17,7 @@ from pydantic import ByteSize, TypeAdapter
 from switchtitan.checkpoint.load import find_given
 from switchtitan.checkpoint.save import CHECKPOINTS_FOLDER
 from switchtitan.cli.main import number
-from switchtitan.data.corpus import TOKENIZER_FILE
-from switchtitan.generation.trained import find_corpus, trained_corpus
+from switchtitan.generation.trained import find_corpus, tokenizer_of_run
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.export_folder import (
     MAX_SHARD_BYTES,
@@ -93,8 +92,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     is_adapter = options.format == "peft"
     weights = DenseCheckpoint(checkpoint)
     metadata = weights.metadata
-    corpus_folder = find_corpus(metadata)
-    index = trained_corpus(corpus_folder, metadata)
+    corpus_folder, tokenizer = find_corpus(metadata), tokenizer_of_run(metadata)
     with new_folder(folder) as partial:
         base = partial / BASE_FOLDER if is_adapter else partial
         export_dense(
@@ -103,8 +101,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             base,
             dtype,
             seq_len=metadata.identity_value("data", "seq_len", int),
-            tokenizer_file=corpus_folder / TOKENIZER_FILE if index else None,
-            eos_id=index.tokenizer.eos_id if index else None,
+            tokenizer=tokenizer,
             max_shard_bytes=options.max_shard_size,
         )
         if is_adapter:
@@ -119,7 +116,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "checkpoint": str(checkpoint),
         "folder": str(folder),
         "weights": f"{options.dtype}, {'adapter and base' if is_adapter else 'merged in float32'}",
-        "tokenizer": f"that of {corpus_folder}" if index else missing,
+        "tokenizer": f"that of {corpus_folder}" if tokenizer else missing,
         "logits": "not compared" if error is None else f"{same}, up to {error:.1e}",
     }
     for name, value in result.items():

@@ -85,8 +85,9 @@ def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenize
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CorpusError(
-            f"[data] tokenizer = {str(path)!r}: cannot be read ({error}); expected a "
-            "tokenizer.json, a folder with one, a name on the Hugging Face hub, or 'train'"
+            f"[data] tokenizer or --tokenizer = {str(path)!r}: cannot be read ({error}); expected "
+            "a tokenizer.json or a folder with one; [data] tokenizer can also be 'train', or a "
+            "name on the Hugging Face hub"
         ) from error
     return _document_tokenizer(tokenizer, str(file), eos_token or _configured_eos(file.parent))
 

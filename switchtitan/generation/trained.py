@@ -12,7 +12,7 @@ from switchtitan.checkpoint.load import find_given
 from switchtitan.checkpoint.save import CheckpointMetadata
 from switchtitan.config import flatten, parse_toml, raise_together
 from switchtitan.contracts import LanguageModel, ModelConfig
-from switchtitan.data.corpus import CorpusIndex, read_index
+from switchtitan.data.corpus import read_index
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import CheckpointError, CheckpointFormatError, ConfigError, CorpusError
@@ -24,8 +24,6 @@ from switchtitan.hub.peft_folder import folder_of_model
 from switchtitan.job.checks import check_device, check_held_out
 from switchtitan.job.config import JobConfig, parse_unchecked
 from switchtitan.models import MODELS
-
-_GENERATION_NAME = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -163,17 +161,9 @@ def find_tokenizer(trained: TrainedModel, given: Path | None = None) -> Document
         CorpusError: if the tokenizer cannot be read.
     """
     if given is not None:
-        file = given / "tokenizer.json" if given.is_dir() else given
-        if not file.is_file():
-            raise CorpusError(
-                f"--tokenizer {given}: no file {file}; expected a tokenizer.json or a folder with "
-                "one"
-            )
         return read_tokenizer(given)
     if trained.metadata is not None:
-        folder = find_corpus(trained.metadata)
-        index = trained_corpus(folder, trained.metadata)
-        return None if index is None else read_tokenizer(folder, index.tokenizer.eos_token)
+        return tokenizer_of_run(trained.metadata)
     found = _find_beside(trained.source, "tokenizer.json")
     return None if found is None else read_tokenizer(found.parent)
 
@@ -190,12 +180,13 @@ def find_corpus(metadata: CheckpointMetadata) -> Path:
     return Path(cache_dir).expanduser() / name
 
 
-def trained_corpus(folder: Path, metadata: CheckpointMetadata) -> CorpusIndex | None:
-    """Returns the index of the corpus in `folder`, or None if there is no such folder.
+def tokenizer_of_run(metadata: CheckpointMetadata) -> DocumentTokenizer | None:
+    """Returns the tokenizer of the run's corpus, or None if its folder is not on this machine.
 
     Raises:
-        CorpusError: if it is damaged, or not the corpus of the run.
+        CorpusError: if the folder is damaged, or not of the run's corpus.
     """
+    folder = find_corpus(metadata)
     if not folder.is_dir():
         return None
     index = read_index(folder)
@@ -210,12 +201,14 @@ def trained_corpus(folder: Path, metadata: CheckpointMetadata) -> CorpusIndex | 
             f"{folder}: its fingerprint is {index.fingerprint}, but the run trained on {expected}; "
             "move that folder away to do without its tokenizer"
         )
-    return index
+    return read_tokenizer(folder, index.tokenizer.eos_token)
 
 
 def stop_tokens(trained: TrainedModel, tokenizer: DocumentTokenizer) -> frozenset[int]:
     """Returns the tokens that end a text: those that transformers stops at, or the tokenizer's."""
-    for found in (_read_beside(trained, _GENERATION_NAME), trained.found_config):
+    name = "generation_config.json"
+    file = None if trained.metadata is not None else _find_beside(trained.source, name)
+    for found in ({} if file is None else read_config(file), trained.found_config):
         given = found.get("eos_token_id")
         ids = given if isinstance(given, list) else [given]
         if ids and all(isinstance(token, int) for token in ids):
@@ -235,11 +228,6 @@ def check_tokens(trained: TrainedModel, tokens: list[int]) -> None:
             f"the tokenizer gives token {largest}, and {trained.source} has a vocabulary of "
             f"{trained.config.vocab_size}; pass --tokenizer FILE, the one it was trained with"
         )
-
-
-def _read_beside(trained: TrainedModel, name: str) -> dict[str, Any]:
-    file = None if trained.metadata is not None else _find_beside(trained.source, name)
-    return {} if file is None else read_config(file)
 
 
 def _find_beside(source: Path, name: str) -> Path | None:

@@ -12,12 +12,12 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from switchtitan.checkpoint.save import CheckpointMetadata
 from switchtitan.contracts import ModelConfig
-from switchtitan.errors import CheckpointError, CorpusError, OutputError
+from switchtitan.data.tokenizer import DocumentTokenizer
+from switchtitan.errors import CheckpointError, OutputError
 from switchtitan.files import make_folder, sync_folder, sync_tree
 from switchtitan.hub.dense_checkpoint import module_of
 from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, parameter_shapes, write_json
@@ -60,8 +60,7 @@ def export_dense(
     dtype: torch.dtype,
     *,
     seq_len: int = 2048,
-    tokenizer_file: Path | None = None,
-    eos_id: int | None = None,
+    tokenizer: DocumentTokenizer | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a folder that transformers loads: config, weights and, if given, a tokenizer.
@@ -73,13 +72,11 @@ def export_dense(
         folder: created if it does not exist, e.g. in a `new_folder`.
         dtype: of the stored weights.
         seq_len: tokens per sequence in training; max_position_embeddings in the config.
-        tokenizer_file: a tokenizer.json to copy next to the weights.
-        eos_id: the token that ends a document.
+        tokenizer: to write next to the weights.
         max_shard_bytes: the maximum size of a weights file, unless one tensor is larger.
 
     Raises:
         CheckpointError: if transformers has no class for the model.
-        CorpusError: if the tokenizer cannot be read or has no token `eos_id`.
     """
     huggingface_config = config.huggingface_config(seq_len)
     if huggingface_config is None:
@@ -87,6 +84,7 @@ def export_dense(
             f"[model] name = {config.name!r}: transformers has no class for this model; evaluate "
             "and generate read the run's own checkpoint"
         )
+    eos_id = None if tokenizer is None else tokenizer.eos_id
     tokens = {"bos_token_id": None, "eos_token_id": eos_id}
     dtype_name = str(dtype).removeprefix("torch.")
     dtypes = {"torch_dtype": dtype_name, "dtype": dtype_name}  # of transformers 4 and 5
@@ -96,8 +94,15 @@ def export_dense(
         folder / CONFIG_NAME, {**huggingface_config, **dtypes, **tokens, "pad_token_id": None}
     )
     write_json(folder / "generation_config.json", in_generation)
-    if tokenizer_file is not None:
-        _write_tokenizer(tokenizer_file, folder, seq_len, eos_id)
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_text(tokenizer.serialized, encoding="utf-8")
+        settings = {
+            # It uses tokenizer.json unchanged; LlamaTokenizer would rebuild the pre-tokenizer.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": seq_len,
+            "eos_token": tokenizer.eos_token,
+        }
+        write_json(folder / "tokenizer_config.json", settings)
     _write_weights(read, parameter_shapes(config), folder, dtype, max_shard_bytes)
 
 
@@ -136,23 +141,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
             f"{folder} cannot be written ({error}); choose another folder, free space on its disk, "
             "or delete the partial folder if no other process is writing it"
         ) from error
-
-
-def _write_tokenizer(tokenizer_file: Path, folder: Path, seq_len: int, eos_id: int | None) -> None:
-    try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise CorpusError(f"{tokenizer_file} is not a tokenizer.json ({error})") from error
-    # This class uses tokenizer.json unchanged; LlamaTokenizer would rebuild the pre-tokenizer.
-    settings: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings["model_max_length"] = seq_len
-    if eos_id is not None:
-        eos_token = tokenizer.id_to_token(eos_id)
-        if eos_token is None:
-            raise CorpusError(f"{tokenizer_file} has no token {eos_id}, the end-of-document token")
-        settings["eos_token"] = eos_token
-    shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
-    write_json(folder / "tokenizer_config.json", settings)
 
 
 def _write_weights(
