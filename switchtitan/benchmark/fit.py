@@ -1,6 +1,7 @@
 """The largest micro-batch that fits in a device's memory, estimated without the device."""
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from switchtitan.benchmark.memory_tracker import TrackMemory
@@ -52,34 +53,13 @@ def largest_batch_sizes(config: JobConfig, num_ranks: int, memories_gib: Sequenc
                 peaks[size] = memory.use.peak
             return peaks[size]
 
+        sizes = range(1, MAX_BATCH_SIZE + 1)  # peaks grow with the size
         found = {
-            memory: largest_batch_size(peak, USABLE_SHARE * memory * 2**30)
+            memory: bisect_right(sizes, USABLE_SHARE * memory * 2**30, key=peak)
             for memory in memories_gib
         }
+        peak(1)  # which the table shows
     total = config.training.global_batch_size
-    divisors = [d for d in range(1, MAX_BATCH_SIZE + 1) if total % (num_ranks * d) == 0]
+    divisors = [d for d in sizes if total % (num_ranks * d) == 0]
     dividing = {gib: max([0, *(d for d in divisors if d <= most)]) for gib, most in found.items()}
     return Fit(found, dividing, dict(sorted(peaks.items())))
-
-
-def largest_batch_size(peak: Callable[[int], int], limit: float) -> int:
-    """Returns the largest batch size with a peak of at most `limit`, at most `MAX_BATCH_SIZE`; 0 if
-    there is none.
-
-    Args:
-        peak: of a batch size; does not fall, and is called at most once per batch size.
-    """
-    if (lowest := peak(1)) > limit:
-        return 0
-    if (highest := peak(MAX_BATCH_SIZE)) <= limit:
-        return MAX_BATCH_SIZE
-    fits, too_large = 1, MAX_BATCH_SIZE
-    while too_large - fits > 1:
-        # Peaks grow almost linearly, so interpolation needs fewer estimates than bisection.
-        share = (limit - lowest) / (highest - lowest)
-        guess = fits + min(max(int(share * (too_large - fits)), 1), too_large - fits - 1)
-        if (found := peak(guess)) <= limit:
-            fits, lowest = guess, found
-        else:
-            too_large, highest = guess, found
-    return fits

@@ -8,12 +8,7 @@ from support.observed import communication_of_a_step, estimate_all_micro_batches
 from support.tiny import tiny_config
 
 from switchtitan.benchmark.estimate import estimate_step
-from switchtitan.benchmark.fit import (
-    MAX_BATCH_SIZE,
-    USABLE_SHARE,
-    largest_batch_size,
-    largest_batch_sizes,
-)
+from switchtitan.benchmark.fit import USABLE_SHARE, largest_batch_sizes
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods import METHODS
 from switchtitan.methods.lowrank.contraction import factored, fastest_contraction, merged
@@ -136,20 +131,6 @@ def test_the_state_of_a_torch_optimizer_is_counted(tmp_path):
 
 
 # The largest micro-batch
-
-PEAKS = {
-    "linear": lambda size: GIB * (100 + 10 * size),
-    "convex": lambda size: GIB * max(400, 100 + 20 * size),
-    "concave": lambda size: GIB * min(100 + 30 * size, 700 + size),
-    "steps": lambda size: GIB * (100 + 50 * (size // 7)),
-}
-
-
-@pytest.mark.parametrize("peak", PEAKS.values(), ids=PEAKS)
-def test_the_largest_size_is_that_of_trying_all(peak):
-    for limit in range(90 * GIB, 1000 * GIB, 10 * GIB):
-        fitting = [size for size in range(1, MAX_BATCH_SIZE + 1) if peak(size) <= limit]
-        assert largest_batch_size(peak, limit) == max(fitting, default=0)
 
 
 def test_peaks_are_those_of_a_step_with_two_such_micro_batches(tmp_path):
