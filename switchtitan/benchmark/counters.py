@@ -1,11 +1,10 @@
 """Counts the floating-point operations of a step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 
 from switchtitan.observability.collectives import CountingMode
 
@@ -28,35 +27,26 @@ class CountFlops(CountingMode):
 
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
         packet = getattr(func, "overloadpacket", func)
-        packet = _IN_PLACE.get(packet, packet)
-        if packet in _ATTENTION:
-            self.num_flops += _ATTENTION[packet](*args)
-        elif packet in flop_registry:
-            self.num_flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        formula = _FORMULAS.get(packet) or flop_registry.get(packet)
+        if formula is not None:
+            self.num_flops += formula(*args, **kwargs, out_val=result)
 
 
-def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *_: object) -> int:
-    """[batch, heads, seq, head_dim] each: scores, and the weighted sum of values."""
-    return (
-        2 * query.numel() * key.shape[-2]
-        + 2 * query.numel() // query.shape[-1] * value.shape[-1] * key.shape[-2]
-    )
+@shape_wrapper
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
 
 
-def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> int:
-    return 2 * _attention_forward(query, key, value)
+@shape_wrapper
+def _attention_backward(grad: torch.Size, *forward: Any, **_: Any) -> int:
+    return 2 * sdpa_flop_count(*forward[:3])
 
 
 _aten = torch.ops.aten
-_ATTENTION: dict[object, Callable[..., int]] = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
-    _aten._scaled_dot_product_flash_attention: _attention_forward,
-    _aten._scaled_dot_product_efficient_attention: _attention_forward,
-    _aten._scaled_dot_product_cudnn_attention: _attention_forward,
+_FORMULAS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    _aten._scaled_dot_product_flash_attention_backward: _attention_backward,
-    _aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
-    _aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,
+    _aten.addmm_: flop_registry[_aten.addmm],
+    _aten.baddbmm_: flop_registry[_aten.baddbmm],
 }
-_IN_PLACE = {_aten.addmm_: _aten.addmm, _aten.baddbmm_: _aten.baddbmm}
-"""In-place operation -> its counterpart, for which torch has a formula."""
+"""Operations for which torch has no formula. A step is estimated on a CPU."""
