@@ -74,17 +74,6 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(root))
 
 
-def format_bytes(num_bytes: int) -> str:
-    """Return a size with three digits in a fitting unit: 12 bytes, 1.5 KiB, 340 MiB, 2.04 GiB."""
-    if num_bytes < 1024:
-        return f"{num_bytes} bytes"
-    size, units = num_bytes / 1024, ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
-    while size >= 999.5 and len(units) > 1:
-        size /= 1024
-        del units[0]
-    return f"{size:.3g} {units[0]}"
-
-
 def sha256_of_file(file: Path, on_bytes: Callable[[int], object] | None = None) -> str:
     """Return a file's SHA-256 in hexadecimal; `on_bytes` gets the size of each block read."""
     digest = hashlib.sha256()

@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from tqdm import tqdm
+
 from switchtitan.benchmark.estimate import StepEstimate
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE, Fit
 from switchtitan.benchmark.gpu.record import StepOnGpu
 from switchtitan.benchmark.gpu.roofline import bounds_s, card_of, costs_by
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
 from switchtitan.benchmark.step_times import StepTimes, ratio_of_steps
-from switchtitan.files import format_bytes
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.collectives import CommunicationCounts
-from switchtitan.observability.log import format_count
 
 _MIB, _GIB = 2**20, 2**30
 _NUM_OPERATIONS = 20
@@ -25,7 +25,7 @@ def step_table(times: Mapping[str, StepTimes]) -> list[str]:
     rows = [("ms/step", "tokens/s", "ratio", "95 % interval", "")]
     reference = next(iter(times.values()))
     for name, side_times in times.items():
-        speed = _milliseconds(side_times.median_s), format_count(side_times.tokens_per_s)
+        speed = _milliseconds(side_times.median_s), tqdm.format_sizeof(side_times.tokens_per_s)
         ratio = ratio_of_steps(side_times, reference)
         interval = "" if side_times is reference else f"{ratio.low:.3f}-{ratio.high:.3f}"
         rows.append((*speed, f"{ratio.value:.3f}", interval, name))
@@ -69,13 +69,13 @@ def size_table(
 ) -> list[str]:
     """Formats one line per configuration: values of the model, steps, tokens, checkpoint."""
     first = next(iter(estimates.values()))
-    rows = [(*first.parameters, "steps", "tokens", "checkpoint", "")]
+    rows = [(*first.parameters, "steps", "tokens", "checkpoint GiB", "")]
     for name, estimate in estimates.items():
         training = configs[name].training
         num_tokens = training.steps * training.global_batch_size * configs[name].data.seq_len
         counts = [f"{number:,}" for number in estimate.parameters.values()]
-        size = format_bytes(estimate.checkpoint_bytes)
-        rows.append((*counts, f"{training.steps:,}", format_count(num_tokens), size, name))
+        size = _four_digits(estimate.checkpoint_bytes / _GIB)
+        rows.append((*counts, f"{training.steps:,}", tqdm.format_sizeof(num_tokens), size, name))
     return _aligned(rows)
 
 

@@ -16,10 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from switchtitan.files import format_bytes
-
 Status = Literal["ok", "optional", "warning", "missing"]
-_GIB = 1 << 30
 _EXTRAS = {
     "torchao": ("torchao", 'for [optimizer] name = "adamw8bit"'),
     "gpu-compile": ("triton", "for switchtitan benchmark gpu, without a GPU"),
@@ -78,11 +75,11 @@ def _findings(output_dir: Path) -> Iterator[Finding]:
         yield _finding(extra, problem, fix, f"{package} is installed, {purpose}", "optional")
     folder = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     # For a few checkpoints; for compiled code; for the data loader's batches.
-    yield _free_space("outputs", folder, 5 * _GIB, "free space")
-    yield _free_space("temp", Path(tempfile.gettempdir()), _GIB, "free space")
+    yield _free_space("outputs", folder, 5, "free space")
+    yield _free_space("temp", Path(tempfile.gettempdir()), 1, "free space")
     if Path("/dev/shm").is_dir():
         fix = "start the container with --shm-size 8g, or set [data] num_workers = 0"
-        yield _free_space("shared memory", Path("/dev/shm"), _GIB, fix)
+        yield _free_space("shared memory", Path("/dev/shm"), 1, fix)
     problem = ""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -109,8 +106,9 @@ def _findings_with_torch() -> Iterator[Finding]:
     yield _finding("bfloat16", problem, 'dtype = "auto" trains in float32', support.evidence)
     if has_gpu:
         for index in range(torch.cuda.device_count()):
-            memory = format_bytes(torch.cuda.get_device_properties(index).total_memory)
-            yield Finding("ok", f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {memory}")
+            properties = torch.cuda.get_device_properties(index)
+            detail = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+            yield Finding("ok", f"GPU {index}", detail)
     else:
         problem, _, fix = (unusable_gpu() or "").partition("; ")
         yield _finding("GPU", problem, fix, "none: trains on the CPU", "missing")
@@ -121,11 +119,11 @@ def _finding(name: str, problem: str, fix: str, fine: str, status: Status = "war
     return Finding(status, name, problem, fix) if problem else Finding("ok", name, fine)
 
 
-def _free_space(name: str, folder: Path, least: int, fix: str) -> Finding:
-    free = shutil.disk_usage(folder).free
-    detail = f"{format_bytes(free)} free for {folder}"
-    fix = f"{fix}: less than {format_bytes(least)} is short"
-    return _finding(name, detail if free < least else "", fix, detail)
+def _free_space(name: str, folder: Path, least_gib: int, fix: str) -> Finding:
+    free_gib = shutil.disk_usage(folder).free / 2**30
+    detail = f"{free_gib:.1f} GiB free for {folder}"
+    fix = f"{fix}: less than {least_gib} GiB is short"
+    return _finding(name, detail if free_gib < least_gib else "", fix, detail)
 
 
 def _is_installed(package: str) -> bool:

@@ -83,17 +83,6 @@ def perplexity_of(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def format_count(value: float) -> str:
-    """Formats with three digits and a unit: 0.05, 7, 123, 1.23k, 45.6M."""
-    if not math.isfinite(value):
-        return str(value)
-    units = ["", "k", "M", "G", "T"]
-    while abs(value) >= 999.5 and len(units) > 1:
-        value /= 1000
-        del units[0]
-    return f"{value:.3g}{units[0]}"
-
-
 def format_duration(seconds: float) -> str:
     """Formats with the two largest units: 45s, 3m07s, 2h05m, 4d11h."""
     if not math.isfinite(seconds):
@@ -120,7 +109,7 @@ _COLUMNS = (
     _Column("loss/train", "loss", 8, "{:.4f}".format),
     _Column("optimizer/lr", "lr", 8, "{:.2e}".format),
     _Column("optimizer/grad_norm", "grad norm", 9, "{:.3f}".format),
-    _Column("throughput/tokens_per_s", "tokens/s", 8, format_count, True),
+    _Column("throughput/tokens_per_s", "tokens/s", 8, tqdm.format_sizeof, True),
     _Column("throughput/tflop_per_s_per_device", "TFLOP/s", 7, "{:.3f}".format, True),
     _Column("throughput/mfu", "MFU", 6, "{:.1%}".format),
     _Column("memory/peak_gib", "GiB", 5, "{:.2f}".format),

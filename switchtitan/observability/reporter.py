@@ -18,7 +18,6 @@ from switchtitan.observability import RESULTS_FILE, TENSORBOARD_FOLDER
 from switchtitan.observability.config import MetricsConfig
 from switchtitan.observability.log import (
     ConsoleTable,
-    format_count,
     format_duration,
     perplexity_of,
 )
@@ -162,7 +161,7 @@ class Reporter:
         if num_skipped := values.get("batches_skipped"):
             rows.append(("batches skipped", f"{num_skipped:.0f}, not finite"))
         if (speed := values.get("throughput/tokens_per_s")) is not None:
-            rows.append(("tokens/s", format_count(speed) + since))
+            rows.append(("tokens/s", tqdm.format_sizeof(speed) + since))
         if (wall_time_s := values.get("throughput/wall_time_s")) is not None:
             rows.append(("wall time", format_duration(wall_time_s) + since))
         if checkpoint is not None:

@@ -10,7 +10,6 @@ import pytest
 from switchtitan.errors import abbreviate
 from switchtitan.files import (
     file_inside,
-    format_bytes,
     sha256_of_file,
     write_atomically,
 )
@@ -119,21 +118,6 @@ def test_an_atomic_write_follows_no_link(folder, tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         write_atomically(folder / "index.json", "new")
     assert (tmp_path / "outside").read_text() == "secret"
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [
-        (1023, "1023 bytes"),
-        (1024, "1 KiB"),
-        (1536, "1.5 KiB"),
-        (1000 << 20, "0.977 GiB"),
-        (2190433321, "2.04 GiB"),
-        (1 << 62, "4 EiB"),
-    ],
-)
-def test_sizes_have_three_digits_and_a_fitting_unit(num_bytes, text):
-    assert format_bytes(num_bytes) == text
 
 
 def test_long_lists_are_abbreviated():
