@@ -105,8 +105,7 @@ def load_table(file: Path, config_type: type[ConfigT]) -> ConfigT:
     try:
         return _validate(config_type, read_toml(file))
     except ValidationError as error:
-        raise_together([f"{file}: {mistake}" for mistake in mistakes_in(error)])
-        raise
+        raise ConfigError(f"{file}: {explain(error)}") from error
 
 
 def raise_together(problems: Sequence[str]) -> None:
@@ -247,7 +246,7 @@ class _Draft:
         try:
             return _validate(types[name], values)
         except ValidationError as error:
-            for key, given, problem in _explain(error):
+            for key, given, problem in _mistakes(error):
                 if problem == _UNKNOWN:
                     expected = f"; expected one of {', '.join(types[name].model_fields)}"
                     problem += _did_you_mean(f"{section}.{key}", self._known_keys()) or expected
@@ -299,14 +298,15 @@ def _validate(section_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT
     return section_type.model_validate_json(json.dumps(values, default=str), strict=True)
 
 
-def mistakes_in(error: Exception) -> list[str]:
-    """Return a message for each key, value and mistake of pydantic's error, or of another error."""
+def explain(error: Exception) -> str:
+    """Return an error in one line: of pydantic's, each key with its value and what is wrong."""
     if not isinstance(error, ValidationError):
-        return [str(error)]
-    return [f"{key}{given}: {why}".removeprefix(": ") for key, given, why in _explain(error)]
+        return str(error)
+    parts = (f"{key}{given}: {why}".removeprefix(": ") for key, given, why in _mistakes(error))
+    return "; ".join(parts)
 
 
-def _explain(error: ValidationError) -> list[tuple[str, str, str]]:
+def _mistakes(error: ValidationError) -> list[tuple[str, str, str]]:
     """Return key (empty if it concerns several), place in it with its value, and what is wrong."""
     found: dict[tuple[str, str], list[str]] = {}
     for detail in error.errors():

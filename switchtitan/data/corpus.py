@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from switchtitan.config import explain
 from switchtitan.data.config import TRAINED_TOKENIZER, DataConfig
 from switchtitan.data.mixture import ONE_SOURCE, PERIOD, Schedule, Sequences
 from switchtitan.data.sequences import TokenSequences
@@ -212,8 +213,8 @@ def read_index(folder: Path) -> CorpusIndex:
         for name in (TOKENIZER_FILE, *(shard.file for shard in index.shards)):
             file_inside(folder, name)
     except (OSError, ValueError) as error:
-        problem = " ".join(str(error).split())  # pydantic's has lines
-        raise _damage(folder / INDEX_FILE, f"the index is damaged ({problem})") from error
+        problem = f"the index is damaged ({explain(error)})"
+        raise _damage(folder / INDEX_FILE, problem) from error
     return index
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, TypeAdapter
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from switchtitan.config import mistakes_in
+from switchtitan.config import explain
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.files import file_inside
@@ -47,8 +48,7 @@ def read_dense(path: Path, single_name: str = WEIGHTS_NAME) -> dict[str, Tensor]
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """Memory-maps all tensors, by name; a CheckpointError if the file is missing or damaged."""
     try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} is a missing, corrupted or truncated safetensors file ({error}); replace it"
@@ -67,7 +67,7 @@ def _files_in(folder: Path, single_name: str) -> list[Path]:
     except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{folder} holds neither {single_name} nor a valid {index_name} "
-            f"({'; '.join(mistakes_in(error))}); use a folder with the weights"
+            f"({explain(error)}); use a folder with the weights"
         ) from error
 
 
@@ -100,8 +100,7 @@ def read_config(file: Path) -> dict[str, Any]:
         contents = file_inside(file.parent, file.name).read_bytes()
         return TypeAdapter(dict[str, Any]).validate_json(contents)
     except (ValueError, OSError) as error:
-        problems = "; ".join(mistakes_in(error))
-        raise CheckpointError(f"{file} is corrupted: {problems}") from error
+        raise CheckpointError(f"{file} is corrupted: {explain(error)}") from error
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from switchtitan.config import mistakes_in
+from switchtitan.config import explain
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
@@ -76,10 +76,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     try:
         return AdapterConfig.model_validate(given)
     except ValidationError as error:
-        problems = "; ".join(mistakes_in(error))
         raise CheckpointError(
-            f"{file}: {problems}; only plain LoRA is read; if PEFT can merge the adapter, merge it "
-            "with merge_and_unload() first"
+            f"{file}: {explain(error)}; only plain LoRA is read; if PEFT can merge the adapter, "
+            "merge it with merge_and_unload() first"
         ) from error
 
 

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from switchtitan.checkpoint.load import check_same_run, read_metadata
-from switchtitan.config import flatten, parse_toml, resolved_toml, toml_value
+from switchtitan.config import explain, flatten, parse_toml, resolved_toml, toml_value
 from switchtitan.data.corpus import Corpus
 from switchtitan.distributed.dtype import ComputeDtype
 from switchtitan.distributed.world import World, device_name
@@ -59,7 +59,7 @@ def read_state(checkpoint: Path, config: JobConfig, identity: dict) -> tuple[Tra
     except ValidationError as error:
         raise CheckpointError(
             f"{checkpoint}: train_state in metadata.json is damaged, or of a newer version of "
-            f"switchtitan ({' '.join(str(error).split())})"
+            f"switchtitan ({explain(error)})"
         ) from error
     return state, changed_keys(metadata.config, resolved_toml(config))
 
