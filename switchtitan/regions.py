@@ -1,7 +1,7 @@
 """Named regions of a run, such as "forward", for traces and for the time that each takes."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Protocol
 
 STEP = "step"
@@ -20,19 +20,14 @@ class RegionObserver(Protocol):
 
 
 _observers: tuple[RegionObserver, ...] = ()
-_UNOBSERVED = nullcontext()
 
 
-def region(name: str) -> AbstractContextManager[None]:
+@contextmanager
+def region(name: str) -> Iterator[None]:
     """Returns a context for the region `name`; for the main thread, outside of compiled code.
 
     A region inside another one interrupts it: times of regions exclude those inside.
     """
-    return _observed(name) if _observers else _UNOBSERVED
-
-
-@contextmanager
-def _observed(name: str) -> Iterator[None]:
     # Those that begin are those that end, even if that changes inside.
     observers = _observers
     for observer in observers:
