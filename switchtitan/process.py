@@ -1,9 +1,10 @@
-"""This process: how many cores and threads it has, and the progress bars that it shows."""
+"""This process: its cores, threads and packages, and the progress bars that it shows."""
 
 import os
 import sys
 import time
 from collections.abc import Iterable, MutableMapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,13 @@ def _num_cores_by_affinity() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS
+
+
+def is_installed(package: str) -> bool:
+    """Returns whether a package can be imported."""
+    spec = find_spec(package)
+    # A folder of this name in the working directory has no origin: wandb writes one.
+    return spec is not None and spec.origin is not None
 
 
 def progress_bar(

@@ -12,15 +12,16 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from switchtitan.process import is_installed
 
 Status = Literal["ok", "optional", "warning", "missing"]
 _EXTRAS = {
     "torchao": ("torchao", 'for [optimizer] name = "adamw8bit"'),
     "gpu-compile": ("triton", "for switchtitan benchmark gpu, without a GPU"),
-    "flash": ("flash-attn", 'for [model] attention = "flash_attn", on GPUs'),
+    "flash": ("flash_attn", 'for [model] attention = "flash_attn", on GPUs'),
     "wandb": ("wandb", 'for [metrics] trackers = ["wandb"]'),
 }
 """Extra of switchtitan -> its package, and what it is for."""
@@ -70,7 +71,7 @@ def _findings(output_dir: Path) -> Iterator[Finding]:
         yield Finding("ok", "torch", torch.__version__)
         yield from _findings_with_torch()
     for extra, (package, purpose) in _EXTRAS.items():
-        problem = "" if _is_installed(package) else f"{package} is not installed, {purpose}"
+        problem = "" if is_installed(package) else f"{package} is not installed, {purpose}"
         fix = f"run pip install 'switchtitan[{extra}]' if you need it"
         yield _finding(extra, problem, fix, f"{package} is installed, {purpose}", "optional")
     folder = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
@@ -124,11 +125,3 @@ def _free_space(name: str, folder: Path, least_gib: int, fix: str) -> Finding:
     detail = f"{free_gib:.1f} GiB free for {folder}"
     fix = f"{fix}: less than {least_gib} GiB is short"
     return _finding(name, detail if free_gib < least_gib else "", fix, detail)
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -3,7 +3,6 @@
 import os
 import shutil
 import sysconfig
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods import METHODS
 from switchtitan.models import linear_shapes
+from switchtitan.process import is_installed
 
 if TYPE_CHECKING:  # it calls these checks
     from switchtitan.job.config import JobConfig
@@ -141,7 +141,7 @@ def _check_optimizer(config: "JobConfig") -> list[str]:
             f"{' or '.join(sorted(method.optimizers))}, or a method that can: "
             f"{', '.join(sorted(able))}"
         )
-    if optimizer.package is not None and find_spec(optimizer.package) is None:
+    if optimizer.package is not None and not is_installed(optimizer.package):
         problems.append(_needs_package(name, optimizer.package))
     if optimizer.needs_head and config.model.weight_copies():
         problems.append(
@@ -156,9 +156,7 @@ def _check_reports(config: "JobConfig", num_ranks: int) -> list[str]:
     """A tracker's package must be installed, and the ranks to trace must exist."""
     problems = []
     for tracker in config.metrics.trackers:
-        spec = find_spec(tracker)
-        # A folder of this name in the working directory has no origin: wandb writes one.
-        if spec is None or spec.origin is None:
+        if not is_installed(tracker):
             problems.append(_needs_package(f"[metrics] trackers: {tracker}", tracker))
     profiler = config.profiler
     if profiler.ranks == "all" or not (profiler.enabled or profiler.memory_snapshot_step):
