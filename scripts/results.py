@@ -84,7 +84,7 @@ def _number(match: re.Match[str]) -> str:
     if others:
         signs = [1, *(1 if sign == "+" else -1 for sign in others[::2])]
         terms = [_losses(match["file"], row, split) for row in (first, *others[1::2])]
-        value = _interval(_sum(terms, signs))
+        value = _sum(terms, signs).text("+.3f")
     else:
         value = f"{fmean(_losses(match['file'], first, split).values()):.3f}"
     return value + match[0][match[0].index("<!--") :]
@@ -102,7 +102,7 @@ def _share(match: re.Match[str]) -> str:
             raise ValueError(f"docs/results/{file}.csv: no row has so low or high a loss as {row}")
         found = exp(np.interp(loss, sorted(tokens), [tokens[of] for of in sorted(tokens)]))
         shares[seed] = found / _tokens(file, row)
-    return _interval(_sum([shares], [1]), ".2f") + match[0][match[0].index("<!--") :]
+    return _sum([shares], [1]).text(".2f") + match[0][match[0].index("<!--") :]
 
 
 def _table(match: re.Match[str]) -> str:
@@ -164,14 +164,7 @@ def _cell(differences: Mapping[str, Difference], row: str) -> str:
         return "-"
     p_values = adjusted({name: of.p for name, of in differences.items()})
     bold = "**" if p_values.get(row, 1.0) < LEVEL else ""
-    return f"{bold}{_interval(differences[row])}{bold}"
-
-
-def _interval(of: Difference, form: str = "+.3f") -> str:
-    if of.half_width is None:
-        return f"{of.mean:{form}} (one seed)"
-    low, high = of.mean - of.half_width, of.mean + of.half_width
-    return f"{of.mean:{form}} ({low:{form}} to {high:{form}})"
+    return f"{bold}{differences[row].text('+.3f')}{bold}"
 
 
 def _difference(file: str, row: str, baseline: str, split: str) -> Difference:

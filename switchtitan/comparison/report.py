@@ -95,7 +95,7 @@ def _line(state: State, row: RowConfig, of: Difference | None, p: float | None) 
         "test loss": _mean(results, "test_loss", 4),
         "test bits/byte": _mean(results, "test_bits_per_byte", 4),
         "validation loss": _mean(results, "validation_loss", 4),
-        f"loss - {state.config.baseline}'s": UNKNOWN if of is None else _interval(of),
+        f"loss - {state.config.baseline}'s": UNKNOWN if of is None else of.text("+.4f"),
         "p": UNKNOWN if p is None else f"{p:.2g}",
         "verdict": UNKNOWN if of is None or of.p is None or p is None else verdict(of.p, p),
         "effective rank": _mean(results, "effective_rank", 1),
@@ -133,12 +133,6 @@ def _median(results: Sequence[RunResult], figure: str, digits: int, factor: floa
 
 def _known(results: Sequence[RunResult], figure: str) -> list[float]:
     return [value for result in results if (value := getattr(result, figure)) is not None]
-
-
-def _interval(of: Difference) -> str:
-    if of.half_width is None:
-        return f"{of.mean:+.4f} (one seed)"
-    return f"{of.mean:+.4f} ({of.mean - of.half_width:+.4f} to {of.mean + of.half_width:+.4f})"
 
 
 def _tried(losses: Mapping[float, float]) -> str:

@@ -20,6 +20,13 @@ class Difference(NamedTuple):
     p: float | None
     """Probability of a mean this far from zero if both rows are equal: two-sided, not adjusted."""
 
+    def text(self, form: str) -> str:
+        """Returns the mean and its interval as numbers of a format such as "+.4f"."""
+        if self.half_width is None:
+            return f"{self.mean:{form}} (one seed)"
+        low, high = self.mean - self.half_width, self.mean + self.half_width
+        return f"{self.mean:{form}} ({low:{form}} to {high:{form}})"
+
 
 def difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
     """Returns row minus baseline, seed by seed; None without a shared seed, or if a run diverged.
