@@ -1,12 +1,41 @@
-"""Counts the floating-point operations of a step."""
+"""Contexts that count a step's floating-point operations, collectives, and bytes sent by ranks."""
 
-from collections.abc import Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 
-from switchtitan.observability.collectives import CountingMode
+
+class CountingMode(TorchDispatchMode, ABC):
+    """A context that calls `count` after every operation on plain tensors, also in backward passes.
+
+    An operation on DTensors, or on torchao's tensors, counts as its operations on their parts.
+    """
+
+    @abstractmethod
+    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+        """Counts `result = func(*args, **kwargs)`, an operation of torch's dispatcher."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        # A DTensor dispatches to operations on its local tensor, which are counted next.
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        self.count(func, args, kwargs or {}, result)
+        return result
 
 
 class CountFlops(CountingMode):
@@ -50,3 +79,99 @@ _FORMULAS = {
     _aten.baddbmm_: flop_registry[_aten.baddbmm],
 }
 """Operations for which torch has no formula. A step is estimated on a CPU."""
+
+
+# Collectives.
+class CollectiveCount(NamedTuple):
+    """Collectives of one kind."""
+
+    num_calls: int
+    bytes_sent: float
+    """Bytes that each rank sends to its neighbour in a ring."""
+
+
+CommunicationCounts = Mapping[str, CollectiveCount]
+"""By kind; those that did not occur have zeros."""
+
+
+class CountCommunication(CountingMode):
+    """A context that counts this rank's collectives, also in backward passes and of DTensors.
+
+    Bytes are those that each rank sends with ring algorithms, which send the fewest bytes possible,
+    on average over ranks. For a full (unsharded) tensor of S bytes and n ranks: all_gather,
+    reduce_scatter and broadcast (n-1)/n S, all_reduce 2 (n-1)/n S; gather and scatter (n-1)/n of a
+    shard, all_to_all (n-1)/n of a rank's input. S includes the rows with which FSDP2 pads uneven
+    shards. Other NCCL algorithms, such as trees, and protocol overhead are not modeled.
+
+    Raises:
+        NotImplementedError: at a collective of another kind.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = {kind: CollectiveCount(0, 0.0) for kind, _ in _OPERATIONS}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Keeps compiled regions, which contain no collectives, compiled inside the context."""
+        return True
+
+    def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+        if not isinstance(func, torch._ops.OpOverload) or func.namespace not in _NAMESPACES:
+            return
+        name = func._schema.name.partition("::")[2]
+        if name in _SEND_NOTHING:
+            return
+        if name not in _COLLECTIVES:
+            raise NotImplementedError(f"no rule for counting the bytes of {func}")
+        kind, counted = _COLLECTIVES[name]
+        num_bytes = _num_bytes(result if counted is None else args[counted])
+        num_ranks = group_of(args).size()
+        # An all_reduce is a reduce_scatter and an all_gather (Patarasu and Yuan 2009, "Bandwidth
+        # optimal all-reduce algorithms for clusters of workstations").
+        num_passes = 2 if kind == "all_reduce" else 1
+        sent = num_passes * (num_ranks - 1) / num_ranks * num_bytes
+        num_calls, bytes_sent = self.counts[kind]
+        self.counts[kind] = CollectiveCount(num_calls + 1, bytes_sent + sent)
+
+
+def _num_bytes(tensors: object) -> int:
+    """Bytes of a tensor, or of all tensors in nested lists."""
+    if isinstance(tensors, Tensor):
+        return prod(tensors.shape) * tensors.element_size()
+    assert isinstance(tensors, Sequence), f"no tensors: {tensors!r}"
+    return sum(map(_num_bytes, tensors))
+
+
+def group_of(args: tuple) -> dist.ProcessGroup:
+    """Returns the group of a collective: c10d operations carry it, functional ones its name."""
+    for argument in args:
+        if isinstance(argument, torch.ScriptObject):
+            return dist.ProcessGroup.unbox(argument)
+    return _resolve_process_group(args[-1])
+
+
+_NAMESPACES = ("c10d", "_c10d_functional", "_dtensor")
+_SEND_NOTHING = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")
+# Those of c10d, in place, end with "_"; DTensors use the others.
+_OPERATIONS: dict[tuple[str, int | None], str] = {
+    ("all_gather", 0): "_allgather_base_ allgather_ allgather_into_tensor_coalesced_",
+    ("all_gather", None): "all_gather_into_tensor all_gather_into_tensor_out"
+    " all_gather_into_tensor_coalesced",
+    ("reduce_scatter", 1): "_reduce_scatter_base_ reduce_scatter_ reduce_scatter_tensor_coalesced_",
+    ("reduce_scatter", 0): "reduce_scatter_tensor reduce_scatter_tensor_out"
+    " reduce_scatter_tensor_coalesced",
+    ("all_reduce", 0): "allreduce_ allreduce_coalesced_ all_reduce all_reduce_"
+    " all_reduce_coalesced all_reduce_coalesced_",
+    ("broadcast", 0): "broadcast_ broadcast",
+    ("gather", 1): "gather_",
+    ("scatter", 0): "scatter_",
+    ("all_to_all", 1): "alltoall_base_",
+}
+"""(kind, which argument counts; None: the result) -> operations. What counts is the full tensor,
+but for gather and scatter a shard, and for all_to_all a rank's input."""
+_COLLECTIVES = {
+    name: kind_and_argument
+    for kind_and_argument, names in _OPERATIONS.items()
+    for name in names.split()
+}

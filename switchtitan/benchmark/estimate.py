@@ -3,16 +3,16 @@
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from switchtitan.benchmark.counters import CountFlops
+from switchtitan.benchmark.counters import (
+    CollectiveCount,
+    CommunicationCounts,
+    CountCommunication,
+    CountFlops,
+)
 from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.checkpoint.save import CheckpointTensors
 from switchtitan.job.config import JobConfig
-from switchtitan.observability.collectives import (
-    CollectiveCount,
-    CommunicationCounts,
-    CountCommunication,
-)
 from switchtitan.training.describe import count_parameters
 from switchtitan.training.step import Stepper
 

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 import switchtitan
+from switchtitan.benchmark.counters import CountingMode
 from switchtitan.contracts import Batch
 from switchtitan.distributed.fsdp import host_buffers
 from switchtitan.distributed.shards import local
-from switchtitan.observability.collectives import CountingMode
 from switchtitan.training.step import Stepper
 
 TRAINED, FROZEN, BUFFERS, OPTIMIZER, HOST = "trained", "frozen", "buffers", "optimizer", "host"

@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from switchtitan.benchmark.counters import CommunicationCounts
 from switchtitan.benchmark.estimate import StepEstimate
 from switchtitan.benchmark.fit import MAX_BATCH_SIZE, Fit
 from switchtitan.benchmark.gpu.record import StepOnGpu
@@ -13,7 +14,6 @@ from switchtitan.benchmark.gpu.roofline import bounds_s, card_of, costs_by
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
 from switchtitan.benchmark.step_times import StepTimes, ratio_of_steps
 from switchtitan.job.config import JobConfig
-from switchtitan.observability.collectives import CommunicationCounts
 
 _MIB, _GIB = 2**20, 2**30
 _NUM_OPERATIONS = 20

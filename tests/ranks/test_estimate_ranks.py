@@ -10,10 +10,10 @@ from support.ranks import run_on_ranks
 from support.tiny import COMPILED, tiny_config, tiny_stepper, tiny_trainer
 from torch._dynamo.utils import counters
 
+from switchtitan.benchmark.counters import CountCommunication
 from switchtitan.benchmark.estimate import estimate_step, measure_step
 from switchtitan.benchmark.memory_tracker import GRADIENTS, KINDS, OTHER, STATE
 from switchtitan.distributed.shards import local
-from switchtitan.observability.collectives import CountCommunication
 
 SEQ_LEN = 16
 MUON = ("--optimizer.name", "muon")

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
+from switchtitan.benchmark.counters import CountCommunication
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.rows import (
@@ -46,7 +47,6 @@ from switchtitan.methods.projected import (
     leading_singular_vectors,
 )
 from switchtitan.methods.relora import merge_and_restart_, prune_
-from switchtitan.observability.collectives import CountCommunication
 from switchtitan.optim import OPTIMIZERS
 from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.muon import MuonConfig

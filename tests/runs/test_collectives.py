@@ -11,14 +11,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from switchtitan.benchmark.counters import (
+    CollectiveCount,
+    CountCommunication,
+)
 from switchtitan.benchmark.steppers import fake_batches, fake_stepper
 from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.replicas import fingerprint
 from switchtitan.distributed.rows import padded_length
-from switchtitan.observability.collectives import (
-    CollectiveCount,
-    CountCommunication,
-)
 from switchtitan.optim.matrix_exchange import balanced_owners
 
 NUM_RANKS = 5

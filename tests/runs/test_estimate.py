@@ -7,6 +7,7 @@ from support.insides import num_flops
 from support.observed import communication_of_a_step, estimate_all_micro_batches
 from support.tiny import tiny_config
 
+from switchtitan.benchmark.counters import CollectiveCount
 from switchtitan.benchmark.estimate import estimate_step
 from switchtitan.benchmark.fit import USABLE_SHARE, largest_batch_sizes
 from switchtitan.errors import EnvironmentMismatchError
@@ -14,7 +15,6 @@ from switchtitan.methods import METHODS
 from switchtitan.methods.lowrank.contraction import factored, fastest_contraction, merged
 from switchtitan.methods.switchlora.plan import Plan
 from switchtitan.models import MODELS, linear_shapes
-from switchtitan.observability.collectives import CollectiveCount
 
 SEQ_LEN = 16
 NUM_LAYERS = 2

@@ -8,8 +8,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from switchtitan.benchmark import estimate
+from switchtitan.benchmark.counters import CountCommunication
 from switchtitan.benchmark.steppers import fake_stepper
-from switchtitan.observability.collectives import CountCommunication
 
 
 def saved_besides(inputs, compute):

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from switchtitan.benchmark.counters import CountingMode
 from switchtitan.benchmark.gpu import torch_inside
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.errors import UserError
 from switchtitan.job.config import JobConfig
 from switchtitan.methods.lowrank.operations import IMPLEMENTATIONS
-from switchtitan.observability.collectives import CountingMode
 from switchtitan.regions import observe_regions, stop_observing_regions
 
 NUM_STEPS = 2

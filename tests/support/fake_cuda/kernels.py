@@ -3,6 +3,7 @@
 from collections import Counter
 
 from support.fake_cuda.operations import is_on_cuda
+from switchtitan.benchmark.counters import CountingMode
 from switchtitan.benchmark.gpu.record import (
     NO_KERNEL,
     lists_in,
@@ -10,7 +11,6 @@ from switchtitan.benchmark.gpu.record import (
     takes_fast_path,
     tensors_in,
 )
-from switchtitan.observability.collectives import CountingMode
 
 
 class CountKernels(CountingMode):

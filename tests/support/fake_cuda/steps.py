@@ -14,11 +14,11 @@ from support.fake_cuda import collectives, python_api
 from support.fake_cuda.cases import NUM_RANKS, PERIOD, config_of, method_of, num_steps_of
 from support.fake_cuda.races import FindRaces
 from support.fake_cuda.waits import FindBlockingCopies, FindHostReads
+from switchtitan.benchmark.counters import CountCommunication
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.contracts import Batch
 from switchtitan.distributed.fsdp import _allocate
 from switchtitan.distributed.world import World, mesh_shape, stop_world
-from switchtitan.observability.collectives import CountCommunication
 from switchtitan.training import build as builder
 from switchtitan.training.build import build_stepper
 from switchtitan.training.trainer import RunningLoss
