@@ -23,7 +23,7 @@ from switchtitan.hub.initial_weights import read_initial_weights, read_model_fol
 from switchtitan.hub.peft_folder import folder_of_model
 from switchtitan.job.checks import check_device, check_held_out
 from switchtitan.job.config import JobConfig, parse_unchecked
-from switchtitan.models import MODELS
+from switchtitan.models import MODELS, plain_model
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ class TrainedModel:
         Takes the weights out of `tensors`, one at a time, so that memory does not hold the model in
         both dtypes.
         """
-        with torch.device("meta"):
-            model = MODELS.build(self.config)
+        model = plain_model(self.config)
         names = list(self.tensors)
         weights = {name: self.tensors.pop(name).to(device, dtype) for name in names}
         model.load_state_dict(weights, assign=True)

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from switchtitan.checkpoint.load import read_metadata, read_tensors, saved_tensors
@@ -13,7 +12,7 @@ from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.hub.huggingface import check_shapes
 from switchtitan.methods import METHODS
-from switchtitan.models import MODELS
+from switchtitan.models import MODELS, plain_model
 from switchtitan.registry import ConfigT, Registry
 
 
@@ -38,9 +37,8 @@ class DenseCheckpoint:
         section = _saved_section(checkpoint, self.metadata, METHODS)
         seed = self.metadata.identity_value("job", "seed", int)
         self.method = METHODS.build(section, self.metadata.step, seed)
-        with torch.device("meta"):
-            model = MODELS.build(self.config)
-            self.method.prepare_model(model)
+        model = plain_model(self.config)
+        self.method.prepare_model(model)
         trained = dict(model.named_parameters())
         saved = saved_tensors(checkpoint)
         self.on_meta = {name: saved[MODEL + name] for name in trained if MODEL + name in saved}

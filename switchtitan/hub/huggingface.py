@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,7 +14,7 @@ from switchtitan.config import explain
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.files import file_inside
-from switchtitan.models import MODELS
+from switchtitan.models import plain_model
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -105,6 +104,5 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of all parameters of the plain model by name."""
-    with torch.device("meta"):
-        model = MODELS.build(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    parameters = plain_model(config).named_parameters()
+    return {name: tuple(parameter.shape) for name, parameter in parameters}

@@ -16,7 +16,7 @@ from switchtitan.hub.export_folder import ReadWeights
 from switchtitan.hub.huggingface import read_dense
 from switchtitan.hub.initial_weights import read_model_folder
 from switchtitan.hub.peft_folder import is_adapter, read_adapted
-from switchtitan.models import MODELS
+from switchtitan.models import MODELS, plain_model
 
 _NUM_TOKENS = 64
 _WITHOUT_CHECK = "--no-verify writes the folder without this check"
@@ -65,8 +65,7 @@ def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype)
 @full_precision()
 def _logits(config: ModelConfig, read: ReadWeights) -> Tensor:
     """Returns the logits [1, seq, vocabulary] of a plain model on random tokens."""
-    with torch.device("meta"):
-        model = MODELS.build(config).eval()
+    model = plain_model(config).eval()
     # What is computed from a tensor without values is skipped in places, and no error is raised.
     if without_values := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise CheckpointError(

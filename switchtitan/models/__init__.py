@@ -17,15 +17,19 @@ MODELS: Registry[ModelConfig, LanguageModel] = Registry(
         "qwen2": Component(Qwen2Config, Llama),
     },
 )
-"""Build models under `torch.device("meta")`."""
+"""`plain_model` builds them."""
+
+
+def plain_model(config: ModelConfig) -> LanguageModel:
+    """Returns the model of a section, on the meta device, before a method changes it."""
+    with torch.device("meta"):
+        return MODELS.build(config)
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Returns (out, in) of every linear layer of the plain model, by qualified name, in order."""
-    with torch.device("meta"):
-        model = MODELS.build(config.on_any_machine())
     return {
         name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
+        for name, module in plain_model(config.on_any_machine()).named_modules()
         if isinstance(module, nn.Linear)
     }

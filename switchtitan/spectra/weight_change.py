@@ -11,7 +11,7 @@ from switchtitan.distributed.initial import plain_value
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
-from switchtitan.models import MODELS
+from switchtitan.models import plain_model
 from switchtitan.process import progress_bar
 from switchtitan.spectra.spectrum import singular_values
 
@@ -36,8 +36,7 @@ class Origin:
         method: Method,
     ) -> None:
         self._config, self._seed, self._method = config, seed, method
-        with torch.device("meta"):
-            self._model = MODELS.build(config)
+        self._model = plain_model(config)
         blocks = tuple(f"{block}." for block in self._model.blocks())
         self.layers = [
             name.removesuffix(".weight")

@@ -30,7 +30,7 @@ from switchtitan.distributed.precision import allow_tf32, use_deterministic_algo
 from switchtitan.distributed.world import World, device_name
 from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
-from switchtitan.models import MODELS
+from switchtitan.models import plain_model
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.environment import versions
 from switchtitan.observability.region_times import RegionTimes
@@ -162,8 +162,7 @@ def build_stepper(
     if compute_dtype is None:
         compute_dtype = dtype_on(world.device, config.training.dtype).dtype
     method = build_method(config)
-    with torch.device("meta"):
-        model = MODELS.build(config.model)
+    model = plain_model(config.model)
     method.prepare_model(model)
     checkpoint_activations(model, config.activation_checkpoint)
     if config.compile.blocks:
