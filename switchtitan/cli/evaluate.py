@@ -117,12 +117,15 @@ def _open_held_out(
     seq_len: int,
     world: World,
 ) -> tuple[ValidationBatches | list[Batch], TextSize, dict[str, Any]]:
-    """Returns this rank's batches, the size of their text over all ranks, and its description."""
+    """Returns what to evaluate on, the size of its text, and its description.
+
+    Each rank gets its own batches of a corpus, or all of a text.
+    """
     batch_size = _LOCAL_BATCH_SIZE if config is None else config.training.local_batch_size
     if options.text is not None:
         tokenizer = open_tokenizer(trained, options.tokenizer)
         check_tokens(trained, [tokenizer.vocab_size - 1])
-        own = held_out_text(options.text, options.tokens, tokenizer, seq_len, batch_size, world)
+        own = held_out_text(options.text, options.tokens, tokenizer, seq_len, batch_size)
         return *own, {"text": options.text}
     split: Literal["validation", "test"] = options.split or "validation"
     evaluation = EvaluationConfig() if config is None else config.evaluation

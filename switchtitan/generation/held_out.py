@@ -8,25 +8,19 @@ from switchtitan.contracts import IGNORED_TARGET, Batch
 from switchtitan.data.sequences import document_ids
 from switchtitan.data.text import TextSize
 from switchtitan.data.tokenizer import DocumentTokenizer
-from switchtitan.distributed.world import World
 from switchtitan.errors import ConfigError
 from switchtitan.generation.text import prefix_ids, read_text
 
 
 def held_out_text(
-    file: str,
-    num_tokens: int | None,
-    own: DocumentTokenizer,
-    seq_len: int,
-    local_batch_size: int,
-    world: World,
+    file: str, num_tokens: int | None, own: DocumentTokenizer, seq_len: int, batch_size: int
 ) -> tuple[list[Batch], TextSize]:
-    """Returns this rank's batches of a text file, one document without its end, and its size.
+    """Returns the batches of a text file, one document without its end, and its size.
 
     Args:
         num_tokens: only that many tokens at its start; None for all.
         seq_len: tokens per sequence.
-        local_batch_size: sequences per rank and batch.
+        batch_size: sequences per batch.
 
     Raises:
         ConfigError: if the file cannot be read, is not UTF-8 or is empty.
@@ -41,47 +35,30 @@ def held_out_text(
         raise ConfigError(f"--text {file}: has no text; expected a UTF-8 file with text")
     # A text follows what the tokenizer begins with, or the end of a document.
     context = prefix_ids(own.tokenizer) or [own.eos_id]
-    batches = text_batches(
-        [*context, *ids],
-        num_context=len(context),
-        seq_len=seq_len,
-        eos_id=own.eos_id,
-        local_batch_size=local_batch_size,
-        rank=world.rank,
-        num_ranks=world.size,
-    )
+    batches = text_batches([*context, *ids], len(context), seq_len, batch_size, own.eos_id)
     return batches, TextSize(len(ids), len(text.encode()))
 
 
 def text_batches(
-    tokens: Sequence[int],
-    *,
-    num_context: int,
-    seq_len: int,
-    eos_id: int,
-    local_batch_size: int,
-    rank: int,
-    num_ranks: int,
+    tokens: Sequence[int], num_context: int, seq_len: int, batch_size: int, eos_id: int
 ) -> list[Batch]:
-    """Returns a rank's batches of tokens. Each token after the context is a target once.
+    """Returns batches of tokens. Each token after the context is a target once.
 
     Sequence i holds tokens [i * seq_len, (i + 1) * seq_len]; the last one, and sequences that fill
-    batches, are padded with `IGNORED_TARGET`. All ranks have the same number of batches of the same
-    shape.
+    the last batch, are padded with `IGNORED_TARGET`.
 
     Args:
         tokens: of a text, its context first.
         num_context: tokens that are no targets, at least one.
         eos_id: the token that ends a document.
     """
-    num_sequences = -(-(len(tokens) - 1) // seq_len)
-    num_batches = -(-num_sequences // (num_ranks * local_batch_size))
-    shape = (num_batches, num_ranks, local_batch_size, seq_len)
+    num_batches = -(-(len(tokens) - 1) // (batch_size * seq_len))
+    shape = (num_batches, batch_size, seq_len)
     inputs, targets = torch.full(shape, eos_id), torch.full(shape, IGNORED_TARGET)
     stream = torch.tensor(tokens)
     inputs.view(-1)[: len(tokens) - 1] = stream[:-1]
     targets.view(-1)[num_context - 1 : len(tokens) - 1] = stream[num_context:]
     return [
-        Batch(of_rank, wanted, torch.stack([document_ids(row, eos_id) for row in of_rank]))
-        for of_rank, wanted in zip(inputs[:, rank], targets[:, rank], strict=True)
+        Batch(rows, wanted, torch.stack([document_ids(row, eos_id) for row in rows]))
+        for rows, wanted in zip(inputs, targets, strict=True)
     ]
