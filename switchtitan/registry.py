@@ -69,29 +69,24 @@ class Registry(Generic[ConfigT, Part]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.rows)
 
-    def __getitem__(self, name: str) -> Component[ConfigT, Part]:
-        """Return a component; a `ConfigError` if there is none of this name."""
-        if name not in self.rows:
-            raise ConfigError(
-                f"[{self.kind}] name = {name!r}: expected one of {', '.join(sorted(self))}"
-            )
-        return self.rows[name]
-
     def config_types(self) -> dict[str, type[ConfigT]]:
         """Return the class of every row's section, by name."""
         return {name: component.config_type for name, component in self.rows.items()}
 
     def restore(self, section: Mapping[str, object]) -> ConfigT:
-        """Build a section from plain values; a `ConfigError` if its class does not accept them."""
+        """Build a section from plain values; a `ConfigError` if no class accepts them."""
         name = str(section.get("name"))
+        if name not in self.rows:
+            expected = ", ".join(sorted(self))
+            raise ConfigError(f"[{self.kind}] name = {name!r}: expected one of {expected}")
         try:
-            return self[name].config_type.model_validate(section)
+            return self.rows[name].config_type.model_validate(section)
         except ValidationError as error:
             raise ConfigError(f"[{self.kind}] {name!r}: {error}") from error
 
     def build(self, config: ConfigT, *args: object, **kwargs: object) -> Part:
         """Call the factory of `config.name` with `config` and the given run-time values."""
-        return self[config.name].factory(config, *args, **kwargs)
+        return self.rows[config.name].factory(config, *args, **kwargs)
 
     def __get_pydantic_core_schema__(
         self, source: type[Any], handler: GetCoreSchemaHandler

@@ -103,7 +103,7 @@ def test_a_small_tensor_is_drawn_at_once_a_large_one_starts_alike_and_a_rank_dra
 @pytest.mark.parametrize("shape", [LARGE, LARGE[::-1]])
 def test_layers_start_alike_on_any_number_of_ranks(method, keys, shape):
     out_features, in_features = shape
-    section = METHODS[method].config_type(name=method, rank=100, **keys)
+    section = METHODS.rows[method].config_type(name=method, rank=100, **keys)
     linear = torch.nn.Linear(in_features, out_features, bias=False, device="meta")
     layer = METHODS.build(section, 10, seed=0).build_layer("proj", linear)
     weight = normal_rows(shape, None, "weight")
