@@ -17,7 +17,7 @@ from switchtitan.contracts import Batch
 from switchtitan.data.corpus import Corpus
 from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.prepare import open_corpus
-from switchtitan.data.text import TextSize
+from switchtitan.data.tokenizer import TextSize
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.world import World, start_world, temporary_world

@@ -13,8 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from switchtitan.contracts import IGNORED_TARGET, Batch
 from switchtitan.data.mixture import Sequences
 from switchtitan.data.sequences import TokenSequence
-from switchtitan.data.text import TextSize, num_text_bytes
-from switchtitan.data.tokenizer import DocumentTokenizer
+from switchtitan.data.tokenizer import DocumentTokenizer, TextSize, num_text_bytes
 from switchtitan.errors import CorpusError
 
 logger = logging.getLogger(__name__)

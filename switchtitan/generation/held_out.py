@@ -6,8 +6,7 @@ import torch
 
 from switchtitan.contracts import IGNORED_TARGET, Batch
 from switchtitan.data.sequences import document_ids
-from switchtitan.data.text import TextSize
-from switchtitan.data.tokenizer import DocumentTokenizer
+from switchtitan.data.tokenizer import DocumentTokenizer, TextSize
 from switchtitan.errors import ConfigError
 from switchtitan.generation.text import prefix_ids, read_text
 

@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from switchtitan.contracts import IGNORED_TARGET, Batch, SummedLoss
+from switchtitan.data.tokenizer import TextSize
 from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.world import World
 from switchtitan.training.stop import Stopped
-
-if TYPE_CHECKING:
-    from switchtitan.data.text import TextSize
 
 
 class Evaluator:
@@ -30,7 +28,7 @@ class Evaluator:
         batches: Iterable[Batch],
         summed_loss: SummedLoss,
         world: World,
-        read_size: "Callable[[], TextSize] | None" = None,
+        read_size: Callable[[], TextSize] | None = None,
     ) -> None:
         self._batches = batches
         self._summed_loss = summed_loss

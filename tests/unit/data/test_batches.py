@@ -20,8 +20,12 @@ from switchtitan.data.mixture import PERIOD, schedule_of
 from switchtitan.data.order import permute, sequence_index
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.sequences import TokenSequences, document_ids
-from switchtitan.data.text import bytes_by_token, num_text_bytes
-from switchtitan.data.tokenizer import DocumentTokenizer, train_tokenizer
+from switchtitan.data.tokenizer import (
+    DocumentTokenizer,
+    bytes_by_token,
+    num_text_bytes,
+    train_tokenizer,
+)
 from switchtitan.errors import ConfigError
 
 EOS = 0
