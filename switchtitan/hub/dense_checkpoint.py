@@ -71,11 +71,8 @@ def module_of(name: str) -> str:
 def _saved_section(
     checkpoint: Path, metadata: CheckpointMetadata, registry: Registry[ConfigT, Any]
 ) -> ConfigT:
-    section = metadata.identity.get(registry.kind)
-    if section is None:
-        raise CheckpointError(f"{checkpoint}: metadata.json has no section for the {registry.kind}")
     try:
-        return registry.restore(section)
+        return registry.restore(metadata.identity.get(registry.kind, {}))
     except ConfigError as error:
         raise CheckpointError(
             f"{checkpoint}: this version of switchtitan does not know its {registry.kind} ({error})"
