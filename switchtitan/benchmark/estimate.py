@@ -84,13 +84,10 @@ def _with_more_micro_batches(
     def extrapolated(low: Number, high: Number) -> Number:
         return high + num_added * (high - low)
 
-    communication = {}
-    for kind, high in more.communication.items():
-        low = fewer.communication[kind]
-        communication[kind] = CollectiveCount(
-            extrapolated(low.num_calls, high.num_calls),
-            extrapolated(low.bytes_sent, high.bytes_sent),
-        )
+    communication = {
+        kind: CollectiveCount._make(map(extrapolated, fewer.communication[kind], count))
+        for kind, count in more.communication.items()
+    }
     return replace(
         more,
         communication=communication,
