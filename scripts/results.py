@@ -45,6 +45,7 @@ _NUMBER = re.compile(
 _SHARE = re.compile(
     r"\d\.\d{2} \(\d\.\d{2} to \d\.\d{2}\)<!-- (?P<file>\w+): (?P<row>[^,>]+), tokens -->"
 )
+_FORMULA = re.compile(r"<!-- \w+: [^>]+ -->")
 _TABLE = re.compile(r"<!-- results (?P<file>\w+): (?P<rows>[^>]+) -->\n.*?<!-- end -->", re.DOTALL)
 _COLUMNS = (
     "",
@@ -63,9 +64,14 @@ def with_results(text: str) -> str:
     """Returns the page with all its numbers computed again.
 
     Raises:
-        ValueError: a formula names a row without a finished run or with several of a seed, rows
-            that share no seed, or a row whose loss is outside those that give it tokens.
+        ValueError: a formula has no number of its form before it, or names a row without a
+            finished run or with several of a seed, rows that share no seed, or a row whose loss is
+            outside those that give it tokens.
     """
+    computed = {match.end() for form in (_NUMBER, _SHARE) for match in form.finditer(text)}
+    for match in _FORMULA.finditer(text):
+        if match.end() not in computed:
+            raise ValueError(f"{match[0]}: expected a number of its form before it")
     return _SHARE.sub(_share, _NUMBER.sub(_number, _TABLE.sub(_table, text)))
 
 
@@ -95,8 +101,9 @@ def _share(match: re.Match[str]) -> str:
     file, row = match["file"], match["row"]
     names = dict.fromkeys(run["row"] for run in _runs(file))
     budgets = [(_losses(file, name, "test_loss"), _tokens(file, name)) for name in names]
-    shares = {}
-    for seed, loss in _losses(file, row, "test_loss").items():
+    row_losses, shares = _losses(file, row, "test_loss"), {}
+    for seed in set(row_losses).intersection(*(losses for losses, _ in budgets)):
+        loss = row_losses[seed]
         tokens = {losses[seed]: log(number) for losses, number in budgets}
         if not min(tokens) <= loss <= max(tokens):
             raise ValueError(f"docs/results/{file}.csv: no row has so low or high a loss as {row}")
@@ -109,8 +116,8 @@ def _table(match: re.Match[str]) -> str:
     file = match["file"]
     titles = dict(row.strip().split("=", 1) for row in match["rows"].split(";"))
     baseline, *others = titles
-    differences = [
-        {row: _difference(file, row, baseline, split) for row in others}
+    columns = [
+        _cells({row: _difference(file, row, baseline, split) for row in others})
         for split in ("test_loss", "validation_loss")
     ]
     lines: list[tuple[str, ...]] = [_COLUMNS]
@@ -124,7 +131,7 @@ def _table(match: re.Match[str]) -> str:
                 f"{int(run['num_trainable']) / 1e6:.2f} M",
                 f"{float(run['state_gib']) * 1024:.1f}",
                 f"{fmean(_losses(file, row, 'test_loss').values()):.3f}",
-                *(_cell(of, row) for of in differences),
+                *(cells.get(row, "-") for cells in columns),
             )
         )
     # A key that was not tuned has no value in the file.
@@ -158,13 +165,11 @@ def _picture(match: re.Match[str]) -> str:
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
-def _cell(differences: Mapping[str, Difference], row: str) -> str:
-    """Returns a difference, bold if it is not zero after Holm's correction over the column."""
-    if row not in differences:
-        return "-"
-    p_values = adjusted({name: of.p for name, of in differences.items()})
-    bold = "**" if p_values.get(row, 1.0) < LEVEL else ""
-    return f"{bold}{differences[row].text('+.3f')}{bold}"
+def _cells(differences: Mapping[str, Difference]) -> dict[str, str]:
+    """Returns each row's difference, bold if it is not zero after Holm's correction over them."""
+    p_values = adjusted({row: of.p for row, of in differences.items()})
+    bold = {row: "**" if p_values.get(row, 1.0) < LEVEL else "" for row in differences}
+    return {row: f"{bold[row]}{of.text('+.3f')}{bold[row]}" for row, of in differences.items()}
 
 
 def _difference(file: str, row: str, baseline: str, split: str) -> Difference:
@@ -189,7 +194,7 @@ def _losses(file: str, row: str, split: str) -> dict[int, float]:
     runs = _reported(file, row)
     losses = {int(run["seed"]): float(run[split]) for run in runs}
     if len(losses) != len(runs):
-        raise ValueError(f"docs/results: row {row} of {file}.csv has several runs of a seed")
+        raise ValueError(f"docs/results: {file}: row {row} has several runs of a seed")
     return losses
 
 
@@ -200,14 +205,15 @@ def _tokens(file: str, row: str) -> int:
 def _reported(file: str, row: str) -> list[dict[str, str]]:
     """Returns a row's runs on the seeds that report; `row` may be FILE/row."""
     *other, name = row.split("/")
+    file = other[0] if other else file
     # Files of earlier comparisons say which runs only served to choose values.
     reported = [
         run
-        for run in _runs(other[0] if other else file)
+        for run in _runs(file)
         if run["row"] == name and run.get("stage", "report") == "report" and run["seed"] != "1"
     ]
     if not reported:
-        raise ValueError(f"docs/results/{file}.csv: no finished run of row {row}")
+        raise ValueError(f"docs/results/{file}.csv: no finished run of row {name}")
     return reported
 
 
