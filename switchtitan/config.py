@@ -61,12 +61,12 @@ def split_arguments(
                 raise ConfigError(f"{word}: given twice; keep one")
             words = options[option] = [value] if equals else []
         elif words is None:
-            raise ConfigError(f"{word}: expected --section.key value")
+            raise ConfigError(f"{word}: expected --config FILE or --section.key value")
         else:
             words.append(word)
     for option, given in options.items():
         if not given or (option == "config" and len(given) > 1):
-            raise ConfigError(f"--{' '.join([option, *given])}: expected a value after --{option}")
+            raise ConfigError(f"--{' '.join([option, *given])}: expected one value")
     file = Path(options.pop("config")[0]) if "config" in options else None
     return file, wants_help, {tuple(key.split(".")): given for key, given in options.items()}
 

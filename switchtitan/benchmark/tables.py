@@ -97,7 +97,7 @@ def fit_table(fits: Mapping[str, Fit]) -> list[str]:
     """Formats one line per configuration: the largest micro-batch that fits in each memory, and the
     peak with one sequence."""
     memories_gib = next(iter(fits.values())).batch_sizes
-    rows = [(*(f"{gib:g} GiB" for gib in memories_gib), "peak GiB with 1", "")]
+    rows = [(*(f"in {gib:g} GiB" for gib in memories_gib), "peak with 1, GiB", "")]
     for name, fit in fits.items():
         cells = map(batch_size_cell, fit.local_batch_sizes.values())
         rows.append((*cells, _gib(fit.peaks[1]), name))

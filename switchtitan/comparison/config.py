@@ -99,14 +99,16 @@ class ComparisonConfig(Section):
     finished_runs: tuple[Path, ...] = ()
     """The `runs.csv` of earlier reports, relative to this file: a run whose configuration one of
     them has is finished, also without its folder."""
-    rows: tuple[RowConfig, ...] = Field(min_length=2)
-    """The rows of the table."""
+    rows: tuple[RowConfig, ...]
+    """The rows of the table, at least two."""
 
     @model_validator(mode="after")
     def _check(self) -> "ComparisonConfig":
         mistakes = list(self._mistakes_of_fairness())
         names = [row.name for row in self.rows]
         tuning = {row.name: row.values for row in self.rows if row.values}
+        if len(names) < 2:
+            mistakes.append(f"rows: {len(names)}: expected at least 2")
         if self.baseline not in names:
             mistakes.append(f"baseline = {self.baseline!r}: expected one of {', '.join(names)}")
         for row in self.rows:

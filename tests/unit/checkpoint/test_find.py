@@ -128,6 +128,8 @@ def test_a_run_may_not_mix_its_checkpoints_with_others(saved, tmp_path):
     for resume in ("never", str(other), str(saved / "step-000000002")):
         with refused(repr(resume), str(saved), "step-000000010"):
             find_checkpoint(saved, CheckpointConfig(resume=resume))
+    with refused("no complete checkpoint"):
+        find_checkpoint(saved, CheckpointConfig(resume=str(tmp_path / "nowhere")))
     given = CheckpointConfig(resume=str(other))
     assert find_checkpoint(tmp_path / "third", given) == other
     for same in (saved / "step-000000010", saved, saved.parent):
