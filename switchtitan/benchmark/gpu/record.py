@@ -152,11 +152,6 @@ class RecordLaunches(CountingMode):
         tensors = tensors_in((args, kwargs, result))
         if not any(tensor.device.type == "cuda" for tensor in tensors):
             return
-        if torch_inside.fused:
-            if num_bytes := torch_inside.fused[-1]:
-                self._add("eager", "_fused_rms_norm", 1, num_bytes)
-                torch_inside.fused[-1] = 0
-            return
         namespace, _, name = func.name().split(".")[0].partition("::")
         # "prim" asks a tensor for its device.
         if namespace == "prim" or name in NO_KERNEL:

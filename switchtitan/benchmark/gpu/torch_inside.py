@@ -311,32 +311,7 @@ def graph_breaks() -> dict[str, int]:
 
 
 # What a GPU chooses, and a CPU build cannot.
-fused: list[int] = []
-"""Bytes of a kernel whose parts are running: a CPU build has no such kernel. 0 once counted."""
 _libraries: list[torch.library.Library] = []
-
-
-class _FusedNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, shape: Any, eps: float | None) -> Tensor:
-        fused.append(2 * x.nbytes + weight.nbytes)
-        try:
-            y, rstd = torch.ops.aten._fused_rms_norm.default(x, shape, weight, eps)
-        finally:
-            fused.pop()
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.shape = shape
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, rstd = ctx.saved_tensors
-        backward = torch.ops.aten._fused_rms_norm_backward.default
-        return *backward(grad, x, ctx.shape, rstd, weight, [True, True]), None, None
-
-
-def _rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
-    return _FusedNorm.apply(x, weight, shape, eps)
 
 
 def _attend(
@@ -377,4 +352,6 @@ def _install_fused_kernels() -> None:
     for key in keys:
         library.impl("scaled_dot_product_attention", _attend, key.name)
         torch.ops.aten.scaled_dot_product_attention.default.py_impl(key)(_attend)
-    library.impl("rms_norm", _rms_norm, "AutogradCUDA")
+    # Fake tensors call no kernel, but torch takes an operation without one apart.
+    for name in ("_fused_rms_norm", "_fused_rms_norm_backward"):
+        library.impl(name, lambda *args: None, "CUDA")
