@@ -48,7 +48,7 @@ class RunSpectra:
     by_kind: Mapping[str, float]
     """Kind of layer -> effective rank, averaged over blocks."""
     over_training: Mapping[int, float]
-    """Step -> effective rank, as measured by telemetry; empty without it."""
+    """Step up to the checkpoint's -> effective rank, as measured by telemetry; empty without it."""
 
 
 def measure(runs: Mapping[str, Path]) -> dict[str, RunSpectra]:
@@ -89,13 +89,14 @@ def draw(runs: Mapping[str, RunSpectra]) -> Figure:
 
 
 def _measure(checkpoint: Path) -> RunSpectra:
-    spectra = checkpoint_spectra(checkpoint)
+    step, spectra = read_metadata(checkpoint).step, checkpoint_spectra(checkpoint)
     ranks = summarize(spectra)
     measured = read_spectra(checkpoint.resolve().parents[1] / SPECTRA_FOLDER)
     return RunSpectra(
-        read_metadata(checkpoint).step,
+        step,
         ranks,
         spectrum=dict(enumerate(mean_normalized_spectrum(spectra).tolist(), start=1)),
         by_kind={kind.removesuffix("_proj"): of for kind, of in ranks.effective_by_kind.items()},
-        over_training={step: summarize(of).effective for step, of in measured.items()},
+        # A run that resumed from an earlier checkpoint may have left later ones.
+        over_training={at: summarize(of).effective for at, of in measured.items() if at <= step},
     )

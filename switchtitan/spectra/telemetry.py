@@ -40,8 +40,6 @@ class RankTelemetry:
     interval: int
     """Optimizer steps between two measurements; the last step is also measured."""
     num_steps: int
-    last_step: int
-    """Of the last measurement, at first the step that the run resumes from."""
 
     def is_due(self, step: int) -> bool:
         """Whether to measure after `step` steps."""
@@ -76,12 +74,9 @@ class RankTelemetry:
         changes = self.origin.changes(self.dense_weights(tensors))
         spectra = {name: singular_values(change.to(self.world.device)) for name, change in changes}
         try:
-            # Those in between are left by a stopped run that resumed from an earlier checkpoint.
-            drop_spectra_after(self.folder, self.last_step)
             write_spectra(self.folder, step, spectra)
         except OSError as error:
             logger.warning("could not write the spectra of step %d: %s", step, error)
-        self.last_step = step
         return spectra
 
 
@@ -113,16 +108,6 @@ def read_spectra(folder: Path) -> dict[int, dict[str, Tensor]]:
     Raises:
         CheckpointError: if a file is damaged.
     """
-    return {step: read_safetensors(file) for step, file in _measurements(folder)}
-
-
-def drop_spectra_after(folder: Path, step: int) -> None:
-    """Deletes the measurements after `step`, left by a run that now resumes from `step`."""
-    for measured, file in _measurements(folder):
-        if measured > step:
-            file.unlink()
-
-
-def _measurements(folder: Path) -> list[tuple[int, Path]]:
     files = folder.iterdir() if folder.is_dir() else []
-    return sorted((int(match[1]), file) for file in files if (match := _FILE.fullmatch(file.name)))
+    found = {int(match[1]): file for file in files if (match := _FILE.fullmatch(file.name))}
+    return {step: read_safetensors(found[step]) for step in sorted(found)}

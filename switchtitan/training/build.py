@@ -366,6 +366,5 @@ def _build_hooks(
         world=stepper.world,
         interval=config.spectrum.interval,
         num_steps=config.training.steps,
-        last_step=stepper.state.step,
     )
     return [telemetry]

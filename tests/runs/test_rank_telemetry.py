@@ -152,10 +152,10 @@ def test_without_the_setting_nothing_is_measured_and_the_run_is_the_same(corpora
         assert torch.equal(tensor.full_tensor(), expected[key].full_tensor()), key
 
 
-def test_a_resumed_run_measures_from_step_0_and_drops_later_measurements(corpora, switching):
+def test_a_resumed_run_measures_from_step_0_and_replaces_measurements(corpora, switching):
     folder = corpora / "rank-resumed"
     train_and_save(folder, "switchlora", *NUM_STEPS, num_steps=7)
-    for step in (3, 9):
+    for step in (3, 10):
         write_spectra(folder / "run" / "spectra", step, {"a": torch.ones(1)})
     _, reported = train(folder, "switchlora", *EVERY_5)
     assert list(read_spectra(folder / "run" / "spectra")) == [3, 10, 12]

@@ -14,7 +14,7 @@ from switchtitan.spectra.spectrum import (
     singular_values,
     summarize,
 )
-from switchtitan.spectra.telemetry import drop_spectra_after, read_spectra, write_spectra
+from switchtitan.spectra.telemetry import read_spectra, write_spectra
 
 
 def matrix_with(values, num_rows, num_columns):
@@ -83,20 +83,15 @@ def test_spectra_are_normalized_layer_by_layer():
     torch.testing.assert_close(mean, torch.tensor([2, 1, 0.25]) / 3, rtol=1e-6, atol=0)
 
 
-def test_measurements_are_read_by_step_and_later_ones_dropped(tmp_path):
+def test_measurements_are_read_by_step(tmp_path):
     folder = tmp_path / "spectra"
     assert read_spectra(folder) == {}
-    drop_spectra_after(folder, 0)
-    assert list(tmp_path.iterdir()) == []
     for step, value in ((20, 2.0), (3, 3.0), (3, 4.0), (30, 5.0)):
         write_spectra(folder, step, {"a": torch.tensor([value, 1.0]), "b": torch.ones(1)})
     (folder / "notes.txt").write_text("mine")
     measured = read_spectra(folder)
     assert {step: of["a"][0].item() for step, of in measured.items()} == {3: 4, 20: 2, 30: 5}
     assert list(measured) == [3, 20, 30]
-    drop_spectra_after(folder, 20)
-    assert list(read_spectra(folder)) == [3, 20]
-    assert (folder / "notes.txt").exists()
     file = write_spectra(folder, 10, {"a": torch.ones(9)})
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(CheckpointError, match=file.name):
