@@ -37,8 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, list[str]]:
     """Runs the comparisons one after the other; returns their reports."""
-    # Otherwise tensorboard logs every event file that it reads.
-    logging.getLogger("tensorboard").setLevel(logging.WARNING)
     # Spectra for a report must not compete with the runs for cores.
     torch.set_num_threads(1)
     # All files are checked before the first run of any.

@@ -114,9 +114,9 @@ def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
     if options.json is not None:
         _check_json(Path(options.json))
     options.keys, options.command = keys, shlex.join(["switchtitan", command, *words])
-    logging.basicConfig(
-        level=logging.INFO if command in _TELLING else logging.WARNING, format="%(message)s"
-    )
+    logging.basicConfig(format="%(message)s")
+    if command in _TELLING:
+        logging.getLogger("switchtitan").setLevel(logging.INFO)
     errors.interrupt_on_sigterm()
     with ExitStack() as stack:
         if options.json == _STDOUT:
