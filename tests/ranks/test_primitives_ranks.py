@@ -22,10 +22,10 @@ from switchtitan.benchmark.counters import CountCommunication
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.rows import (
-    RowExchange,
     RowSpans,
     ShardedRows,
     copy_all_,
+    gather_rows,
     paired_rows,
 )
 from switchtitan.distributed.shards import (
@@ -318,12 +318,11 @@ def check_row_exchange_of(mesh, dtype):
     tensors = [buffer_of(value, mesh) for value in values]
     spans = [spans_of(len(value)) for value in values]
     indices = [[row for span in wanted for row in span] for wanted in spans]
-    exchange = RowExchange(shard_group(tensors[0]), dtype, CPU)
+    group = shard_group(tensors[0])
     requests = [RowSpans(ShardedRows(t), wanted) for t, wanted in zip(tensors, spans, strict=True)]
     with CountCommunication() as communication:
-        gathered = exchange.gather(requests, checksum=0x7FFFFFFF)
+        gathered = gather_rows(requests, group)
     assert sum(count.num_calls for count in communication.counts.values()) == 1
-    exchange.check()
     for rows, value, wanted in zip(gathered, values, indices, strict=True):
         assert rows.dtype == value.dtype
         assert torch.equal(bits(rows), bits(value[wanted]))
@@ -332,30 +331,16 @@ def check_row_exchange_of(mesh, dtype):
         RowSpans(ShardedRows(masked(value, tensor)), (range(len(value)),))
         for value, tensor in zip(values, tensors, strict=True)
     ]
-    for rows, value in zip(exchange.gather(parts, checksum=2), values, strict=True):
+    for rows, value in zip(gather_rows(parts, group), values, strict=True):
         assert torch.equal(bits(rows), bits(value)), "each rank fills in its rows of a plain tensor"
 
     new = [-2 * rows - 1 for rows in gathered]
     copy_all_(paired_rows(requests, new))
     everything = [RowSpans(ShardedRows(t), (range(len(t)),)) for t in tensors]
-    again = exchange.gather(everything, checksum=1)
+    again = gather_rows(everything, group)
     for value, wanted, rows, found in zip(values, indices, new, again, strict=True):
         value[wanted] = rows
         assert torch.equal(bits(found), bits(value))
-
-
-def check_disagreement(mesh):
-    tensor, is_ahead = buffer_of(torch.zeros(11, 3), mesh), dist.get_rank() == 2
-    exchange = RowExchange(shard_group(tensor), tensor.dtype, CPU)
-    exchange.gather([RowSpans(ShardedRows(tensor), (range(2),))], checksum=7)
-    exchange.check()
-    # One rank is a step ahead, and requests more rows.
-    request = RowSpans(ShardedRows(tensor), (range(2 + is_ahead),))
-    exchange.gather([request], checksum=7 + is_ahead)
-    exchange.gather([RowSpans(ShardedRows(tensor), (range(2),))], checksum=7)
-    # On every rank, also in the other replica, whose own ranks agree.
-    with pytest.raises(RanksDisagreeError, match="ranks disagree"):
-        exchange.check()
 
 
 CHECKS = {
@@ -382,7 +367,6 @@ CHECKS = {
     **{f"reset on {name}": (check_reset, name) for name in ("2", "4")},
     "differing replicas": (check_differing_replicas, "2x2"),
     **{f"row exchange on {name}": (check_row_exchange, name) for name in LAYOUTS},
-    **{f"disagreement on {name}": (check_disagreement, name) for name in ("4", "2x2")},
 }
 
 

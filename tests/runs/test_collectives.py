@@ -18,7 +18,6 @@ from switchtitan.benchmark.counters import (
 from switchtitan.benchmark.steppers import fake_batches, fake_stepper
 from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.replicas import fingerprint
-from switchtitan.distributed.rows import padded_length
 from switchtitan.optim.matrix_exchange import balanced_owners
 
 NUM_RANKS = 5
@@ -132,14 +131,6 @@ def test_owners_share_the_cost(num_ranks):
         loads[owner] += cost
     # Of the best that any owners could have (Graham 1969).
     assert max(loads) <= 4 / 3 * max(sum(costs) / num_ranks, max(costs))
-
-
-def test_padding_adds_at_most_an_eighth_and_similar_lengths_are_mostly_padded_alike():
-    for length in [2**14 + 1, 99_999, 2**20, 2**20 + 1, 2**24 - 1, 2**24 + 1, 13_000_001]:
-        assert length <= padded_length(length) < length * 1.125
-    pairs = [(length, length + length // 1000) for length in range(20_000, 400_000, 777)]
-    num_equal = sum(padded_length(first) == padded_length(second) for first, second in pairs)
-    assert num_equal / len(pairs) > 0.95
 
 
 # Fingerprints of replicas.

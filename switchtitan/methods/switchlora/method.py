@@ -1,6 +1,5 @@
 """The method SwitchLoRA: a model's layers, and the optimizer that switches, then updates."""
 
-import zlib
 from collections.abc import Mapping
 from itertools import product
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for
-from switchtitan.distributed.rows import RowExchange, RowSpans, ShardedRows, copy_all_, paired_rows
+from switchtitan.distributed.rows import RowSpans, ShardedRows, copy_all_, gather_rows, paired_rows
 from switchtitan.distributed.shards import shard_group
 from switchtitan.methods.lowrank.linear import (
     FACTORS,
@@ -145,8 +144,7 @@ class SwitchLoraOptimizer(SplitOptimizer):
         self._plan, self._rule, self._candidates, self._weights = plan, rule, candidates, weights
         pairs = [(layer.lora_a, layer.lora_b) for layer in layers.values()]
         self._factors = [tuple(map(ShardedRows, pair)) for pair in pairs]
-        first = pairs[0][0]
-        self._exchange = RowExchange(shard_group(first), first.dtype, first.device)
+        self._group = shard_group(pairs[0][0])
         self._last: list[Switch] = []
 
     def step(self) -> None:
@@ -165,6 +163,9 @@ class SwitchLoraOptimizer(SplitOptimizer):
         W += s (B[:, I] (A_old - A_new)[I] + (B_old - B_new)[:, J] A[J]).
         """
         switches = self._last = self._plan.next()
+        self._plan.advance(switches)
+        if not switches:
+            return
         # A and B of each layer: the rows to write, and I and J of both factors.
         switched = [
             RowSpans(factor, spans)
@@ -176,13 +177,7 @@ class SwitchLoraOptimizer(SplitOptimizer):
             for switch in switches
             for factor in self._factors[switch.layer]
         ]
-        requests = [*involved, *self._candidates.row_requests(switches)]
-        counts = [(switch.layer, switch.num_vectors) for switch in switches]
-        checked = [self._plan.step, *self._plan.num_switched.tolist(), *counts]
-        gathered = self._exchange.gather(requests, zlib.crc32(repr(checked).encode()))
-        self._plan.advance(switches)
-        if not switches:
-            return
+        gathered = gather_rows([*involved, *self._candidates.row_requests(switches)], self._group)
         vectors = gathered[: len(involved)]
         incoming = self._candidates.take(switches, gathered[len(involved) :])
         outgoing = [
@@ -201,7 +196,6 @@ class SwitchLoraOptimizer(SplitOptimizer):
     def metrics(self) -> dict[str, float]:
         """Adds, over all layers and both factors, the vectors switched in the last step and in
         total, and the shares of frozen vectors and of candidates used so far."""
-        self._exchange.check()
         plan = self._plan
         seen = np.minimum(plan.config.rank + plan.num_switched, plan.num_candidates)
         return super().metrics() | {
@@ -217,7 +211,6 @@ class SwitchLoraOptimizer(SplitOptimizer):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Candidates still in flight are first written to the model's buffers."""
-        self._exchange.check()
         self._candidates.flush()
         return super().state_dict() | self._plan.state_dict()
 
