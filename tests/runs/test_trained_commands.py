@@ -21,7 +21,7 @@ from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import train_tokenizer
 from switchtitan.spectra.plots import measure
 from switchtitan.spectra.spectrum import summarize
-from switchtitan.spectra.telemetry import read_spectra
+from switchtitan.spectra.telemetry import read_spectra, write_spectra
 
 TEXT = "def größe(self, 日本):\n    return self.x  # €\n" * 9
 PROMPT = "def größe(self):\n    return "
@@ -266,7 +266,10 @@ def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     assert outcome.status == 0, outcome.errors
     assert picture.read_bytes().startswith(b"\x89PNG")
     measured = {step: summarize(of) for step, of in read_spectra(trained.run / "spectra").items()}
+    # As a run leaves it that resumes from an earlier checkpoint.
+    later = write_spectra(trained.run / "spectra", 20, {"up_proj": torch.ones(1)})
     (found,) = measure({"run": trained.run}).values()
+    later.unlink()
     # The checkpoint's weights are merged again: roundings of an fp32 product.
     about = partial(pytest.approx, rel=1e-4)
     assert found.ranks.effective == about(measured[15].effective)

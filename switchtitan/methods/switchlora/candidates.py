@@ -111,7 +111,7 @@ class HostCandidates(StoredCandidates):
     """Like `StoredCandidates`, with buffers in host memory.
 
     Each direction takes one copy for all layers. The host waits for the vectors of the
-    second-to-last step, whose copy has finished by then.
+    second-to-last step with switches, whose copy has finished by then.
     """
 
     def __init__(self, layers: Sequence[LowRankLinear]) -> None:
@@ -145,7 +145,7 @@ class HostCandidates(StoredCandidates):
         self._write_back_all_but(0)
 
     def _write_back_all_but(self, num_steps: int) -> None:
-        """Writes vectors in flight to their buffers, except for those of the last steps."""
+        """Writes vectors in flight to their buffers, but for the last steps with switches."""
         while len(self._in_flight) > num_steps:
             places, copy = self._in_flight.popleft()
             vectors = cut(copy.wait(), [place.shape for place in places])
