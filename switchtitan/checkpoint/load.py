@@ -70,18 +70,20 @@ def find_checkpoint(folder: Path, config: CheckpointConfig) -> Path | None:
                 f"{key}: none of the {len(present)} checkpoints in {folder} is complete (see the "
                 "warnings above); move that folder away to start from scratch"
             )
-    elif resume != RESUME_NEVER:
-        try:
-            found = find_given(Path(resume))
-        except CheckpointError as error:
-            raise type(error)(f"{key}: {error}") from error
-    goes_on = resume == RESUME_AUTO or (found is not None and Path(resume).resolve() in continued)
-    if present and not goes_on:
+    elif present and (
+        resume == RESUME_NEVER
+        or (os.path.exists(resume) and Path(resume).resolve() not in continued)
+    ):
         raise CheckpointError(
             f"{key}: {folder} already holds {len(present)} checkpoints, the newest is "
             f"{present[0].name}; use another [job] output_dir, or move that folder away, or set "
             "resume = 'auto' to resume from the newest"
         )
+    elif resume != RESUME_NEVER:
+        try:
+            found = find_given(Path(resume))
+        except CheckpointError as error:
+            raise type(error)(f"{key}: {error}") from error
     weights = config.initial_weights
     if found is None and weights is not None and not os.path.exists(weights):
         raise CheckpointError(f"[checkpoint] initial_weights = {weights!r}: no such file or folder")
