@@ -24,7 +24,7 @@ class CheckpointConfig(Section):
     resume: _GivenPath = Field(default=RESUME_AUTO, min_length=1)
     """What to resume from. "auto": the newest complete checkpoint in the output folder, if any.
     "never": start from scratch; an error if the output folder holds checkpoints. Otherwise the path
-    of a checkpoint or a run."""
+    of a checkpoint or a run; once this run has saved, the same path resumes its own newest."""
 
     async_save: bool = True
     """Write in the background during training; takes one more copy of what a rank writes in host
@@ -40,6 +40,11 @@ class CheckpointConfig(Section):
     """Dense weights that a new run starts from: a folder in Hugging Face's layout with safetensors
     files, a folder with a PEFT adapter, a safetensors file, or a checkpoint or run of any
     method."""
+
+    @property
+    def resume_path(self) -> str | None:
+        """The checkpoint or run that `resume` names, as an absolute path without links."""
+        return None if self.resume in (RESUME_AUTO, RESUME_NEVER) else os.path.realpath(self.resume)
 
     def without_effect(self) -> list[str]:
         """See `registry.Section`."""

@@ -6,9 +6,9 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,9 @@ def find_checkpoint(folder: Path, config: CheckpointConfig) -> Path | None:
             own checkpoints are, or the run would mix its checkpoints with those of another.
     """
     resume, present, found = config.resume, list_step_folders(folder), None
-    continued = {path.resolve() for path in (folder, folder.parent, *present[:1])}
+    continued = {os.path.realpath(path) for path in (folder, folder.parent, *present[:1])}
     key = f"[checkpoint] resume = {resume!r}"
-    if resume == RESUME_AUTO:
+    if resume == RESUME_AUTO or _is_fork_of(present, config.resume_path):
         found = find_latest(folder)
         if present and found is None:
             raise CheckpointError(
@@ -71,8 +71,7 @@ def find_checkpoint(folder: Path, config: CheckpointConfig) -> Path | None:
                 "warnings above); move that folder away to start from scratch"
             )
     elif present and (
-        resume == RESUME_NEVER
-        or (os.path.exists(resume) and Path(resume).resolve() not in continued)
+        resume == RESUME_NEVER or (os.path.exists(resume) and config.resume_path not in continued)
     ):
         raise CheckpointError(
             f"{key}: {folder} already holds {len(present)} checkpoints, the newest is "
@@ -88,6 +87,15 @@ def find_checkpoint(folder: Path, config: CheckpointConfig) -> Path | None:
     if found is None and weights is not None and not os.path.exists(weights):
         raise CheckpointError(f"[checkpoint] initial_weights = {weights!r}: no such file or folder")
     return found
+
+
+def _is_fork_of(checkpoints: Sequence[Path], resume_path: str | None) -> bool:
+    """Whether a run's newest readable checkpoint descends from what `resume_path` names."""
+    for path in checkpoints:
+        with suppress(CheckpointError):
+            forked_from = read_metadata(path).train_state.get("forked_from")
+            return forked_from is not None and forked_from == resume_path
+    return False
 
 
 def find_given(path: Path) -> Path:

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint import CheckpointException, filesystem
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.tensor import DTensor
 
-from switchtitan.checkpoint.config import RESUME_AUTO, CheckpointConfig
+from switchtitan.checkpoint.config import RESUME_NEVER, CheckpointConfig
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.norms import non_finite
 from switchtitan.distributed.replicas import check_replicas
@@ -54,8 +54,8 @@ CHECKPOINTS_FOLDER = "checkpoints"
 METADATA_FILE, SUMS_FILE = "metadata.json", "SHA256SUMS"
 TENSOR_FILES = r"__\d+_\d+\.distcp|\.metadata"
 """A pattern of the names of the files that torch writes: one for each rank, and the index."""
-FORMAT_VERSION = 5
-"""Earlier ones have an index of their own instead of torch's, and other checksums."""
+FORMAT_VERSION = 6
+"""Earlier ones name their corpus by the times of its files."""
 POLL_INTERVAL = 10
 """Calls of `Checkpointer.poll` between two in which ranks communicate."""
 MODEL, OPTIMIZER = "model.", "optimizer."
@@ -169,7 +169,9 @@ class Checkpointer:
     @property
     def resumes_newest(self) -> bool:
         """Whether the same command resumes from the newest checkpoint."""
-        return self._config.resume == RESUME_AUTO
+        given = self._config.resume_path
+        names_own = given is not None and Path(given).parent == self._folder.resolve()
+        return self._config.resume != RESUME_NEVER and not names_own
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]

@@ -17,6 +17,7 @@ from switchtitan.contracts import Batch
 from switchtitan.data.corpus import Corpus
 from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.prepare import open_corpus
+from switchtitan.data.recorded import open_recorded
 from switchtitan.data.tokenizer import TextSize
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import dtype_on
@@ -135,7 +136,7 @@ def _open_held_out(
         raise ConfigError(
             f"--tokens {num_tokens}: expected at least one sequence, [data] seq_len = {seq_len}"
         )
-    corpus = _open_corpus(options, trained, config, world)
+    corpus = _open_corpus(options, trained, config)
     corpus.check_vocabulary(trained.config.vocab_size)
     sequences, num_sequences = corpus.split(split, seq_len), num_tokens // seq_len
     if options.tokens is None:
@@ -153,20 +154,17 @@ def _open_held_out(
 
 
 def _open_corpus(
-    options: argparse.Namespace, trained: TrainedModel, config: JobConfig | None, world: World
+    options: argparse.Namespace, trained: TrainedModel, config: JobConfig | None
 ) -> Corpus:
     """Opens the corpus of the options, or of the run; checks that the model has its tokenizer."""
     metadata = trained.metadata
     trained_on = metadata and metadata.identity_value("corpus", "fingerprint", str)
     if options.corpus is not None:
         corpus = open_given(options.corpus)
+    elif metadata is not None and config is not None:
+        corpus = open_recorded(metadata.run, config.data.cache_dir, trained.source)
     elif config is not None:
-        corpus = open_corpus(config.data, ranks=world)
-        if trained_on not in (None, corpus.fingerprint):
-            raise CorpusError(
-                f"{corpus.folder}: its fingerprint is {corpus.fingerprint}, but the run trained on "
-                f"{trained_on}; pass --corpus FOLDER to evaluate on another corpus"
-            )
+        corpus = open_corpus(config.data, prepares=False)
     else:
         raise ConfigError(
             f"{trained.source} is no checkpoint, so it names no text to evaluate on; pass --corpus "

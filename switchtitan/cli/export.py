@@ -2,8 +2,8 @@
 
     switchtitan export outputs/RUN [--folder OUT] [--dtype float32|bfloat16] [--format peft]
 
-The low-rank factors of any method are merged into dense weights in float32. The run's tokenizer is
-exported too if the run's corpus is in its [data] cache_dir, relative to the current folder."""
+The low-rank factors of any method are merged into dense weights in float32. The tokenizer of the
+run's corpus is exported too."""
 
 import argparse
 import re
@@ -17,7 +17,7 @@ from pydantic import ByteSize, TypeAdapter
 from switchtitan.checkpoint.load import find_given
 from switchtitan.checkpoint.save import CHECKPOINTS_FOLDER
 from switchtitan.cli.main import number
-from switchtitan.generation.trained import find_corpus, tokenizer_of_run
+from switchtitan.generation.trained import corpus_of_run
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.export_folder import (
     MAX_SHARD_BYTES,
@@ -65,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of a weights file, such as 500MB (default: 5GB); memory holds one file",
     )
+    no_tokenizer = "export weights alone, for which the run's corpus need not be there"
+    parser.add_argument("--no-tokenizer", action="store_true", help=no_tokenizer)
     no_verify = "do not compare the logits of the export with those of the checkpoint"
     parser.add_argument("--no-verify", action="store_true", help=no_verify)
     parser.add_argument(
@@ -92,7 +94,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     is_adapter = options.format == "peft"
     weights = DenseCheckpoint(checkpoint)
     metadata = weights.metadata
-    corpus_folder, tokenizer = find_corpus(metadata), tokenizer_of_run(metadata)
+    corpus = None if options.no_tokenizer else corpus_of_run(metadata, checkpoint)
     with new_folder(folder) as partial:
         base = partial / BASE_FOLDER if is_adapter else partial
         export_dense(
@@ -101,7 +103,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             base,
             dtype,
             seq_len=metadata.identity_value("data", "seq_len", int),
-            tokenizer=tokenizer,
+            tokenizer=None if corpus is None else corpus.tokenizer(),
             max_shard_bytes=options.max_shard_size,
         )
         if is_adapter:
@@ -110,13 +112,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             write_adapter(weights, partial, folder.resolve() / BASE_FOLDER, dtype)
         error = None if options.no_verify else verify_export(weights, partial, dtype)
         write_model_card(metadata, partial, options.command, _LOADED_BY[options.format])
-    missing = f"none: the run's corpus is not at {corpus_folder}"
     same = f"as those of the checkpoint's weights in {options.dtype}"
     result = {
         "checkpoint": str(checkpoint),
         "folder": str(folder),
         "weights": f"{options.dtype}, {'adapter and base' if is_adapter else 'merged in float32'}",
-        "tokenizer": f"that of {corpus_folder}" if tokenizer else missing,
+        "tokenizer": "none" if corpus is None else f"that of {corpus.folder}",
         "logits": "not compared" if error is None else f"{same}, up to {error:.1e}",
     }
     for name, value in result.items():

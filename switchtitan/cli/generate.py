@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     # As transformers does: a prompt may have special tokens, unlike a document.
     tokenizer.encode_special_tokens = False
     # An empty prompt begins a document, which follows the end of another.
-    prompt_tokens = prompt_ids(tokenizer, prompt) or [documents.eos_id]
+    prompt_tokens = prompt_ids(documents, prompt) or [documents.eos_id]
     check_tokens(trained, prompt_tokens)
     num_tokens, limit = len(prompt_tokens) + options.max_new_tokens, trained.max_positions
     if limit is not None and num_tokens > limit:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from switchtitan.config import toml_value
 from switchtitan.data.sources import DATASETS
+from switchtitan.data.tokenizer import read_tokenizer
 from switchtitan.registry import Section
 
 if TYPE_CHECKING:
@@ -49,6 +50,18 @@ class SourceConfig(Section):
     @property
     def column(self) -> str:
         return self.text_column or "text"
+
+    @property
+    def needs_hub_dataset(self) -> bool:
+        """Whether the dataset itself comes from the hub."""
+        is_local = self.path is not None and os.path.exists(self.folder)
+        return DATASETS[self.dataset].comes_from_hub and not is_local
+
+    def identity(self) -> dict[str, object]:
+        """Returns the keys that determine the documents, wherever their files are."""
+        keys = {"dataset", "text_column", "hub_config", "hub_split"}
+        keys |= {"path"} if self.needs_hub_dataset else set()
+        return self.model_dump(mode="json", include=keys)
 
     @model_validator(mode="after")
     def _dataset_has_its_path(self) -> "SourceConfig":
@@ -92,6 +105,11 @@ class DataConfig(SourceConfig):
     vocab_size: int | None = Field(default=None, ge=257)
     """Vocabulary size of a tokenizer trained on the corpus, at least 257 (256 bytes and the end of
     document); default 4096. Must not exceed the model's."""
+    bos: bool | None = None
+    """Whether each document begins with the tokens that the tokenizer puts before a text, such as a
+    BOS; prompts and exports then do, too. Default: as the tokenizer encodes a text (LLaMA's and
+    Mistral's do, t5-base and trained ones do not). "nanogpt": what the files hold; default
+    false."""
     seq_len: int = Field(default=512, ge=2)
     """Tokens in one training sequence."""
     cache_dir: Path = Path("corpora")
@@ -134,16 +152,32 @@ class DataConfig(SourceConfig):
         return path if looks_local or os.path.exists(path) else None
 
     @property
+    def tokenizer_identity(self) -> str:
+        """What determines the tokenizer: its contents, its name on the hub, or its training."""
+        if self.tokenizer == TRAINED_TOKENIZER:
+            return f"byte-level BPE of {self.trained_vocab_size} trained on the corpus"
+        if self.tokenizer_path is None:
+            return f"hub {self.tokenizer}"
+        found = read_tokenizer(self.tokenizer_path)
+        begins = f", begin with {found.bos_token}" if found.bos_ids else ""
+        return f"sha256 {found.sha256}, documents end with {found.eos_token}{begins}"
+
+    @property
     def hub_tokenizer(self) -> str | None:
         """The tokenizer's name on the hub; None if it is local or trained."""
         is_local = self.tokenizer == TRAINED_TOKENIZER or self.tokenizer_path is not None
         return None if is_local else self.tokenizer
 
-    @property
-    def needs_hub_dataset(self) -> bool:
-        """Whether the dataset itself comes from the hub."""
-        is_local = self.path is not None and os.path.exists(self.folder)
-        return DATASETS[self.dataset].comes_from_hub and not is_local
+    def identity(self) -> dict[str, object]:
+        """Returns the keys that determine tokens and splits, wherever their files are."""
+        keys = {"bos", "seq_len", "validation_fraction", "test_fraction"}
+        keys |= {"max_documents", "max_bytes"}
+        weighted = [source.identity() | {"weight": source.weight} for source in self.sources]
+        return {
+            **({"sources": weighted} if weighted else super().identity()),
+            "tokenizer": self.tokenizer_identity,
+            **self.model_dump(mode="json", include=keys),
+        }
 
     def source_config(self, number: int, tokenizer: str) -> "DataConfig":
         """The configuration of one source of a mixture."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,10 +12,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from switchtitan.config import explain
-from switchtitan.data.config import TRAINED_TOKENIZER, DataConfig
+from switchtitan.data.config import DataConfig
 from switchtitan.data.mixture import ONE_SOURCE, PERIOD, Schedule, Sequences
 from switchtitan.data.sequences import TokenSequences
-from switchtitan.data.sources import DATASETS, Source, hub_error
+from switchtitan.data.sources import DATASETS, FileState, Source, hub_error
 from switchtitan.data.tokenizer import (
     DocumentTokenizer,
     check_vocabulary,
@@ -98,7 +99,7 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
     identity: dict[str, object] = {
         "format_version": FORMAT_VERSION,
         "source": dict(source.identity),
-        "tokenizer": _tokenizer_identity(config),
+        "tokenizer": config.tokenizer_identity,
         "validation_fraction": None,
         "max_documents": config.max_documents,
         "max_bytes": config.max_bytes,
@@ -108,18 +109,11 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
         identity["validation_fraction"] = config.held_out_fraction
         identity["test_fraction"] = config.test_fraction
         identity["held_out_document_tokens"] = HELD_OUT_DOCUMENT_TOKENS
+    if config.bos is not None:
+        identity["bos"] = config.bos
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = config.cache_dir.expanduser() / f"{config.dataset}-{digest}"
     return CorpusPlan(config, source, identity, folder, fallback_for)
-
-
-def _tokenizer_identity(config: DataConfig) -> str:
-    if config.tokenizer == TRAINED_TOKENIZER:
-        return f"byte-level BPE of {config.trained_vocab_size} trained on the corpus"
-    if config.tokenizer_path is not None:
-        tokenizer = read_tokenizer(config.tokenizer_path)
-        return f"sha256 {tokenizer.sha256}, documents end with {tokenizer.eos_token}"
-    return f"hub {config.tokenizer}"
 
 
 class Record(BaseModel):
@@ -144,6 +138,9 @@ class TokenizerRecord(Record):
     vocab_size: int
     eos_token: str
     eos_id: int
+    bos: bool = False
+    """Whether documents begin with what the tokenizer puts before a text. No documents of earlier
+    versions do."""
 
 
 class CorpusIndex(Record):
@@ -161,6 +158,10 @@ class CorpusIndex(Record):
     splits: dict[str, list[ShardRecord]]
     revision: str | None = None
     """The commit of a dataset on the Hugging Face hub; None for other sources."""
+    files: list[FileState] = []
+    """A user's own files as they were; see `Source`."""
+    documents_sha256: str | None = None
+    """Of all documents that were read of `files`; see `prepare.Batch`."""
     fingerprint: str
 
     @property
@@ -242,7 +243,8 @@ def verify_files(folder: Path, index: CorpusIndex, max_bytes: int | None = None)
 
 def _damage(file: Path, what: str) -> CorpusError:
     return CorpusError(
-        f"{file}: {what}; delete the folder {file.parent} and run again to prepare it from scratch"
+        f"{file}: {what}; delete the folder {file.parent} and prepare it from scratch "
+        "(`switchtitan prepare`)"
     )
 
 
@@ -295,7 +297,8 @@ class Corpus:
 
     def tokenizer(self) -> DocumentTokenizer:
         """The tokenizer whose ids the corpus holds."""
-        return read_tokenizer(self.folder, self.index.tokenizer.eos_token)
+        record = self.index.tokenizer
+        return read_tokenizer(self.folder, record.eos_token, record.bos)
 
     def split(self, name: SplitName, seq_len: int) -> Sequences:
         """The sequences of one split, of all sources of a mixture. Raises a CorpusError if there is
@@ -344,3 +347,8 @@ def open_prepared(
     index = read_index(folder)
     verify_files(folder, index, VERIFIED_BYTES if verifies else 0)
     return Corpus(folder, index, fallback_for)
+
+
+def join_sources(parts: Sequence[Corpus], schedule: Schedule) -> Corpus:
+    """Returns the mixture of prepared corpora."""
+    return Corpus(parts[0].folder, parts[0].index, None, tuple(parts), schedule)

@@ -29,13 +29,21 @@ from switchtitan.data.corpus import (
     ShardRecord,
     TokenizerRecord,
     fingerprint_of,
+    join_sources,
     open_prepared,
     plan_corpus,
     plan_from_name,
     write_index,
 )
 from switchtitan.data.mixture import schedule_of
-from switchtitan.data.sources import DATASETS, Documents, Position, newest_commit
+from switchtitan.data.sources import (
+    DATASETS,
+    Documents,
+    FileState,
+    Position,
+    Source,
+    newest_commit,
+)
 from switchtitan.data.tokenizer import (
     DocumentTokenizer,
     check_vocabulary,
@@ -63,7 +71,11 @@ T = TypeVar("T")
 
 
 def open_corpus(
-    config: DataConfig, *, ranks: World | None = None, model_vocab_size: int | None = None
+    config: DataConfig,
+    *,
+    ranks: World | None = None,
+    model_vocab_size: int | None = None,
+    prepares: bool = True,
 ) -> Corpus:
     """Opens the corpus of `config`, the same one on every rank; prepares it on first use.
 
@@ -74,33 +86,56 @@ def open_corpus(
         ranks: None for this process alone.
         model_vocab_size: the largest vocabulary that the tokenizer may have; by default any.
             Checked before a preparation too, which can take hours.
+        prepares: whether a corpus is prepared that is not yet.
 
     Raises:
         CorpusError: on every rank, if the corpus of one cannot be prepared or read, is damaged, or
             is not the main rank's, or the tokenizer has more tokens than the model.
     """
+
+    def open_one(own: DataConfig) -> Corpus:
+        if ranks is None:
+            plan = plan_corpus(own) if prepares else plan_from_name(own)
+            return _open(plan, model_vocab_size, prepares=prepares)
+        return _open_on_ranks(own, ranks, model_vocab_size)
+
     if not config.sources:
-        return _open(config, ranks, model_vocab_size)
+        return open_one(config)
     schedule = schedule_of([source.weight for source in config.sources])
     tokenizer, parts = config.tokenizer, list[Corpus]()
     for number in range(len(config.sources)):
-        parts.append(_open(config.source_config(number, tokenizer), ranks, model_vocab_size))
+        parts.append(open_one(config.source_config(number, tokenizer)))
         if tokenizer == TRAINED_TOKENIZER:
             tokenizer = str(parts[0].folder)
-    return Corpus(parts[0].folder, parts[0].index, None, tuple(parts), schedule)
+    return join_sources(parts, schedule)
 
 
-def _open(config: DataConfig, ranks: World | None, model_vocab_size: int | None) -> Corpus:
-    def open_planned(plan: CorpusPlan, verifies: bool = True) -> Corpus:
-        prepare_corpus(plan, model_vocab_size)
-        corpus = open_prepared(plan.folder, plan.fallback_for, verifies=verifies)
-        if model_vocab_size is not None:
-            corpus.check_vocabulary(model_vocab_size)
-        return corpus
+def _open(
+    plan: CorpusPlan,
+    model_vocab_size: int | None,
+    *,
+    prepares: bool = True,
+    verifies: bool = True,
+) -> Corpus:
+    if not prepares and not plan.is_prepared:
+        raise CorpusError(
+            f"{plan.folder}: this corpus is not prepared; run `switchtitan prepare` with the same "
+            "configuration first"
+        )
+    prepare_corpus(plan, model_vocab_size)
+    corpus = open_prepared(plan.folder, plan.fallback_for, verifies=verifies)
+    if verifies:
+        check_files(plan.config, plan.source, corpus)
+    if model_vocab_size is not None:
+        corpus.check_vocabulary(model_vocab_size)
+    return corpus
 
-    if ranks is None:
-        return open_planned(plan_corpus(config))
-    main = ranks.together(lambda: open_planned(plan_corpus(config)) if ranks.is_main else None)[0]
+
+def _open_on_ranks(config: DataConfig, ranks: World, model_vocab_size: int | None) -> Corpus:
+    def open_main() -> Corpus | None:
+        return _open(plan_corpus(config), model_vocab_size) if ranks.is_main else None
+
+    main = ranks.together(open_main)[0]
 
     def open_same() -> Corpus:
         assert main is not None
@@ -114,7 +149,7 @@ def _open(config: DataConfig, ranks: World | None, model_vocab_size: int | None)
                 "folder; [data] cache_dir on a shared disk is prepared once",
                 plan.folder,
             )
-        corpus = open_planned(plan, ranks.is_node_main)
+        corpus = _open(plan, model_vocab_size, verifies=ranks.is_node_main)
         if corpus.fingerprint != main.fingerprint:
             raise CorpusError(
                 f"{plan.folder}: this rank's corpus has fingerprint {corpus.fingerprint}, the main "
@@ -124,6 +159,47 @@ def _open(config: DataConfig, ranks: World | None, model_vocab_size: int | None)
         return corpus
 
     return ranks.together(open_same)[ranks.rank]
+
+
+def check_files(config: DataConfig, source: Source, corpus: Corpus) -> None:
+    """Checks that a user's own files are those that a corpus was prepared from.
+
+    Compares names and sizes, and reads the documents only if times of change differ.
+
+    Raises:
+        CorpusError: if they are not; names the first one of another size.
+    """
+    index, problem = corpus.index, None
+    before = {file.name: file.num_bytes for file in index.files}
+    now = {file.name: file.num_bytes for file in source.files}
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if names:
+        was, has = (sizes.get(names[0], "no") for sizes in (before, now))
+        problem = f"{names[0]} had {was} bytes, and now has {has}"
+    elif index.files != list(source.files):
+        if _sha256_of_documents(config, source, corpus) != index.documents_sha256:
+            problem = "times and contents have changed"
+        else:
+            logger.info("%s has files with other times and equal contents", config.path)
+    if problem is not None:
+        raise CorpusError(
+            f"[data] path = {str(config.path)!r}: not what {corpus.folder} was prepared from "
+            f"({problem}); restore it, or start a new run with another [job] output_dir and "
+            "another [data] cache_dir"
+        )
+
+
+def _sha256_of_documents(config: DataConfig, source: Source, corpus: Corpus) -> str:
+    """Reads all documents of a source again; see `Batch`."""
+    sha256, tokenizer = "", corpus.tokenizer()
+    with progress_bar("comparing documents", total=source.num_bytes, unit="B") as bar:
+        for stream in source.splits or (None,):
+            documents = source.read(stream, None, tokenizer)
+            limits = config.max_documents, config.max_bytes
+            for batch in read_batches(documents, *limits, sha256=sha256):
+                bar.update(batch.num_bytes)
+                sha256 = batch.sha256
+    return sha256
 
 
 def prepare_corpus(plan: CorpusPlan, model_vocab_size: int | None = None) -> None:
@@ -171,11 +247,15 @@ class Progress(BaseModel):
     documents: int = 0
     bytes_of_text: int = 0
     """Where to go on in that stream, and the non-empty documents before it."""
+    sha256: str = ""
+    """See `Batch`; of all streams."""
     revision: str | None = None
     """See `CorpusIndex`."""
     segments: int = 0
     splits: dict[str, list[ShardRecord]] = {}
     """What is finished."""
+    files: list[FileState] = []
+    """See `CorpusIndex`."""
 
 
 class _Preparation:
@@ -186,7 +266,7 @@ class _Preparation:
         self._config = plan.config
         self._source = plan.source
         self._folder = plan.folder.with_name(plan.folder.name + ".partial")
-        self._progress = _read_progress(self._folder)
+        self._progress = _read_progress(self._folder, list(plan.source.files))
 
     def run(self, model_vocab_size: int | None) -> None:
         progress, row = self._progress, DATASETS[self._config.dataset]
@@ -220,13 +300,15 @@ class _Preparation:
 
     def _tokenizer(self, stream: str | None) -> DocumentTokenizer:
         """The tokenizer saved by the preparation being resumed, or a new one."""
-        config, eos_token = self._config, self._progress.eos_token
+        config, eos_token, bos = self._config, self._progress.eos_token, self._config.bos
+        if bos is None and DATASETS[config.dataset].holds_tokens:
+            bos = False
         if eos_token is not None:
-            return read_tokenizer(self._folder / TOKENIZER_FILE, eos_token)
+            return read_tokenizer(self._folder / TOKENIZER_FILE, eos_token, bos)
         if config.tokenizer_path is not None:
-            return read_tokenizer(config.tokenizer_path)
+            return read_tokenizer(config.tokenizer_path, bos=bos)
         if config.hub_tokenizer is not None:
-            return fetch_tokenizer(config.hub_tokenizer)
+            return fetch_tokenizer(config.hub_tokenizer, bos)
         vocab_size = config.trained_vocab_size
         logger.info("training a byte-level BPE tokenizer of %d tokens on the corpus", vocab_size)
         max_bytes = min(config.max_bytes or TRAINING_SAMPLE_BYTES, TRAINING_SAMPLE_BYTES)
@@ -234,7 +316,7 @@ class _Preparation:
         batches = read_batches(documents, config.max_documents, max_bytes)
         texts = enumerate(chain.from_iterable(batch.documents for batch in batches))
         sample = (text for number, text in texts if _split_of(number, stream, config) == "train")
-        return train_tokenizer(sample, vocab_size)
+        return train_tokenizer(sample, vocab_size, bos)
 
     def _write_stream(self, stream: str | None, tokenizer: DocumentTokenizer) -> None:
         """Writes the segments of a stream that are left, and the progress after each."""
@@ -245,6 +327,7 @@ class _Preparation:
             config.max_bytes,
             progress.documents,
             progress.bytes_of_text,
+            progress.sha256,
         )
         total = config.max_bytes or self._source.num_bytes
         segment, num_tokens = list[Batch](), 0
@@ -278,7 +361,7 @@ class _Preparation:
         for split, own in documents.items():
             file = self._folder / f"{split}-{progress.segments:05d}.bin"
             progress.splits.setdefault(split, []).append(write_shard(file, own, tokenizer))
-        progress.position = segment[-1].position
+        progress.position, progress.sha256 = segment[-1].position, segment[-1].sha256
         progress.bytes_of_text += sum(batch.num_bytes for batch in segment)
         progress.segments += 1
         self._save_progress()
@@ -311,10 +394,13 @@ class _Preparation:
                 vocab_size=tokenizer.vocab_size,
                 eos_token=tokenizer.eos_token,
                 eos_id=tokenizer.eos_id,
+                bos=bool(tokenizer.bos_ids),
             ),
             dtype=tokenizer.dtype,
             splits=splits,
             revision=self._progress.revision,
+            files=self._progress.files,
+            documents_sha256=self._progress.sha256 if self._progress.files else None,
             fingerprint=fingerprint_of(sha256, tokenizer.dtype, splits),
         )
         write_index(self._folder, index)
@@ -326,12 +412,14 @@ class _Preparation:
         logger.info("corpus ready: %s tokens in %s", counts, plan.folder)
 
 
-def _read_progress(folder: Path) -> Progress:
-    """Returns the progress of a stopped preparation; deletes what cannot be resumed."""
+def _read_progress(folder: Path, files: list[FileState]) -> Progress:
+    """Returns the progress of a stopped preparation of `files`; deletes what cannot be resumed."""
     if not folder.exists():
-        return Progress()
+        return Progress(files=files)
     try:
         progress = Progress.model_validate_json((folder / PROGRESS_FILE).read_bytes())
+        if progress.files != files:
+            raise ValueError("files of the source have changed since")
         (folder / TOKENIZER_FILE).stat()
         if any(path.is_symlink() for path in (folder, *folder.iterdir())):
             raise ValueError("it holds links")
@@ -342,7 +430,7 @@ def _read_progress(folder: Path) -> Progress:
     except (OSError, ValueError) as error:
         logger.info("cannot resume %s (%s); starting over", folder, error)
         shutil.rmtree(folder)
-        return Progress()
+        return Progress(files=files)
     logger.info("resuming a stopped preparation after %d finished segments", progress.segments)
     return progress
 
@@ -388,6 +476,8 @@ class Batch(NamedTuple):
     """Of all texts, or of the ids of tokenized documents."""
     position: Position
     """The stream's, after them."""
+    sha256: str
+    """Of all documents up to here: of that of the documents before, and the last one's bytes."""
 
 
 def read_batches(
@@ -396,6 +486,7 @@ def read_batches(
     max_bytes: int | None,
     num_documents: int = 0,
     num_bytes: int = 0,
+    sha256: str = "",
 ) -> Iterator[Batch]:
     """Yields the non-empty documents of a stream in batches, up to the limits. The stream is after
     `num_documents` documents of `num_bytes` bytes. The one that crosses `max_bytes` is the last."""
@@ -407,17 +498,18 @@ def read_batches(
         if isinstance(document, str):
             # JSON can hold lone surrogates, which UTF-8 cannot encode: the tokenizer rejects them.
             data = document.encode("utf-8", "replace")
-            document, size = data.decode("utf-8"), len(data)
+            document = data.decode("utf-8")
         else:
-            size = document.nbytes
-        if size:
+            data = document.tobytes()
+        if data:
             batch.append(document)
-            num_documents, num_bytes = num_documents + 1, num_bytes + size
+            num_documents, num_bytes = num_documents + 1, num_bytes + len(data)
+            sha256 = hashlib.sha256(sha256.encode() + data).hexdigest()
         if num_bytes - before >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-            yield Batch(batch, num_bytes - before, position)
+            yield Batch(batch, num_bytes - before, position, sha256)
             batch, before = [], num_bytes
     if batch:
-        yield Batch(batch, num_bytes - before, position)
+        yield Batch(batch, num_bytes - before, position, sha256)
 
 
 def tokenized(batches: Iterator[Batch], tokenizer: DocumentTokenizer) -> Iterator[Batch]:

@@ -32,6 +32,17 @@ TEXT_DOCUMENT_BYTES = 64 * 1024
 has documents to hold out."""
 _BLOCK_TOKENS = 1 << 20
 
+
+class FileState(NamedTuple):
+    """A file of a source."""
+
+    name: str
+    """Relative to the folder that is read."""
+    num_bytes: int
+    changed_ns: int
+    """The time of its last change."""
+
+
 Position = dict[str, Any]
 """A position in a source as JSON values; opaque to all but the source that made it."""
 Documents = Iterator[tuple[str | NDArray[Any], Position]]
@@ -55,6 +66,8 @@ class Source:
     """Bytes of text or tokens, for the progress bar; None if unknown before reading."""
     repository: str | None = None
     """The name of a dataset on the hub."""
+    files: Sequence[FileState] = ()
+    """What it reads, if that is a user's own files. Names and sizes are in `identity`."""
 
     @cached_property
     def splits(self) -> tuple[str, ...]:
@@ -77,9 +90,14 @@ def _files_source(
     states = _states(path, files)
     return Source(
         f"{len(files)} {kind} file(s) in {path}",
-        {"kind": kind, "text_column": None if kind == "text" else column, "files": states},
+        {
+            "kind": kind,
+            "text_column": None if kind == "text" else column,
+            "files": _names_and_sizes(states),
+        },
         _reader_of(files, lambda file: read_file(file, column)),
-        num_bytes=sum(size for _, size, _ in states) if kind == "text" else None,
+        num_bytes=sum(file.num_bytes for file in states) if kind == "text" else None,
+        files=states,
     )
 
 
@@ -112,14 +130,17 @@ def _find_files(config: "SourceConfig", *patterns: str) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
 
 
-def _states(path: Path, files: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """Returns names, sizes and times of files, which change if their contents do."""
+def _states(path: Path, files: Sequence[Path]) -> list[FileState]:
     root = path if path.is_dir() else path.parent
     try:
         stats = [(os.path.relpath(file, root), file.stat()) for file in files]
     except OSError as error:
         raise CorpusError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return [FileState(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def _names_and_sizes(states: Sequence[FileState]) -> list[tuple[str, int]]:
+    return [(file.name, file.num_bytes) for file in states]
 
 
 def read_text(file: Path, column: str) -> Iterator[str]:
@@ -255,7 +276,7 @@ def _c4(config: "SourceConfig", commit: str | None) -> Source:
     if config.path is not None:
         repository = name = str(config.folder)
         files = [file for names in _C4_FILES.values() for file in _find_files(config, names)]
-        identity = {"kind": "c4", "files": _states(config.folder / "en", files)}
+        identity = {"kind": "c4", "files": _names_and_sizes(_states(config.folder / "en", files))}
     return Source(
         f"C4 English ({name})",
         identity,
@@ -342,10 +363,11 @@ def _nanogpt(config: "SourceConfig", commit: str | None) -> Source:
 
     return Source(
         f"{len(states)} nanoGPT file(s) in {path}",
-        {"kind": "nanogpt", "files": states},
+        {"kind": "nanogpt", "files": _names_and_sizes(states)},
         read,
         lambda: filter(None, files),
-        num_bytes=sum(size for _, size, _ in states),
+        num_bytes=sum(file.num_bytes for file in states),
+        files=states,
     )
 
 

@@ -1,5 +1,5 @@
-"""Tokenizers from a file, the hub or trained on the corpus; their end-of-document token, and bytes
-of text."""
+"""Tokenizers from a file, the hub or trained on the corpus; the tokens that begin and end a
+document, and bytes of text."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import dropwhile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,14 +25,29 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 TRAINED_EOS = "<|endoftext|>"
 _COMMON_EOS_TOKENS = "</s> <|endoftext|> <eos> <|end_of_text|> <|eos|> [EOS] <｜end▁of▁sentence｜>"
 _EOS_TOKENS = tuple(_COMMON_EOS_TOKENS.split())
+_SETTINGS_FILE = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
 class DocumentTokenizer:
-    """A tokenizer and the token that ends a document."""
+    """A tokenizer and the tokens that begin and end a document."""
 
     tokenizer: Tokenizer
     eos_token: str
+
+    @cached_property
+    def bos_ids(self) -> list[int]:
+        """The tokens that the tokenizer puts before every text, such as a BOS; empty if none."""
+        plain = self.tokenizer.encode("a", add_special_tokens=False).ids
+        full = self.tokenizer.encode("a", add_special_tokens=True).ids
+        starts = range(len(full) - len(plain) + 1)
+        start = next((at for at in starts if full[at : at + len(plain)] == plain), 0)
+        return list(full[:start])
+
+    @property
+    def bos_token(self) -> str | None:
+        """The first of the tokens that begin a document; None without one."""
+        return self.tokenizer.id_to_token(self.bos_ids[0]) if self.bos_ids else None
 
     @cached_property
     def eos_id(self) -> int:
@@ -59,9 +75,10 @@ class DocumentTokenizer:
         return hashlib.sha256(self.serialized.encode()).hexdigest()
 
     def encode_documents(self, documents: list[str]) -> list[list[int]]:
-        """Returns the token ids of each document, without end token; uses all cores."""
+        """Returns the token ids of each document, with what begins it, without end token; uses all
+        cores."""
         encodings = self.tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [self.bos_ids + encoding.ids for encoding in encodings]
 
 
 def check_vocabulary(vocab_size: int, model_vocab_size: int, where: str) -> None:
@@ -74,12 +91,16 @@ def check_vocabulary(vocab_size: int, model_vocab_size: int, where: str) -> None
         )
 
 
-def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenizer:
+def read_tokenizer(
+    path: Path, eos_token: str | None = None, bos: bool | None = None
+) -> DocumentTokenizer:
     """Reads a `tokenizer.json`, or the one in a folder. Raises a CorpusError if that fails.
 
     Args:
         eos_token: the token that ends a document; by default `eos_token` of a
-            `tokenizer_config.json` next to the file, or the first common one in the vocabulary.
+            `tokenizer_config.json` or a corpus's index next to the file, or the first common one in
+            the vocabulary.
+        bos: whether tokens begin a document; by default as the tokenizer encodes a text.
     """
     try:
         file = file_inside(path, "tokenizer.json") if path.is_dir() else path
@@ -93,21 +114,23 @@ def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenize
             "a tokenizer.json or a folder with one; [data] tokenizer can also be 'train', or a "
             "name on the Hugging Face hub"
         ) from error
-    return _document_tokenizer(tokenizer, str(file), eos_token or _configured_eos(file.parent))
+    return _document_tokenizer(tokenizer, str(file), eos_token or _configured_eos(file.parent), bos)
 
 
-def fetch_tokenizer(name: str) -> DocumentTokenizer:
+def fetch_tokenizer(name: str, bos: bool | None = None) -> DocumentTokenizer:
     """Loads a tokenizer by its name on the hub, from the local cache if it is there; see
     `read_tokenizer`."""
+    from huggingface_hub import snapshot_download
+
     try:
-        tokenizer = Tokenizer.from_pretrained(name)
-    # The library raises bare Exception, the hub's client its transport's errors.
-    except Exception as error:
+        folder = Path(snapshot_download(name, allow_patterns=["tokenizer.json", _SETTINGS_FILE]))
+        (folder / "tokenizer.json").stat()
+    except Exception as error:  # the errors of the client's transport
         raise CorpusError(
             f"[data] tokenizer = {name!r}: cannot download {name}/tokenizer.json from the Hugging "
             f"Face hub ({error}); expected the name of a repository that has one, or a local path"
         ) from error
-    return _document_tokenizer(tokenizer, name)
+    return read_tokenizer(folder, bos=bos)
 
 
 def is_cached(name: str) -> bool:
@@ -117,7 +140,9 @@ def is_cached(name: str) -> bool:
     return isinstance(try_to_load_from_cache(name, "tokenizer.json"), str)
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> DocumentTokenizer:
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, bos: bool | None = None
+) -> DocumentTokenizer:
     """Trains a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2); token 0 ends a document.
 
     It has all 256 bytes, and less than `vocab_size` tokens if there are too few pairs to merge."""
@@ -131,37 +156,59 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> DocumentTokeni
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    return _document_tokenizer(tokenizer, "the trained tokenizer", TRAINED_EOS)
+    return _document_tokenizer(tokenizer, "the trained tokenizer", TRAINED_EOS, bos)
 
 
 def _document_tokenizer(
-    tokenizer: Tokenizer, where: str, eos_token: str | None = None
+    tokenizer: Tokenizer, where: str, eos_token: str | None, bos: bool | None
 ) -> DocumentTokenizer:
+    if bos is False:
+        tokenizer = _without_bos(tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # The string "</s>" within a document must not end it.
     tokenizer.encode_special_tokens = True
     for token in (eos_token, *_EOS_TOKENS):
         if token is not None and tokenizer.token_to_id(token) is not None:
-            return DocumentTokenizer(tokenizer, token)
+            found = DocumentTokenizer(tokenizer, token)
+            if bos not in (None, bool(found.bos_ids)):
+                begins = f"begins a text with {found.bos_token!r}" if found.bos_ids else "has none"
+                raise CorpusError(
+                    f"[data] bos = {str(bos).lower()}: {where} {begins}; leave bos out, or change "
+                    "the file's post_processor"
+                )
+            return found
     raise CorpusError(
         f"{where}: the tokenizer has no end-of-document token; expected one of "
         f"{', '.join(_EOS_TOKENS)}, or eos_token in a tokenizer_config.json next to it"
     )
 
 
+def _without_bos(tokenizer: Tokenizer) -> Tokenizer:
+    """Returns the tokenizer without the special tokens that its templates put before a text."""
+    state = json.loads(tokenizer.to_str())
+    processor = state["post_processor"] or {}
+    for part in processor.get("processors", [processor]):
+        for template in ("single", "pair") if part.get("type") == "TemplateProcessing" else ():
+            part[template] = list(dropwhile(lambda piece: "SpecialToken" in piece, part[template]))
+    return Tokenizer.from_str(json.dumps(state))
+
+
 def _configured_eos(folder: Path) -> str | None:
-    """Returns `eos_token` of a Hugging Face folder, a string or an object with `content`."""
-    name = "tokenizer_config.json"
-    try:
-        settings = json.loads(file_inside(folder, name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CorpusError(f"{folder / name}: expected a file of JSON ({error})") from error
-    token = settings.get("eos_token") if isinstance(settings, dict) else None
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+    """Returns `eos_token`, a string or an object with `content`, of a Hugging Face folder or of a
+    prepared corpus."""
+    for name, section in ((_SETTINGS_FILE, None), ("index.json", "tokenizer")):
+        try:
+            settings = json.loads(file_inside(folder, name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            raise CorpusError(f"{folder / name}: expected a file of JSON ({error})") from error
+        for key in filter(None, (section, "eos_token")):
+            settings = settings.get(key) if isinstance(settings, dict) else None
+        token = settings.get("content") if isinstance(settings, dict) else settings
+        return token if isinstance(token, str) else None
+    return None
 
 
 # The text that tokens stand for.
@@ -182,7 +229,8 @@ class TextSize(NamedTuple):
 
 
 def num_text_bytes(tokens: NDArray[np.int64], documents: DocumentTokenizer) -> int:
-    """Returns the UTF-8 bytes of the text of `tokens[1:]`, [tokens], without ends of documents.
+    """Returns the UTF-8 bytes of the text of `tokens[1:]`, [tokens], without what begins and ends
+    documents.
 
     A byte-level tokenizer's are exact for any part of a document. Those of others are counted in
     the decoded text, which lacks what the tokenizer drops, such as T5's line breaks.
@@ -191,11 +239,12 @@ def num_text_bytes(tokens: NDArray[np.int64], documents: DocumentTokenizer) -> i
     if table is not None:
         return int(table[tokens[1:]].sum())
     ends = np.flatnonzero(tokens == documents.eos_id)
-    pieces = [part.tolist() for part in np.split(tokens, ends)]
-    ids = [pieces[0], *(piece[1:] for piece in pieces[1:])]
-    decoded = documents.tokenizer.decode_batch(ids, skip_special_tokens=False)
-    context = documents.tokenizer.decode(ids[0][:1], skip_special_tokens=False)
-    return sum(len(text.encode()) for text in decoded) - len(context.encode())
+    no_text = [*documents.bos_ids, documents.eos_id]
+    ids = [part[~np.isin(part, no_text)].tolist() for part in np.split(tokens, ends)]
+    context = tokens[:1][~np.isin(tokens[:1], no_text)].tolist()
+    decoded = documents.tokenizer.decode_batch([*ids, context], skip_special_tokens=False)
+    *texts, before = (len(text.encode()) for text in decoded)
+    return sum(texts) - before
 
 
 def bytes_by_token(documents: DocumentTokenizer) -> NDArray[np.int64] | None:

@@ -8,7 +8,7 @@ from switchtitan.contracts import IGNORED_TARGET, Batch
 from switchtitan.data.sequences import document_ids
 from switchtitan.data.tokenizer import DocumentTokenizer, TextSize
 from switchtitan.errors import ConfigError
-from switchtitan.generation.text import prefix_ids, read_text
+from switchtitan.generation.text import read_text
 
 
 def held_out_text(
@@ -33,7 +33,7 @@ def held_out_text(
     if not ids:
         raise ConfigError(f"--text {file}: has no text; expected a UTF-8 file with text")
     # A text follows what the tokenizer begins with, or the end of a document.
-    context = prefix_ids(own.tokenizer) or [own.eos_id]
+    context = own.bos_ids or [own.eos_id]
     batches = text_batches([*context, *ids], len(context), seq_len, batch_size, own.eos_id)
     return batches, TextSize(len(ids), len(text.encode()))
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import ConfigError
 
 
@@ -24,20 +25,10 @@ def read_text(option: str, file: str) -> str:
         ) from error
 
 
-def prefix_ids(tokenizer: Tokenizer) -> list[int]:
-    """Returns the tokens that the tokenizer puts before every text, such as a BOS."""
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    full = tokenizer.encode("a", add_special_tokens=True).ids
-    starts = range(len(full) - len(plain) + 1)
-    start = next((at for at in starts if full[at : at + len(plain)] == plain), 0)
-    ids: list[int] = full[:start]
-    return ids
-
-
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+def prompt_ids(documents: DocumentTokenizer, text: str) -> list[int]:
     """Returns the tokens of a text that is to be continued: without a token that ends a text."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return prefix_ids(tokenizer) + ids
+    ids: list[int] = documents.tokenizer.encode(text, add_special_tokens=False).ids
+    return documents.bos_ids + ids
 
 
 def text_pieces(

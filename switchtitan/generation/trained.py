@@ -12,11 +12,11 @@ from switchtitan.checkpoint.load import find_given
 from switchtitan.checkpoint.save import CheckpointMetadata
 from switchtitan.config import flatten, parse_toml, raise_together
 from switchtitan.contracts import LanguageModel, ModelConfig
-from switchtitan.data.corpus import read_index
+from switchtitan.data.corpus import Corpus
+from switchtitan.data.recorded import find_recorded
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import CheckpointError, CheckpointFormatError, ConfigError, CorpusError
-from switchtitan.files import is_plain_name
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.huggingface import CONFIG_NAME, read_config
 from switchtitan.hub.initial_weights import read_initial_weights, read_model_folder
@@ -141,11 +141,7 @@ def open_tokenizer(trained: TrainedModel, given: Path | None = None) -> Document
     """
     tokenizer = find_tokenizer(trained, given)
     if tokenizer is None:
-        where = (
-            " or ".join(map(str, _folders_of(trained.source)))
-            if trained.metadata is None
-            else find_corpus(trained.metadata).absolute()
-        )
+        where = " or ".join(map(str, _folders_of(trained.source)))
         raise CorpusError(
             f"no tokenizer of {trained.source}: there is none in {where}; pass --tokenizer FILE, a "
             "tokenizer.json or a folder with one, such as a prepared corpus"
@@ -154,53 +150,26 @@ def open_tokenizer(trained: TrainedModel, given: Path | None = None) -> Document
 
 
 def find_tokenizer(trained: TrainedModel, given: Path | None = None) -> DocumentTokenizer | None:
-    """Like `open_tokenizer`, but None if there is none.
+    """Like `open_tokenizer`, but None if there is none next to weights.
 
     Raises:
-        CorpusError: if the tokenizer cannot be read.
+        CorpusError: if the tokenizer or the run's corpus cannot be read.
     """
     if given is not None:
         return read_tokenizer(given)
     if trained.metadata is not None:
-        return tokenizer_of_run(trained.metadata)
+        return corpus_of_run(trained.metadata, trained.source).tokenizer()
     found = _find_beside(trained.source, "tokenizer.json")
     return None if found is None else read_tokenizer(found.parent)
 
 
-def find_corpus(metadata: CheckpointMetadata) -> Path:
-    """Returns the folder of the run's corpus, which need not exist."""
+def corpus_of_run(metadata: CheckpointMetadata, checkpoint: Path) -> Corpus:
+    """Finds the corpus that the run of a checkpoint has recorded; see `find_recorded`."""
     config = flatten(parse_toml(metadata.config, "the saved configuration"))
-    cache_dir, name = config.get("data.cache_dir"), metadata.identity_value("corpus", "name", str)
-    if not isinstance(cache_dir, str) or "\0" in cache_dir or not is_plain_name(name):
-        raise CheckpointError(
-            f"the checkpoint names no folder of a corpus: data.cache_dir = {cache_dir!r}, "
-            f"corpus.name = {name!r}"
-        )
-    return Path(cache_dir).expanduser() / name
-
-
-def tokenizer_of_run(metadata: CheckpointMetadata) -> DocumentTokenizer | None:
-    """Returns the tokenizer of the run's corpus, or None if its folder is not on this machine.
-
-    Raises:
-        CorpusError: if the folder is damaged, or not of the run's corpus.
-    """
-    folder = find_corpus(metadata)
-    if not folder.is_dir():
-        return None
-    index = read_index(folder)
-    corpus = metadata.identity.get("corpus")
-    # Of a mixture, the first source has the tokenizer.
-    is_mixture = isinstance(corpus, dict) and "first_source" in corpus
-    expected = metadata.identity_value(
-        "corpus", "first_source" if is_mixture else "fingerprint", str
-    )
-    if index.fingerprint != expected:
-        raise CorpusError(
-            f"{folder}: its fingerprint is {index.fingerprint}, but the run trained on {expected}; "
-            "move that folder away to do without its tokenizer"
-        )
-    return read_tokenizer(folder, index.tokenizer.eos_token)
+    cache_dir = config.get("data.cache_dir")
+    if not isinstance(cache_dir, str) or "\0" in cache_dir:
+        raise CheckpointError(f"the checkpoint has data.cache_dir = {cache_dir!r}")
+    return find_recorded(metadata.run, Path(cache_dir), checkpoint)
 
 
 def stop_tokens(trained: TrainedModel, tokenizer: DocumentTokenizer) -> frozenset[int]:

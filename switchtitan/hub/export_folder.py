@@ -85,7 +85,8 @@ def export_dense(
             "and generate read the run's own checkpoint"
         )
     eos_id = None if tokenizer is None else tokenizer.eos_id
-    tokens = {"bos_token_id": None, "eos_token_id": eos_id}
+    bos_id = next(iter(() if tokenizer is None else tokenizer.bos_ids), None)
+    tokens = {"bos_token_id": bos_id, "eos_token_id": eos_id}
     dtype_name = str(dtype).removeprefix("torch.")
     dtypes = {"torch_dtype": dtype_name, "dtype": dtype_name}  # of transformers 4 and 5
     in_generation = {"do_sample": True, **tokens, "pad_token_id": eos_id}
@@ -101,6 +102,7 @@ def export_dense(
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": seq_len,
             "eos_token": tokenizer.eos_token,
+            **({"bos_token": tokenizer.bos_token} if tokenizer.bos_ids else {}),
         }
         write_json(folder / "tokenizer_config.json", settings)
     _write_weights(read, parameter_shapes(config), folder, dtype, max_shard_bytes)
@@ -180,12 +182,15 @@ def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, f
     """
     state = metadata.train_state
     facts = {
-        **{key: metadata.identity_value(key, "name", str) for key in ("method", "model", "corpus")},
+        **{key: metadata.identity_value(key, "name", str) for key in ("method", "model")},
+        "corpus": metadata.run.get("corpus"),
         "steps": metadata.step,
         "tokens seen": state.get("tokens_seen"),
         "started from": state.get("initial_weights") or "random weights",
         "validation loss before training": state.get("first_validation_loss"),
         "last validation loss": state.get("last_validation_loss"),
+        # Of earlier weights, if a signal has stopped the last evaluation.
+        "evaluated after step": state.get("evaluated_at"),
         "compute dtype": state.get("compute_dtype"),
         "trained with": ", ".join(f"{key} {value}" for key, value in metadata.versions.items()),
         "exported by": f"`{command}`",

@@ -120,14 +120,14 @@ class Reporter:
         if self._tensorboard is not None:
             self._tensorboard.write_histograms(step, values)
 
-    def has_results(self, step: int, validation_loss: float | None) -> bool:
-        """Whether the results file exists, and is of this run at `step` with this loss."""
-        expected: dict[str, object] = {"step": step, "loss/validation": validation_loss}
+    def has_results(self, step: int) -> bool:
+        """Whether the results file exists, and is of this run at `step`."""
+        expected: dict[str, object] = {"step": step, "diverged": None}
         expected |= {key: self._facts[key] for key in ("seed", "corpus") if key in self._facts}
         try:
             saved = json.loads(self._results.read_text(encoding="utf-8"))
-            return {key: saved[key] for key in expected} == expected
-        except (OSError, ValueError, KeyError, TypeError):
+            return {key: saved.get(key) for key in expected} == expected
+        except (OSError, ValueError, AttributeError):
             return False
 
     def summary(

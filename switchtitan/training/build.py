@@ -13,12 +13,18 @@ import torch
 from torch import Tensor
 
 from switchtitan.checkpoint.load import find_checkpoint, restore
-from switchtitan.checkpoint.save import CHECKPOINTS_FOLDER, Checkpointer, CheckpointTensors
+from switchtitan.checkpoint.save import (
+    CHECKPOINTS_FOLDER,
+    Checkpointer,
+    CheckpointMetadata,
+    CheckpointTensors,
+)
 from switchtitan.config import resolved_toml
 from switchtitan.contracts import Batch, Method, SummedLoss
 from switchtitan.data.corpus import Corpus
 from switchtitan.data.loader import ValidationBatches, build_train_batches
 from switchtitan.data.prepare import open_corpus
+from switchtitan.data.recorded import check_unchanged, open_recorded, record
 from switchtitan.distributed.blocks import checkpoint_activations, compile_blocks
 from switchtitan.distributed.dtype import ComputeDtype, agree_on_dtype, dtype_on
 from switchtitan.distributed.fsdp import (
@@ -40,7 +46,7 @@ from switchtitan.optim.lr_schedule import build_lr_schedule
 from switchtitan.training.describe import (
     compared_values,
     describe_run,
-    read_state,
+    read_run,
     run_facts,
     run_identity,
 )
@@ -67,16 +73,20 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     Raises:
         UserError: if configuration, corpus and checkpoints do not fit together.
     """
-    # What it starts from. Before the corpus, whose preparation can take hours.
+    # What it starts from. Only a new run prepares its corpus, which can take hours.
     checkpoints = config.job.output_dir / CHECKPOINTS_FOLDER
     checkpoint = world.together(
         lambda: find_checkpoint(checkpoints, config.checkpoint) if world.is_main else None
     )[0]
-    corpus = open_checked_corpus(config, world)
-    identity, resolved = run_identity(config, corpus), resolved_toml(config)
     state, changes = TrainState(), list[str]()
-    if checkpoint is not None:
-        state, changes = read_state(checkpoint, config, identity)
+    if checkpoint is None:
+        corpus = open_checked_corpus(config, world)
+    else:
+        metadata, state, changes = read_run(checkpoint, config)
+        corpus = reopen_corpus(checkpoint, metadata, config, world)
+        if checkpoint.resolve().parent != checkpoints.resolve():
+            state.forked_from = config.checkpoint.resume_path
+    identity, resolved = run_identity(config, corpus.fingerprint), resolved_toml(config)
 
     # What it reads. Before the model, because this rejects a corpus that is too small.
     batches = build_batches(config, corpus, world, state)
@@ -111,7 +121,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         config.checkpoint,
         world,
         identity=identity,
-        metadata={"config": resolved, "corpus": corpus.description, "num_ranks": world.size},
+        metadata={"config": resolved, "num_ranks": world.size, **record(corpus)},
         versions=versions(),
         latest=checkpoint,
     )
@@ -193,6 +203,25 @@ def build_method(config: JobConfig) -> Method:
 def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
     """Open the corpus, preparing it if necessary, and check that its token ids fit the model."""
     return open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
+
+
+def reopen_corpus(
+    checkpoint: Path, metadata: CheckpointMetadata, config: JobConfig, world: World
+) -> Corpus:
+    """Open the corpus that a run has recorded, on every rank; prepares nothing.
+
+    Raises:
+        CorpusError: if it is not on this machine or damaged, or its files have changed since.
+    """
+
+    def open_own() -> Corpus:
+        verifies = world.is_node_main
+        corpus = open_recorded(metadata.run, config.data.cache_dir, checkpoint, verifies=verifies)
+        if verifies:
+            check_unchanged(config.data, corpus)
+        return corpus
+
+    return world.together(open_own)[world.rank]
 
 
 def build_batches(

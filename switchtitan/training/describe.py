@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from switchtitan.checkpoint.load import check_same_run, read_metadata
+from switchtitan.checkpoint.save import CheckpointMetadata
 from switchtitan.config import explain, flatten, parse_toml, resolved_toml, toml_value
 from switchtitan.data.corpus import Corpus
 from switchtitan.distributed.dtype import ComputeDtype
@@ -27,32 +28,31 @@ _UNLISTED_KEYS = ("job.name", "job.output_dir", "data.cache_dir", "training.dtyp
 """Keys whose changes are not listed on resume; what `dtype` chose is compared apart."""
 
 
-def run_identity(config: JobConfig, corpus: Corpus) -> dict:
+def run_identity(config: JobConfig, fingerprint: str) -> dict:
     """Returns what must be equal in a run and a checkpoint that it resumes from: what determines
-    the meaning of the tensors and of the position in the data."""
+    the meaning of the tensors and of the position in the data, whose corpus has `fingerprint`."""
     return {
         "model": _without_resumable_keys(config.model),
         "method": _without_resumable_keys(config.method),
         "optimizer": {"name": config.optimizer.name},
-        "data": {"seq_len": config.data.seq_len},
+        "data": config.data.identity(),
         "training": config.training.model_dump(include={"global_batch_size", "frozen_dtype"}),
         "job": {"seed": config.job.seed},
-        "corpus": {
-            "name": corpus.name,
-            "fingerprint": corpus.fingerprint,
-            # The source of a mixture whose tokenizer the run has.
-            **({"first_source": corpus.index.fingerprint} if corpus.parts else {}),
-        },
+        "corpus": {"fingerprint": fingerprint},
     }
 
 
-def read_state(checkpoint: Path, config: JobConfig, identity: dict) -> tuple[TrainState, list[str]]:
-    """Reads a checkpoint's training state, and lists the keys that have changed since.
+def read_run(
+    checkpoint: Path, config: JobConfig
+) -> tuple[CheckpointMetadata, TrainState, list[str]]:
+    """Reads a checkpoint's metadata and training state, and lists the keys that have changed since.
 
     Raises:
         CheckpointError: if the checkpoint belongs to another run, or its state is damaged.
     """
     metadata = read_metadata(checkpoint)
+    fingerprint = metadata.identity_value("corpus", "fingerprint", str)
+    identity = run_identity(config, fingerprint)
     check_same_run(completed_identity(metadata.identity, config), identity)
     try:
         state = TypeAdapter(TrainState).validate_json(json.dumps(metadata.train_state))
@@ -61,7 +61,7 @@ def read_state(checkpoint: Path, config: JobConfig, identity: dict) -> tuple[Tra
             f"{checkpoint}: train_state in metadata.json is damaged, or of a newer version of "
             f"switchtitan ({explain(error)})"
         ) from error
-    return state, changed_keys(metadata.config, resolved_toml(config))
+    return metadata, state, changed_keys(metadata.config, resolved_toml(config))
 
 
 def completed_identity(saved: Mapping[str, object], config: JobConfig) -> dict[str, object]:

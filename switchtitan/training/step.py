@@ -43,14 +43,16 @@ class TrainState:
     tokens_seen: _Count = 0
     first_validation_loss: float | None = None
     last_validation_loss: float | None = None
+    evaluated_at: _Count | None = None
+    """The step after which `last_validation_loss` was computed."""
     initial_weights: str | None = None
     """File or checkpoint of a warm start's weights."""
     initial_fingerprint: str | None = None
     """Checksum of those weights."""
+    forked_from: str | None = None
+    """The checkpoint or run that `[checkpoint] resume` named when this run began."""
     compute_dtype: DtypeName | None = None
     """dtype of activations and gradients."""
-    is_work_after_step_due: bool = False
-    """Whether a run that resumes must still evaluate, and call the hooks, after the last step."""
 
     @property
     def next_batch(self) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from switchtitan.checkpoint.save import Checkpointer, CheckpointTensors, step_of
+from switchtitan.checkpoint.save import Checkpointer, CheckpointTensors
 from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
 from switchtitan.observability.log import perplexity_of
@@ -58,12 +58,12 @@ class Trainer:
     profiler: "Profiler | None"
     region_times: RegionTimes
     hooks: "Sequence[RankTelemetry]"
-    """What else to do between steps, in order, on all ranks: after evaluations, before saves."""
+    """What else to do between steps, in order, on all ranks: before evaluations and saves."""
     stop: Stop
     """When to stop before the last step."""
 
     def __post_init__(self) -> None:
-        self._start_step = self.stepper.state.step
+        self._saved_step = self.stepper.state.step
         self._running_loss = RunningLoss(self.stepper.world.device)
 
     def train(self) -> None:
@@ -93,7 +93,7 @@ class Trainer:
             loss = self.evaluators.validation(self.stepper.model, self.stop.is_due)
         if state.first_validation_loss is None:
             state.first_validation_loss = loss
-        state.last_validation_loss = loss
+        state.last_validation_loss, state.evaluated_at = loss, state.step
         self.reporter.report(state.step, loss_metrics("validation", loss))
 
     def save(self) -> None:
@@ -110,6 +110,7 @@ class Trainer:
                     "lower [optimizer] lr and resume",
                 )
             self.checkpointer.save(state.step, tensors, asdict(state))
+        self._saved_step = state.step
 
     def check_ranks(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Compares all that ranks hold alike, the numbers that determine the next step included.
@@ -132,8 +133,6 @@ class Trainer:
 
     def _run(self) -> None:
         state = self.stepper.state
-        if state.is_work_after_step_due:
-            self._do_work_after_step()
         if state.step >= self.num_steps:
             logger.info(
                 "training already complete: step %d, and [training] steps = %d; to continue, start "
@@ -142,20 +141,15 @@ class Trainer:
                 self.num_steps,
             )
             # All ranks must agree.
-            has_results = self.reporter.has_results(state.step, state.last_validation_loss)
-            if not self.stepper.world.broadcast(has_results):
-                # The last evaluation may be of an earlier step, if the run was made shorter.
-                if state.first_validation_loss is not None:
-                    self.evaluate()
-                self._finalize()
-            return
-        if self.num_steps < self.evaluate_interval and state.first_validation_loss is None:
+            if self.stepper.world.broadcast(self.reporter.has_results(state.step)):
+                return
+        elif self.num_steps < self.evaluate_interval and state.evaluated_at is None:
             logger.info(
                 "no evaluation: the run is shorter than [evaluation] interval = %d",
                 self.evaluate_interval,
             )
-        elif state.step == 0:
-            self.evaluate()
+        # At the start, or where a signal has stopped the evaluation.
+        self._evaluate_if_due()
         try:
             with self.stop.steps(self._resume_hint):
                 self._run_steps()
@@ -209,32 +203,29 @@ class Trainer:
         if self.reporter.is_due(step):
             with region("report"):
                 self._report(result.grad_norm)
-        self._do_work_after_step()
-        if step == self.num_steps or step % self.save_interval == 0:
-            self.save()
-
-    def _do_work_after_step(self) -> None:
-        """Evaluates and calls the hooks, if due after the last step done."""
-        state = self.stepper.state
-        step = state.step
-        state.is_work_after_step_due = True
-        # After an evaluation the last step is due too: the results would state an older loss.
-        is_last_due = step > self.evaluate_interval or state.first_validation_loss is not None
-        if step % self.evaluate_interval == 0 or (step == self.num_steps and is_last_due):
-            self.evaluate()
         for hook in self.hooks:
             if hook.is_due(step):
                 self._stop_if_diverged()
                 with self.throughput.excluded():
                     hook.after(step)
-        state.is_work_after_step_due = False
+        # After the hooks: a signal can stop it, and the resumed run then does it alone.
+        self._evaluate_if_due()
+        if step == self.num_steps or step % self.save_interval == 0:
+            self.save()
+
+    def _evaluate_if_due(self) -> None:
+        """Evaluates the weights at the start, every `evaluate_interval` steps and at the end."""
+        state = self.stepper.state
+        is_due = state.step % self.evaluate_interval == 0 or state.step >= self.num_steps
+        # A shorter run is not evaluated, unless it was before: its results would state that loss.
+        is_evaluated = self.num_steps >= self.evaluate_interval or state.evaluated_at is not None
+        if is_due and is_evaluated and state.evaluated_at != state.step:
+            self.evaluate()
 
     def _save_last_step(self) -> None:
         """Saves the step at which the run ends, unless it is saved; waits for the save."""
         self.checkpointer.finish()
-        newest = self.checkpointer.latest
-        saved_step = self._start_step if newest is None else step_of(newest)
-        if self.stepper.state.step != saved_step:
+        if self.stepper.state.step != self._saved_step:
             self.save()
             self.checkpointer.finish()
 

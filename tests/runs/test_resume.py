@@ -1,31 +1,34 @@
 """What a run resumes from, what may change meanwhile, and what it says about that."""
 
 import json
-from types import SimpleNamespace
+import os
+import shutil
 
 import pytest
 import torch
 from support.checkpoints import refused
 from support.commands import run
 from support.tiny import tiny_config, tiny_trainer, train_steps
+from support.trained import train_and_save
 
 from switchtitan.checkpoint.load import check_same_run
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.dtype import Bf16Support
 from switchtitan.distributed.world import stop_world
-from switchtitan.errors import CheckpointError
+from switchtitan.errors import CheckpointError, CorpusError
 from switchtitan.training.describe import completed_identity, run_identity
 from switchtitan.training.output import newest_config_file, write_config
 
 
 def identity(folder, method, *overrides, fingerprint="abc"):
-    corpus = SimpleNamespace(name="a stand-in", fingerprint=fingerprint, parts=())
-    return run_identity(tiny_config(folder, method, *overrides), corpus)
+    return run_identity(tiny_config(folder, method, *overrides), fingerprint)
 
 
 DETERMINING = [
     ("--job.seed", "7"),
     ("--data.seq_len", "8"),
+    ("--data.max_bytes", "150000"),
+    ("--data.max_documents", "9"),
     ("--training.global_batch_size", "16"),
     ("--method.rank", "5"),
     ("--method.interval", "8"),
@@ -38,6 +41,7 @@ FREE = [
     ("--training.local_batch_size", "4"),
     ("--method.candidates_device", "host"),
     ("--method.contraction", "merged"),
+    ("--data.cache_dir", "elsewhere"),
 ]
 
 
@@ -143,6 +147,108 @@ def test_a_resumed_run_writes_its_configuration_only_if_it_is_another(tmp_path):
     assert len([*tmp_path.iterdir()]) == 3
     write_config(tmp_path, "lr = 3", 0)  # the checkpoints were moved away
     assert [file.name for file in tmp_path.iterdir()] == ["config.toml"]
+
+
+# The corpus of a run
+
+
+@pytest.fixture
+def books(corpora):
+    """A saved run on text files; the folder and the keys of its command."""
+    folder = corpora / "books-run"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "books").mkdir(parents=True)
+    for number in range(60):
+        text = f"line of book {number}\n" * (3 + number % 7)
+        (folder / "books" / f"{number}.txt").write_text(text)
+    limits = ("--data.max_bytes", "none", "--data.validation_fraction", "0.2")
+    keys = ("--data.dataset", "text", "--data.path", str(folder / "books"), *limits)
+    keys += ("--data.cache_dir", str(folder / "corpora"), "--evaluation.tokens", "160")
+    train_and_save(folder, "lora", *keys, num_steps=2)
+    stop_world()
+    return folder, keys
+
+
+def resume(folder, *keys):
+    trainer = tiny_trainer(folder, "lora", *keys)
+    trainer.close()
+    stop_world()
+    return trainer.stepper.state.step
+
+
+def move(folder, keys, before, after):
+    """Copies a folder of the run without times, deletes it, and changes the keys."""
+    shutil.copytree(folder / before, folder / after, copy_function=shutil.copyfile)
+    shutil.rmtree(folder / before)
+    return tuple(key.replace(str(folder / before), str(folder / after)) for key in keys)
+
+
+def test_a_run_finds_its_corpus_by_content_and_prepares_nothing(books, monkeypatch, caplog):
+    folder, keys = books
+    caplog.set_level("INFO")
+    monkeypatch.setattr("switchtitan.data.prepare.write_shard", lambda *_: pytest.fail("prepared"))
+    os.utime(folder / "books" / "3.txt", (1, 1))
+    assert resume(folder, *keys) == 2
+    keys = move(folder, keys, "books", "moved books")
+    keys = move(folder, keys, "corpora", "moved corpora")
+    caplog.clear()
+    assert resume(folder, *keys) == 2
+    assert caplog.text.count("files with other times and equal contents") == 1
+    shutil.rmtree(folder / "moved books")
+    (folder / "moved corpora").rename(folder / "corpora")  # where it was, and the command is not
+    assert resume(folder, *keys) == 2
+    monkeypatch.chdir(folder / "run")
+    assert run("evaluate", folder / "run").status == 0
+
+
+def replace(file):
+    file.write_text(file.read_text().replace("line", "LINE"))
+
+
+def append(file):
+    file.write_text(file.read_text() + "more")
+
+
+@pytest.mark.parametrize("change", [replace, append, os.remove])
+def test_a_run_is_refused_if_its_files_have_changed_and_prepares_nothing(books, change):
+    folder, keys = books
+    before = sorted((folder / "corpora").iterdir())
+    change(folder / "books" / "3.txt")
+    part = "contents have changed" if change is replace else "3.txt had "
+    with pytest.raises(CorpusError, match=rf"\[data\] path = .*books': .*{part}.*output_dir"):
+        tiny_trainer(folder, "lora", *keys)
+    with pytest.raises(CheckpointError, match="max_documents: saved with None"):
+        tiny_trainer(folder, "lora", *keys, "--data.max_documents", "50")
+    stop_world()
+    assert sorted((folder / "corpora").iterdir()) == before
+
+
+def test_a_run_keeps_the_corpus_that_it_fell_back_to(corpora, monkeypatch):
+    folder, hub = corpora / "fallback", "switchtitan.data.corpus.hub_error"
+    keys = ("--data.dataset", "c4", "--data.tokenizer", "t5-base", "--data.vocab_size", "270")
+    keys += ("--data.offline_dataset", "pystdlib")
+    monkeypatch.setattr(hub, lambda: "it is down")
+    train_and_save(folder, "lora", *keys, num_steps=1)
+    stop_world()
+    monkeypatch.setattr(hub, lambda: pytest.fail("asked the hub"))
+    assert resume(folder, *keys) == 1
+
+
+def test_a_fork_resumes_its_own_newest_checkpoint(corpora):
+    parent, fork = corpora / "parent", corpora / "fork"
+    train_and_save(parent, "lora", num_steps=2)
+    stop_world()
+    given = ("--checkpoint.resume", str(parent / "run" / "checkpoints" / "step-000000002"))
+    for step in (2, 3, 4):
+        trainer = tiny_trainer(fork, "lora", *given, "--optimizer.lr", "2e-2")
+        assert trainer.stepper.state.step == step
+        train_steps(trainer, 1)
+        trainer.save()
+        trainer.close()
+        stop_world()
+    with refused("already holds 2 checkpoints", "resume = 'auto'"):
+        tiny_trainer(fork, "lora", "--checkpoint.resume", str(parent / "run"))
+    stop_world()
 
 
 def pretend(monkeypatch, is_native):

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from support.checkpoints import rewrite_metadata
 from support.commands import result_of, run
+from support.preparation import tokens_of
 from support.tiny import tiny_config
 from support.trained import TOKENS, save_qwen, train_and_save
+from tokenizers import Tokenizer, processors
 
 from switchtitan.config import toml_value
 from switchtitan.data.prepare import open_corpus
@@ -178,20 +180,73 @@ def test_transformers_has_the_logits_and_the_tokenizer_of_the_run_from_an_export
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == corpus.eos_id
 
 
-def test_an_export_without_the_corpus_has_no_tokenizer(trained, tmp_path):
-    checkpoint = tmp_path / "step-000000015"
+def test_commands_of_a_run_whose_corpus_is_gone_name_it_and_the_command_that_makes_it(
+    trained, corpus, tmp_path
+):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000000015"
     shutil.copytree(trained.run / "checkpoints" / checkpoint.name, checkpoint)
 
     def move_corpus(metadata):
         text = json.dumps(metadata["run"])
         moved = re.sub(r'cache_dir = \\"[^"]*\\"', r'cache_dir = \\"elsewhere\\"', text)
         metadata["run"] = json.loads(moved)
+        metadata["run"]["sources"][0]["folder"] = "/gone/pystdlib-1"
 
     rewrite_metadata(checkpoint, move_corpus)
-    outcome = run("export", checkpoint, "--folder", tmp_path / "out")
-    assert outcome.status == 0, outcome.errors
-    assert "none: the run's corpus is not at elsewhere" in outcome.output
+    command = f"switchtitan prepare --config {tmp_path / 'run' / 'config.toml'}"
+    out = ("--folder", tmp_path / "out")
+    for words in (("evaluate",), ("generate", "--prompt", "x"), ("export", *out)):
+        outcome = run(words[0], checkpoint, *words[1:])
+        outcome.check_refused("/gone/pystdlib-1", corpus.fingerprint, command)
+    assert run("export", checkpoint, *out, "--no-tokenizer").status == 0
     assert not list((tmp_path / "out").glob("tokenizer*"))
+
+
+@pytest.fixture(scope="module")
+def beginning(corpora, trained):
+    """A `tokenizer.json` like LLaMA 3's, which begins a text with a token."""
+    tokenizer = Tokenizer.from_file(str(trained.exported / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>"])
+    special = [("<s>", tokenizer.token_to_id("<s>"))]
+    template = processors.TemplateProcessing(single="<s> $A", special_tokens=special)
+    byte_level = processors.ByteLevel(trim_offsets=False)
+    tokenizer.post_processor = processors.Sequence([byte_level, template])
+    tokenizer.save(str(corpora / "beginning.json"))
+    return corpora / "beginning.json"
+
+
+@pytest.mark.parametrize("bos", ["none", "false"])
+def test_prompts_texts_and_exports_begin_as_the_documents_of_the_run(
+    corpora, beginning, bos, tmp_path
+):
+    folder = corpora / f"bos-{bos}"
+    keys = ("--data.tokenizer", str(beginning), "--data.vocab_size", "none", "--data.bos", bos)
+    train_and_save(folder, "lora", *keys, num_steps=1)
+    exported, text = tmp_path / "exported", tmp_path / "text"
+    text.write_text(TEXT)
+    assert run("export", folder / "run", "--folder", exported).status == 0
+    corpus = open_corpus(tiny_config(folder, "lora", *keys).data)
+    _, tokenizer = theirs(exported)
+    tokens = tokenizer(TEXT)["input_ids"]
+    starts = [270] if bos == "none" else []
+    assert tokens == starts + corpus.tokenizer().tokenizer.encode(TEXT).ids[len(starts) :]
+    stored = tokens_of(corpus, "train")
+    ends = [place for place, token in enumerate(stored[:-1]) if token == corpus.eos_id]
+    assert {stored[end + 1] == 270 for end in ends} == {bool(starts)}
+    for weights in (folder / "run", exported):
+        words = ("--prompt", TEXT, "--max-new-tokens", 1, *FLOAT32)
+        assert generated(weights, *words)["prompt_tokens"] == tokens
+        words = ("--text", text, "--seq-len", 16, *FLOAT32)
+        result = result_of("evaluate", weights, *words)
+        targets = len(tokens) - len(starts)
+        expected = nats(exported, tokens if starts else [tokenizer.eos_token_id, *tokens], 16)
+        assert (result["tokens"], result["bytes"]) == (targets, len(TEXT.encode()))
+        assert result["loss"] == pytest.approx(expected / targets, **CLOSE)
+    result = result_of("evaluate", folder / "run", "--tokens", 160)
+    sequences = corpus.split("validation", 16)
+    read = [t for index in range(10) for t in sequences[index].tokens[:-1].tolist()]
+    read = [*read[1:], sequences[9].tokens[-1].item()]
+    assert result["bytes"] == len(corpus.tokenizer().tokenizer.decode(read).encode())
 
 
 def test_a_stopped_export_is_one_line_and_leaves_nothing(trained, tmp_path, monkeypatch):

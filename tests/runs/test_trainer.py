@@ -15,6 +15,7 @@ from support.checkpoints import write_when
 from support.nonfinite import SKIP, spoil_next_gradient, spoil_next_loss
 from support.tiny import full_tensors, record_reports, tiny_config, tiny_trainer, train_steps
 
+from switchtitan.checkpoint.load import read_metadata
 from switchtitan.checkpoint.save import list_step_folders
 from switchtitan.data.prepare import open_corpus
 from switchtitan.errors import RanksDisagreeError
@@ -284,9 +285,8 @@ class StopInTheEvaluation(Stop):
         self.state, self.num_batches = state, 0
 
     def is_due(self):
-        # The state says so until all work after the step is done.
-        self.num_batches += self.state.is_work_after_step_due
-        is_there = self.state.step == 4 and self.num_batches % 5 == 3
+        self.num_batches += self.state.step == 4 != self.state.evaluated_at
+        is_there = self.num_batches % 5 == 3
         return signal.SIGTERM if is_there else None
 
 
@@ -317,3 +317,26 @@ def test_an_abandoned_evaluation_leaves_nothing_and_is_done_by_the_resumed_run(c
     assert resumed.stepper.state == expected.stepper.state
     tensors = full_tensors(resumed)
     assert all(torch.equal(tensors[name], t) for name, t in full_tensors(expected).items())
+
+
+def test_a_stop_in_the_last_evaluation_costs_the_resumed_run_one_evaluation(corpora):
+    folder, keys = corpora / "last-evaluation", ("--training.steps", "4", *INTERRUPTED[2:])
+
+    def resumed():
+        trainer, calls = tiny_trainer(folder, "lora", *keys), []
+        validation = trainer.evaluators.validation
+        counting = lambda *given: calls.append(1) or validation(*given)  # noqa: E731
+        counting.bits_per_byte = validation.bits_per_byte
+        trainer.evaluators = trainer.evaluators._replace(validation=counting)
+        trainer.train()
+        return len(calls)
+
+    trainer = tiny_trainer(folder, "lora", *keys)
+    trainer.stop = StopInTheEvaluation(trainer.stepper.state)
+    with pytest.raises(Stopped):
+        trainer.train()
+    saved = read_metadata(folder / "run" / "checkpoints" / "step-000000004").train_state
+    assert saved["evaluated_at"] == 2, "exports say which weights had this loss"
+    assert not (folder / "run" / "results.json").exists()
+    assert (resumed(), resumed()) == (1, 0)
+    assert results_of(folder)["step"] == 4

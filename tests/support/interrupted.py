@@ -167,8 +167,8 @@ def outcome(folder):
     results = json.loads((folder / "run" / "results.json").read_text())
     final = {key: value for key, value in results.items() if key.startswith("loss/")}
     state = json.loads(json.dumps(metadata.train_state))
-    if state.pop("is_work_after_step_due"):
-        state["last_validation_loss"] = final["loss/validation"]
+    if state["evaluated_at"] != NUM_STEPS:
+        state |= {"evaluated_at": NUM_STEPS, "last_validation_loss": final["loss/validation"]}
     return tensor_checksums(checkpoint), state, losses, final
 
 

@@ -40,15 +40,16 @@ def write_nanogpt(file, documents, eos_id, dtype="uint16"):
     file.write_bytes(np.array(flat, dtype=dtype).tobytes())
 
 
-def save_tokenizer(file, *special_tokens, ids_from=0):
-    """A word-level tokenizer that truncates, pads and prepends a token by default, which a
-    corpus must ignore."""
+def save_tokenizer(file, *special_tokens, ids_from=0, template="</s> $A"):
+    """A word-level tokenizer that truncates and pads by default, which a corpus must ignore, and
+    puts a text into a template."""
     vocabulary = {"[UNK]": ids_from, "a": ids_from + 1, "b": ids_from + 2}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special_tokens])
+    special = [(token, tokenizer.token_to_id(token)) for token in special_tokens]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{special_tokens[0]} $A", special_tokens=[(special_tokens[0], 3)]
+        single=template.replace("</s>", special_tokens[0]), special_tokens=special
     )
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=9)

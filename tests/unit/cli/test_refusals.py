@@ -15,8 +15,8 @@ TRAIN = [
     ("--training.step 9", "--training.step 9", "steps"),
     ("--model.attention flash_attn", "[model] attention = 'flash_attn'", "CUDA"),
     # What is not there.
-    ("--data.dataset text --data.path no/books", "[data] path = ", "no/books"),
-    ("--data.tokenizer no/tokenizer.json --data.vocab_size none", "[data] tokenizer", "no/token"),
+    ("--data.dataset text --data.path no/books {new_run}", "[data] path = ", "no/books"),
+    ("--data.tokenizer no/t.json --data.vocab_size none {new_run}", "[data] tokenizer", "no/t"),
     ("--checkpoint.resume no/run {elsewhere}", "[checkpoint] resume = 'no/run'", "no complete"),
     ("--checkpoint.initial_weights no/w {elsewhere}", "[checkpoint] initial_weights", "'no/w'"),
     # What does not fit the corpus.
@@ -25,7 +25,7 @@ TRAIN = [
     ("--training.global_batch_size 900000 {new_run}", "global_batch_size = 900000", "corpus"),
     # What does not fit the checkpoints in the run's folder.
     ("--model.intermediate_size 30", "model.intermediate_size", "saved with 28, now 30"),
-    ("--data.max_bytes 150000", "corpus.name", "saved with 'pystdlib-"),
+    ("--data.max_bytes 150000", "data.max_bytes", "saved with 200000, now 150000"),
     ("--config {lora}", "method.name", "saved with 'switchlora', now 'lora'"),
     ("--checkpoint.resume never", "[checkpoint] resume = 'never'", "checkpoints"),
 ]
@@ -34,6 +34,7 @@ TRAINED = [
     ("evaluate {run} --tokens 15", "--tokens 15", "[data] seq_len = 16"),
     ("evaluate {run} --split test", "no test split", "--split"),
     ("evaluate {other}", "{other}", "--corpus"),
+    ("evaluate {export} --config {unprepared}", "no_corpora/pystdlib-", "switchtitan prepare"),
     ("evaluate {run} --text no/file", "--text no/file", "cannot be read"),
     ("evaluate {run} --text {empty}", "--text {empty}", "no text"),
     ("evaluate {run} --text {latin}", "--text {latin}", "UTF-8"),
@@ -97,7 +98,9 @@ def places(trained, tmp_path_factory):
     grid = write_grid(home)
     bad = grid.read_text().replace('baseline = "dense"', 'baseline = "dens"')
     grid.with_name("bad.toml").write_text(bad)
-    names = ("folder", "empty", "latin", "other")
+    unprepared = trained.config.read_text().replace("/../corpora", "/no_corpora")
+    (home / "unprepared").write_text(unprepared)
+    names = ("folder", "empty", "latin", "other", "unprepared")
     before = [contents(trained.run), contents(home)]
     yield {
         **{name: home / name for name in names},

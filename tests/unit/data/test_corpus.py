@@ -23,16 +23,24 @@ from switchtitan.data import corpus as corpus_module
 from switchtitan.data import prepare as prepare_module
 from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import (
+    Corpus,
+    CorpusIndex,
     fingerprint_of,
     open_prepared,
     plan_corpus,
     plan_from_name,
     verify_files,
+    write_index,
 )
 from switchtitan.data.prepare import is_held_out, open_corpus
 from switchtitan.data.sources import hub_error
 from switchtitan.data.tokenizer import fetch_tokenizer, read_tokenizer, train_tokenizer
 from switchtitan.errors import CorpusError
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +66,7 @@ def test_a_key_without_effect_is_named(given, words):
         {"max_bytes": 3000},
         {"validation_fraction": 0.2},
         {"test_fraction": 0.2},
+        {"bos": False},
     ],
 )
 def test_what_determines_the_tokens_determines_the_folder(jsonl_config, change):
@@ -78,12 +87,76 @@ def test_a_trained_tokenizer_round_trips_any_string(documents):
     assert tokenizer.sha256.startswith("00171497b17fa0b0")
 
 
-def test_documents_are_encoded_in_full_without_special_tokens(tmp_path):
-    file = save_tokenizer(tmp_path / "tokenizer.json", "</s>", ids_from=70)
+def test_documents_are_encoded_in_full_without_what_ends_a_text(tmp_path):
+    file = save_tokenizer(tmp_path / "tokenizer.json", "</s>", ids_from=70, template="$A </s>")
     tokenizer = read_tokenizer(file)
     assert tokenizer.encode_documents(["a b a b", "b"]) == [[71, 72, 71, 72], [72]]
     assert tokenizer.vocab_size == 73
     assert read_tokenizer(tmp_path).sha256 == tokenizer.sha256
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
+def test_documents_begin_as_the_tokenizer_begins_a_text_or_as_bos_says(tmp_path, template):
+    file = save_tokenizer(tmp_path / "tokenizer.json", "</s>", "<s>", template=template)
+    write_json_lines(tmp_path / "in" / "a.jsonl", ["a b", "b"] * 9)
+    keys = {"dataset": "jsonl", "path": tmp_path / "in", "tokenizer": str(file)}
+    for bos, start in ((None, [4]), (True, [4]), (False, [])):
+        corpus = open_corpus(DataConfig(**keys, bos=bos, cache_dir=tmp_path / "out"))
+        # The first document is held out.
+        assert tokens_of(corpus, "train")[: 2 * len(start) + 5] == [*start, 2, 3, *start, 1, 2, 3]
+        documents = corpus.tokenizer()
+        assert documents.bos_ids == start
+        assert documents.tokenizer.encode("a b").ids[: len(start) + 2] == [*start, 1, 2]
+        assert read_tokenizer(corpus.folder).sha256 == corpus.index.tokenizer.sha256
+    # As an earlier version left it, which began no document with a token.
+    index = json.loads((corpus.folder / "index.json").read_text())
+    shutil.copy(file, corpus.folder / "tokenizer.json")
+    del index["tokenizer"]["bos"]
+    write_index(corpus.folder, CorpusIndex.model_validate_json(json.dumps(index)))
+    assert read_tokenizer(corpus.folder).bos_ids == [4]
+    assert Corpus(corpus.folder, corpus.index).tokenizer().bos_ids == []
+    with pytest.raises(CorpusError, match=r"\[data\] bos = true: .* has none"):
+        train_tokenizer(["a"], 258, bos=True)
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_end_token_is_found_in_one_way_however_the_tokenizer_is_named(tmp_path, monkeypatch):
+    """In the local cache of the hub, in a folder, and in a prepared corpus."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--name"
+    folder = repository / "snapshots" / "1111aaaa"
+    save_tokenizer(folder / "tokenizer.json", "</s>", "<stop>", template="$A <stop>")
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1111aaaa")
+    write_json_lines(tmp_path / "in" / "a.jsonl", ["a b", "b"] * 9)
+    keys = {"dataset": "jsonl", "path": tmp_path / "in", "cache_dir": tmp_path / "out"}
+    for tokenizer in ("owner/name", str(folder)):
+        corpus = open_corpus(DataConfig(**keys, tokenizer=tokenizer))
+        assert corpus.index.tokenizer.eos_token == "<stop>"
+        assert read_tokenizer(corpus.folder).eos_token == "<stop>"
+
+
+def test_a_stopped_preparation_of_files_that_have_changed_starts_over(tmp_path, monkeypatch):
+    write_json_lines(tmp_path / "in" / "a.jsonl", ["aaaa"] * 40)
+    keys = {"dataset": "jsonl", "path": tmp_path / "in", "vocab_size": 260}
+    config = DataConfig(**keys, cache_dir=tmp_path / "out")
+    prepare_until_the_rename(config)
+    write_json_lines(tmp_path / "in" / "a.jsonl", ["bbbb"] * 40)
+    assert set(read_split(open_corpus(config), "train")) == {"bbbb"}
+
+
+def test_changed_files_of_equal_sizes_are_not_those_of_a_corpus(tmp_path):
+    file = tmp_path / "in" / "a.jsonl"
+    write_json_lines(file, ["aaaa"] * 40)
+    keys = {"dataset": "jsonl", "path": tmp_path / "in", "vocab_size": 260}
+    config = DataConfig(**keys, max_documents=20, cache_dir=tmp_path / "out")
+    corpus = open_corpus(config)
+    write_json_lines(file, ["aaaa"] * 20 + ["bbbb"] * 20)  # the others are not read
+    assert open_corpus(config).fingerprint == corpus.fingerprint
+    write_json_lines(file, ["bbbb"] * 40)
+    with pytest.raises(CorpusError, match=r"\[data\] path = .*contents have changed"):
+        open_corpus(config)
 
 
 @pytest.mark.parametrize("setting", ["<stop>", {"content": "<stop>", "lstrip": False}])
@@ -284,11 +357,6 @@ def test_a_resumed_preparation_reads_the_commit_it_began_with(commit, tmp_path, 
     newest = open_corpus(DataConfig(**keys, cache_dir=tmp_path / "others"))
     assert (newest.index.revision, read_split(newest, "train")) == ("2222bbbb", new)
     assert newest.folder.name == corpus.folder.name
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.mark.usefixtures("offline")

@@ -1,0 +1,139 @@
+"""The corpus of a run, as its checkpoints record it: opened by content, wherever it is now."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from switchtitan.config import explain
+from switchtitan.data.config import DataConfig
+from switchtitan.data.corpus import (
+    INDEX_FILE,
+    VERIFIED_BYTES,
+    Corpus,
+    Record,
+    join_sources,
+    read_index,
+    verify_files,
+)
+from switchtitan.data.mixture import ONE_SOURCE, Schedule
+from switchtitan.data.prepare import check_files
+from switchtitan.data.sources import DATASETS
+from switchtitan.errors import CorpusError
+
+logger = logging.getLogger(__name__)
+
+_KEY = "sources"
+"""In the metadata of a run."""
+
+
+class RecordedSource(Record):
+    """A prepared corpus that a run reads."""
+
+    folder: str
+    """Where it was."""
+    fingerprint: str
+    """See `Corpus`."""
+    count: int
+    """See `Schedule`."""
+    fallback_for: str | None
+    """See `Corpus`."""
+
+
+def record(corpus: Corpus) -> dict[str, JsonValue]:
+    """Returns what a run's checkpoints record of its corpus, for `find_recorded`."""
+    counts = (corpus.schedule or ONE_SOURCE).counts
+    recorded: list[JsonValue] = [
+        RecordedSource(
+            folder=str(source.folder.absolute()),
+            fingerprint=source.fingerprint,
+            count=count,
+            fallback_for=source.fallback_for,
+        ).model_dump()
+        for source, count in zip(corpus.sources, counts, strict=True)
+    ]
+    return {"corpus": corpus.description, _KEY: recorded}
+
+
+def open_recorded(
+    run: Mapping[str, object], cache_dir: Path, checkpoint: Path, *, verifies: bool = True
+) -> Corpus:
+    """Like `find_recorded`, and verifies its files as `open_prepared` does.
+
+    Raises:
+        CorpusError: if a file is missing or damaged, too.
+    """
+    corpus = find_recorded(run, cache_dir, checkpoint)
+    for source in corpus.sources:
+        verify_files(source.folder, source.index, VERIFIED_BYTES if verifies else 0)
+    return corpus
+
+
+def find_recorded(run: Mapping[str, object], cache_dir: Path, checkpoint: Path) -> Corpus:
+    """Finds the corpus that a run has recorded, by its index; prepares nothing.
+
+    Args:
+        run: of the checkpoint's metadata.
+        cache_dir: searched, as is the folder where the corpus was.
+        checkpoint: for the message if the corpus is not there.
+
+    Raises:
+        CorpusError: if it is not on this machine, or its index is damaged.
+    """
+    try:
+        sources = TypeAdapter(list[RecordedSource]).validate_python(run.get(_KEY))
+        counts = tuple(source.count for source in sources)
+        if sum(counts) != sum(ONE_SOURCE.counts) or min(counts) < 1:
+            raise ValueError(f"sources[].count = {counts}")
+    except (ValidationError, ValueError) as error:
+        raise CorpusError(f"{checkpoint}: names no corpus ({explain(error)})") from error
+    parts = [_find(source, cache_dir, checkpoint) for source in sources]
+    return parts[0] if len(parts) == 1 else join_sources(parts, Schedule(counts))
+
+
+def _find(source: RecordedSource, cache_dir: Path, checkpoint: Path) -> Corpus:
+    damage: CorpusError | None = None
+    for folder in _candidates(source, cache_dir.expanduser()):
+        try:
+            index = read_index(folder)
+            if index.fingerprint == source.fingerprint:
+                return Corpus(folder, index, source.fallback_for)
+        except CorpusError as error:
+            damage = damage or error
+    keys = " --dataset pystdlib --tokenizer train" if source.fallback_for else ""
+    config_file = checkpoint.absolute().parents[1] / "config.toml"
+    raise damage or CorpusError(
+        f"the run's corpus is neither at {source.folder} nor in [data] cache_dir = "
+        f"{str(cache_dir)!r} (fingerprint {source.fingerprint}); copy it there, or prepare it "
+        f"again: switchtitan prepare --config {config_file}{keys}"
+    )
+
+
+def _candidates(source: RecordedSource, cache_dir: Path) -> Iterator[Path]:
+    """Yields folders of corpora: of the recorded name, then the recorded one, then all others."""
+    recorded = Path(source.folder)
+    others = sorted(index.parent for index in cache_dir.glob(f"*/{INDEX_FILE}"))
+    for folder in dict.fromkeys([cache_dir / recorded.name, recorded, *others]):
+        if (folder / INDEX_FILE).is_file():
+            yield folder
+
+
+def check_unchanged(config: DataConfig, corpus: Corpus) -> None:
+    """Checks that a user's own files, where they still are, are those of the recorded corpus.
+
+    Raises:
+        CorpusError: see `check_files`.
+    """
+    sources = config.sources and [
+        config.source_config(number, config.tokenizer) for number in range(len(config.sources))
+    ]
+    for own, prepared in zip(sources or [config], corpus.sources, strict=True):
+        if not prepared.index.files:
+            continue
+        try:
+            source = DATASETS[own.dataset].open(own, None)
+        except CorpusError as error:
+            logger.info("training on %s without its source: %s", prepared.folder, error)
+            continue
+        check_files(own, source, prepared)
