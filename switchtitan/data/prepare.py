@@ -174,13 +174,17 @@ def check_files(config: DataConfig, source: Source, corpus: Corpus) -> None:
     now = {file.name: file.num_bytes for file in source.files}
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if names:
-        was, has = (sizes.get(names[0], "no") for sizes in (before, now))
-        problem = f"{names[0]} had {was} bytes, and now has {has}"
+        was, has = (f"{sizes.get(names[0], 'no')} bytes" for sizes in (before, now))
+        problem = f"{names[0]}: {was} then, {has} now"
     elif index.files != list(source.files):
         if _sha256_of_documents(config, source, corpus) != index.documents_sha256:
             problem = "times and contents have changed"
         else:
-            logger.info("%s has files with other times and equal contents", config.path)
+            logger.info(
+                "[data] path = %r: other times, but the same contents as when %s was prepared",
+                str(config.path),
+                corpus.folder,
+            )
     if problem is not None:
         raise CorpusError(
             f"[data] path = {str(config.path)!r}: not what {corpus.folder} was prepared from "

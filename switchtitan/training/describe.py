@@ -24,8 +24,9 @@ from switchtitan.training.step import Stepper, TrainState
 logger = logging.getLogger(__name__)
 
 _COMPARED_SECTIONS = ("model", "method", "optimizer", "lr_schedule", "training", "parallelism")
-_UNLISTED_KEYS = ("job.name", "job.output_dir", "data.cache_dir", "training.dtype")
-"""Keys whose changes are not listed on resume; what `dtype` chose is compared apart."""
+_UNLISTED_KEYS = ("job.name", "job.output_dir", "data.cache_dir", "checkpoint", "training.dtype")
+"""Keys and sections whose changes are not listed on resume; what `dtype` chose is compared
+apart."""
 
 
 def run_identity(config: JobConfig, fingerprint: str) -> dict:
@@ -83,7 +84,7 @@ def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
     return [
         f"{key}: {toml_value(before[key])} -> {toml_value(now[key])}"
         for key in now
-        if key in before and before[key] != now[key] and key not in _UNLISTED_KEYS
+        if key in before and before[key] != now[key] and not key.startswith(_UNLISTED_KEYS)
     ]
 
 
