@@ -24,9 +24,8 @@ from switchtitan.training.step import Stepper, TrainState
 logger = logging.getLogger(__name__)
 
 _COMPARED_SECTIONS = ("model", "method", "optimizer", "lr_schedule", "training", "parallelism")
-_UNLISTED_KEYS = ("job.name", "job.output_dir", "data.cache_dir", "checkpoint", "training.dtype")
-"""Keys and sections whose changes are not listed on resume; what `dtype` chose is compared
-apart."""
+_UNLISTED_KEYS = ("job.", "data.cache_dir", "checkpoint.resume", "training.dtype")
+"""Starts of keys whose changes are not listed on resume; what `dtype` chose is compared apart."""
 
 
 def run_identity(config: JobConfig, fingerprint: str) -> dict:

@@ -24,6 +24,7 @@ from support.fuzzing import limited_cpu_time
 from support.tiny import tiny_config, tiny_trainer
 from support.tiny_documents import make_documents, write_json_lines
 
+from switchtitan.checkpoint.load import read_metadata
 from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import fingerprint_of
 from switchtitan.data.prepare import open_corpus
@@ -270,14 +271,19 @@ def test_an_index_names_no_file_outside_of_its_folder(kind, place, request, tmp_
     given.check_refused(name[:40])  # messages shorten it
 
 
-@pytest.mark.parametrize("name", ["..", "../corpora", "/etc"])
-def test_an_export_reads_no_tokenizer_outside_of_the_corpora(checkpoint, tmp_path, name):
+@pytest.mark.parametrize("name", ["..", "/etc", "a\0b", 3])
+def test_an_export_reads_no_tokenizer_but_that_of_the_run_s_corpus(checkpoint, tmp_path, name):
+    (recorded,) = read_metadata(checkpoint.folder).run["sources"]
     rewrite_metadata(
-        checkpoint.folder, lambda metadata: metadata["identity"]["corpus"].update(name=name)
+        checkpoint.folder, lambda metadata: metadata["run"]["sources"][0].update(folder=name)
     )
-    words = (checkpoint.folder, "--folder", tmp_path / "out")
-    run("export", *words).check_refused("corpus.name", name)
-    assert not (tmp_path / "out").exists()
+    outcome = run("export", checkpoint.folder, "--folder", tmp_path / "out")
+    if name == 3:
+        outcome.check_refused("names no corpus", "folder")
+    else:  # it is found in the run's cache_dir
+        (own, exported) = (Path(recorded["folder"]), tmp_path / "out")
+        files = [folder / "tokenizer.json" for folder in (own, exported)]
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_stopped_preparation_with_links_writes_nothing_outside(corpus, tmp_path):
