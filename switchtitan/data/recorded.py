@@ -82,7 +82,8 @@ def find_recorded(run: Mapping[str, object], cache_dir: Path, checkpoint: Path) 
         CorpusError: if it is not on this machine, or its index is damaged.
     """
     try:
-        sources = TypeAdapter(list[RecordedSource]).validate_python(run.get(_KEY))
+        recorded = TypeAdapter(dict[str, list[RecordedSource]])
+        sources = recorded.validate_python({_KEY: run.get(_KEY)})[_KEY]
         counts = tuple(source.count for source in sources)
         if sum(counts) != sum(ONE_SOURCE.counts) or min(counts) < 1:
             raise ValueError(f"sources[].count = {counts}")

@@ -279,7 +279,7 @@ def test_an_export_reads_no_tokenizer_but_that_of_the_run_s_corpus(checkpoint, t
     )
     outcome = run("export", checkpoint.folder, "--folder", tmp_path / "out")
     if name == 3:
-        outcome.check_refused("names no corpus", "folder")
+        outcome.check_refused("names no corpus", "sources[0].folder = 3")
     else:  # it is found in the run's cache_dir
         (own, exported) = (Path(recorded["folder"]), tmp_path / "out")
         files = [folder / "tokenizer.json" for folder in (own, exported)]
