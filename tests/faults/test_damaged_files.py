@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from support.checkpoints import tensor_checksums
 from support.commands import run
+from support.folders import contents
 from support.fuzzing import flip_bit
 from support.long_form import IS_LONG
 from support.tiny import tiny_toml
@@ -129,10 +130,6 @@ def runs(tmp_path_factory):
 def place(home, pattern):
     (found,) = home.glob(pattern)
     return found
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def use(runs, *names):

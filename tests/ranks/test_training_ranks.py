@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.layouts import LAYOUTS, RELATIVE_LOSS_TOLERANCE, Recorded, asked_for
-from support.nonfinite import SKIP, differing, outcome
+from support.nonfinite import SKIP, outcome
 from support.packages import HAS_TORCHAO
+from support.tensors import differing
 from support.tiny import (
     METHOD_KEYS,
     full_tensors,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.observed import saved_besides
 from support.small_llama import draw_model
+from support.tensors import draw
 from support.tiny import tiny_trainer
 from support.trained import save_run
 from torch import nn
@@ -26,10 +27,6 @@ from switchtitan.optim.parameters import parameter_groups
 RANK = 3
 SHAPES = [(7, 5), (5, 5), (5, 9)]
 SEED = 2**62 + 12345
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def nearest(weight, rank):
