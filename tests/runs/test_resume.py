@@ -8,12 +8,14 @@ import torch
 from support.checkpoints import refused
 from support.commands import run
 from support.tiny import tiny_config, tiny_trainer, train_steps
+from support.trained import save_run
 
 from switchtitan.checkpoint.load import check_same_run
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.dtype import Bf16Support
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import CheckpointError
+from switchtitan.methods import factors
 from switchtitan.training.describe import completed_identity, run_identity
 from switchtitan.training.output import newest_config_file, write_config
 
@@ -143,6 +145,17 @@ def test_a_resumed_run_writes_its_configuration_only_if_it_is_another(tmp_path):
     assert len([*tmp_path.iterdir()]) == 3
     write_config(tmp_path, "lr = 3", 0)  # the checkpoints were moved away
     assert [file.name for file in tmp_path.iterdir()] == ["config.toml"]
+
+
+@pytest.mark.parametrize("method", ["low_rank", "sltrain"])
+def test_a_run_that_resumes_decomposes_no_weight(corpora, monkeypatch, method):
+    folder = corpora / f"{method}-resumed"
+    save_run(folder, method, num_steps=2)
+    stop_world()
+    monkeypatch.setattr(factors, "balanced_factors", lambda *_: pytest.fail("decomposed"))
+    resumed = tiny_trainer(folder, method)
+    resumed.close()
+    assert resumed.stepper.state.step == 2
 
 
 def pretend(monkeypatch, is_native):

@@ -5,14 +5,11 @@ import torch
 from support.observed import saved_besides
 from support.small_llama import draw_model
 from support.tensors import draw
-from support.tiny import tiny_trainer
-from support.trained import save_run
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from switchtitan.distributed.random import generator_for
-from switchtitan.distributed.world import stop_world
-from switchtitan.methods import METHODS, factors
+from switchtitan.methods import METHODS
 from switchtitan.methods.factors import ProductLinear, balanced_factors
 from switchtitan.methods.sltrain import (
     SPARSE,
@@ -168,17 +165,6 @@ def test_a_run_starts_from_the_nearest_weights_and_plain_ones_where_it_has_a_val
     if supports:
         block = "model.layers.{}.self_attn.q_proj"
         assert not torch.equal(supports[block.format(0)], supports[block.format(1)])
-
-
-@pytest.mark.parametrize("method", ["low_rank", "sltrain"])
-def test_a_run_that_resumes_decomposes_no_weight(corpora, monkeypatch, method):
-    folder = corpora / f"{method}-resumed"
-    save_run(folder, method, num_steps=2)
-    stop_world()
-    monkeypatch.setattr(factors, "balanced_factors", lambda *_: pytest.fail("decomposed"))
-    resumed = tiny_trainer(folder, method)
-    resumed.close()
-    assert resumed.stepper.state.step == 2
 
 
 def test_rate_and_weight_decay_of_the_factors_are_those_of_the_sparse_values():
