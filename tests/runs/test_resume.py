@@ -117,6 +117,34 @@ def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_config
     assert levels == ["WARNING", "INFO"]  # to train longer is no reason for a warning
 
 
+def rates_and_switches(folder, num_steps, *keys):
+    """Trains and saves; returns each step's learning rate and number of switched vectors."""
+    decay = ("--method.decay", "exponential", "--method.decay_ratio", "0.5")
+    trainer, found = tiny_trainer(folder, "switchlora", *decay, *keys), []
+    for _ in range(num_steps):
+        train_steps(trainer, 1)
+        metrics = trainer.stepper.optimizer.metrics()
+        found.append((metrics["optimizer/lr"], metrics["switch/vectors_switched"]))
+    trainer.save()
+    trainer.close()
+    stop_world()
+    return found, metrics["switch/vectors_switched_total"]
+
+
+def test_a_run_that_is_made_longer_has_the_rates_and_switches_of_the_longer_run_from_then_on(
+    corpora,
+):
+    short, long = ("--training.steps", "12"), ("--training.steps", "24")
+    expected, _ = rates_and_switches(corpora / "long-from-the-start", 18, *long)
+    before, _ = rates_and_switches(corpora / "made-longer", 8, *short)
+    after, total = rates_and_switches(corpora / "made-longer", 10, *long)
+    assert after == expected[8:]
+    for number in (0, 1):
+        assert [step[number] for step in before] != [step[number] for step in expected[:8]]
+    assert total == sum(num_switched for _, num_switched in before + after)
+    assert after[-1][1] > 0
+
+
 def test_a_stopped_run_that_is_made_shorter_ends_with_the_loss_of_its_last_weights(corpora, capsys):
     folder, every = corpora / "made-shorter", ("--evaluation.interval", "2")
     trainer = tiny_trainer(folder, "lora", *every)
