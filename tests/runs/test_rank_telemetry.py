@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.comparisons import finish
-from support.tiny import record_reports, tiny_config, tiny_trainer
+from support.tensors import differing
+from support.tiny import full_tensors, record_reports, tiny_config, tiny_trainer
 from support.trained import save_run, train_and_save
 
 from switchtitan.comparison.runs import Run, read_folder
@@ -154,9 +155,7 @@ def test_without_the_setting_nothing_is_measured_and_the_run_is_the_same(corpora
     assert trainer.hooks == []
     assert reported == {}
     assert not (corpora / "rank-off" / "run" / "spectra").exists()
-    expected = switching[0].stepper.model.state_dict()
-    for key, tensor in trainer.stepper.model.state_dict().items():
-        assert torch.equal(tensor.full_tensor(), expected[key].full_tensor()), key
+    assert differing(full_tensors(trainer), full_tensors(switching[0])) == []
 
 
 def test_a_resumed_run_measures_from_step_0_and_replaces_measurements(corpora, switching):

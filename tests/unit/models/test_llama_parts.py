@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
+from support.small_llama import LLAMA3
 from support.tensors import draw
 
 from switchtitan.errors import EnvironmentMismatchError
@@ -76,15 +77,6 @@ def test_overrides_replace_values_of_the_table_and_key_heads_follow_heads():
     assert config.sizes == (512, 1376, 3, 8)
     assert config.kv_heads == 2
     assert LlamaConfig(size="60m", num_heads=16).kv_heads == 16
-
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_factor": 8.0,
-    "rope_low_freq_factor": 1.0,
-    "rope_high_freq_factor": 4.0,
-    "rope_original_positions": 64,
-}
 
 
 @pytest.mark.parametrize(
