@@ -13,6 +13,7 @@ from support.sessions import started
 from support.tiny import tiny_toml
 
 REPOSITORY = Path(__file__).parents[2]
+QUICKSTART_RESULTS = "outputs/llama_quickstart_switchlora/results.json"
 SCRIPT = str(REPOSITORY / "run_train.sh")
 TO_PIPE = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
@@ -39,6 +40,15 @@ def run_train(environment, folder, *arguments, **variables):
     )
     assert "Traceback" not in done.stdout, done.stdout
     return done.returncode, done.stdout
+
+
+def test_the_quickstart_ends_with_the_loss_that_its_seeds_show(environment, tmp_path):
+    status, said = run_train(environment, tmp_path)
+    assert status == 0, said
+    results = json.loads((tmp_path / QUICKSTART_RESULTS).read_text())
+    assert results["step"] == 120
+    # Five seeds ended at 4.35 to 4.52, with a deviation of 0.07: three of them.
+    assert results["loss/validation"] == pytest.approx(4.46, abs=0.2)
 
 
 def write_config(folder):

@@ -5,7 +5,6 @@ on, its end is bitwise that of the undisturbed run: never a wrong weight, nor an
 """
 
 import json
-import random
 import shutil
 from types import SimpleNamespace
 
@@ -14,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from support.checkpoints import tensor_checksums
 from support.commands import run
+from support.folders import contents
 from support.fuzzing import flip_bit
-from support.long_form import IS_LONG
+from support.long_form import IS_LONG, new_draw
 from support.tiny import tiny_toml
 
 from switchtitan.checkpoint.load import verify
@@ -131,10 +131,6 @@ def place(home, pattern):
     return found
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def use(runs, *names):
     """Gives the command again, checks how it ends, and returns its outcome.
 
@@ -180,15 +176,13 @@ def expected_outcome(kind, name):
 
 @pytest.mark.parametrize("kind", FILES if IS_LONG else SHORT)
 def test_a_damaged_file(runs, kind):
-    chosen = [*damages_of(kind, runs).items()]
-    if not IS_LONG:
-        chosen = [random.Random(kind).choice(chosen)]
-    for number, (name, damage) in enumerate(chosen):
+    draw, chosen = new_draw(kind), [*damages_of(kind, runs).items()]
+    for name, damage in chosen if IS_LONG else [draw.choice(chosen)]:
         shutil.rmtree(runs.home)
         shutil.copytree(runs.pristine, runs.home)
         file = place(runs.home, FILES[kind])
         before = file.read_bytes()
-        left = damage(bytearray(before), random.Random(f"{kind} {number}"))
+        left = damage(bytearray(before), draw)
         assert left != before, name
         file.unlink() if left is None else file.write_bytes(left)
         assert use(runs, file.name, str(file.parent)) == expected_outcome(kind, name), name

@@ -19,7 +19,7 @@ import pytest
 import torch
 from support.checkpoints import rewrite_index, rewrite_metadata, update_checksums
 from support.commands import run
-from support.folders import HeldWeights
+from support.folders import HeldWeights, contents
 from support.fuzzing import limited_cpu_time
 from support.tiny import tiny_config, tiny_trainer
 from support.tiny_documents import make_documents, write_json_lines
@@ -96,10 +96,6 @@ class Given:
         before = contents(self.folder)
         self.use().check_refused(*map(str, parts))
         assert contents(self.folder) == before
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Literal
 import pytest
 import torch
 from support.commands import run
+from support.tensors import differing
 from support.tiny import METHOD_KEYS, MINI, full_tensors, tiny_config, train_steps
 
 from switchtitan.distributed.fsdp import materialize
@@ -117,11 +118,6 @@ def logits(model):
 
 def copies(tensors):
     return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def differing(found, expected):
-    assert found.keys() == expected.keys()
-    return [name for name in found if not torch.equal(found[name], expected[name])]
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,27 @@
 """Rank telemetry measures the weights' change since step 0, from whatever a run started."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from support.tiny import record_reports, tiny_config, tiny_trainer
-from support.trained import train_and_save
+from support.comparisons import finish
+from support.tensors import differing
+from support.tiny import full_tensors, record_reports, tiny_config, tiny_trainer
+from support.trained import save_run, train_and_save
 
+from switchtitan.comparison.runs import Run, read_folder
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
+from switchtitan.job.config import parse_arguments
 from switchtitan.methods import METHODS
 from switchtitan.methods.sltrain import support
 from switchtitan.models import MODELS
 from switchtitan.observability.tensorboard import read_curves
 from switchtitan.spectra.telemetry import read_spectra, write_spectra
+from switchtitan.spectra.weight_change import checkpoint_spectra
 from switchtitan.training.build import build_trainer
 
 NUM_STEPS = ("--training.steps", "12", "--evaluation.interval", "100")
@@ -147,9 +155,7 @@ def test_without_the_setting_nothing_is_measured_and_the_run_is_the_same(corpora
     assert trainer.hooks == []
     assert reported == {}
     assert not (corpora / "rank-off" / "run" / "spectra").exists()
-    expected = switching[0].stepper.model.state_dict()
-    for key, tensor in trainer.stepper.model.state_dict().items():
-        assert torch.equal(tensor.full_tensor(), expected[key].full_tensor()), key
+    assert differing(full_tensors(trainer), full_tensors(switching[0])) == []
 
 
 def test_a_resumed_run_measures_from_step_0_and_replaces_measurements(corpora, switching):
@@ -192,3 +198,17 @@ def test_a_warm_start_measures_from_its_weights_which_must_stay(corpora):
             build_trainer(config, start_world(config.parallelism))
     _, reported = train(folder, "lora", "--training.steps", "14")
     assert reported == {}
+
+
+def test_the_effective_rank_is_that_of_the_last_checkpoint(corpora, tmp_path):
+    folder = Path(shutil.copytree(save_run(corpora / "effective-rank", "lora"), tmp_path / "run"))
+    words = ("--config", str(folder / "config.toml"), "--job.output_dir", str(folder))
+    run = Run("lora", {}, 1, words, parse_arguments(words, 1))
+    finish(run, 3.0, step=run.config.training.steps)
+    spectra = checkpoint_spectra(folder / "checkpoints" / "step-000000007").values()
+    shares = [values.double() / values.double().sum() for values in spectra]
+    ranks = [torch.special.entr(of).sum().exp().item() for of in shares]
+    # Spectra are in fp32.
+    assert read_folder(run).effective_rank == pytest.approx(sum(ranks) / len(ranks), rel=1e-5)
+    shutil.rmtree(folder / "checkpoints")
+    assert read_folder(run).effective_rank is None

@@ -9,13 +9,14 @@ import torch
 from support.checkpoints import refused
 from support.commands import run
 from support.tiny import tiny_config, tiny_trainer, train_steps
-from support.trained import train_and_save
+from support.trained import save_run, train_and_save
 
 from switchtitan.checkpoint.load import check_same_run
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.dtype import Bf16Support
 from switchtitan.distributed.world import stop_world
 from switchtitan.errors import CheckpointError, CorpusError
+from switchtitan.methods import factors
 from switchtitan.training.describe import completed_identity, run_identity
 from switchtitan.training.output import newest_config_file, write_config
 
@@ -117,6 +118,34 @@ def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_config
         tiny_trainer(folder, "lora", "--training.steps", "3").train()
     levels = [line.levelname for line in caplog.records if "changed since" in line.getMessage()]
     assert levels == ["WARNING", "INFO"]  # to train longer is no reason for a warning
+
+
+def rates_and_switches(folder, num_steps, *keys):
+    """Trains and saves; returns each step's learning rate and number of switched vectors."""
+    decay = ("--method.decay", "exponential", "--method.decay_ratio", "0.5")
+    trainer, found = tiny_trainer(folder, "switchlora", *decay, *keys), []
+    for _ in range(num_steps):
+        train_steps(trainer, 1)
+        metrics = trainer.stepper.optimizer.metrics()
+        found.append((metrics["optimizer/lr"], metrics["switch/vectors_switched"]))
+    trainer.save()
+    trainer.close()
+    stop_world()
+    return found, metrics["switch/vectors_switched_total"]
+
+
+def test_a_run_that_is_made_longer_has_the_rates_and_switches_of_the_longer_run_from_then_on(
+    corpora,
+):
+    short, long = ("--training.steps", "12"), ("--training.steps", "24")
+    expected, _ = rates_and_switches(corpora / "long-from-the-start", 18, *long)
+    before, _ = rates_and_switches(corpora / "made-longer", 8, *short)
+    after, total = rates_and_switches(corpora / "made-longer", 10, *long)
+    assert after == expected[8:]
+    for number in (0, 1):
+        assert [step[number] for step in before] != [step[number] for step in expected[:8]]
+    assert total == sum(num_switched for _, num_switched in before + after)
+    assert after[-1][1] > 0
 
 
 def test_a_stopped_run_that_is_made_shorter_ends_with_the_loss_of_its_last_weights(corpora, capsys):
@@ -249,6 +278,17 @@ def test_a_fork_resumes_its_own_newest_checkpoint(corpora):
     with refused("already holds 2 checkpoints", "resume = 'auto'"):
         tiny_trainer(fork, "lora", "--checkpoint.resume", str(parent / "run"))
     stop_world()
+
+
+@pytest.mark.parametrize("method", ["low_rank", "sltrain"])
+def test_a_run_that_resumes_decomposes_no_weight(corpora, monkeypatch, method):
+    folder = corpora / f"{method}-resumed"
+    save_run(folder, method, num_steps=2)
+    stop_world()
+    monkeypatch.setattr(factors, "balanced_factors", lambda *_: pytest.fail("decomposed"))
+    resumed = tiny_trainer(folder, method)
+    resumed.close()
+    assert resumed.stepper.state.step == 2
 
 
 def pretend(monkeypatch, is_native):

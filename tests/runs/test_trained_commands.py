@@ -334,3 +334,13 @@ def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     assert rank in outcome.output
     assert run("report", trained.run, "--spectrum", "--output", page).status == 0
     assert f"<td>{rank}</td>" in page.read_text()
+
+
+def test_a_run_of_cola_is_evaluated_and_generates_text_and_is_not_exported(corpora):
+    cola = ("--model.name", "cola", "--model.rank", "5")
+    train_and_save(corpora / "cola", "full_rank", *cola, num_steps=1)
+    folder = corpora / "cola" / "run"
+    assert math.isfinite(result_of("evaluate", folder)["loss"])
+    assert run("generate", folder, "--prompt", "def ", "--max-new-tokens", "3").status == 0
+    run("export", folder).check_refused("name = 'cola'", "transformers")
+    assert not list(folder.glob("exports/*"))

@@ -5,17 +5,20 @@ Its functions run in a process of `call_with_gpus`.
 
 from unittest.mock import patch
 
+import tomli
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from support.packages import HAS_TORCHAO
+from support.tiny import METHOD_KEYS, MINI
 from switchtitan.benchmark.gpu.record import RecordLaunches, StepOnGpu, record_step
 from switchtitan.job.config import JobConfig, parse_unchecked
 from switchtitan.methods.lowrank.operations import copy_in_backward
 from switchtitan.models.llama.model import MLP, Attention
 from switchtitan.models.together import apply_together
+from switchtitan.optim import OPTIMIZERS
 from switchtitan.training.step import Stepper
 
 NUM_BLOCKS = 2
@@ -43,6 +46,14 @@ CASES = {
 if HAS_TORCHAO:
     # Compiles the update of each shape; these are three.
     CASES["adamw8bit"] = f"optimizer.name=adamw8bit model.intermediate_size=512 {_EAGER_BLOCKS}"
+_named = {pair.partition("=")[2] for case in CASES.values() for pair in case.split()}
+# Rows that are new need nothing here. torch's Adafactor reads norms on the host, which fake tensors
+# do not have.
+for _method in {method.removesuffix(MINI) for method in METHOD_KEYS} - {*_named, "full_rank"}:
+    _keys = {"name": _method} | tomli.loads(METHOD_KEYS[_method])
+    CASES[_method] = " ".join(f"method.{key}={value}" for key, value in _keys.items())
+for _name in set(OPTIMIZERS) - {*_named, "adamw", "adafactor", "adamw8bit"}:
+    CASES[_name] = f"optimizer.name={_name}"
 
 
 def config_of(name: str) -> JobConfig:

@@ -1,4 +1,4 @@
-"""Random models of odd shapes in Hugging Face's layout, written by transformers, and in memory."""
+"""What a folder contains, and random models of odd shapes in Hugging Face's layout."""
 
 import torch
 
@@ -34,6 +34,12 @@ KINDS = {
     "qwen2, tied": {"tie_word_embeddings": True},
 }
 """Name, which begins with the model's -> its settings."""
+
+
+def contents(folder):
+    """The time of its last change and the bytes of every file."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 def save_random_model(kind, folder, max_shard_size="5GB"):

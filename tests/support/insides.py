@@ -1,5 +1,6 @@
 """Reaches inside the product, where no public name shows what it does."""
 
+from switchtitan.data import sources
 from switchtitan.methods.lowrank import contraction as contractions
 from switchtitan.models import loss
 from switchtitan.training import output
@@ -13,6 +14,16 @@ def wait_for_shared_folders(seconds):
 def wait_for_owners(monkeypatch, seconds):
     """Sets how long a run waits, in this process, for another one to leave its folder."""
     monkeypatch.setattr(output, "_ENDS_WITHIN_S", seconds)
+
+
+def agree_on(monkeypatch, stop, number):
+    """Lets a `Stop` find this signal when it asks all ranks."""
+    monkeypatch.setattr(stop, "_agree", lambda: number)
+
+
+def read_tokens_at_a_time(monkeypatch, num_tokens):
+    """Sets how many tokens of a file of token ids are read at a time."""
+    monkeypatch.setattr(sources, "_BLOCK_TOKENS", num_tokens)
 
 
 def align_rows(monkeypatch, is_aligned):

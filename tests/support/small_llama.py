@@ -9,6 +9,13 @@ from switchtitan.models import MODELS
 from switchtitan.models.llama.config import LlamaConfig
 
 SEED, VOCABULARY = 3, 29
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_factor": 8.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_original_positions": 16,
+}
 MODEL = LlamaConfig(
     name="llama",
     size="9m",

@@ -4,19 +4,21 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 from support.small_llama import initial_tensors
+from support.tensors import differing
 from switchtitan.distributed import random
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import full_tensor
 from switchtitan.methods.lowrank.linear import balanced_bounds, low_rank_layers
 from switchtitan.methods.lowrank.rounding import FrozenWeights
-from switchtitan.methods.switchlora import update
+from switchtitan.methods.switchlora import SwitchLora, update
 from switchtitan.methods.switchlora.candidates import StoredCandidates
 from switchtitan.methods.switchlora.method import SwitchLoraLinear, SwitchLoraOptimizer
 from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
-from switchtitan.optim.adamw import AdamW
+from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.muon import MuonConfig
 
 # Multiples of 16, for which cuBLAS has TF32 kernels.
@@ -86,6 +88,48 @@ def build_optimizer(config, keys, layers, num_steps, candidates=None, compile_st
         candidates or StoredCandidates(layers),
         FrozenWeights(named, 0, compile_step),
     )
+
+
+def _build_switching(shapes, device, **keys):
+    """Layers that switch a vector of each factor in every step, and their optimizer."""
+    config = SwitchLoraConfig(rank=5, interval=5, freeze_steps=0, decay="constant", **keys)
+    method, layers = SwitchLora(config, 500, 4), {}
+    for index, (out, in_) in enumerate(shapes):
+        name = f"layer{index}"
+        layer = method.build_layer(name, nn.Linear(in_, out, bias=False))
+        weight = torch.randn(out, in_, generator=generator_for(index, "weight")) / in_**0.5
+        layer.load_state_dict(initial_tensors(layer, weight, partial(generator_for, index)))
+        layers[name] = layer.to(device)
+        for buffer in layer.host_buffers:
+            setattr(layer, buffer, layer.get_buffer(buffer).cpu())
+    candidates = method.candidates_of(layers)
+    adamw = AdamWConfig(lr=3e-4)
+    optimizer = build_optimizer(config, adamw, list(layers.values()), 500, candidates)
+    return nn.ModuleDict(layers), optimizer
+
+
+def differing_with_host_candidates(shapes, device):
+    """Trains layers [out, in] on a device, with candidates there and on the host, in 60 steps with
+    switches; returns what differs, by step."""
+    here, optimizer_here = _build_switching(shapes, device)
+    there, optimizer_there = _build_switching(shapes, device, candidates_device="host")
+    assert {parameter.device.type for parameter in there.parameters()} == {device}
+    assert {buffer.device.type for buffer in there.buffers()} == {"cpu"}
+    generator, found = torch.Generator().manual_seed(3), []
+    for step in range(60):
+        for one, other in zip(here.parameters(), there.parameters(), strict=True):
+            if one.requires_grad:
+                one.grad = torch.randn(one.shape, generator=generator).to(device)
+                other.grad = one.grad.clone()
+        optimizer_here.step()
+        optimizer_there.step()
+        if step % 7 == 0:  # between them, vectors are on their way
+            optimizer_there.state_dict()
+            on_device = {name: value.to(device) for name, value in there.state_dict().items()}
+            found += [(step, name) for name in differing(on_device, here.state_dict())]
+    total = optimizer_here.metrics()["switch/vectors_switched_total"]
+    assert total > 3 * 2 * 17, "all have come back"
+    return found
 
 
 def freeze_steps_left(state, freeze_steps):

@@ -1,7 +1,8 @@
 """Runs that take steps on fake CUDA: every method, and every option that a step depends on."""
 
 from support.packages import HAS_TORCHAO
-from support.tiny import tiny_config
+from support.tiny import METHOD_KEYS, tiny_config
+from switchtitan.optim import OPTIMIZERS
 
 NUM_RANKS = 8
 PERIOD = 2
@@ -78,6 +79,12 @@ if HAS_TORCHAO:
     # Matrices of at least 4096 elements have moments in 8 bits.
     _wide = "--model.hidden_size 64 --model.intermediate_size 128"
     CASES["adamw8bit"] = f"full_rank --optimizer.name adamw8bit {_wide}"
+
+_named = " ".join(CASES.values()).split()
+# Rows that are new need nothing here.
+CASES |= {method: method for method in METHOD_KEYS if method not in _named}
+for _name in set(OPTIMIZERS) - {*_named, "adamw", "adamw8bit"}:
+    CASES[_name] = f"full_rank --optimizer.name {_name}"
 
 LONG = {"switchlora", "host candidates"}
 """Cases of which more steps are observed, with switches of many other vectors."""

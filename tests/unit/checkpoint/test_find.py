@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 from support.checkpoints import SUMS, refused, rewrite_metadata
+from support.folders import contents
 
 from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.checkpoint.load import (
@@ -23,10 +24,6 @@ AUTO = CheckpointConfig()
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def files_in(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def save_steps(checkpointer, tensors, *steps):
@@ -163,12 +160,12 @@ def test_a_checkpoint_of_another_format_is_refused_and_untouched(
     rewrite_metadata(other, lambda metadata: metadata.update(format_version=number, new_key=1))
     if number == 4:
         (other / SUMS).unlink()  # which it does not have
-    before = files_in(folder)
+    before = contents(folder)
     for resume in (str(other), str(folder), "auto"):
         with refused(f"format {number}", "reads format 6", error=CheckpointFormatError):
             find_checkpoint(folder, CheckpointConfig(resume=resume))
     save_steps(checkpointer, tensors, 3)
-    assert before.items() <= files_in(folder).items()
+    assert before.items() <= contents(folder).items()
 
 
 # Those to delete.
@@ -208,9 +205,9 @@ def test_what_is_not_an_older_checkpoint_of_this_run_alone_stays(
     checkpointer = make_checkpointer(keep_latest=1)
     save_steps(checkpointer, tensors, 1)
     change(folder / "step-000000001")
-    before = files_in(folder)
+    before = contents(folder)
     save_steps(checkpointer, tensors, 2, 3)
-    assert before.items() <= files_in(folder).items()
+    assert before.items() <= contents(folder).items()
     assert len(names(folder)) == 2
 
 

@@ -14,7 +14,6 @@ from switchtitan.checkpoint.load import (
     read_metadata,
     verify,
 )
-from switchtitan.checkpoint.save import copy_to_host
 
 
 def assert_same(found, expected):
@@ -117,18 +116,3 @@ def test_parameters_are_filled_in_place(saved, tensors):
     assert parameter.data_ptr() == address
     assert torch.equal(parameter, tensors["model.layers.0.weight"])
     assert parameter.requires_grad
-
-
-# Copies on the host.
-
-
-@pytest.mark.gpu
-def test_copies_of_a_gpu_s_tensors_are_page_locked():
-    matrices = torch.arange(4 * 32 * 5461.0, device="cuda").view(4, 32, 5461)
-    memory = {}
-    for _ in range(2):
-        copies = copy_to_host({"last": matrices[3], "host": torch.ones(3)}, memory)
-        assert torch.equal(copies["last"], matrices[3].cpu())
-        assert copies["last"].is_pinned()
-        assert not copies["host"].is_pinned()
-        matrices += 1

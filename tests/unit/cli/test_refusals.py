@@ -3,6 +3,7 @@
 import pytest
 from support.commands import run
 from support.comparisons import write_grid
+from support.folders import contents
 from support.tiny import TINY, tiny_config
 from support.trained import save_qwen
 
@@ -119,12 +120,6 @@ def places(trained, tmp_path_factory):
         "static": "--nnodes 2 --rdzv_backend static",
     }
     assert [contents(trained.run), contents(home)] == before
-
-
-def contents(folder):
-    """Modification time and size of every file."""
-    stats = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
-    return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()}
 
 
 def check_refused(command, row, places, folder, monkeypatch):

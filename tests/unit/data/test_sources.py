@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from support.insides import read_tokens_at_a_time
 from support.tiny_documents import make_documents, write_json_lines, write_nanogpt
 
-from switchtitan.data import sources
 from switchtitan.data.config import SourceConfig
 from switchtitan.data.sources import DATASETS, TEXT_DOCUMENT_BYTES, read_text
 from switchtitan.errors import CorpusError
@@ -161,7 +161,7 @@ def test_a_long_text_file_is_cut_at_line_ends(tmp_path):
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 100])
 def test_a_document_may_be_longer_than_what_is_read_at_a_time(num_tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_BLOCK_TOKENS", num_tokens)
+    read_tokens_at_a_time(monkeypatch, num_tokens)
     ROWS["nanogpt"].write(tmp_path)
     assert read(make_source("nanogpt", tmp_path)) == IDS
 

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from support.small_llama import LLAMA3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from switchtitan.data.tokenizer import DocumentTokenizer, train_tokenizer
@@ -22,13 +23,6 @@ SHAPE = {
     "num_layers": 2,
     "vocab_size": 53,
     "num_heads": 4,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_factor": 8.0,
-    "rope_low_freq_factor": 1.0,
-    "rope_high_freq_factor": 4.0,
-    "rope_original_positions": 16,
 }
 CONFIGS = {
     "grouped heads, long context, tied head": LlamaConfig(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.insides import num_flops
 from support.observed import saved_besides
+from support.tensors import draw64
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,20 +23,15 @@ MANY_TOKENS = 150
 every_contraction = pytest.mark.parametrize("contraction", CONTRACTIONS, ids=lambda c: c.__name__)
 
 
-def draw(*shape, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
 def layer(out_features=OUT, seed=0):
     """W, which is not trained, A and B."""
     shapes = [(out_features, IN), (RANK, IN), (RANK, out_features)]
-    weight, lora_a, lora_b = (draw(*shape, seed=seed + n) for n, shape in enumerate(shapes))
+    weight, lora_a, lora_b = (draw64(*shape, seed=seed + n) for n, shape in enumerate(shapes))
     return weight, lora_a.requires_grad_(), lora_b.requires_grad_()
 
 
 def input_of(*leading):
-    return draw(*leading, IN, seed=9).requires_grad_()
+    return draw64(*leading, IN, seed=9).requires_grad_()
 
 
 def trained(x, layers):
@@ -59,7 +55,7 @@ def compiled(function):
 @every_contraction
 @pytest.mark.parametrize("leading", [(0,), (11,), (2, 4), (2, 3, 2), (2, MANY_TOKENS)])
 def test_value_and_gradients_are_those_of_the_dense_weight(contraction, leading):
-    layers, x, grad = [layer()], input_of(*leading), draw(*leading, OUT, seed=4)
+    layers, x, grad = [layer()], input_of(*leading), draw64(*leading, OUT, seed=4)
     expected = plain(x, layers, SCALE)
     expected_grads = torch.autograd.grad(expected, trained(x, layers), grad)
     weight = layers[0][0].requires_grad_()
@@ -78,7 +74,10 @@ def test_value_and_gradients_are_those_of_the_dense_weight(contraction, leading)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_layers_of_one_input_compute_what_dense_weights_do(contraction, num_tokens, is_compiled):
     layers = [layer(out, seed=10 * out) for out in (OUT, 5, 6)]
-    x, grads = input_of(2, num_tokens), [draw(2, num_tokens, out, seed=out) for out in (OUT, 5, 6)]
+    x, grads = (
+        input_of(2, num_tokens),
+        [draw64(2, num_tokens, out, seed=out) for out in (OUT, 5, 6)],
+    )
     outputs = (compiled(contraction) if is_compiled else contraction)(x, layers, SCALE)
     expected = plain(x, layers, SCALE)
     # As above.

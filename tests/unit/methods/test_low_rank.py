@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from support.insides import num_flops
 from support.small_llama import MODEL, initial_tensors
 from support.switchlora_layers import effective_weight
+from support.tensors import draw64
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,22 +29,17 @@ OUT, IN, RANK, SCALE = 7, 5, 3, 0.37
 BOUNDS = (0.4, 0.0)
 
 
-def draw(*shape, seed=2):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
 @torch.no_grad()
 def build_layer(**settings):
     layer = LowRankLinear(IN, OUT, RANK, SCALE, BOUNDS, **settings).double()
     for seed, parameter in enumerate(layer.parameters()):
-        parameter.copy_(draw(*parameter.shape, seed=seed))
+        parameter.copy_(draw64(*parameter.shape, seed=seed))
     return layer
 
 
 def test_dropout_acts_in_training_on_the_way_into_the_factors_alone():
     dropout = 0.4
-    layer, x = build_layer(bias=True, dropout=dropout), draw(9, IN)
+    layer, x = build_layer(bias=True, dropout=dropout), draw64(9, IN)
     torch.manual_seed(5)
     dropped = layer(x)
     torch.manual_seed(5)
@@ -91,10 +87,10 @@ def test_layers_of_one_input_compute_together_what_they_compute_apart():
         Lora(config, 10, 0).build_layer("layer", nn.Linear(in_, out)).double()
         for out, in_ in shapes
     ]
-    tensors = [draw(4, 12, seed=9).double().requires_grad_()]
+    tensors = [draw64(4, 12, seed=9).double().requires_grad_()]
     for number, layer in enumerate(layers):
         for seed, parameter in enumerate(layer.parameters(), start=10 * number):
-            parameter.data.copy_(draw(*parameter.shape, seed=seed))
+            parameter.data.copy_(draw64(*parameter.shape, seed=seed))
         tensors += [layer.lora_a, layer.lora_b, layer.bias]
     x = tensors[0]
     together = layers[0].forward_together(x, layers[1:])
@@ -103,7 +99,7 @@ def test_layers_of_one_input_compute_together_what_they_compute_apart():
         for layer in layers
     ]
     torch.testing.assert_close(list(together), apart)
-    grads = [draw(*out.shape, seed=3).double() for out in apart]
+    grads = [draw64(*out.shape, seed=3).double() for out in apart]
     torch.testing.assert_close(
         torch.autograd.grad(together, tensors, grads), torch.autograd.grad(apart, tensors, grads)
     )
@@ -114,7 +110,7 @@ LARGE = (90, 70, 30)
 
 
 def tensors_within(bounds, out=LARGE[0], in_=LARGE[1], rank=LARGE[2]):
-    weight = draw(out, in_, seed=0).float()
+    weight = draw64(out, in_, seed=0).float()
     layer = LowRankLinear(in_, out, rank, SCALE, bounds(out, in_, rank))
     return weight, initial_tensors(layer, weight.clone(), lambda name: generator_for(3, name))
 
@@ -157,7 +153,7 @@ def bf16_layers(start):
 
 
 def test_every_seed_weight_and_event_has_bits_of_its_own_and_always_the_same():
-    start, lora_a, lora_b = draw(OUT, IN), draw(2, IN).float(), draw(2, OUT).float()
+    start, lora_a, lora_b = draw64(OUT, IN), draw64(2, IN).float(), draw64(2, OUT).float()
 
     def rounded(seed, number):
         layers = bf16_layers(start)

@@ -4,14 +4,12 @@ import pytest
 import torch
 from support.observed import saved_besides
 from support.small_llama import draw_model
-from support.tiny import tiny_trainer
-from support.trained import save_run
+from support.tensors import draw
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from switchtitan.distributed.random import generator_for
-from switchtitan.distributed.world import stop_world
-from switchtitan.methods import METHODS, factors
+from switchtitan.methods import METHODS
 from switchtitan.methods.factors import ProductLinear, balanced_factors
 from switchtitan.methods.sltrain import (
     SPARSE,
@@ -26,10 +24,6 @@ from switchtitan.optim.parameters import parameter_groups
 RANK = 3
 SHAPES = [(7, 5), (5, 5), (5, 9)]
 SEED = 2**62 + 12345
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def nearest(weight, rank):
@@ -171,17 +165,6 @@ def test_a_run_starts_from_the_nearest_weights_and_plain_ones_where_it_has_a_val
     if supports:
         block = "model.layers.{}.self_attn.q_proj"
         assert not torch.equal(supports[block.format(0)], supports[block.format(1)])
-
-
-@pytest.mark.parametrize("method", ["low_rank", "sltrain"])
-def test_a_run_that_resumes_decomposes_no_weight(corpora, monkeypatch, method):
-    folder = corpora / f"{method}-resumed"
-    save_run(folder, method, num_steps=2)
-    stop_world()
-    monkeypatch.setattr(factors, "balanced_factors", lambda *_: pytest.fail("decomposed"))
-    resumed = tiny_trainer(folder, method)
-    resumed.close()
-    assert resumed.stepper.state.step == 2
 
 
 def test_rate_and_weight_decay_of_the_factors_are_those_of_the_sparse_values():

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from support.commands import run
 from support.small_llama import transformers_llama
-from support.trained import train_and_save
 from torch import nn
 
 from switchtitan.distributed.fsdp import materialize
@@ -26,7 +24,6 @@ KEYS = {
     "vocab_size": 53,
 }
 RANK = 5
-COLA = ("--model.name", "cola", "--model.rank", str(RANK))
 TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % KEYS["vocab_size"]
 DOCUMENTS = torch.zeros_like(TOKENS, dtype=torch.int32)
 
@@ -101,13 +98,3 @@ def test_lr_is_the_rate_of_both_factors():
     factors = {name for name, _ in model.named_parameters() if ".factor_" in name}
     assert linear_weights(model) == factors
     assert len(factors) == 2 * 7 * KEYS["num_layers"]
-
-
-def test_a_run_is_evaluated_and_generates_text_and_is_not_exported(corpora):
-    folder = corpora / "cola"
-    train_and_save(folder, "full_rank", *COLA, num_steps=1)
-    checkpoint = str(folder / "run")
-    assert "perplexity" in run("evaluate", checkpoint).output
-    assert run("generate", checkpoint, "--prompt", "def ", "--max-new-tokens", "3").status == 0
-    run("export", checkpoint).check_refused("name = 'cola'", "transformers")
-    assert not list((folder / "run").glob("exports/*"))

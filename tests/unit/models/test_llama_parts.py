@@ -1,14 +1,13 @@
 """Rotary embeddings, attention, and the section `[model]` of LLaMA's family."""
 
 import cmath
-import importlib.util
 import math
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from pydantic import ValidationError
+from support.small_llama import LLAMA3
+from support.tensors import draw
 
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.models.llama.attention import build_mask, check_attention, load_attention
@@ -16,10 +15,6 @@ from switchtitan.models.llama.config import LlamaConfig, Qwen2Config
 from switchtitan.models.llama.rope import Rope, rotary_tables, rotate
 
 CPU = torch.device("cpu")
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_rotation_equals_multiplication_by_a_complex_unit():
@@ -64,23 +59,6 @@ def test_flex_is_softmax_attention_inside_each_document_of_each_batch(inputs):
         torch.testing.assert_close(attended, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_flash_attention_gets_positions_before_heads(inputs, monkeypatch):
-    """A fake with the documented signature: [batch, seq, heads, head_dim], fewer key heads."""
-
-    def flash_attn_func(query, key, value, causal=False, deterministic=True):
-        assert deterministic == torch.are_deterministic_algorithms_enabled()
-        visible = CAUSAL if causal else torch.ones_like(CAUSAL)
-        by_head = (part.transpose(1, 2) for part in (query, key, value))
-        return plain_attention(*by_head, visible).transpose(1, 2)
-
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
-    attend = load_attention("flash_attn")
-    expected = load_attention("sdpa")(*inputs, None)
-    torch.testing.assert_close(attend(*inputs, None), expected, atol=1e-6, rtol=1e-5)
-    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs, None), expected, atol=1e-6, rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "fragment"),
     [
@@ -94,38 +72,11 @@ def test_attention_that_cannot_train_here_is_refused(name, device, dtype, fragme
         check_attention(name, device, dtype)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["flex", "flash_attn"])
-def test_gpu_backends_have_the_gradients_of_sdpa(name):
-    if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
-        pytest.skip("flash-attn is not installed")
-    keys = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
-    keys["generator"] = torch.Generator("cuda").manual_seed(0)
-    query = torch.randn(2, 6, 256, 32, **keys)
-    key, value = (torch.randn(2, 3, 256, 32, **keys) for _ in range(2))
-    ids = torch.zeros(2, 256, dtype=torch.int32, device="cuda")
-    gradients = []
-    for each in ("sdpa", name):
-        attended = load_attention(each)(query, key, value, build_mask(each, ids))
-        gradients.append(torch.autograd.grad(attended.float().square().sum(), (query, key, value)))
-    # bf16 sums in another order.
-    torch.testing.assert_close(*gradients, atol=5e-2, rtol=5e-2)
-
-
 def test_overrides_replace_values_of_the_table_and_key_heads_follow_heads():
     config = LlamaConfig(size="60m", num_layers=3, num_kv_heads=2)
     assert config.sizes == (512, 1376, 3, 8)
     assert config.kv_heads == 2
     assert LlamaConfig(size="60m", num_heads=16).kv_heads == 16
-
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_factor": 8.0,
-    "rope_low_freq_factor": 1.0,
-    "rope_high_freq_factor": 4.0,
-    "rope_original_positions": 64,
-}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.observed import saved_besides
+from support.tensors import draw
 from torch import nn
 
 from switchtitan.models.together import joined, joined_linear
@@ -11,16 +12,12 @@ from switchtitan.models.together import joined, joined_linear
 IN, WIDTHS = 12, (20, 8)
 
 
-def draw(*shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
 @pytest.mark.parametrize("bias", [False, True])
 # Partitioned as for Inductor, whose code generation does not change saved tensors.
 @pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_joined_layers_compute_what_two_products_do_and_save_their_inputs_alone(bias, backend):
-    x, pair = draw(2, 3, IN, seed=9), [nn.Linear(IN, width, bias=bias) for width in WIDTHS]
+    x, pair = draw(2, 3, IN).requires_grad_(), [nn.Linear(IN, width, bias=bias) for width in WIDTHS]
     trained = [x, *(parameter for layer in pair for parameter in layer.parameters())]
     for seed, tensor in enumerate(trained):
         tensor.data.copy_(draw(*tensor.shape, seed=seed))
@@ -40,7 +37,7 @@ def test_joined_layers_compute_what_two_products_do_and_save_their_inputs_alone(
 
 
 def test_joined_outputs_are_split_where_the_layers_end():
-    x, pair = draw(2, 3, IN, seed=9), [nn.Linear(IN, width) for width in WIDTHS]
+    x, pair = draw(2, 3, IN).requires_grad_(), [nn.Linear(IN, width) for width in WIDTHS]
 
     def in_heads(y):
         return y.unflatten(-1, (-1, 4)).flip(-1)

@@ -8,6 +8,7 @@ from support.optimizer_steps import build, draw, parameters, train
 from support.packages import needs_torchao
 from support.scale_parameters import HEAD, TRANSPOSED, give_gradients, start, trained
 from support.small_llama import draw_model
+from support.tensors import differing
 from support.tiny import tiny_config
 from torch import nn
 
@@ -108,8 +109,7 @@ def test_state_moves_by_name_into_a_fresh_optimizer_which_continues_bitwise(choi
         tensor.copy_(saved[key])
     fresh.load_state_dict(state)
     train(fresh, copies, range(4, 9))
-    for name, expected in straight.items():
-        assert torch.equal(copies[name], expected), name
+    assert differing(copies, straight) == []
 
 
 @torch.no_grad()
@@ -148,8 +148,7 @@ def test_a_gradient_of_zero_moves_nothing_but_by_decay(choice):
     for parameter in named.values():
         parameter.grad = torch.zeros_like(parameter)
     ours(type(ALL[choice])(lr=LR), named).step()
-    for name, before in parameters(SHAPES).items():
-        assert torch.equal(named[name], before), name
+    assert differing(named, parameters(SHAPES)) == []
 
 
 # In 8 bits: blocks of 96 and of 127; too small; a vector.

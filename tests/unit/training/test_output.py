@@ -8,11 +8,11 @@ import socket
 
 import pytest
 from support.checkpoints import refused
+from support.insides import wait_for_owners
 
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.world import start_world, stop_world
 from switchtitan.errors import ConfigError
-from switchtitan.training import output
 from switchtitan.training.output import OWNER_FILE, lock_output_dir
 
 
@@ -23,7 +23,7 @@ def world():
 
 
 def test_a_second_run_is_refused_until_the_first_one_ends(tmp_path, world, monkeypatch):
-    monkeypatch.setattr(output, "_ENDS_WITHIN_S", 0.1)
+    wait_for_owners(monkeypatch, 0.1)
     folder = tmp_path / "outputs" / "run"
     owner = f"process {os.getpid()} on {socket.gethostname()}, since 20"
     with lock_output_dir(folder, world):

@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 
 import pytest
+from support.insides import agree_on
 
 from switchtitan.training import stop as stop_module
 from switchtitan.training.stop import Stop, Stopped
@@ -150,7 +151,7 @@ def test_the_first_signal_of_a_rank_that_another_rank_has_stopped_is_not_a_secon
     """Schedulers reach the machines of a run at different times."""
     monkeypatch.setattr(stop_module, "SAME_ACTION_S", 0.0)
     with Stop() as stop, suppress(Stopped), stop.steps(str):
-        monkeypatch.setattr(stop, "_agree", lambda: signal.SIGTERM)
+        agree_on(monkeypatch, stop, signal.SIGTERM)
         stop.configure("a group", grace_s=60)
         assert stop.is_due() == signal.SIGTERM
         send()
