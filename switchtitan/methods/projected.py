@@ -26,7 +26,7 @@ from torch.distributed.tensor import zeros as distributed_zeros
 from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
-from switchtitan.distributed.norms import sum_packed
+from switchtitan.distributed.norms import sum_packed, sum_rows
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import (
     copy_from_full_,
@@ -40,7 +40,6 @@ from switchtitan.methods.lowrank.method import FactorConfig
 from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.parameters import TrainedParameter, trained_parameters
-from switchtitan.regions import region
 
 TINY_NORM = 1e-8
 """Added to norms in denominators, as in the code of Fira's and APOLLO's authors."""
@@ -172,7 +171,8 @@ class ProjectedOptimizer(GroupedOptimizer):
         self._method, self._adam, self._seed = method, adam, seed
         self._weights = [ProjectedWeight(*item, method.rank) for item in parameters.items()]
         self._left = [weight for weight in self._weights if not weight.is_right]
-        self._group = shard_group(self._weights[0].parameter)
+        self._first = self._weights[0].parameter
+        self._group = shard_group(self._first)
         self._num_steps = 0
         self._compile = compile_if(compile_step)
         self._direction = self._compile(partial(direction_, betas=adam.betas, eps=adam.eps))
@@ -200,16 +200,14 @@ class ProjectedOptimizer(GroupedOptimizer):
 
     def sums_on_left(self) -> list[Tensor]:
         """Returns this rank's rows of R, summed over ranks, for each weight projected on the left;
-        one reduce-scatter of all [rank, in] next to each other."""
+        one reduce-scatter of all [rank, in] next to each other, and with replicas their mean."""
         partials = [weight.project() for weight in self._left]
         if self._group is None or not partials:
             return partials
         rank, num_ranks = self._method.rank, self._group.size()
         chunk = rows_per_rank(rank, num_ranks)
-        with region("reduce"):
-            packed = F.pad(torch.cat(partials, dim=1), (0, 0, 0, num_ranks * chunk - rank))
-            own = packed.new_empty(chunk, packed.shape[1])
-            dist.reduce_scatter_single(own, packed, group=self._group)
+        packed = F.pad(torch.cat(partials, dim=1), (0, 0, 0, num_ranks * chunk - rank))
+        own = sum_rows(packed, self._first)
         num_held = local(self._left[0].exp_avg).shape[0]
         return list(own[:num_held].split([partial.shape[1] for partial in partials], dim=1))
 
@@ -381,7 +379,7 @@ class FiraOptimizer(LimitedOptimizer):
             projections.append((low, direction))
             factors.append(factor)
             squares.append(square)
-        divisors = self.divisors(torch.stack(sum_packed(squares, self._group)).sqrt())
+        divisors = self.divisors(torch.stack(sum_packed(squares, self._first)).sqrt())
         for weight, (low, direction), factor, divisor in zip(
             self._weights, projections, factors, divisors.unbind(), strict=True
         ):
@@ -447,7 +445,7 @@ class ApolloOptimizer(LimitedOptimizer):
                 factors[weight.name], own = factors_and_square(own)
             squares.append(own)
         totals = []
-        for weight, total in zip(self._weights, sum_packed(squares, self._group), strict=True):
+        for weight, total in zip(self._weights, sum_packed(squares, self._first), strict=True):
             if weight.name not in factors:
                 factors[weight.name], total = factors_and_square(total)
             totals.append(total)
