@@ -61,7 +61,7 @@ def non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> list[str]
 
 
 def sum_packed(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
-    """Sums each tensor over the shards of `like`, in one collective of all ranks, replicas included.
+    """Sums each tensor over the shards of `like`, in one collective of all ranks.
 
     Returns `tensors` if one rank holds all of `like`.
     """

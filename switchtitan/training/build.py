@@ -307,6 +307,7 @@ def _build_throughput(config: JobConfig, stepper: Stepper, dtype: torch.dtype) -
         num_devices=world.size,
         peak_flops_per_s=peak,
         num_steps=config.training.steps,
+        synchronize=world.synchronize,
         start_step=stepper.state.step,
     )
 

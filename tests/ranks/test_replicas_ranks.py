@@ -23,9 +23,9 @@ class AnotherOrder(TorchDispatchMode):
     num_sums = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name
-        if name in ("c10d::allreduce_", "c10d::_reduce_scatter_base_"):
-            (summand,) = args[0] if name == "c10d::allreduce_" else (args[1],)
+        c10d = torch.ops.c10d
+        if function in (c10d.allreduce_.default, c10d._reduce_scatter_base_.default):
+            (summand,) = args[0] if function is c10d.allreduce_.default else (args[1],)
             if summand.is_floating_point():
                 summand.mul_(1 + 1e-6)
                 self.num_sums += 1
