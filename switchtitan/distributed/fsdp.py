@@ -1,5 +1,6 @@
 """FSDP2 and HSDP over a model's blocks, mixed precision, and materialization of a sharded model."""
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 
@@ -12,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.initial import covering_blocks, plain_value
-from switchtitan.distributed.one_rank import use_few_kernels
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import (
@@ -23,6 +23,8 @@ from switchtitan.distributed.shards import (
     shard_buffer,
 )
 from switchtitan.process import progress_bar
+
+logger = logging.getLogger(__name__)
 
 
 def shard_model(
@@ -57,7 +59,12 @@ def shard_model(
     shard(model, reshard_after_forward=False)
     # Sums of reduced gradients would read memory that FSDP may already have given to others.
     if mesh.size(mesh.ndim - 1) == 1 and config.accumulate_gradients == "full":
-        use_few_kernels(model)
+        if torch.__version__.startswith("2.13."):
+            from switchtitan.distributed.one_rank import use_few_kernels
+
+            use_few_kernels(model)
+        else:
+            logger.info("torch %s: a rank takes more kernels than with 2.13", torch.__version__)
     for module in model.modules():
         if isinstance(module, Reparametrized):
             for name in module.sharded_buffers:
