@@ -26,6 +26,7 @@ from switchtitan.distributed.fsdp import (
     materialize,
     shard_model,
 )
+from switchtitan.distributed.initial import check_replaced
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
 from switchtitan.distributed.world import World, device_name
 from switchtitan.job.config import JobConfig
@@ -163,7 +164,9 @@ def build_stepper(
         compute_dtype = dtype_on(world.device, config.training.dtype).dtype
     method = build_method(config)
     model = plain_model(config.model)
+    plain_names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     method.prepare_model(model)
+    check_replaced(model, plain_names)
     checkpoint_activations(model, config.activation_checkpoint)
     if config.compile.blocks:
         compile_blocks(model)
