@@ -1,6 +1,7 @@
 """A step equals that of a plain loop, and a batch with numbers that are not finite leaves no trace
 but a count."""
 
+import dataclasses
 import importlib
 import math
 import sys
@@ -118,6 +119,16 @@ def test_one_rank_with_few_kernels_trains_like_fsdp_itself_bitwise(corpora, monk
     assert dtypes == {torch.float32, torch.bfloat16}
     of_ours, expected = ((train_steps(of, 4), full_tensors(of)) for of in (ours, reference))
     assert differing(of_ours, expected) == []
+
+
+def test_ranks_drop_different_values(corpora):
+    losses = []
+    for rank in (0, 1):
+        keys = ("--method.dropout", "0.3", "--method.init", "balanced")
+        trainer = tiny_trainer(corpora / f"dropout-{rank}", "lora", *keys)
+        trainer.stepper.world = dataclasses.replace(trainer.stepper.world, rank=rank)
+        losses += train_steps(trainer, 1)
+    assert losses[0] != losses[1]
 
 
 def test_a_skipped_step_changes_no_tensor_switches_nothing_and_does_not_count(corpora):
