@@ -15,14 +15,16 @@ from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.initial import (
     ReadRows,
-    compute_in_turns,
     covering_blocks,
     plain_value,
 )
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.random import generator_for
+from switchtitan.distributed.replicas import compute_in_turns
 from switchtitan.distributed.shards import (
+    all_ranks_group,
     allocate_adjacent,
+    copy_from_full_,
     empty_on_host_like,
     local,
     row_range,
@@ -126,26 +128,30 @@ def materialize(
     overwritten: Collection[str] = model.state_dict().keys() if is_restored else ()
     unfilled = _own_tensors(model, overwritten)
     start = _Start(model, seed, initial_weights, is_restored)
-    # The plain weight of these is needed in full, and a decomposition of it can take a minute.
-    full = {
-        prefix: {name: range(len(tensor)) for name, tensor in own.items()}
+    # These need all rows of the plain weight, and may take a minute to decompose it.
+    shared = [
+        prefix
         for prefix, (module, own) in unfilled.items()
         if isinstance(module, Reparametrized) and "weight" not in own and not is_restored
-    }
-    computed = compute_in_turns(
-        [partial(start.rows, prefix, unfilled[prefix][0], full[prefix]) for prefix in full],
-        [unfilled[prefix][1] for prefix in full],
-        device,
-    )
+    ]
+
+    def compute(prefix: str) -> list[Tensor]:
+        module, own = unfilled[prefix]
+        all_rows = {name: range(len(tensor)) for name, tensor in own.items()}
+        return [*start.rows(prefix, module, all_rows).values()]
+
+    results = [[*unfilled[prefix][1].values()] for prefix in shared]
+    group = all_ranks_group(results[0][0]) if shared else None
+    computed = compute_in_turns(shared.__getitem__, compute, results, group, device)
     for prefix, (module, own) in progress_bar(
         "initializing weights", unfilled.items(), total=len(unfilled), unit="modules"
     ):
+        if prefix in shared:
+            for tensor, value in zip(own.values(), next(computed), strict=True):
+                copy_from_full_(tensor, value)
+            continue
         held = {name: row_range(tensor) for name, tensor in own.items()}
-        if prefix in full:
-            all_rows = next(computed)
-            values = {name: all_rows[name][rows.start : rows.stop] for name, rows in held.items()}
-        else:
-            values = start.rows(prefix, module, held)
+        values = start.rows(prefix, module, held)
         for name, tensor in own.items():
             with torch.no_grad():
                 local(tensor).copy_(values[name])

@@ -5,10 +5,9 @@ from the tensor's shape. So values do not depend on the number of ranks.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Set
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
 
@@ -49,38 +48,6 @@ def split_blocks(shape: tuple[int, ...], rows: range) -> list[range]:
         return [rows] if rows else []
     size = block_size(shape)
     return [range(start, min(start + size, rows.stop)) for start in rows[::size]]
-
-
-def compute_in_turns(
-    computations: Collection[Callable[[], Mapping[str, Tensor]]],
-    results: Sequence[Mapping[str, Tensor]],
-    device: torch.device,
-) -> Iterator[Mapping[str, Tensor]]:
-    """Yields what each computation returns, by name, in order, on all ranks; collective.
-
-    Each rank computes one of as many as there are ranks at a time, so that bits do not depend on
-    the number of ranks, and no rank holds more than two.
-
-    Args:
-        results: tensors of the shapes and dtypes of what each computation returns.
-        device: the one that the default group communicates.
-    """
-    rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    pending = list(computations)
-    for place, like in enumerate(results):
-        owner = place % num_ranks
-        if owner == 0 and place + rank < len(pending):
-            own = pending[place + rank]()
-        if num_ranks == 1:
-            yield own
-            continue
-        values = {}
-        for name, tensor in like.items():
-            values[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            if owner == rank:
-                values[name].copy_(own[name])
-            dist.broadcast(values[name], owner)
-        yield values
 
 
 def check_replaced(model: nn.Module, plain_names: Set[str]) -> None:

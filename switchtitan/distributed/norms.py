@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from switchtitan.distributed.shards import local, replica_group, shard_group
+from switchtitan.distributed.shards import all_ranks_group, local, replica_group, shard_group
 from switchtitan.regions import region
 
 
@@ -28,7 +27,7 @@ def total_norm(tensors: Sequence[Tensor], loss: Tensor | None = None) -> Tensor:
     # Zero, or nan if the loss is not finite. Sent with the norms, in one message.
     zero = norms.new_zeros(()) if loss is None else loss * 0
     # Squaring and its root round, so one rank, as in torch, does without.
-    if _num_ranks(tensors[0]) > 1:
+    if all_ranks_group(tensors[0]) is not None:
         squares, zero = sum_packed([norms.square_(), zero], tensors[0])
         norms = squares.sqrt_()
     return torch.linalg.vector_norm(norms) + zero
@@ -65,13 +64,13 @@ def sum_packed(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
 
     Returns `tensors` if one rank holds all of `like`.
     """
-    if _num_ranks(like) == 1 or not tensors:
+    group, replicas = all_ranks_group(like), replica_group(like)
+    if group is None or not tensors:
         return tensors
-    replicas = replica_group(like)
     with region("reduce"):
         packed = torch.cat([tensor.flatten() for tensor in tensors])
-        # All ranks in one group: those of one replica need equal bits too.
-        dist.all_reduce(packed, group=shard_group(like) if replicas is None else None)
+        # Not shards, then replicas: ranks of one replica need equal bits too.
+        dist.all_reduce(packed, group=group)
     if replicas is not None:
         packed /= replicas.size()
     parts = packed.split([tensor.numel() for tensor in tensors])
@@ -90,7 +89,3 @@ def sum_rows(summand: Tensor, like: Tensor) -> Tensor:
             dist.all_reduce(own, group=replicas)
             own /= replicas.size()
     return own
-
-
-def _num_ranks(like: Tensor) -> int:
-    return like.device_mesh.size() if isinstance(like, DTensor) else 1

@@ -28,11 +28,12 @@ from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.norms import sum_packed, sum_rows
 from switchtitan.distributed.random import generator_for
+from switchtitan.distributed.replicas import compute_in_turns
 from switchtitan.distributed.shards import (
+    all_ranks_group,
     copy_from_full_,
     full_tensor,
     local,
-    replica_group,
     rows_per_rank,
     shard_group,
 )
@@ -248,33 +249,21 @@ def direction_(
 
 
 def renew_from_gradients(weights: list[ProjectedWeight]) -> None:
-    """Sets bases to the leading singular vectors of the gradients.
+    """Sets bases to the leading singular vectors of the gradients, which ranks share."""
 
-    Each rank decomposes one gradient at a time and sends the basis to all, since two devices may
-    decompose the same gradient differently, by rounding.
-    """
-    first = weights[0].parameter
-    shards, replicas = shard_group(first), replica_group(first)
-    rank, num_ranks = (0, 1) if shards is None else (shards.rank(), shards.size())
-    replica, num_replicas = (0, 1) if replicas is None else (replicas.rank(), replicas.size())
-    for start in range(0, len(weights), num_ranks * num_replicas):
-        shared = weights[start : start + num_ranks * num_replicas]
-        of_replica = shared[replica * num_ranks : (replica + 1) * num_ranks]
-        bases = []
-        for owner, weight in enumerate(of_replica):
-            assert weight.parameter.grad is not None
-            grad = full_tensor(weight.parameter.grad)
-            bases.append(grad if owner == rank else grad.new_empty(weight.basis.shape))
-        if rank < len(of_replica):
-            num_vectors = of_replica[rank].basis.shape[1]
-            bases[rank] = leading_singular_vectors(bases[rank], num_vectors).contiguous()
-        for owner, (weight, basis) in enumerate(zip(of_replica, bases, strict=True)):
-            if shards is not None:
-                dist.broadcast(basis, group=shards, group_src=owner)
-            copy_from_full_(weight.basis, basis)
-        for index, weight in enumerate(shared):
-            if replicas is not None and local(weight.basis).numel():
-                dist.broadcast(local(weight.basis), group=replicas, group_src=index // num_ranks)
+    def collect(place: int) -> Tensor:
+        gradient = weights[place].parameter.grad
+        assert gradient is not None
+        return full_tensor(gradient)
+
+    def compute(gradient: Tensor) -> list[Tensor]:
+        return [leading_singular_vectors(gradient, weights[0].basis.shape[1])]
+
+    bases = [[weight.basis] for weight in weights]
+    group = all_ranks_group(weights[0].parameter)
+    computed = compute_in_turns(collect, compute, bases, group, weights[0].basis.device)
+    for weight, (basis,) in zip(weights, computed, strict=True):
+        copy_from_full_(weight.basis, basis)
 
 
 def leading_singular_vectors(grad: Tensor, rank: int) -> Tensor:
