@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field
@@ -200,17 +200,20 @@ class LanguageModel(nn.Module, ABC):
         return None
 
 
-@runtime_checkable
-class Reparametrized(Protocol):
+class Reparametrized(nn.Module, ABC):
     """A module that replaces a plain layer and initializes its tensors from that layer's weight."""
 
-    plain_shape: tuple[int, int]
-    """Shape of the plain layer's weight, [out, in]."""
-    sharded_buffers: tuple[str, ...]
+    sharded_buffers: tuple[str, ...] = ()
     """Local names of the buffers that are sharded over dimension 0, like parameters."""
-    host_buffers: tuple[str, ...]
+    host_buffers: tuple[str, ...] = ()
     """Local names of the sharded buffers that stay in host memory on every device."""
 
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.plain_shape = (out_features, in_features)
+
+    @abstractmethod
     def initial_tensors(
         self,
         weight: Tensor,
@@ -226,7 +229,6 @@ class Reparametrized(Protocol):
             rows: local name -> the rows to return; other tensors need not be computed. Those of
                 `weight` are complete blocks of `distributed.initial`.
         """
-        ...
 
 
 class TrainingOptimizer(ABC):

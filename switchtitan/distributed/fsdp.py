@@ -1,7 +1,9 @@
 """FSDP2 and HSDP over a model's blocks, mixed precision, and materialization of a sharded model."""
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +13,26 @@ from torch.distributed.tensor import DTensor
 
 from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.config import ParallelismConfig
-from switchtitan.distributed.initial import covering_blocks, plain_value
-from switchtitan.distributed.one_rank import use_few_kernels
+from switchtitan.distributed.initial import (
+    ReadRows,
+    covering_blocks,
+    plain_value,
+)
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.random import generator_for
+from switchtitan.distributed.replicas import compute_in_turns
 from switchtitan.distributed.shards import (
+    all_ranks_group,
     allocate_adjacent,
+    copy_from_full_,
     empty_on_host_like,
     local,
     row_range,
     shard_buffer,
 )
 from switchtitan.process import progress_bar
+
+logger = logging.getLogger(__name__)
 
 
 def shard_model(
@@ -57,7 +67,12 @@ def shard_model(
     shard(model, reshard_after_forward=False)
     # Sums of reduced gradients would read memory that FSDP may already have given to others.
     if mesh.size(mesh.ndim - 1) == 1 and config.accumulate_gradients == "full":
-        use_few_kernels(model)
+        if torch.__version__.startswith("2.13."):
+            from switchtitan.distributed.one_rank import use_few_kernels
+
+            use_few_kernels(model)
+        else:
+            logger.info("torch %s: a rank takes more kernels than with 2.13", torch.__version__)
     for module in model.modules():
         if isinstance(module, Reparametrized):
             for name in module.sharded_buffers:
@@ -94,55 +109,104 @@ def materialize(
     model: LanguageModel,
     device: torch.device,
     seed: int,
-    initial_weights: Mapping[str, Tensor] | None = None,
+    initial_weights: ReadRows | None = None,
     is_restored: bool = False,
 ) -> None:
     """Allocates a meta model's shards on `device` and fills them with its initial values.
 
     Every rank draws the rows that it holds in fp32, from (seed, parameter name); see
-    `distributed.initial`. Parameters of another dtype round to nearest.
+    `distributed.initial`. Layers that follow from their full plain weight are computed on one rank
+    each, which sends them to all. Parameters of another dtype round to nearest.
 
     Args:
-        initial_weights: the plain model's parameters, used instead of drawn values (a warm start).
+        initial_weights: reads the plain model's parameters, used instead of drawn values (a warm
+            start).
         is_restored: the caller overwrites all tensors of the state dict. They are not initialized,
             which can take minutes; buffers that no checkpoint has are.
     """
     _allocate(model, device)
     overwritten: Collection[str] = model.state_dict().keys() if is_restored else ()
+    unfilled = _own_tensors(model, overwritten)
+    start = _Start(model, seed, initial_weights, is_restored)
+    # These need all rows of the plain weight, and may take a minute to decompose it.
+    shared = [
+        prefix
+        for prefix, (module, own) in unfilled.items()
+        if isinstance(module, Reparametrized) and "weight" not in own and not is_restored
+    ]
 
-    def plain_rows(name: str, shape: tuple[int, ...], rows: range) -> Tensor:
-        if initial_weights is not None:
-            return initial_weights[name][rows.start : rows.stop].to(torch.float32)
-        return plain_value(model, seed, name, torch.Size(shape), rows)
+    def compute(prefix: str) -> list[Tensor]:
+        module, own = unfilled[prefix]
+        all_rows = {name: range(len(tensor)) for name, tensor in own.items()}
+        return [*start.rows(prefix, module, all_rows).values()]
 
-    modules = list(model.named_modules())
-    for module_name, module in progress_bar(
-        "initializing weights", modules, total=len(modules), unit="modules"
+    results = [[*unfilled[prefix][1].values()] for prefix in shared]
+    group = all_ranks_group(results[0][0]) if shared else None
+    computed = compute_in_turns(shared.__getitem__, compute, results, group, device)
+    for prefix, (module, own) in progress_bar(
+        "initializing weights", unfilled.items(), total=len(unfilled), unit="modules"
     ):
+        if prefix in shared:
+            for tensor, value in zip(own.values(), next(computed), strict=True):
+                copy_from_full_(tensor, value)
+            continue
+        held = {name: row_range(tensor) for name, tensor in own.items()}
+        values = start.rows(prefix, module, held)
+        for name, tensor in own.items():
+            with torch.no_grad():
+                local(tensor).copy_(values[name])
+
+
+def _own_tensors(
+    model: nn.Module, without: Collection[str]
+) -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
+    """Returns (module, its parameters and buffers by local name) by prefix of qualified names.
+
+    Args:
+        without: qualified names of tensors to leave out. A module without others is left out too.
+    """
+    found = {}
+    for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
         tensors = dict(module.named_parameters(recurse=False))
         tensors |= dict(module.named_buffers(recurse=False))
-        own = {name: tensor for name, tensor in tensors.items() if prefix + name not in overwritten}
-        if not own:
-            continue
-        held = {name: row_range(tensor) for name, tensor in own.items()}
-        rows, plain, values = dict(held), set(own), dict[str, Tensor]()
+        own = {name: tensor for name, tensor in tensors.items() if prefix + name not in without}
+        if own:
+            found[prefix] = module, own
+    return found
+
+
+class _Start(NamedTuple):
+    """The initial values of a model; see `materialize`."""
+
+    model: LanguageModel
+    seed: int
+    initial_weights: ReadRows | None
+    is_restored: bool
+
+    def rows(self, prefix: str, module: nn.Module, held: Mapping[str, range]) -> dict[str, Tensor]:
+        """Returns rows `held` of a module's tensors, by local name."""
+        rows, plain, values = dict(held), set(held), dict[str, Tensor]()
         if isinstance(module, Reparametrized):
             plain &= {"bias"}
             # The rows of the plain weight that the module's tensors follow from. Buffers that no
             # checkpoint has do not depend on it.
             shape = module.plain_shape
-            needed = range(0 if is_restored else shape[0])
+            needed = range(0 if self.is_restored else shape[0])
             rows["weight"] = covering_blocks(shape, held.get("weight", needed))
-            weight = plain_rows(f"{prefix}weight", shape, rows["weight"])
-            generator = partial(_generator_within, seed, prefix)
+            weight = self._plain(f"{prefix}weight", shape, rows["weight"])
+            generator = partial(_generator_within, self.seed, prefix)
             values = module.initial_tensors(weight, generator, rows)
         for name in plain:
-            values[name] = plain_rows(prefix + name, own[name].shape, held[name])
-        for name, tensor in own.items():
-            first = held[name].start - rows[name].start
-            with torch.no_grad():
-                local(tensor).copy_(values[name][first : first + len(held[name])])
+            shape = tuple(getattr(module, name).shape)
+            values[name] = self._plain(prefix + name, shape, held[name])
+        firsts = {name: held[name].start - rows[name].start for name in held}
+        return {name: values[name][first:][: len(held[name])] for name, first in firsts.items()}
+
+    def _plain(self, name: str, shape: tuple[int, ...], rows: range) -> Tensor:
+        if self.initial_weights is not None and rows:
+            return self.initial_weights(name, rows).to(torch.float32)
+        return plain_value(self.model, self.seed, name, torch.Size(shape), rows)
 
 
 def _generator_within(seed: int, prefix: str, local_name: str) -> torch.Generator:

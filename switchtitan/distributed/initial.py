@@ -5,14 +5,15 @@ from the tensor's shape. So values do not depend on the number of ranks.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._guards import active_fake_mode
 
-from switchtitan.contracts import LanguageModel
+from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.random import generator_for
+from switchtitan.errors import abbreviate
 
 _LARGEST_BLOCK = 1 << 19
 """Tensors with at most this many elements are one block."""
@@ -21,6 +22,8 @@ _NUM_BLOCKS = 16
 
 GeneratorFor = Callable[[str], torch.Generator]
 """Name -> generator, the same on every rank."""
+ReadRows = Callable[[str, range], Tensor]
+"""(name of a plain model's parameter, rows) -> its values, on the CPU."""
 
 
 def block_size(shape: tuple[int, ...]) -> int:
@@ -45,6 +48,29 @@ def split_blocks(shape: tuple[int, ...], rows: range) -> list[range]:
         return [rows] if rows else []
     size = block_size(shape)
     return [range(start, min(start + size, rows.stop)) for start in rows[::size]]
+
+
+def check_replaced(model: nn.Module, plain_names: Set[str]) -> None:
+    """Checks the layers that a method has replaced.
+
+    Args:
+        plain_names: of the parameters and buffers of the model before.
+
+    Raises:
+        TypeError: if a module is no `Reparametrized` and has other tensors than the plain model,
+            which has no initial values for them.
+    """
+    for module_name, module in model.named_modules():
+        if isinstance(module, Reparametrized):
+            continue
+        tensors = dict(module.named_parameters(module_name, recurse=False))
+        tensors |= dict(module.named_buffers(module_name, recurse=False))
+        if unknown := tensors.keys() - plain_names:
+            raise TypeError(
+                f"{type(module).__name__} has tensors that the plain model lacks "
+                f"({abbreviate(sorted(unknown))}), and no initial values for them; derive it from "
+                "contracts.Reparametrized"
+            )
 
 
 def plain_value(

@@ -1,4 +1,8 @@
-"""Norms and sums of tensors that are sharded over ranks."""
+"""Norms and sums of tensors that are sharded over ranks.
+
+Replicas may sum their shards in different orders. What they sum decides updates, by which their
+weights would diverge, so every sum here is the mean over replicas, with equal bits on all of them.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from switchtitan.distributed.shards import local, shard_group
+from switchtitan.distributed.shards import all_ranks_group, local, replica_group, shard_group
 from switchtitan.regions import region
 
 
 def total_norm(tensors: Sequence[Tensor], loss: Tensor | None = None) -> Tensor:
-    """Returns the 2-norm of all elements of all tensors, 0-dim; collective over their shards.
+    """Returns the 2-norm of all elements of all tensors, 0-dim, with equal bits on all ranks.
 
-    All tensors are sharded over the same ranks, or none is.
+    All tensors are sharded over the same ranks, or none is. Collective over all ranks.
 
     Args:
         loss: 0-dim, this rank's. If it is not finite on any of those ranks, the norm is nan.
@@ -22,12 +26,10 @@ def total_norm(tensors: Sequence[Tensor], loss: Tensor | None = None) -> Tensor:
     norms = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors]))
     # Zero, or nan if the loss is not finite. Sent with the norms, in one message.
     zero = norms.new_zeros(()) if loss is None else loss * 0
-    group = shard_group(tensors[0])
     # Squaring and its root round, so one rank, as in torch, does without.
-    if group is not None and group.size() > 1:
-        summed = torch.cat([norms.square_(), zero[None]])
-        dist.all_reduce(summed, group=group)
-        norms, zero = summed[:-1].sqrt_(), summed[-1]
+    if all_ranks_group(tensors[0]) is not None:
+        squares, zero = sum_packed([norms.square_(), zero], tensors[0])
+        norms = squares.sqrt_()
     return torch.linalg.vector_norm(norms) + zero
 
 
@@ -57,12 +59,33 @@ def non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> list[str]
     return [name for name in tensors if name in found]
 
 
-def sum_packed(tensors: list[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Sums each tensor over the ranks of `group` in one collective; `tensors` without a group."""
+def sum_packed(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
+    """Sums each tensor over the shards of `like`, in one collective of all ranks.
+
+    Returns `tensors` if one rank holds all of `like`.
+    """
+    group, replicas = all_ranks_group(like), replica_group(like)
     if group is None or not tensors:
         return tensors
     with region("reduce"):
         packed = torch.cat([tensor.flatten() for tensor in tensors])
+        # Not shards, then replicas: ranks of one replica need equal bits too.
         dist.all_reduce(packed, group=group)
+    if replicas is not None:
+        packed /= replicas.size()
     parts = packed.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def sum_rows(summand: Tensor, like: Tensor) -> Tensor:
+    """Sums a matrix [ranks x rows, width] over the shards of `like`; returns this rank's rows."""
+    shards, replicas = shard_group(like), replica_group(like)
+    if shards is None:
+        return summand
+    with region("reduce"):
+        own = summand.new_empty(len(summand) // shards.size(), *summand.shape[1:])
+        dist.reduce_scatter_single(own, summand, group=shards)
+        if replicas is not None:
+            dist.all_reduce(own, group=replicas)
+            own /= replicas.size()
+    return own

@@ -1,6 +1,7 @@
 """FSDP2 where one rank holds all rows: a unit's parameters are cast in one kernel.
 
 FSDP2 itself casts, then copies, each parameter, and copies the packed gradients once more.
+Import it with torch 2.13 only, whose private names it uses.
 (torch/distributed/fsdp/_fully_shard: _fsdp_param_group.py, _fsdp_collectives.py)
 """
 
@@ -15,14 +16,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from switchtitan.distributed.rows import copy_all_
 
-_IS_KNOWN_TORCH = torch.__version__.startswith("2.13.")
-"""Whether what follows fits the inside of this torch; another one runs its own kernels."""
-
 
 def use_few_kernels(model: nn.Module) -> None:
     """Saves kernels of a model that is sharded over one rank, without effect on any value."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units if _IS_KNOWN_TORCH else ():
+    for unit in [module for module in model.modules() if isinstance(module, FSDPModule)]:
         unit.set_custom_reduce_scatter(_ReduceInPlace())
         for group in unit._get_fsdp_state()._fsdp_param_groups:
             group.wait_for_unshard = partial(_cast_parameters, group)  # type: ignore[method-assign]

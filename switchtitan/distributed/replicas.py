@@ -1,7 +1,8 @@
-"""Checks that tensors which several ranks hold and update independently are still equal."""
+"""Tensors that several ranks hold: one rank computes them for all, or they are checked."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,44 @@ from torch.distributed.tensor import DTensor
 
 from switchtitan.distributed.shards import local
 from switchtitan.errors import RanksDisagreeError, abbreviate
+
+T = TypeVar("T")
+
+
+def compute_in_turns(
+    collect: Callable[[int], T],
+    compute: Callable[[T], Sequence[Tensor]],
+    results: Sequence[Sequence[Tensor]],
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> Iterator[Sequence[Tensor]]:
+    """Yields `compute(collect(place))` for each place of `results`; collective over `group`.
+
+    A rank computes one of as many as there are ranks, and sends it to all: devices may differ in
+    roundings, and the work is shared.
+
+    Args:
+        collect: returns what `compute` needs; all ranks call it, so that it may communicate.
+        results: tensors of the shapes and dtypes of what is computed.
+        device: the one that the group communicates.
+    """
+    rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
+    for place, like in enumerate(results):
+        owner = place % num_ranks
+        if owner == 0:
+            for other in range(place, min(place + num_ranks, len(results))):
+                collected = collect(other)
+                if other == place + rank:
+                    own = compute(collected)
+        if num_ranks == 1:
+            yield own
+            continue
+        sent = [torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in like]
+        for index, tensor in enumerate(sent):
+            if owner == rank:
+                tensor.copy_(own[index])
+            dist.broadcast(tensor, group=group, group_src=owner)
+        yield sent
 
 
 def check_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> None:

@@ -74,6 +74,16 @@ def replica_group(tensor: Tensor) -> dist.ProcessGroup | None:
     return group if group.size() > 1 else None
 
 
+def all_ranks_group(tensor: Tensor) -> dist.ProcessGroup | None:
+    """Returns the group of ranks that hold shards of `tensor`, of all replicas; None for one rank.
+
+    Several replicas are all ranks of the run.
+    """
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.size() == 1:
+        return None
+    return shard_group(tensor) if tensor.device_mesh.ndim == 1 else dist.group.WORLD
+
+
 def copy_from_full_(target: Tensor, value: Tensor) -> None:
     """Writes this rank's rows of the full tensor `value` into `target`."""
     rows = row_range(target)

@@ -9,10 +9,17 @@ from torch import Tensor
 from switchtitan.checkpoint.load import find_given
 from switchtitan.checkpoint.save import SUMS_FILE
 from switchtitan.contracts import ModelConfig
+from switchtitan.distributed.initial import ReadRows
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import sha256_of_file
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.huggingface import CONFIG_NAME, check_shapes, read_config, read_dense
+from switchtitan.hub.huggingface import (
+    CONFIG_NAME,
+    check_shapes,
+    parameter_shapes,
+    read_config,
+    read_dense,
+)
 from switchtitan.hub.peft_folder import (
     ADAPTER_CONFIG_NAME,
     folder_of_model,
@@ -25,29 +32,54 @@ from switchtitan.models import MODELS
 def read_initial_weights(path: Path, config: ModelConfig) -> tuple[Path, dict[str, Tensor]]:
     """Returns the absolute path that was read, and the plain model's weights by name.
 
+    Args, Raises: as `find_weights` and `open_weights`.
+    """
+    source = find_weights(path)
+    read_rows = open_weights(source, config)
+    shapes = parameter_shapes(config)
+    return source, {name: read_rows(name, range(shape[0])) for name, shape in shapes.items()}
+
+
+def find_weights(path: Path) -> Path:
+    """Returns the absolute path of weights, of a checkpoint after comparing its checksums.
+
     Args:
-        path: a safetensors file, a folder in Hugging Face's layout or with a PEFT adapter, which is
-            merged, or a checkpoint or run of any method, whose newest checkpoint is read.
+        path: a safetensors file, a folder in Hugging Face's layout or with a PEFT adapter, or a
+            checkpoint or run of any method, whose newest checkpoint is found.
+
+    Raises:
+        CheckpointError: if there are no weights at `path`.
+    """
+    return (path if _has_safetensors(path) else find_given(path)).absolute()
+
+
+def _has_safetensors(path: Path) -> bool:
+    return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))
+
+
+def open_weights(source: Path, config: ModelConfig) -> ReadRows:
+    """Returns what reads the plain model's weights; an adapter is merged, and held.
+
+    Args:
+        source: as `find_weights` returns it.
         config: the plain model's section.
 
     Raises:
-        CheckpointError: if there are no weights at `path`, or they do not match the model.
+        CheckpointError: if the weights do not match the model.
         ConfigError: if a config.json next to them describes no model that is supported.
     """
-    source = path
-    if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors"))):
-        file = (folder_of_model(path) if path.is_dir() else path.parent) / CONFIG_NAME
-        if file.is_file():
-            _check_same_model(MODELS.restore(read_model_folder(file.parent)), config, file)
-        weights = read_adapted(path) if is_adapter(path) else read_dense(path)
-        weights = without_copies(weights, config, path)
-    else:
-        source = find_given(path)
+    if not _has_safetensors(source):
         dense = DenseCheckpoint(source)
         _check_same_model(dense.config, config, source)
-        weights = dense.read()
-    check_shapes(weights, config, f"[checkpoint] initial_weights = {str(path)!r}")
-    return source.absolute(), weights
+        return dense.read_rows
+    file = (folder_of_model(source) if source.is_dir() else source.parent) / CONFIG_NAME
+    if file.is_file():
+        _check_same_model(MODELS.restore(read_model_folder(file.parent)), config, file)
+    weights = read_adapted(source) if is_adapter(source) else read_dense(source)
+    weights = without_copies(weights, config, source)
+    check_shapes(weights, config, f"[checkpoint] initial_weights = {str(source)!r}")
+    # Memory-mapped: only these rows are read.
+    return lambda name, rows: weights[name][rows.start : rows.stop]
 
 
 def _check_same_model(theirs: ModelConfig, ours: ModelConfig, source: Path) -> None:

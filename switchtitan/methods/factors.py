@@ -15,9 +15,9 @@ from switchtitan.methods.projected import is_right, leading_singular_vectors
 
 class PlainProductConfig(FactorConfig):
     """`[method] name = "low_rank"`: W = B A, without the frozen weight of LoRA. B A starts as the
-    best approximation of the layer's usual initial weight (truncated SVD, computed by every process
-    on its CPU; "spectral initialization" in arXiv 2105.01029). `[checkpoint] initial_weights` are
-    approximated in the same way."""
+    best approximation of the layer's usual initial weight (truncated SVD; "spectral initialization"
+    in arXiv 2105.01029). Ranks share the decompositions, on their CPUs. `[checkpoint]
+    initial_weights` are approximated in the same way."""
 
     keeps_initial_weights: ClassVar[bool] = False
     name: Literal["low_rank"] = "low_rank"

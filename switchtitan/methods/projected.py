@@ -26,13 +26,14 @@ from torch.distributed.tensor import zeros as distributed_zeros
 from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
-from switchtitan.distributed.norms import sum_packed
+from switchtitan.distributed.norms import sum_packed, sum_rows
 from switchtitan.distributed.random import generator_for
+from switchtitan.distributed.replicas import compute_in_turns
 from switchtitan.distributed.shards import (
+    all_ranks_group,
     copy_from_full_,
     full_tensor,
     local,
-    replica_group,
     rows_per_rank,
     shard_group,
 )
@@ -40,7 +41,6 @@ from switchtitan.methods.lowrank.method import FactorConfig
 from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.parameters import TrainedParameter, trained_parameters
-from switchtitan.regions import region
 
 TINY_NORM = 1e-8
 """Added to norms in denominators, as in the code of Fira's and APOLLO's authors."""
@@ -172,7 +172,8 @@ class ProjectedOptimizer(GroupedOptimizer):
         self._method, self._adam, self._seed = method, adam, seed
         self._weights = [ProjectedWeight(*item, method.rank) for item in parameters.items()]
         self._left = [weight for weight in self._weights if not weight.is_right]
-        self._group = shard_group(self._weights[0].parameter)
+        self._first = self._weights[0].parameter
+        self._group = shard_group(self._first)
         self._num_steps = 0
         self._compile = compile_if(compile_step)
         self._direction = self._compile(partial(direction_, betas=adam.betas, eps=adam.eps))
@@ -200,16 +201,14 @@ class ProjectedOptimizer(GroupedOptimizer):
 
     def sums_on_left(self) -> list[Tensor]:
         """Returns this rank's rows of R, summed over ranks, for each weight projected on the left;
-        one reduce-scatter of all [rank, in] next to each other."""
+        one reduce-scatter of all [rank, in] next to each other, and with replicas their mean."""
         partials = [weight.project() for weight in self._left]
         if self._group is None or not partials:
             return partials
         rank, num_ranks = self._method.rank, self._group.size()
         chunk = rows_per_rank(rank, num_ranks)
-        with region("reduce"):
-            packed = F.pad(torch.cat(partials, dim=1), (0, 0, 0, num_ranks * chunk - rank))
-            own = packed.new_empty(chunk, packed.shape[1])
-            dist.reduce_scatter_single(own, packed, group=self._group)
+        packed = F.pad(torch.cat(partials, dim=1), (0, 0, 0, num_ranks * chunk - rank))
+        own = sum_rows(packed, self._first)
         num_held = local(self._left[0].exp_avg).shape[0]
         return list(own[:num_held].split([partial.shape[1] for partial in partials], dim=1))
 
@@ -250,33 +249,21 @@ def direction_(
 
 
 def renew_from_gradients(weights: list[ProjectedWeight]) -> None:
-    """Sets bases to the leading singular vectors of the gradients.
+    """Sets bases to the leading singular vectors of the gradients, which ranks share."""
 
-    Each rank decomposes one gradient at a time and sends the basis to all, since two devices may
-    decompose the same gradient differently, by rounding.
-    """
-    first = weights[0].parameter
-    shards, replicas = shard_group(first), replica_group(first)
-    rank, num_ranks = (0, 1) if shards is None else (shards.rank(), shards.size())
-    replica, num_replicas = (0, 1) if replicas is None else (replicas.rank(), replicas.size())
-    for start in range(0, len(weights), num_ranks * num_replicas):
-        shared = weights[start : start + num_ranks * num_replicas]
-        of_replica = shared[replica * num_ranks : (replica + 1) * num_ranks]
-        bases = []
-        for owner, weight in enumerate(of_replica):
-            assert weight.parameter.grad is not None
-            grad = full_tensor(weight.parameter.grad)
-            bases.append(grad if owner == rank else grad.new_empty(weight.basis.shape))
-        if rank < len(of_replica):
-            num_vectors = of_replica[rank].basis.shape[1]
-            bases[rank] = leading_singular_vectors(bases[rank], num_vectors).contiguous()
-        for owner, (weight, basis) in enumerate(zip(of_replica, bases, strict=True)):
-            if shards is not None:
-                dist.broadcast(basis, group=shards, group_src=owner)
-            copy_from_full_(weight.basis, basis)
-        for index, weight in enumerate(shared):
-            if replicas is not None and local(weight.basis).numel():
-                dist.broadcast(local(weight.basis), group=replicas, group_src=index // num_ranks)
+    def collect(place: int) -> Tensor:
+        gradient = weights[place].parameter.grad
+        assert gradient is not None
+        return full_tensor(gradient)
+
+    def compute(gradient: Tensor) -> list[Tensor]:
+        return [leading_singular_vectors(gradient, weights[0].basis.shape[1])]
+
+    bases = [[weight.basis] for weight in weights]
+    group = all_ranks_group(weights[0].parameter)
+    computed = compute_in_turns(collect, compute, bases, group, weights[0].basis.device)
+    for weight, (basis,) in zip(weights, computed, strict=True):
+        copy_from_full_(weight.basis, basis)
 
 
 def leading_singular_vectors(grad: Tensor, rank: int) -> Tensor:
@@ -381,7 +368,7 @@ class FiraOptimizer(LimitedOptimizer):
             projections.append((low, direction))
             factors.append(factor)
             squares.append(square)
-        divisors = self.divisors(torch.stack(sum_packed(squares, self._group)).sqrt())
+        divisors = self.divisors(torch.stack(sum_packed(squares, self._first)).sqrt())
         for weight, (low, direction), factor, divisor in zip(
             self._weights, projections, factors, divisors.unbind(), strict=True
         ):
@@ -447,7 +434,7 @@ class ApolloOptimizer(LimitedOptimizer):
                 factors[weight.name], own = factors_and_square(own)
             squares.append(own)
         totals = []
-        for weight, total in zip(self._weights, sum_packed(squares, self._group), strict=True):
+        for weight, total in zip(self._weights, sum_packed(squares, self._first), strict=True):
             if weight.name not in factors:
                 factors[weight.name], total = factors_and_square(total)
             totals.append(total)

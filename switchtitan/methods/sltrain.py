@@ -24,11 +24,11 @@ _NUM_BITS = 31
 class SltrainConfig(FactorConfig):
     """`[method] name = "sltrain"`: W = B A + S (SLTrain, arXiv 2406.02214). S is sparse, with
     random positions that never change. B A starts as the best approximation of the layer's usual
-    initial weight (truncated SVD, computed by every process on its CPU), and S starts as the
-    residual at its positions. `[checkpoint] initial_weights` are split in the same way. S trains
-    with AdamW if `[optimizer] name` is `muon` or `scale`, and with fp32 moments if it is
-    `adamw8bit`. Differences from the authors' method: there is no factor alpha / rank, B does not
-    start at zero, and each row is divided into equal parts with one value of S in each."""
+    initial weight (truncated SVD; ranks share these, on their CPUs), and S starts as the residual
+    at its positions. `[checkpoint] initial_weights` are split in the same way. S trains with AdamW
+    if `[optimizer] name` is `muon` or `scale`, and with fp32 moments if it is `adamw8bit`.
+    Differences from the authors' method: there is no factor alpha / rank, B does not start at zero,
+    and each row is divided into equal parts with one value of S in each."""
 
     keeps_initial_weights: ClassVar[bool] = False
     name: Literal["sltrain"] = "sltrain"

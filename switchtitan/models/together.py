@@ -1,17 +1,18 @@
 """Layers of one input, which may share its reads: of queries, keys and values, of gate and up."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-@runtime_checkable
-class Groupable(Protocol):
+class Groupable(ABC):
     """A layer that may share the reads of its input with other layers of the same input."""
 
+    @abstractmethod
     def forward_together(self, x: Tensor, others: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """Returns what this layer and the others return for x [..., in], equal to rounding."""
 

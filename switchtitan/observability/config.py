@@ -36,7 +36,8 @@ class ProfilerConfig(Section):
     """Ranks to trace, counted from 0, or "all"; one file each. Memory snapshots are of them too."""
 
     start_step: int = Field(default=10, ge=2)
-    """First step to trace, counted from 1; at least 2: the step before it warms up the profiler."""
+    """First step to trace, counted from 1; at least 2: the step before it warms up the profiler. A
+    run that resumes past it without a trace starts with the second step after the resume."""
 
     num_steps: int = Field(default=3, ge=1)
     """Number of steps to trace, at least 1."""

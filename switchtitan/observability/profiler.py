@@ -17,6 +17,7 @@ from switchtitan.regions import observe_regions, stop_observing_regions
 logger = logging.getLogger(__name__)
 
 _TABLE_ROWS = 25
+_TRACE_SUFFIX = ".pt.trace.json"
 MAX_EVENTS = 100_000
 """Allocations and frees that the history keeps, the latest ones; each holds a stack."""
 
@@ -26,7 +27,8 @@ class Profiler:
 
     Args:
         output_dir: of the run.
-        steps_done: steps done before this run; if the first step to trace is one, none is traced.
+        steps_done: steps done before this run; if the first step to trace is one, later steps are
+            traced, unless an earlier part of the run has left a trace.
         report: called with a table of the operations and regions of the trace.
     """
 
@@ -47,6 +49,8 @@ class Profiler:
         self._report = report
         self._open_regions: list[profiler.record_function] = []
         self._profile: profiler.profile | None = None
+        self._first_step = max(config.start_step, steps_done + 2)
+        self._last_step = self._first_step + config.num_steps - 1
         self._snapshot_step = config.memory_snapshot_step
         if self._snapshot_step is not None:  # a resumed run may be past it
             self._snapshot_step = max(self._snapshot_step, steps_done + 1)
@@ -54,15 +58,26 @@ class Profiler:
         """The trace file; None before it is written."""
 
     def __enter__(self) -> "Profiler":
-        config = self._config
-        num_before = config.start_step - 2 - self._steps_done
-        if not (config.enabled and self._is_observed and num_before >= 0):
+        config, folder = self._config, self._output_dir / TENSORBOARD_FOLDER
+        if not (config.enabled and self._is_observed):
+            return self
+        is_past = config.start_step < self._first_step
+        if is_past and any(folder.glob(f"rank{self._rank}.*{_TRACE_SUFFIX}")):
+            logger.info(
+                "no new trace: %s has one; to trace again, set [profiler] start_step = %d or more",
+                folder,
+                self._first_step,
+            )
             return self
         # Otherwise Kineto prints two lines at each start and stop, into the progress bar.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         self._profile = profiler.profile(
             schedule=profiler.schedule(
-                skip_first=num_before, wait=0, warmup=1, active=config.num_steps, repeat=1
+                skip_first=self._first_step - 2 - self._steps_done,
+                wait=0,
+                warmup=1,
+                active=config.num_steps,
+                repeat=1,
             ),
             on_trace_ready=self._write,
             record_shapes=config.record_shapes,
@@ -73,12 +88,20 @@ class Profiler:
         observe_regions(self)
         return self
 
+    @property
+    def is_slow_next(self) -> bool:
+        """Whether the next `step` starts or writes a trace, or writes a snapshot."""
+        slow = {self._snapshot_step}
+        if self._profile is not None:
+            slow |= {self._first_step - 2, self._first_step - 1, self._last_step}
+        return self._steps_done + 1 in slow
+
     def step(self) -> None:
         """Counts one optimizer step."""
         self._steps_done += 1
         if self._profile is not None:
             self._profile.step()
-            if self._steps_done >= self._config.start_step + self._config.num_steps - 1:
+            if self._steps_done >= self._last_step:
                 self._stop()
         if self._steps_done == self._snapshot_step:
             if self._is_observed:
@@ -110,7 +133,7 @@ class Profiler:
         sort_by = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
         table = profile.key_averages().table(sort_by, row_limit=_TABLE_ROWS)
         # As tensorboard_trace_handler names it.
-        path = folder / f"rank{self._rank}.{time.time_ns()}.pt.trace.json"
+        path = folder / f"rank{self._rank}.{time.time_ns()}{_TRACE_SUFFIX}"
         unfinished = path.with_name(f".{path.name}")
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,7 @@ class Throughput:
         tokens_per_step: of the global batch, which `num_devices` share.
         flops_per_token: of forward and backward.
         peak_flops_per_s: of one device; None if unknown, then MFU is not reported.
+        synchronize: waits until the device has done all queued work.
         start_step: steps done before this run, of `num_steps`.
     """
 
@@ -31,12 +32,14 @@ class Throughput:
         num_devices: int,
         peak_flops_per_s: float | None,
         num_steps: int,
+        synchronize: Callable[[], None],
         start_step: int = 0,
     ) -> None:
         self._tokens_per_step = tokens_per_step
         self._flops_per_token_and_device = flops_per_token / num_devices
         self._peak = peak_flops_per_s
         self._num_steps, self._step = num_steps, start_step
+        self._synchronize = synchronize
         self._began_at = self._window_began_at = time.perf_counter()
         self._excluded_s = 0.0
         self._first: tuple[int, float] | None = None
@@ -47,6 +50,7 @@ class Throughput:
     @contextmanager
     def excluded(self) -> Iterator[None]:
         """Excludes the time inside (evaluation, saving) from the speed, not from the time left."""
+        self._synchronize()  # what is inside may wait for steps that are queued
         began_at = time.perf_counter()
         try:
             yield

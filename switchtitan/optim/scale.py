@@ -9,7 +9,7 @@ from torch import Tensor
 
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.norms import sum_packed
-from switchtitan.distributed.shards import local, shard_group
+from switchtitan.distributed.shards import local
 from switchtitan.errors import ConfigError
 from switchtitan.optim.adamw import AdamKeys, AdamW
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
@@ -54,12 +54,12 @@ class Scale(GroupedOptimizer):
     def __init__(self, config: ScaleConfig, matrices: list[TrainedParameter]) -> None:
         super().__init__(config, matrices)
         self._momentum, self._vector_lr = config.momentum, config.vector_lr
+        self._first = matrices[0].parameter
         self._over_rows = {entry.name for entry in matrices if entry.input_dim == 0}
         for entry in matrices:
             if entry.is_head:
                 zeros = torch.zeros_like(entry.parameter, requires_grad=False)
                 self.state[f"{entry.name}.momentum"] = zeros
-        self._group = shard_group(matrices[0].parameter)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -97,7 +97,7 @@ class Scale(GroupedOptimizer):
         """Returns root mean squares by name: [out/ranks, 1], over rows [1, width]."""
         over_rows = [name for name in directions if name in self._over_rows]
         squares = [directions[name].square().sum(0, keepdim=True) for name in over_rows]
-        sums = dict(zip(over_rows, sum_packed(squares, self._group), strict=True))
+        sums = dict(zip(over_rows, sum_packed(squares, self._first), strict=True))
         norms = {}
         for name, direction in directions.items():
             shape = self.parameters[name].shape

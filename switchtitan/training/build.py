@@ -4,13 +4,12 @@ What most runs do not use is imported where it is built.
 """
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
 from switchtitan.checkpoint.load import find_checkpoint, restore
 from switchtitan.checkpoint.save import (
@@ -32,6 +31,7 @@ from switchtitan.distributed.fsdp import (
     materialize,
     shard_model,
 )
+from switchtitan.distributed.initial import ReadRows, check_replaced
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
 from switchtitan.distributed.world import World, device_name
 from switchtitan.job.config import JobConfig
@@ -97,7 +97,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     compute_dtype = _choose_dtype(config, world, state, changes)
     initial_weights = None
     if checkpoint is None and config.checkpoint.initial_weights is not None:
-        initial_weights = read_initial_weights(config, state)
+        initial_weights = open_initial_weights(config, state, world)
     stepper = build_stepper(
         config,
         world,
@@ -153,7 +153,7 @@ def build_stepper(
     compute_dtype: torch.dtype | None = None,
     state: TrainState | None = None,
     loss: SummedLoss | None = None,
-    initial_weights: Mapping[str, Tensor] | None = None,
+    initial_weights: ReadRows | None = None,
     is_restored: bool = False,
 ) -> Stepper:
     """Build what takes the steps of a run, under a `FakeTensorMode` too.
@@ -162,7 +162,7 @@ def build_stepper(
         batches: see `build_batches`.
         compute_dtype: of activations and gradients; by default the configuration's on this device.
         state, loss: by default those of a new run.
-        initial_weights: the plain model's weights by name; by default they are random.
+        initial_weights: reads the plain model's weights; by default they are random.
         is_restored: leaves the model's tensors uninitialized, since the caller restores them.
     """
     if config.training.deterministic:
@@ -173,7 +173,9 @@ def build_stepper(
         compute_dtype = dtype_on(world.device, config.training.dtype).dtype
     method = build_method(config)
     model = plain_model(config.model)
+    plain_names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     method.prepare_model(model)
+    check_replaced(model, plain_names)
     checkpoint_activations(model, config.activation_checkpoint)
     if config.compile.blocks:
         compile_blocks(model)
@@ -266,16 +268,24 @@ def build_evaluators(
     return Evaluators(evaluator_on("validation", keys.tokens), test)
 
 
-def read_initial_weights(config: JobConfig, state: TrainState) -> dict[str, Tensor]:
-    """Read the weights that a new run starts from, and record in `state` which ones.
+def open_initial_weights(config: JobConfig, state: TrainState, world: World) -> ReadRows:
+    """Open the weights that a new run starts from, and record in `state` which ones; collective.
 
     Raises:
         CheckpointError: if the weights cannot be read, or belong to another model.
     """
     from switchtitan.hub import initial_weights
 
-    given = Path(str(config.checkpoint.initial_weights))
-    source, weights = initial_weights.read_initial_weights(given, config.model)
+    def find() -> tuple[Path, str]:
+        given = Path(str(config.checkpoint.initial_weights))
+        source = initial_weights.find_weights(given)
+        return source, initial_weights.fingerprint(source)
+
+    # Checksums read all bytes: once. Other ranks read only the rows that they hold.
+    found = world.together(lambda: find() if world.is_main else None)[0]
+    assert found is not None
+    source, state.initial_fingerprint = found
+    read_rows = initial_weights.open_weights(source, config.model)
     logger.info("initial weights: %s", source)
     if not config.method.keeps_initial_weights:
         logger.warning(
@@ -283,8 +293,7 @@ def read_initial_weights(config: JobConfig, state: TrainState) -> dict[str, Tens
             config.method.name,
         )
     state.initial_weights = str(source)
-    state.initial_fingerprint = initial_weights.fingerprint(source)
-    return weights
+    return read_rows
 
 
 def build_memory_snapshots(config: JobConfig, world: World) -> AbstractContextManager[None]:
@@ -336,6 +345,7 @@ def _build_throughput(config: JobConfig, stepper: Stepper, dtype: torch.dtype) -
         num_devices=world.size,
         peak_flops_per_s=peak,
         num_steps=config.training.steps,
+        synchronize=world.synchronize,
         start_step=stepper.state.step,
     )
 

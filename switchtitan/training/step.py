@@ -149,10 +149,6 @@ class Stepper:
         with region("reduce"):
             gradients = [p.grad for p in self._trained if p.grad is not None]
             norm = total_norm(gradients, loss)
-            if self.world.num_replicas > 1:
-                # Replicas may sum in different orders. Clipping by different norms would let their
-                # weights diverge.
-                norm = self.world.mean(norm)
         with region("clip"):
             if self.max_grad_norm is not None:
                 # As torch.nn.utils.clip_grads_with_norm_, which takes longer for DTensors.

@@ -193,7 +193,8 @@ class Trainer:
         step = self.stepper.state.step
         self._running_loss.add(result)
         if self.profiler is not None:
-            with self.throughput.excluded():
+            is_slow = self.profiler.is_slow_next
+            with self.throughput.excluded() if is_slow else nullcontext():
                 self.profiler.step()
         self.checkpointer.poll()
         self.reporter.advance(step)

@@ -1,7 +1,10 @@
 """A step equals that of a plain loop, and a batch with numbers that are not finite leaves no trace
 but a count."""
 
+import dataclasses
+import importlib
 import math
+import sys
 
 import pytest
 import torch
@@ -106,13 +109,26 @@ def test_one_rank_with_few_kernels_trains_like_fsdp_itself_bitwise(corpora, monk
     narrow = ("--training.dtype", "bfloat16", "--training.frozen_dtype", "bfloat16")
     keys = (*narrow, "--parallelism.reshard_after_forward", reshard)
     ours = tiny_trainer(corpora / f"few-{reshard}", "switchlora", *keys)
-    monkeypatch.setattr(fsdp, "use_few_kernels", lambda model: None)
+    # Another torch, without the private names.
+    monkeypatch.setattr(torch, "__version__", "2.14.0")
+    monkeypatch.setitem(sys.modules, "switchtitan.distributed.one_rank", None)
+    importlib.reload(fsdp)
     reference = tiny_trainer(corpora / f"many-{reshard}", "switchlora", *keys)
     # Weights of both dtypes are cast.
     dtypes = {parameter.dtype for parameter in ours.stepper.model.parameters()}
     assert dtypes == {torch.float32, torch.bfloat16}
     assert train_steps(ours, 4) == train_steps(reference, 4)
     assert differing(full_tensors(ours), full_tensors(reference)) == []
+
+
+def test_ranks_drop_different_values(corpora):
+    losses = []
+    for rank in (0, 1):
+        keys = ("--method.dropout", "0.3", "--method.init", "balanced")
+        trainer = tiny_trainer(corpora / f"dropout-{rank}", "lora", *keys)
+        trainer.stepper.world = dataclasses.replace(trainer.stepper.world, rank=rank)
+        losses += train_steps(trainer, 1)
+    assert losses[0] != losses[1]
 
 
 def test_a_skipped_step_changes_no_tensor_switches_nothing_and_does_not_count(corpora):

@@ -117,12 +117,13 @@ def _products(
 
 
 def fastest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) -> Contraction:
-    """Returns the contraction with the least time by the roofline of the device of x [..., in].
+    """Returns the contraction with the least time by a roofline like that of the device of x.
 
     Of equal ones, the first in the table. On a CPU operations decide: measured, its narrow products
     are as fast as others.
 
     Args:
+        x: [..., in].
         out_features: of the layers that are computed together.
     """
     num_tokens, value_size = x.numel() // x.shape[-1], x.element_size()
@@ -163,8 +164,8 @@ def _fastest_of_shape(
 def _flops_per_byte(device: torch.device, dtype: torch.dtype) -> float:
     """Returns the dense FLOP/s of products over the memory bandwidth in byte/s.
 
-    H100 SXM: 989 TFLOP/s in bf16, 67 in fp32, 3.35 TB/s; A100: 312, 19.5 and 2.04 (NVIDIA's data
-    sheets).
+    Those of an A100 for compute capability 8.0 to 8.8: 312 TFLOP/s in bf16, 19.5 in fp32, 2.04
+    TB/s; for all others of an H100 SXM: 989, 67 and 3.35 (NVIDIA's data sheets).
     """
     is_ampere = (8, 0) <= torch.cuda.get_device_capability(device) < (8, 9)
     if dtype == torch.float32:

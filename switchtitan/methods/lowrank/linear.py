@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from switchtitan.contracts import Reparametrized
 from switchtitan.distributed.initial import GeneratorFor, split_blocks
 from switchtitan.distributed.random import draw_vectors
 from switchtitan.methods.lowrank.contraction import (
@@ -15,30 +16,27 @@ from switchtitan.methods.lowrank.contraction import (
     fastest_contraction,
     frozen_linear,
 )
+from switchtitan.models.together import Groupable
 
 FACTORS = ("lora_a", "lora_b")
 """Local names of the factors A [rank, in] and B, stored transposed, [rank, out]."""
 
 
-class FactorLinear(nn.Module):
-    """A layer with factors in place of a linear one; a `contracts.Reparametrized`.
+class FactorLinear(Reparametrized):
+    """A layer with factors in place of a linear one.
 
     B is stored transposed, so that the vectors of both factors are rows.
     """
 
-    sharded_buffers: tuple[str, ...] = ()
-    host_buffers: tuple[str, ...] = ()
-
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
-        super().__init__()
-        self.plain_shape = (out_features, in_features)
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        super().__init__(in_features, out_features)
+        self.rank = rank
         self.lora_a = nn.Parameter(torch.empty(rank, in_features))
         self.lora_b = nn.Parameter(torch.empty(rank, out_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
 
-class LowRankLinear(FactorLinear):
+class LowRankLinear(FactorLinear, Groupable):
     """y = x (W + s B A)^T (+ bias) with W, `weight` [out, in], frozen.
 
     Computes in the dtype of x and the factors; W may have another dtype.

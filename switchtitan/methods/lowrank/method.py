@@ -72,8 +72,8 @@ class LowRankConfig(FactorConfig):
     )
     """How a layer is computed; all agree to rounding. For each layer's shape, rank and number of
     tokens, `cheapest` chooses the one with the fewest operations on a CPU, and on a GPU the one
-    that takes the least time by the GPU's peak FLOP/s and memory bandwidth. With dropout, training
-    is always factored."""
+    that takes the least time by peak FLOP/s and memory bandwidth: of an A100 on GPUs of compute
+    capability 8.0 to 8.8, of an H100 on all others. With dropout, training is always factored."""
 
     def without_effect(self) -> list[str]:
         """See `registry.Section`."""

@@ -11,6 +11,7 @@ from support.small_llama import MODEL, initial_tensors
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.initial import (
     block_size,
+    check_replaced,
     covering_blocks,
     plain_value,
     split_blocks,
@@ -123,6 +124,22 @@ def test_layers_start_alike_on_any_number_of_ranks(method, keys, shape):
     merged = full["weight"] + layer.scale * full["lora_b"].t() @ full["lora_a"]
     # W - s B A + s B A in fp32, terms of order 1.
     torch.testing.assert_close(merged, weight, rtol=0, atol=4e-6)
+
+
+class Gain(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(3))
+
+
+def test_a_layer_without_initial_values_is_refused():
+    model = MODELS.build(MODEL)
+    names = {name for name, _ in model.named_parameters()}
+    METHODS.build(CONFIGS[-1], 10, seed=0).prepare_model(model)
+    check_replaced(model, names)
+    model.model.norm = Gain()
+    with pytest.raises(TypeError, match=r"Gain .*\(model\.norm\.gain\).*contracts\.Reparametrized"):
+        check_replaced(model, names)
 
 
 # Models.

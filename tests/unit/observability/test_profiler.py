@@ -61,13 +61,12 @@ def test_a_trace_of_the_chosen_steps_is_written_once_and_the_profile_plugin_read
         (False, 0, (0,), 0, 1, False),
         (True, 1, (0,), 0, 1, False),
         (True, 1, "all", 0, 1, True),
-        (True, 0, (0,), 10, 1, False),
+        (True, 0, (0,), 10, 1, True),
         (True, 0, (0,), 0, 30, True),
     ],
 )
 def test_what_is_traced(tmp_path, caplog, enabled, rank, ranks, steps_done, num_steps, is_traced):
-    """Nothing if it is off, on another rank, and in a run that resumes after the chosen steps;
-    the steps so far if the run ends early."""
+    """Nothing if it is off and on another rank; the steps so far if the run ends early."""
     config = ProfilerConfig(enabled=enabled, ranks=ranks, start_step=2, num_steps=num_steps)
     with Profiler(config, tmp_path, rank=rank, steps_done=steps_done) as profiler:
         work(4, profiler)
@@ -75,6 +74,21 @@ def test_what_is_traced(tmp_path, caplog, enabled, rank, ranks, steps_done, num_
     assert names == [f"rank{rank}"] * is_traced
     assert (profiler.trace is not None) == is_traced
     assert not [of for of in caplog.records if of.levelno >= logging.WARNING]
+
+
+def test_a_run_that_resumes_past_the_chosen_steps_is_traced_once(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    slow, names = [], []
+    for steps_done in (10, 12):
+        with Profiler(config_of(start_step=2), tmp_path, steps_done=steps_done) as profiler:
+            for _ in range(6):
+                slow += [steps_done] * profiler.is_slow_next
+                work(1, profiler)
+        names.append(profiler.trace)
+    assert slow == [10, 10]
+    assert names[0] is not None
+    assert names[1] is None
+    assert "start_step = 14 or more" in caplog.text
 
 
 # Snapshots: one if memory runs out, one on request, none otherwise.

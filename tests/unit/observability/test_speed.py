@@ -28,6 +28,7 @@ def clock(monkeypatch):
 def throughput_of(**arguments):
     defaults = {"tokens_per_step": 600, "flops_per_token": 4e9, "num_devices": 2}
     defaults |= {"peak_flops_per_s": 3e12, "num_steps": 110, "start_step": 10}
+    defaults |= {"synchronize": lambda: None}
     return Throughput(**(defaults | arguments))
 
 
@@ -67,6 +68,22 @@ def test_excluded_time_counts_for_the_time_left_only(clock):
     clock.now += 20
     assert throughput.measure(40)["throughput/tokens_per_s"] == pytest.approx(300)
     assert throughput.mean_tokens_per_s == pytest.approx(400)  # 20 steps in 30 s
+
+
+def test_queued_work_before_excluded_time_counts(clock):
+    queued_s = []
+
+    def synchronize():
+        clock.now += sum(queued_s)
+        queued_s.clear()
+
+    throughput = throughput_of(synchronize=synchronize)
+    throughput.measure(20)
+    queued_s += [2.0] * 10  # the device is ten steps behind
+    with throughput.excluded():
+        synchronize()
+        clock.now += 5
+    assert throughput.measure(30)["throughput/tokens_per_s"] == pytest.approx(300)
 
 
 def test_the_peak_is_known_of_the_exact_device_only():
