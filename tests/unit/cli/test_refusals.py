@@ -60,6 +60,7 @@ OTHERS = [
     ("prepare --corpus {corpus} --show --split test", "no test split", "validation"),
     ("prepare --corpus {corpus} --show --split validation --seed 3", "--seed 3", "--split"),
     ("estimate {config} --world-size 2 --fitt 24", "--fitt 24", "--section.key"),
+    ("estimate --json {grid} {config} --world-size 2", "--json {grid}", "not overwritten"),
     ("compare {grid} {grid}", "{grid}", "output_dir"),
     ("compare {grid} {bad_grid}", "baseline", "dens"),
     ("benchmark step {config}:method.rnk=3", "method.rnk=3", "rank"),
