@@ -165,12 +165,16 @@ SNAPSHOT = ("--profiler.memory_snapshot_step", "50")
         ("cpu", 1, ("--data.path", "texts"), '[data] path = "texts"'),
         ("cpu", 1, ("--checkpoint.initial_weights", "a", "--checkpoint.resume", "b"),
          "[checkpoint] initial_weights = 'a'"),
+        # A warm-up that lasts until the end.
+        ("cpu", 1, ("--lr_schedule.warmup_steps", "50", "--training.steps", "50"),
+         "[lr_schedule] warmup_steps = 50"),
+        ("cpu", 1, ("--lr_schedule.warmup_steps", "49", "--training.steps", "50"), None),
     ],
 )  # fmt: skip
-def test_a_key_without_effect_is_named_in_a_note(file, device, num_ranks, words, void):
+def test_a_key_that_does_not_do_what_it_says_is_named_in_a_note(file, device, num_ranks, words, void):
     config = parse_unchecked(["--config", str(file), *words], say=str)
     notes = keys_without_effect(config, num_ranks, device)
-    assert [note.startswith(f"{void} has no effect") for note in notes] == [True] * bool(void)
+    assert [note.startswith(f"{void} ") for note in notes] == [True] * bool(void)
 
 
 @pytest.mark.parametrize(("rank", "is_printed"), [(None, True), ("0", True), ("1", False)])
