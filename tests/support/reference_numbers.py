@@ -51,10 +51,11 @@ LOW_RANK = {
     "apollo": "--method.rank 6 --method.update_interval 7",
     "fira": "--method.rank 6 --method.update_interval 7",
     "galore": "--method.rank 6 --method.update_interval 7",
-    "lora": "--method.rank 6",
+    "lora": "--method.rank 6 --method.alpha 1",
     "low_rank": "--method.rank 6",
     # Resets after 9, 18, 27 and 36 steps; step 20 is inside a warmup.
-    "relora": "--method.rank 6 --method.reset_interval 9 --method.restart_warmup_steps 4",
+    "relora": "--method.rank 6 --method.alpha 1 --method.reset_interval 9 "
+    "--method.restart_warmup_steps 4",
     "sltrain": "--method.rank 6 --method.density 0.1",
     # Switches 6 / 5 vectors of each factor a step.
     "switchlora": "--method.rank 6 --method.interval 5 --method.freeze_steps 2",

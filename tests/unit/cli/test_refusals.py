@@ -13,6 +13,7 @@ from switchtitan.data.tokenizer import train_tokenizer
 TRAIN = [
     # Keys that do not exist or do not fit.
     ("--training.step 9", "--training.step 9", "steps"),
+    ("--config {lora} --method.init balanced", '"balanced"', "write alpha = 1"),
     ("--model.attention flash_attn", "[model] attention = 'flash_attn'", "CUDA"),
     # What is not there.
     ("--data.dataset text --data.path no/books", "[data] path = ", "no/books"),

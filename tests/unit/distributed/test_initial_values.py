@@ -94,7 +94,7 @@ def test_a_small_tensor_is_drawn_at_once_a_large_one_starts_alike_and_a_rank_dra
     ("method", "keys"),
     [
         ("lora", {"init": "lora"}),
-        ("lora", {"init": "balanced"}),
+        ("lora", {"init": "balanced", "alpha": 1.0}),
         ("switchlora", {}),
         ("switchlora", {"init": "lora"}),
         ("switchlora", {"candidates": "constant"}),
@@ -126,7 +126,11 @@ def test_layers_start_alike_on_any_number_of_ranks(method, keys, shape):
 
 
 # Models.
-CONFIGS = [FullRankConfig(), LoraConfig(rank=3, init="balanced"), SwitchLoraConfig(rank=3)]
+CONFIGS = [
+    FullRankConfig(),
+    LoraConfig(rank=3, alpha=1.0, init="balanced"),
+    SwitchLoraConfig(rank=3),
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)

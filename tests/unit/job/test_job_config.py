@@ -171,7 +171,9 @@ SNAPSHOT = ("--profiler.memory_snapshot_step", "50")
         ("cpu", 1, ("--lr_schedule.warmup_steps", "49", "--training.steps", "50"), None),
     ],
 )  # fmt: skip
-def test_a_key_that_does_not_do_what_it_says_is_named_in_a_note(file, device, num_ranks, words, void):
+def test_a_key_that_does_not_do_what_it_says_is_named_in_a_note(
+    file, device, num_ranks, words, void
+):
     config = parse_unchecked(["--config", str(file), *words], say=str)
     notes = keys_without_effect(config, num_ranks, device)
     assert [note.startswith(f"{void} ") for note in notes] == [True] * bool(void)
