@@ -113,7 +113,8 @@ class DataConfig(SourceConfig):
     """Processes per rank that prefetch batches; 0 reads in the training process."""
     offline_dataset: Literal["pystdlib"] | None = None
     """The corpus to fall back to, with a tokenizer trained on it, if the Hugging Face hub cannot be
-    reached; default: an error."""
+    reached; default: an error. On a machine with GPUs, training falls back only if this key is
+    given on the command line."""
 
     @property
     def trained_vocab_size(self) -> int:

@@ -176,6 +176,10 @@ def parse_arguments(
     raise_together(check(config, num_ranks, device))
     for message in keys_without_effect(config, num_ranks, device):
         say(message)
+    if device == "cuda" and ("data", "offline_dataset") not in split_arguments(argv)[2]:
+        # Hours of training on another corpus must be asked for. On a CPU it is a trial.
+        data = config.data.model_copy(update={"offline_dataset": None})
+        return config.model_copy(update={"data": data})
     return config
 
 

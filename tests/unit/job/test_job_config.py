@@ -8,6 +8,7 @@ import torch
 from support.checkpoints import refused
 
 from switchtitan.config import FOLDER, QUICKSTART, resolved_toml
+from switchtitan.distributed.dtype import Bf16Support
 from switchtitan.errors import ConfigError
 from switchtitan.job.checks import keys_without_effect, missing_toolchain
 from switchtitan.job.config import parse_arguments, parse_unchecked, print_note
@@ -177,6 +178,21 @@ def test_a_key_that_does_not_do_what_it_says_is_named_in_a_note(
     config = parse_unchecked(["--config", str(file), *words], say=str)
     notes = keys_without_effect(config, num_ranks, device)
     assert [note.startswith(f"{void} ") for note in notes] == [True] * bool(void)
+
+
+@pytest.mark.parametrize(
+    ("device", "words", "fallback"),
+    [
+        ("cpu", (), "pystdlib"),
+        ("cuda", (), None),
+        ("cuda", ("--data.offline_dataset", "pystdlib"), "pystdlib"),
+    ],
+)
+def test_on_gpus_only_the_command_line_allows_another_corpus(monkeypatch, device, words, fallback):
+    monkeypatch.setattr("switchtitan.job.config.device_type", lambda: device)
+    monkeypatch.setattr("switchtitan.job.checks.bf16_support", lambda _: Bf16Support(True, ""))
+    config = parse_arguments(["--config", str(FOLDER / "llama_60m.toml"), *words], 1, str)
+    assert config.data.offline_dataset == fallback
 
 
 @pytest.mark.parametrize(("rank", "is_printed"), [(None, True), ("0", True), ("1", False)])
