@@ -166,6 +166,8 @@ SNAPSHOT = ("--profiler.memory_snapshot_step", "50")
         ("cpu", 1, ("--data.path", "texts"), '[data] path = "texts"'),
         ("cpu", 1, ("--checkpoint.initial_weights", "a", "--checkpoint.resume", "b"),
          "[checkpoint] initial_weights = 'a'"),
+        ("cpu", 1, ("--checkpoint.keep_every", "9", "--checkpoint.keep_latest", "0"),
+         "[checkpoint] keep_every = 9"),
         # A warm-up that lasts until the end.
         ("cpu", 1, ("--lr_schedule.warmup_steps", "50", "--training.steps", "50"),
          "[lr_schedule] warmup_steps = 50"),
