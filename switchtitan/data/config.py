@@ -25,7 +25,7 @@ class SourceConfig(Section):
 
     dataset: DatasetName = "pystdlib"
     """The corpus. "pystdlib": the standard library of the running interpreter, about 30 MB that
-    every machine has; "english": 4 MB of English prose, after pip install 'switchtitan[english]';
+    every machine has; "english": 4 MB of English prose, after pip install '.[english]';
     "c4": English C4, streamed from the Hugging Face hub; "hub": the dataset `path` on the hub;
     "text", "jsonl" (also with .gz or .zst), "parquet": the files of that kind under `path`;
     "nanogpt": token files."""

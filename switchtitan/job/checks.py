@@ -176,8 +176,8 @@ def _check_reports(config: "JobConfig", num_ranks: int) -> list[str]:
 
 
 def _needs_package(place: str, package: str) -> str:
-    install = f"pip install 'switchtitan[{package}]'"
-    return f"{place}: needs the package {package}; run {install}, or choose another"
+    install = f"pip install '.[{package}]'"
+    return f"{place}: needs the package {package}; run {install} in the checkout, or choose another"
 
 
 def _check_compiler(config: "JobConfig", device: str) -> list[str]:

