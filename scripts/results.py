@@ -49,13 +49,13 @@ _FORMULA = re.compile(r"<!-- \w+: [^>]+ -->")
 _TABLE = re.compile(r"<!-- results (?P<file>\w+): (?P<rows>[^>]+) -->\n.*?<!-- end -->", re.DOTALL)
 _COLUMNS = (
     "",
-    "lr",
-    "other_lr",
-    "trained",
-    "state, MiB",
     "test loss",
     "minus the first row's",
     "on validation",
+    "state, MiB",
+    "trained",
+    "lr",
+    "other_lr",
 )
 _PICTURE = re.compile(r"<!-- picture (?P<file>\w+): (?P<baseline>\S+); (?P<series>[^>]+) -->")
 
@@ -126,12 +126,12 @@ def _table(match: re.Match[str]) -> str:
         lines.append(
             (
                 title,
-                f"{float(run['optimizer.lr']):g}",
-                f"{float(run['optimizer.other_lr']):g}" if run.get("optimizer.other_lr") else "-",
-                f"{int(run['num_trainable']) / 1e6:.2f} M",
-                f"{float(run['state_gib']) * 1024:.1f}",
                 f"{fmean(_losses(file, row, 'test_loss').values()):.3f}",
                 *(cells.get(row, "-") for cells in columns),
+                f"{float(run['state_gib']) * 1024:.1f}",
+                f"{int(run['num_trainable']) / 1e6:.2f} M",
+                f"{float(run['optimizer.lr']):g}",
+                f"{float(run['optimizer.other_lr']):g}" if run.get("optimizer.other_lr") else "-",
             )
         )
     # A key that was not tuned has no value in the file.

@@ -6,6 +6,7 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path, PurePath
@@ -366,6 +367,8 @@ def _literal(word: str) -> object:
     try:
         value = tomli.loads(f"value = {word}")["value"]
     except (ValueError, RecursionError):
+        with suppress(ValueError):  # Python and shells write .5 and 5., which TOML does not have
+            return float(word) if "." in word else word
         return word
     # No key takes a date or a time.
     return value if isinstance(value, str | bool | int | float | list | dict) else word

@@ -21,6 +21,8 @@ class Section(BaseModel):
 
     resumable_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys that do not affect results; they may change on resume."""
+    former_defaults: ClassVar[Mapping[str, float]] = {}
+    """Keys whose default has changed, and what it was: checksums of finished runs rest on it."""
 
     def without_effect(self) -> list[str]:
         """Return messages such as `min_factor = 0.2 has no effect with decay = "constant"`."""

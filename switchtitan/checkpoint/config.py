@@ -21,6 +21,9 @@ class CheckpointConfig(Section):
     keep_latest: int = Field(default=2, ge=0)
     """How many of this run's newest checkpoints to keep; 0 keeps all."""
 
+    keep_every: int | None = Field(default=None, ge=1)
+    """Also keep checkpoints whose step is a multiple of this, at least 1; default: none."""
+
     resume: _GivenPath = Field(default=RESUME_AUTO, min_length=1)
     """What to resume from. "auto": the newest complete checkpoint in the output folder, if any.
     "never": start from scratch; an error if the output folder holds checkpoints. Otherwise the path
@@ -48,9 +51,12 @@ class CheckpointConfig(Section):
 
     def without_effect(self) -> list[str]:
         """See `registry.Section`."""
-        if self.initial_weights is None or self.resume in (RESUME_AUTO, RESUME_NEVER):
-            return []
-        return [
-            f"initial_weights = {self.initial_weights!r} has no effect, since resume = "
-            f"{self.resume!r} restores all weights"
-        ]
+        void = []
+        if self.initial_weights is not None and self.resume not in (RESUME_AUTO, RESUME_NEVER):
+            void.append(
+                f"initial_weights = {self.initial_weights!r} has no effect, since resume = "
+                f"{self.resume!r} restores all weights"
+            )
+        if self.keep_every is not None and self.keep_latest == 0:
+            void.append(f"keep_every = {self.keep_every} has no effect with keep_latest = 0")
+        return void

@@ -259,12 +259,13 @@ class Checkpointer:
         return final
 
     def _prune(self, newest: CheckpointMetadata) -> None:
-        """Deletes all but the newest `keep_latest` of this run's checkpoints.
+        """Deletes all but the newest `keep_latest` and every `keep_every`-th of this run's
+        checkpoints.
 
         Those of later steps, of other runs, with unreadable metadata or with files of others, and
         those that the search on resume has found damaged, stay and do not count.
         """
-        num_kept = 0
+        num_newest, keep_every = 0, self._config.keep_every
         for path in list_step_folders(self._folder) if self._config.keep_latest else ():
             try:
                 text = (path / METADATA_FILE).read_bytes()
@@ -272,8 +273,9 @@ class Checkpointer:
                 is_own = all(_OWN_FILE.fullmatch(file.name) for file in path.iterdir())
                 is_own = is_own and path not in self._skipped
                 if is_own and metadata.identity == newest.identity and metadata.step <= newest.step:
-                    num_kept += 1
-                    if num_kept > self._config.keep_latest:
+                    num_newest += 1
+                    is_kept = keep_every is not None and metadata.step % keep_every == 0
+                    if num_newest > self._config.keep_latest and not is_kept:
                         # Renamed first: what an interrupted deletion leaves is no checkpoint.
                         _remove(path.rename(_partial_folder(path)))
             except (OSError, ValueError) as error:

@@ -72,7 +72,7 @@ def _findings(output_dir: Path) -> Iterator[Finding]:
         yield from _findings_with_torch()
     for extra, (package, purpose) in _EXTRAS.items():
         problem = "" if is_installed(package) else f"{package} is not installed, {purpose}"
-        fix = f"run pip install 'switchtitan[{extra}]' if you need it"
+        fix = f"run pip install '.[{extra}]' in the checkout if you need it"
         yield _finding(extra, problem, fix, f"{package} is installed, {purpose}", "optional")
     folder = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     # For a few checkpoints; for compiled code; for the data loader's batches.

@@ -49,6 +49,8 @@ _WITH_KEYS = ("prepare", "benchmark", "estimate")
 _TELLING = ("prepare", "compare")
 """Commands whose log is shown."""
 _STDOUT = "-"
+_RESULT_START = b'{\n  "command": "switchtitan '
+"""How a file that `--json` wrote begins."""
 
 T = TypeVar("T")
 
@@ -133,9 +135,21 @@ def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
 
 
 def _check_json(file: Path) -> None:
-    """Checks `--json FILE` before hours of measuring."""
+    """Checks `--json FILE` before hours of measuring. Only an earlier result is overwritten."""
     if not os.path.exists(file.absolute().parent) or (os.path.exists(file) and file.is_dir()):
         raise errors.ConfigError(f"--json {file}: expected a file in a folder that exists")
+    if not os.path.isfile(file):
+        return
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(_RESULT_START))
+    except OSError as error:
+        raise errors.ConfigError(f"--json {file}: cannot be read: {error.strerror}") from error
+    if start not in (b"", _RESULT_START):
+        raise errors.ConfigError(
+            f"--json {file}: exists and is no result of --json, so it is not overwritten; name "
+            "another file, or print the result with --json=-"
+        )
 
 
 def _write_json(file: str, result: dict[str, Any]) -> None:

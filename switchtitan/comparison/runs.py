@@ -20,14 +20,13 @@ from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.observability import RESULTS_FILE
+from switchtitan.registry import Section
 from switchtitan.spectra.spectrum import summarize
 from switchtitan.spectra.weight_change import checkpoint_spectra
 from switchtitan.training.output import CONFIG_FILE
 
 _KEYS_OF_A_MACHINE = {"job": {"name", "output_dir"}, "data": {"cache_dir"}}
 """Keys that change no result: names and folders."""
-DEFAULTS_VERSION = 1
-"""Increase it when the default of a key changes: earlier runs had the default of then."""
 
 
 @dataclass(frozen=True)
@@ -119,20 +118,25 @@ def config_sha256(config: JobConfig) -> str:
     """Returns a checksum of a run's configuration, without its name and folders.
 
     Runs with the same checksum compute the same, on the same corpus and with the same code. It
-    covers the keys that differ from their defaults, so that a later version with more keys knows
-    the runs of an earlier one.
+    covers the keys that differ from their first defaults, so that a later version with more keys,
+    or other defaults, knows the runs of an earlier one.
     """
     contents: dict[str, Any] = {
         section: {
             key: value
             for key, value in values.model_dump(mode="json").items()
             if key not in _KEYS_OF_A_MACHINE.get(section, ())
-            and (key == "name" or not values.is_default(key))
+            and (key == "name" or not _is_first_default(values, key))
         }
         for section, values in config
     }
-    contents["defaults"] = DEFAULTS_VERSION
+    contents["defaults"] = 1  # in all published checksums
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _is_first_default(section: Section, key: str) -> bool:
+    former = section.former_defaults
+    return getattr(section, key) == former[key] if key in former else section.is_default(key)
 
 
 def read_folder(run: Run) -> RunResult | None:

@@ -26,7 +26,7 @@ class SourceConfig(Section):
 
     dataset: DatasetName = "pystdlib"
     """The corpus. "pystdlib": the standard library of the running interpreter, about 30 MB that
-    every machine has; "english": 4 MB of English prose, after pip install 'switchtitan[english]';
+    every machine has; "english": 4 MB of English prose, after pip install '.[english]';
     "c4": English C4, streamed from the Hugging Face hub; "hub": the dataset `path` on the hub;
     "text", "jsonl" (also with .gz or .zst), "parquet": the files of that kind under `path`;
     "nanogpt": token files."""
@@ -131,7 +131,8 @@ class DataConfig(SourceConfig):
     """Processes per rank that prefetch batches; 0 reads in the training process."""
     offline_dataset: Literal["pystdlib"] | None = None
     """The corpus to fall back to, with a tokenizer trained on it, if the Hugging Face hub cannot be
-    reached; default: an error."""
+    reached; default: an error. On a machine with GPUs, training falls back only if this key is
+    given on the command line."""
 
     @property
     def trained_vocab_size(self) -> int:

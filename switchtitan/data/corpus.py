@@ -79,8 +79,8 @@ def plan_corpus(config: DataConfig) -> CorpusPlan:
     if config.offline_dataset is None:
         raise CorpusError(
             f"[data] {problem}; check the connection, prepare the corpus on a connected machine "
-            f"(switchtitan prepare) and copy {plan.folder}, set a local path, or set "
-            "offline_dataset = 'pystdlib'"
+            f"(switchtitan prepare) and copy {plan.folder}, set a local path, or train on Python's "
+            "standard library with --data.offline_dataset pystdlib"
         )
     fallback = plan_from_name(config.fallback_config(), problem)
     logger.warning(

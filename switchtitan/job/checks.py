@@ -79,7 +79,7 @@ def check_device(config: "JobConfig", device: str) -> list[str]:
 
 
 def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> list[str]:
-    """Return a message for each key that this run does not use."""
+    """Return a message for each key that this run does not use, and for an endless warm-up."""
     training, profiler, on_gpu = config.training, config.profiler, device == "cuda"
     trains_all = f"with [method] name = {toml_value(config.method.name)}, which trains all weights"
     _, shard = mesh_shape(config.parallelism, num_ranks)
@@ -105,7 +105,13 @@ def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> lis
         if is_void and not getattr(config, section).is_default(key):
             value = toml_value(getattr(getattr(config, section), key))
             void.append(f"[{section}] {key} = {value} has no effect {cause}")
-    return [f"{message}; remove it" for message in void]
+    notes = [f"{message}; remove it" for message in void]
+    if (warmup_steps := config.lr_schedule.warmup_steps) >= training.steps:
+        notes.append(
+            f"[lr_schedule] warmup_steps = {warmup_steps} lasts until the end, [training] steps = "
+            f"{training.steps}: the learning rate only rises; lower it"
+        )
+    return notes
 
 
 def _check_ranks(config: "JobConfig", num_ranks: int) -> list[str]:
@@ -170,8 +176,8 @@ def _check_reports(config: "JobConfig", num_ranks: int) -> list[str]:
 
 
 def _needs_package(place: str, package: str) -> str:
-    install = f"pip install 'switchtitan[{package}]'"
-    return f"{place}: needs the package {package}; run {install}, or choose another"
+    install = f"pip install '.[{package}]'"
+    return f"{place}: needs the package {package}; run {install} in the checkout, or choose another"
 
 
 def _check_compiler(config: "JobConfig", device: str) -> list[str]:

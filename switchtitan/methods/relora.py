@@ -12,8 +12,9 @@ from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimi
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.random import draw_vectors, generator_for
 from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, row_range
+from switchtitan.methods.lora import ZeroStartConfig
 from switchtitan.methods.lowrank.linear import FACTORS, LowRankLinear, lora_bounds, low_rank_layers
-from switchtitan.methods.lowrank.method import LowRankConfig, LowRankMethod
+from switchtitan.methods.lowrank.method import LowRankMethod
 from switchtitan.methods.lowrank.rounding import FrozenWeights
 from switchtitan.optim.base import SplitOptimizer
 from switchtitan.regions import region
@@ -21,7 +22,7 @@ from switchtitan.regions import region
 logger = logging.getLogger(__name__)
 
 
-class ReloraConfig(LowRankConfig):
+class ReloraConfig(ZeroStartConfig):
     """`[method] name = "relora"`: ReLoRA (arXiv 2307.05695). The paper starts from a model trained
     at full rank; see `[checkpoint] initial_weights`."""
 

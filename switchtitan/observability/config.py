@@ -19,7 +19,7 @@ class MetricsConfig(Section):
 
     trackers: tuple[Literal["wandb"], ...] = ()
     """Experiment trackers that the scalars are also sent to: Weights & Biases. Its package is an
-    extra, `pip install 'switchtitan[wandb]'`; its variables apply, e.g. `WANDB_MODE=offline`."""
+    extra, `pip install '.[wandb]'`; its variables apply, e.g. `WANDB_MODE=offline`."""
 
     progress_bar: bool = True
     """Draw a progress bar if standard error is a terminal."""

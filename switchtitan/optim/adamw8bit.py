@@ -20,7 +20,7 @@ _MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 
 class AdamW8bitConfig(AdamKeys):
     """`[optimizer] name = "adamw8bit"`: `torchao.optim.AdamW8bit`, AdamW with moments in 8 bits
-    (arXiv 2110.02861); `pip install 'switchtitan[torchao]'`. A moment takes one byte for each
+    (arXiv 2110.02861); `pip install '.[torchao]'`. A moment takes one byte for each
     element, and four for each block of at most 256 elements of a row. Vectors, matrices with fewer
     than 4096 elements and rows without a divisor from 64 to 256 keep moments in fp32. Updates one
     parameter after the other; compile it, since a matrix takes over 100 kernels otherwise."""

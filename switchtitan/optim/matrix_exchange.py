@@ -43,7 +43,7 @@ class MatrixExchange:
         order = sorted(range(len(matrices)), key=lambda place: (owners[place], shapes[place]))
         self._order = order
         self._held = [(len(row_range(matrices[place])), shapes[place][1]) for place in order]
-        # The last ranks send rows that do not exist, so that all ranks send equally much.
+        # Every rank sends the same number of rows; the last ones pad.
         self._sizes = [self._size_per_rank(shapes[place]) for place in order]
         self._sizes_of_owners = [0] * self._num_ranks
         for place, size in zip(order, self._sizes, strict=True):

@@ -27,7 +27,7 @@ class TrainedParameter(NamedTuple):
     compute_dtype: torch.dtype = torch.float32
     """dtype in which the model multiplies by it."""
     decays: bool = False
-    """Whether weight decay applies though it is no matrix, without `decay_norms`, too."""
+    """Whether weight decay applies even if it is 1-dim and `decay_norms` is off."""
 
 
 class ParameterGroup(NamedTuple):

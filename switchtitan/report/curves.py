@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from switchtitan.observability.tensorboard import Curve
 
@@ -16,7 +17,8 @@ NUM_SWITCHED, COVERAGE = "switch/vectors_switched_total", "switch/candidate_cove
 
 def draw_curves(runs: Runs) -> Figure:
     """Draws losses on the left; learning rate and, if any run switched, switches on the right."""
-    figure = Figure(layout="constrained")
+    # The default padding lets titles touch the labels above.
+    figure = Figure(layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1))
     switching = {label: curves for label, curves in runs.items() if NUM_SWITCHED in curves}
     if switching:
         panels = figure.subplot_mosaic([["loss", "lr"], ["loss", "switch"]], width_ratios=[1.3, 1])

@@ -93,12 +93,12 @@ def write_page(runs: Mapping[str, RunRecord], pictures: Pictures, file: Path) ->
 
 
 def _results(runs: Mapping[str, RunRecord]) -> Table:
-    """A row for each run, with the columns that any run has."""
-    found = [record.results for record in runs.values()]
-    keys = [key for key in _RESULTS if any(results.get(key) is not None for results in found)]
-    rows = [["run", *keys]]
-    for label, results in zip(runs, found, strict=True):
-        rows.append([label, *(_shown(key, results.get(key)) for key in keys)])
+    """A row for each figure that any run has: a row for each run would be wider than the page."""
+    rows = [["", *runs]]
+    for key in _RESULTS:
+        values = [record.results.get(key) for record in runs.values()]
+        if any(value is not None for value in values):
+            rows.append([key, *(_shown(key, value) for value in values)])
     return rows
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from switchtitan.checkpoint.load import find_given, read_metadata
 from switchtitan.spectra.spectrum import (
@@ -76,7 +77,8 @@ def table(runs: Mapping[str, RunSpectra]) -> list[list[str]]:
 def draw(runs: Mapping[str, RunSpectra]) -> Figure:
     """Draws mean spectrum, effective rank by kind of layer and, if measured, over training."""
     panels = [name for name in _PANELS if any(getattr(run, name) for run in runs.values())]
-    figure = Figure(figsize=(4.8 * len(panels), 4.4), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1)
+    figure = Figure(figsize=(4.8 * len(panels), 4.4), layout=layout)
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         style, settings = _PANELS[name]
         for label, run in runs.items():

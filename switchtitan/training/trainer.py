@@ -189,7 +189,7 @@ class Trainer:
                 raise
 
     def _after_step(self, result: StepResult) -> None:
-        """Does what is due after an update. What was due after a skipped one is done already."""
+        """Does what is due after an update; not after skipped batches: the step did not advance."""
         step = self.stepper.state.step
         self._running_loss.add(result)
         if self.profiler is not None:

@@ -238,7 +238,7 @@ def test_the_command_compares_configurations(tmp_path):
 def test_without_triton_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     outcome = run("benchmark", "gpu", "llama_60m.toml")
-    outcome.check_refused("triton", "switchtitan[gpu-compile]")
+    outcome.check_refused("triton", ".[gpu-compile]")
 
 
 def test_sigterm_ends_the_processes_that_compile():

@@ -36,7 +36,7 @@ PARTITIONED = "aot_eager_decomp_partition"
 def build_model(mode, backend=None, dropout=0.0):
     with torch.device("meta"):
         model = MODELS.build(MODEL)
-    method = LoraConfig(rank=6, init="balanced", dropout=dropout)
+    method = LoraConfig(rank=6, alpha=1.0, init="balanced", dropout=dropout)
     METHODS.build(method, 10, seed=0).prepare_model(model)
     checkpoint_activations(model, ActivationCheckpointConfig(mode=mode))
     if backend is not None:

@@ -27,6 +27,7 @@ def timed(trained, tmp_path_factory):
     file = tmp_path_factory.mktemp("timed") / "record.json"
     words = ("step", *sides, "--rounds", 2, "--steps-per-round", 2, "--json", file)
     words = (*words, "--data.seq_len", 8)
+    run("estimate", trained.config, "--world-size", 2, "--json", file)  # is overwritten
     outcome = run("benchmark", *words)
     assert outcome.status == 0, outcome.errors
     record = json.loads(file.read_text())

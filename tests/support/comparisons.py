@@ -28,7 +28,7 @@ set.method = {{ name = "lora", rank = 4 }}
 [[rows]]
 name = "thin-balanced"
 learning_rate_of = "thin"
-set.method = {{ name = "lora", rank = 4, init = "balanced" }}
+set.method = {{ name = "lora", rank = 4, alpha = 1, init = "balanced" }}
 """
 LR = "optimizer.lr"
 HEIGHT = {"dense": 1.0, "thin": 2.0, "thin-balanced": 1.5}

@@ -24,10 +24,10 @@ METHOD_KEYS = {
     "fira": "rank = 6\nupdate_interval = 7",
     "full_rank": "",
     "galore": "rank = 6\nupdate_interval = 7",
-    "lora": "rank = 6",
+    "lora": "rank = 6\nalpha = 1",
     "low_rank": "rank = 6",
     # Resets after 9, 18, 27 and 36 steps; step 20 is inside a learning rate warmup.
-    "relora": "rank = 6\nreset_interval = 9\nrestart_warmup_steps = 4",
+    "relora": "rank = 6\nalpha = 1\nreset_interval = 9\nrestart_warmup_steps = 4",
     "sltrain": "rank = 6\ndensity = 0.1",
     # Every layer switches 6 / 5 vectors of each factor per step.
     "switchlora": 'rank = 6\ninterval = 5\nfreeze_steps = 2\ndecay = "constant"',

@@ -67,7 +67,7 @@ def call_with_gpus(calls: Sequence[tuple[str, Callable[[], T]]]) -> list[T]:
     """
     problem = unusable()
     if importlib.util.find_spec("triton") is None:
-        problem = "requires triton; run `pip install 'switchtitan[gpu-compile]'`"
+        problem = "requires triton; run `pip install '.[gpu-compile]'` in the checkout"
     if problem is not None:
         raise EnvironmentMismatchError(f"compiling for a GPU without one {problem}")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -183,7 +183,7 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float, factor: Tensor) -
     """Returns s (left right), scaled inside the product: no other kernel reads the result.
 
     Args:
-        factor: has rows of the length of those of `right`; is not read.
+        factor: only its width, that of `right`, matters: addmm needs an input, beta = 0 ignores it.
     """
     unread = factor[:1].expand(len(left), -1)
     return torch.addmm(unread, left, right, beta=0, alpha=scale)

@@ -90,7 +90,7 @@ class StoredCandidates:
         copy_all_(self._returning(switches, vectors))
 
     def flush(self) -> None:
-        """All are there."""
+        """Nothing is in flight."""
 
     def replicated(self) -> dict[str, Tensor]:
         return {}

@@ -171,10 +171,19 @@ def test_a_checkpoint_of_another_format_is_refused_and_untouched(
 # Those to delete.
 
 
-@pytest.mark.parametrize(("keep_latest", "kept"), [(1, [10]), (2, [9, 10]), (0, [2, 9, 10])])
-def test_only_the_newest_are_kept(make_checkpointer, tensors, folder, keep_latest, kept):
-    checkpointer = make_checkpointer(keep_latest=keep_latest)
-    save_steps(checkpointer, tensors, 2)
+@pytest.mark.parametrize(
+    ("keys", "kept"),
+    [
+        ({"keep_latest": 1}, [10]),
+        ({"keep_latest": 2}, [9, 10]),
+        ({"keep_latest": 0}, [2, 3, 9, 10]),
+        ({"keep_latest": 1, "keep_every": 3}, [3, 9, 10]),
+        ({"keep_latest": 2, "keep_every": 2}, [2, 9, 10]),
+    ],
+)
+def test_the_newest_are_kept_and_every_nth(make_checkpointer, tensors, folder, keys, kept):
+    checkpointer = make_checkpointer(**keys)
+    save_steps(checkpointer, tensors, 2, 3)
     # What an interrupted deletion leaves.
     (folder / ".step-000000001.partial").mkdir()
     save_steps(checkpointer, tensors, 9, 10)

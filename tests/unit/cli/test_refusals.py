@@ -14,6 +14,7 @@ from switchtitan.data.tokenizer import train_tokenizer
 TRAIN = [
     # Keys that do not exist or do not fit.
     ("--training.step 9", "--training.step 9", "steps"),
+    ("--config {lora} --method.init balanced", '"balanced"', "write alpha = 1"),
     ("--model.attention flash_attn", "[model] attention = 'flash_attn'", "CUDA"),
     # What is not there.
     ("--data.dataset text --data.path no/books {new_run}", "[data] path = ", "no/books"),
@@ -62,6 +63,7 @@ OTHERS = [
     ("prepare --corpus {corpus} --show --split test", "no test split", "validation"),
     ("prepare --corpus {corpus} --show --split validation --seed 3", "--seed 3", "--split"),
     ("estimate {config} --world-size 2 --fitt 24", "--fitt 24", "--section.key"),
+    ("estimate --json {grid} {config} --world-size 2", "--json {grid}", "not overwritten"),
     ("compare {grid} {grid}", "{grid}", "output_dir"),
     ("compare {grid} {bad_grid}", "baseline", "dens"),
     ("benchmark step {config}:method.rnk=3", "method.rnk=3", "rank"),

@@ -10,7 +10,7 @@ from support.comparisons import GRID, LR, loss_of, result_of, train, write_grid
 
 from switchtitan.comparison.comparison import check_plan, follow
 from switchtitan.comparison.config import load_comparison
-from switchtitan.comparison.runs import config_sha256, plan_run
+from switchtitan.comparison.runs import config_sha256, plan_run, read_csv
 from switchtitan.config import toml_value
 from switchtitan.errors import ConfigError
 
@@ -63,6 +63,15 @@ def test_the_shipped_comparisons_are_valid():
     assert len(files) > 1
     for file in files:
         check_plan(load_comparison(file))
+
+
+def test_a_default_that_has_changed_is_noted_and_published_runs_stay_known(caplog):
+    comparison = load_comparison(COMPARISONS / "lora_alpha_python.toml")
+    caplog.set_level("INFO", "switchtitan")
+    check_plan(comparison)
+    assert "row lora-r32: [method] alpha = 1; the default is 32" in caplog.text
+    known = read_csv(COMPARISONS.parents[1] / "docs" / "results" / "lora_alpha_python.csv")
+    assert follow(comparison, lambda run: known.get(config_sha256(run.config))).due == []
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,11 @@ SWITCH = '[training]\nsteps = 3\n[method]\nname = "switch"\n'
     [
         (bool, ["true"], True),
         (int, ["1_000"], 1000),
+        (int, ["+5"], 5),
         (float, ["1e-3"], 1e-3),
+        (float, [".001"], 1e-3),
+        (float | None, ["-5."], -5.0),
+        (str, [".5"], ".5"),
         (float | None, ["none"], None),
         (str, ["none"], "none"),
         (str, ['"quoted"'], "quoted"),
@@ -112,7 +116,7 @@ SWITCH = '[training]\nsteps = 3\n[method]\nname = "switch"\n'
         (tuple[str, ...], ["[q_proj, v_proj]"], ("q_proj", "v_proj")),
         (tuple[str, ...], ["q_proj", "v_proj"], ("q_proj", "v_proj")),
         (tuple[str, ...], ["1,2"], ("1", "2")),
-        (tuple[float, float], ["0.9,0.95"], (0.9, 0.95)),
+        (tuple[float, float], ["0.9,.95"], (0.9, 0.95)),
         (Literal["auto"] | int, ["7"], 7),
     ],
 )

@@ -95,7 +95,7 @@ def test_a_small_tensor_is_drawn_at_once_a_large_one_starts_alike_and_a_rank_dra
     ("method", "keys"),
     [
         ("lora", {"init": "lora"}),
-        ("lora", {"init": "balanced"}),
+        ("lora", {"init": "balanced", "alpha": 1.0}),
         ("switchlora", {}),
         ("switchlora", {"init": "lora"}),
         ("switchlora", {"candidates": "constant"}),
@@ -143,7 +143,11 @@ def test_a_layer_without_initial_values_is_refused():
 
 
 # Models.
-CONFIGS = [FullRankConfig(), LoraConfig(rank=3, init="balanced"), SwitchLoraConfig(rank=3)]
+CONFIGS = [
+    FullRankConfig(),
+    LoraConfig(rank=3, alpha=1.0, init="balanced"),
+    SwitchLoraConfig(rank=3),
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)

@@ -8,6 +8,7 @@ import torch
 from support.checkpoints import refused
 
 from switchtitan.config import FOLDER, QUICKSTART, resolved_toml
+from switchtitan.distributed.dtype import Bf16Support
 from switchtitan.errors import ConfigError
 from switchtitan.job.checks import keys_without_effect, missing_toolchain
 from switchtitan.job.config import parse_arguments, parse_unchecked, print_note
@@ -120,7 +121,7 @@ def test_without_a_file_the_quickstart_is_read_at_the_launchers_number_of_ranks(
         (("--data.vocab_size", "5000"), 1, ("[data] vocab_size = 5000", "vocab_size = 4096")),
         (("--profiler.enabled", "true", "--profiler.ranks", "0,3"), 2, ("ranks = [0, 3]", "to 1")),
         (("--model.num_heads", "3"), 1, ("[model] hidden_size = 128", "num_heads = 3")),
-        (("--metrics.trackers", "wandb"), 1, ("[metrics] trackers", "switchtitan[wandb]")),
+        (("--metrics.trackers", "wandb"), 1, ("[metrics] trackers", ".[wandb]")),
     ],
 )  # fmt: skip
 def test_values_that_do_not_fit_together_are_refused(
@@ -165,12 +166,35 @@ SNAPSHOT = ("--profiler.memory_snapshot_step", "50")
         ("cpu", 1, ("--data.path", "texts"), '[data] path = "texts"'),
         ("cpu", 1, ("--checkpoint.initial_weights", "a", "--checkpoint.resume", "b"),
          "[checkpoint] initial_weights = 'a'"),
+        ("cpu", 1, ("--checkpoint.keep_every", "9", "--checkpoint.keep_latest", "0"),
+         "[checkpoint] keep_every = 9"),
+        # A warm-up that lasts until the end.
+        ("cpu", 1, ("--lr_schedule.warmup_steps", "50", "--training.steps", "50"),
+         "[lr_schedule] warmup_steps = 50"),
+        ("cpu", 1, ("--lr_schedule.warmup_steps", "49", "--training.steps", "50"), None),
     ],
 )  # fmt: skip
-def test_a_key_without_effect_is_named_in_a_note(file, device, num_ranks, words, void):
+def test_a_key_that_does_not_do_what_it_says_is_named_in_a_note(
+    file, device, num_ranks, words, void
+):
     config = parse_unchecked(["--config", str(file), *words], say=str)
     notes = keys_without_effect(config, num_ranks, device)
-    assert [note.startswith(f"{void} has no effect") for note in notes] == [True] * bool(void)
+    assert [note.startswith(f"{void} ") for note in notes] == [True] * bool(void)
+
+
+@pytest.mark.parametrize(
+    ("device", "words", "fallback"),
+    [
+        ("cpu", (), "pystdlib"),
+        ("cuda", (), None),
+        ("cuda", ("--data.offline_dataset", "pystdlib"), "pystdlib"),
+    ],
+)
+def test_on_gpus_only_the_command_line_allows_another_corpus(monkeypatch, device, words, fallback):
+    monkeypatch.setattr("switchtitan.job.config.device_type", lambda: device)
+    monkeypatch.setattr("switchtitan.job.checks.bf16_support", lambda _: Bf16Support(True, ""))
+    config = parse_arguments(["--config", str(FOLDER / "llama_60m.toml"), *words], 1, str)
+    assert config.data.offline_dataset == fallback
 
 
 @pytest.mark.parametrize(("rank", "is_printed"), [(None, True), ("0", True), ("1", False)])
