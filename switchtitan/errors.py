@@ -92,7 +92,7 @@ def record_end(message: str, status: int) -> None:
 
 
 def recorded_end() -> tuple[int, str] | None:
-    """Returns the status and the message, as lines, that the run's first process to end has left."""
+    """Returns the status and the line that the first process to end has left in that file."""
     try:
         status, _, line = Path(os.environ[ENDED]).read_text(encoding="utf-8").partition("\n")
         return int(status), line

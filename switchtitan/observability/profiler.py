@@ -73,18 +73,20 @@ class Profiler:
         observe_regions(self)
         return self
 
-    def step(self) -> None:
-        """Counts one optimizer step."""
+    def step(self) -> bool:
+        """Counts one optimizer step. Returns whether some rank has written files after it."""
         self._steps_done += 1
+        last_step = self._config.start_step + self._config.num_steps - 1
         if self._profile is not None:
             self._profile.step()
-            if self._steps_done >= self._config.start_step + self._config.num_steps - 1:
+            if self._steps_done >= last_step:
                 self._stop()
         if self._steps_done == self._snapshot_step:
             if self._is_observed:
                 _write_snapshot(self._output_dir, self._rank, f"step-{self._steps_done:09d}")
             # Recording slows down allocations.
             torch.cuda.memory._record_memory_history(enabled=None)
+        return self._steps_done in (last_step, self._snapshot_step)
 
     def __exit__(self, *error: object) -> None:
         self._stop()
