@@ -114,12 +114,11 @@ def run_ranks(options: argparse.Namespace) -> tuple[int, str]:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
     except ChildFailedError as error:
-        # A rank that is killed has a negative status, and makes others crash.
-        rank, failure = min(error.failures.items(), key=lambda failed: failed[1].exitcode)
-        is_killed, status = failure.exitcode < 0, failure.exitcode
-        how = (
-            f"was killed by {failure.signal_name()}" if is_killed else f"crashed (status {status})"
-        )
+        # The others have crashed later, or torchrun has terminated them.
+        rank, failure = next(iter(error.failures.items()))
+        how = f"crashed (status {failure.exitcode})"
+        if failure.exitcode < 0:
+            how = f"was killed by {failure.signal_name()}"
         return 1, f"rank {rank} on {socket.gethostname()} {how}"
     except SignalException as error:
         return 128 + error.sigval, f"stopped by {error.sigval.name}"
