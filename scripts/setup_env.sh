@@ -10,7 +10,9 @@
 project_root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 
 fail() {
-    printf 'error: %s\n' "$*" >&2
+    # A batch script reads that file, and prints the message; see switchtitan/errors.py.
+    (set -o noclobber && printf '2\nerror: %s\n' "$*" >"${SWITCHTITAN_ENDED:?}") 2>/dev/null ||
+        [ -s "${SWITCHTITAN_ENDED:-}" ] || printf 'error: %s\n' "$*" >&2
     exit 2
 }
 

@@ -1,11 +1,9 @@
 """Errors that a user can fix (status 2 by default), and how a command ends."""
 
-import json
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +14,9 @@ SAVE_ABANDONED_STATUS = 5
 """A signal stopped the run, and its last save was not complete in time."""
 CLOSED_OUTPUT_STATUS = 128 + signal.SIGPIPE
 """Of a command whose standard output was closed, as in `switchtitan train --help | head -3`."""
-EXIT_STATUS_KEY = "exit_status"
-"""Key that marks a known end in the file in which torchrun expects a rank's failure reason."""
+ENDED = "SWITCHTITAN_ENDED"
+"""Variable with the file in which the first process of a run that knows why it ends leaves its
+status and message, for the launcher or the batch script to print."""
 
 
 class UserError(Exception):
@@ -80,21 +79,25 @@ def end_now(message: str, status: int) -> NoReturn:
 
 
 def record_end(message: str, status: int) -> None:
-    """Prints why this process ends. A rank leaves it for the launcher, which prints the first."""
-    launcher_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not launcher_file:
-        print(final_line(message, status), file=sys.stderr)
-        return
-    reason = {"message": message, "timestamp": int(time.time()), EXIT_STATUS_KEY: status}
-    # By a rename: the launcher may kill this rank once another has failed, then reads the file.
-    partial = Path(f"{launcher_file}.new")
-    partial.write_text(json.dumps(reason), encoding="utf-8")
-    partial.replace(launcher_file)
+    """Leaves why this process ends in the file that `ENDED` names, if it is the first; prints it
+    if there is none."""
+    line = message if status > 127 else f"error: {message}"  # above 127 are signals
+    try:
+        with open(os.environ[ENDED], "x", encoding="utf-8") as ended:
+            ended.write(f"{status}\n{line}\n")
+    except FileExistsError:
+        pass
+    except (KeyError, OSError):  # no launcher, or a full disk
+        print(line, file=sys.stderr)
 
 
-def final_line(message: str, status: int) -> str:
-    """Returns the last line of a command that ends with `status`; above 127 are signals."""
-    return message if status > 127 else f"error: {message}"
+def recorded_end() -> tuple[int, str] | None:
+    """Returns the status and the line that the first process to end has left in that file."""
+    try:
+        status, _, line = Path(os.environ[ENDED]).read_text(encoding="utf-8").partition("\n")
+        return int(status), line
+    except (KeyError, OSError, ValueError):
+        return None
 
 
 def interrupt_on_sigterm() -> None:

@@ -256,6 +256,7 @@ class Checkpointer:
                 self._prune(metadata)
             except CheckpointError as error:
                 logger.warning("could not delete older checkpoints: %s", error)
+        together(lambda: None)  # deleting may take longer than the next step's collectives wait
         return final
 
     def _prune(self, newest: CheckpointMetadata) -> None:

@@ -13,7 +13,7 @@ from switchtitan.distributed.world import (
     stop_world,
     stop_world_if_single,
 )
-from switchtitan.errors import UserError, exit_for, exit_for_stop
+from switchtitan.errors import UserError, exit_for, exit_for_stop, recorded_end
 from switchtitan.job.config import parse_arguments
 from switchtitan.observability.log import configure_logging
 from switchtitan.process import OtherLoad, num_cores
@@ -31,6 +31,8 @@ def run(words: Sequence[str]) -> None:
         SystemExit: with status 2 for a user's mistake, 128 + n after signal n; docs/USAGE.md has
             all statuses.
     """
+    if (end := recorded_end()) is not None:
+        raise SystemExit(end[0])  # torchrun restarts ranks after a mistake as after a crash
     load = OtherLoad()
     # Ends inside: a second signal, from a launcher, must not end this process by itself.
     with Stop(is_launched()) as stop:
@@ -44,7 +46,10 @@ def run(words: Sequence[str]) -> None:
             exit_for_stop(stopped.signal_number)
         except KeyboardInterrupt as interrupt:
             stop_world_if_single()
-            exit_for_stop(interrupt.args[0] if interrupt.args else signal.SIGINT)
+            number = interrupt.args[0] if interrupt.args else signal.SIGINT
+            if is_launched():  # torchrun sends SIGTERM after a crash of another rank, too
+                raise SystemExit(128 + number) from None
+            exit_for_stop(number)
 
 
 def _train(words: Sequence[str], load: OtherLoad, stop: Stop) -> None:

@@ -26,7 +26,7 @@ _LONG_TIMEOUT = timedelta(days=30)
 """For collectives in which ranks wait for hours of another rank's work."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class World:
     """All ranks of a run, as seen from one of them."""
 
@@ -38,7 +38,7 @@ class World:
     host_group: dist.ProcessGroup
     """All ranks, over gloo: for Python objects, on CUDA too. For the main thread only."""
     timeout: timedelta = timedelta(minutes=30)
-    """After which a collective fails if a rank has not joined it."""
+    """After which a collective fails if a rank has not joined it; see `set_timeout`."""
     is_node_main: bool = True
     """Whether this is the first rank of its machine."""
 
@@ -103,6 +103,14 @@ class World:
         """Returns another group of all ranks over gloo, for a thread; collective."""
         return dist.new_group(backend="gloo", timeout=self.timeout)
 
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Changes the timeout of later collectives; collective. Not of `new_host_group`s."""
+        # First all ranks complete what they have begun with the earlier one.
+        self.together(self.synchronize)
+        self.timeout = timeout
+        for group in (dist.group.WORLD, self.host_group, *self.mesh.get_all_groups()):
+            _set_timeout(group, timeout)
+
     def synchronize(self) -> None:
         """Waits until this rank's device has completed all queued work."""
         if self.device.type == "cuda":
@@ -154,9 +162,9 @@ def start_world(config: ParallelismConfig) -> World:
                 f"{given}: {num_ranks} ranks did not meet there ({reason}); {_LAUNCHED}"
             ) from error
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    for dimension in mesh.mesh_dim_names or ():
+    for group in mesh.get_all_groups():
         # Groups that are split off get torch's default instead: 10 minutes with NCCL.
-        _set_timeout(mesh.get_group(dimension), timeout)
+        _set_timeout(group, timeout)
     return World(
         rank,
         num_ranks,
@@ -180,7 +188,7 @@ def mesh_shape(config: ParallelismConfig, num_ranks: int) -> tuple[int, int]:
     return config.replicate, shard
 
 
-def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+def _set_timeout(group: dist.ProcessGroup | None, timeout: timedelta) -> None:
     # Public since torch 2.15, which warns of the private one.
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     set_timeout(timeout, group)

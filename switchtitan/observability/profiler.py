@@ -90,9 +90,9 @@ class Profiler:
 
     @property
     def is_slow_next(self) -> bool:
-        """Whether the next `step` starts or writes a trace, or writes a snapshot."""
+        """Whether the next `step` starts or writes a trace, or writes a snapshot, on some rank."""
         slow = {self._snapshot_step}
-        if self._profile is not None:
+        if self._config.enabled:
             slow |= {self._first_step - 2, self._first_step - 1, self._last_step}
         return self._steps_done + 1 in slow
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -165,7 +166,7 @@ class Trainer:
 
     def _run_steps(self) -> None:
         state = self.stepper.state
-        skipped_in_a_row = 0
+        skipped_in_a_row, has_started = 0, False
         profiler = self.profiler or nullcontext()
         with self.region_times, profiler, GarbageCollection() as garbage:
             try:
@@ -181,6 +182,11 @@ class Trainer:
                         )
                     if not result.is_skipped:
                         self._after_step(result)
+                    if not has_started:
+                        # A hung rank need not be waited for as long as one that compiles.
+                        timeout_s = self.stepper.parallelism.step_timeout_s
+                        self.stepper.world.set_timeout(timedelta(seconds=timeout_s))
+                        has_started = True
                     signal_number = self.stop.is_due() if state.step < self.num_steps else None
                     if signal_number is not None:
                         raise Stopped(signal_number)
@@ -196,6 +202,8 @@ class Trainer:
             is_slow = self.profiler.is_slow_next
             with self.throughput.excluded() if is_slow else nullcontext():
                 self.profiler.step()
+                if is_slow:
+                    self.stepper.world.together(lambda: None)  # ranks that write nothing wait
         self.checkpointer.poll()
         self.reporter.advance(step)
         if self.check_interval and step % self.check_interval == 0:

@@ -3,10 +3,8 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -157,105 +155,70 @@ def test_the_acceptance_measures_steps_that_have_bounds(machine, num_gpus):
 
 
 STAND_INS = {
-    # Runs the command once per node, at the same time; fails if one of them fails.
+    # Every launcher ends at once, and srun with the highest status; see test_slurm.py.
     "srun": """\
 #!/usr/bin/env bash
-echo "$*" > srun-options
-while [[ "$1" == --* ]]; do shift; done
-for node in 0 1; do SLURM_NODEID=$node "$@" & nodes[node]=$!; done
-status=0
-for node in 0 1; do wait "${nodes[node]}" || status=$?; done
-exit "$status"
+[ -z "$RECORDED" ] || printf '%s\\nthe reason\\n' "$RECORDED" >"$SWITCHTITAN_ENDED"
+[ -z "$SAVES" ] || echo "saved run/checkpoints/step-000000004 in 0.1 s" >>job-7-node-0.log
+exit "$STATUS"
 """,
-    "scontrol": """\
-#!/usr/bin/env bash
-echo "$*" >> scontrol-calls
-[ "$1" != show ] || printf 'node-a\\nnode-b\\n'
-""",
-    "scancel": """\
-#!/usr/bin/env bash
-echo "scancel $*" >> scontrol-calls
-kill -TERM $(cat pid-0 pid-1)
-""",
+    "scontrol": '#!/bin/sh\necho "$*" >>calls\n',
 }
-RUN_TRAIN = """\
-#!/usr/bin/env bash
-for argument in "$@"; do
-    echo "$NNODES $NODE_RANK $RDZV_ENDPOINT $RDZV_ID [$argument]" >> "node-$NODE_RANK"
-done
-trap 'exit "${STOPPED_STATUS:-143}"' TERM
-echo $$ > "new-$NODE_RANK"; mv "new-$NODE_RANK" "pid-$NODE_RANK"
-# Without this script's output: a reader of it would wait for `sleep`.
-if [ -n "${LASTS_S:-}" ]; then sleep "$LASTS_S" > /dev/null 2>&1 & wait "$!"; fi
-exit "${STATUS:-0}"
-"""
+
+
+def end_of_job(folder, status, recorded="", **variables):
+    """What the script for Slurm says at the end, and whether it requeues the job."""
+    for name in ("SUBMIT_DIR", "JOB_NODELIST"):
+        variables[f"SLURM_{name}"] = str(folder)
+    variables |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_JOB_NUM_NODES": "2"}
+    variables |= {"PATH": f"{folder}:{os.environ['PATH']}", "STATUS": status, "RECORDED": recorded}
+    script = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
+    done = subprocess.run(
+        ["bash", script], env={"SAVES": "", **variables}, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.count("the reason") == bool(recorded), done
+    assert not list(folder.glob("*.ended-*"))
+    return done.stdout.splitlines()[-1:], "requeue 7" in (folder / "calls").read_text()
 
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A repository's folder with the script for Slurm; its other scripts are stand-ins."""
-    project = tmp_path / "the project"
-    (project / "scripts" / "slurm").mkdir(parents=True)
-    (tmp_path / "bin").mkdir()
-    files = {tmp_path / "bin" / name: text for name, text in STAND_INS.items()}
-    files[project / "run_train.sh"] = RUN_TRAIN
-    files[project / "scripts" / "setup_env.sh"] = "prepare_environment() { touch prepared; }\n"
-    for file, text in files.items():
-        file.write_text(text)
-        file.chmod(0o755)
-    shutil.copy(REPOSITORY / "scripts" / "slurm" / "train.sbatch", tmp_path / "spooled")
-    return project
+    """A repository's folder; the script's commands are stand-ins."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "setup_env.sh").write_text("prepare_environment() { :; }\n")
+    for name, text in STAND_INS.items() | {("run_train.sh", "")}:
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
 
 
-def submit(project, **variables):
-    environment = {
-        "PATH": f"{project.parent / 'bin'}:{os.environ['PATH']}",
-        "SLURM_SUBMIT_DIR": str(project),
-        "SLURM_JOB_ID": "1234567",
-        "SLURM_JOB_NAME": "switchtitan",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "node-[a-b]",
-    }
-    return subprocess.Popen(
-        ["bash", str(project.parent / "spooled"), "--config", "my file.toml"],
-        env=environment | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.mark.parametrize(
+    ("status", "recorded", "is_requeued"),
+    [
+        pytest.param("0", "", False, id="finished"),
+        pytest.param("143", "2", False, id="a mistake: srun has terminated the other node"),
+        pytest.param("137", "3", False, id="diverged"),
+        pytest.param("130", "130", False, id="scancel --signal=INT"),
+        pytest.param("143", "143", True, id="stopped before a pre-emption"),
+        pytest.param("5", "5", True, id="stopped, and not saved in time"),
+        pytest.param("143", "1", True, id="a rank was killed"),
+        pytest.param("137", "", True, id="a launcher was killed"),
+    ],
+)
+def test_what_the_run_has_recorded_decides_whether_a_job_is_requeued(
+    cluster, status, recorded, is_requeued
+):
+    (cluster / "job-7.ended-0").write_text("143\nof an earlier start\n")
+    said, was_requeued = end_of_job(cluster, status, recorded)
+    assert was_requeued == is_requeued
+    assert status == "0" or said[0].startswith("requeueing" if is_requeued else "not requeueing")
 
 
-@pytest.mark.parametrize("status", ["0", "2"])
-def test_each_node_of_slurm_runs_one_launcher_with_its_index(cluster, status):
-    job = submit(cluster, STATUS=status)
-    assert job.communicate(timeout=60) == ("", None)
-    assert job.returncode == int(status)
-    assert (cluster / "prepared").exists()
-    for node in (0, 1):
-        expected = f"2 {node} node-a:24567 1234567"
-        lines = (cluster / f"node-{node}").read_text().splitlines()
-        assert lines == [f"{expected} [--config]", f"{expected} [my file.toml]"]
-    assert "--ntasks-per-node=1" in (cluster / "srun-options").read_text()
-    assert "requeue" not in (cluster / "scontrol-calls").read_text()
-
-
-def wait_for_nodes(project):
-    deadline = time.monotonic() + 30
-    while not all((project / f"pid-{node}").exists() for node in (0, 1)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-@pytest.mark.parametrize(("status", "is_requeued"), [("143", True), ("5", True), ("0", False)])
-def test_a_job_of_slurm_is_stopped_and_requeued_before_its_time_limit(cluster, status, is_requeued):
-    job = submit(cluster, LASTS_S="60", STOPPED_STATUS=status)
-    wait_for_nodes(cluster)
-    job.send_signal(signal.SIGUSR1)
-    output, _ = job.communicate(timeout=60)
-    assert output.startswith("the time limit is near")
-    _, *calls = (cluster / "scontrol-calls").read_text().splitlines()
-    assert calls == ["scancel --signal=TERM 1234567", "requeue 1234567"][: 1 + is_requeued]
-    assert job.returncode == int(status)
+def test_starts_that_save_nothing_are_not_repeated_for_ever(cluster):
+    ends = [end_of_job(cluster, "1", SAVES=saves) for saves in ("", "1", "", "", "")]
+    assert "3 starts in a row have saved no checkpoint" in ends[-1][0][0]
+    calls = (cluster / "calls").read_text().splitlines()
+    assert calls.count("requeue 7") == 4
 
 
 # Commands

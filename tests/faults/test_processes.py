@@ -16,6 +16,7 @@ from support.insides import wait_for_owners
 from support.interrupted import launched, saved_steps
 from support.long_form import IS_LONG, num_cases
 from support.ranks import PRELOADED, run_on_ranks
+from support.tiny import tiny_trainer
 
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.world import start_world
@@ -78,6 +79,32 @@ def take_steps_apart(rank):
 
 def test_ranks_that_are_steps_apart_stop_after_the_same_step():
     run_on_ranks(3, take_steps_apart)
+
+
+# Hangs.
+
+
+def train_with_a_late_rank(rank, folder):
+    keys = ("--parallelism.timeout_s", "60", "--parallelism.step_timeout_s", "2")
+    trainer = tiny_trainer(folder, "full_rank", *keys, num_ranks=2)
+    step = trainer.stepper.step
+
+    def late_step():
+        if rank == 1 and trainer.stepper.state.step in (0, 3):
+            time.sleep(6)
+        return step()
+
+    trainer.stepper.step = late_step
+    began_at = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"[Tt]imed out" if rank == 0 else "clos|reset"):
+        trainer.train()
+    assert trainer.stepper.state.step == 3, "the first step may be late"
+    assert time.monotonic() - began_at > 6
+    os._exit(0)  # the ranks no longer meet
+
+
+def test_a_rank_that_hangs_after_the_first_step_ends_the_run_soon(corpora):
+    run_on_ranks(2, train_with_a_late_rank, corpora / "late")
 
 
 # Locks.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -225,25 +226,37 @@ def launch(folder, script, options=ONE_NODE):
     return json.loads((folder / "status").read_text()), (folder / "stderr").read_text()
 
 
-def test_an_error_is_printed_once_and_not_restarted(tmp_path):
+def test_an_error_is_printed_once_and_training_not_restarted(tmp_path):
     script = (
         "import os\n"
-        "from switchtitan.errors import UserError, exit_for\n"
-        'open(f\'{os.environ["RANK"]}-{os.environ["TORCHELASTIC_RESTART_COUNT"]}\', "w")\n'
-        'error = UserError("broken")\n'
-        "error.exit_status = 4\n"
-        "exit_for(error)\n"
+        "from switchtitan.cli import train\n"
+        "from switchtitan.errors import UserError\n"
+        "def fail(words):\n"
+        '    open(f\'{os.environ["RANK"]}-{os.environ["TORCHELASTIC_RESTART_COUNT"]}\', "w")\n'
+        "    UserError.exit_status = 4\n"
+        '    raise UserError("broken")\n'
+        "train.parse_arguments = fail\n"
+        "train.run([])\n"
     )
     ended = launch(tmp_path, script, options=(*ONE_NODE, "--max-restarts", "1"))
     assert ended == (4, "error: broken\n")
-    assert len({file.name[-1] for file in tmp_path.glob("[01]-*")}) == 1
+    assert {file.name[-1] for file in tmp_path.glob("[01]-*")} == {"0"}
 
 
 def test_a_crash_keeps_its_traceback(tmp_path):
     status, errors = launch(tmp_path, "raise RuntimeError('broken')\n")
     assert status == 1
     assert "RuntimeError: broken" in errors
-    assert "exitcode  : 1" in errors
+    assert errors.endswith(" crashed (status 1)\n")
+
+
+def test_a_killed_rank_is_named(tmp_path):
+    kill = "os.kill(os.getpid(), 9)"
+    status, errors = launch(
+        tmp_path, f"import os, time\nif os.environ['RANK'] == '1': {kill}\ntime.sleep(60)\n"
+    )
+    assert status == 1
+    assert re.search(r"rank 1 on \S+ was killed by SIGKILL\n$", errors)
 
 
 def test_status_2_without_a_message_is_a_crash(tmp_path):

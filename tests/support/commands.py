@@ -13,7 +13,7 @@ from switchtitan.distributed.world import stop_world
 
 _ERROR = re.compile(r"^(?:switchtitan[\w -]*: )?error: ", re.MULTILINE)
 """The start of a message: of the product, or of argparse."""
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
 class Outcome(NamedTuple):

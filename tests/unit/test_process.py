@@ -178,6 +178,7 @@ def test_a_signal_that_comes_in_a_callback_of_a_weakref_is_not_lost(monkeypatch,
 
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under `nohup`
     things = [Thing()]
     reference = weakref.ref(things[0], lambda _: signal.raise_signal(number))
 

@@ -1,16 +1,15 @@
 """Starting ranks: what the launcher checks on this machine, and how it ends."""
 
-import json
 import os
 import signal
 
 import pytest
 from support.commands import run
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from switchtitan.cli import launch
 from switchtitan.cli.rendezvous import check_rendezvous, check_slurm_tasks
-from switchtitan.errors import EnvironmentMismatchError
+from switchtitan.errors import ENDED, EnvironmentMismatchError
 
 TASK = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}
 
@@ -56,43 +55,31 @@ def test_an_endpoint_is_a_host_and_a_port():
     check_rendezvous("localhost:0", num_nodes=1, node_rank=0)  # a single machine needs no address
 
 
-def test_only_the_last_start_of_this_run_tells_how_it_ended(tmp_path):
-    for number, folder in enumerate(("old/attempt_11", "run/attempt_2", "run/attempt_10")):
-        (tmp_path / folder / "0").mkdir(parents=True)
-        recorded = {"message": folder, "exit_status": number}
-        (tmp_path / folder / "0" / "error.json").write_text(json.dumps(recorded))
-    attempts = launch.attempts_in(tmp_path, [tmp_path / "old"])
-    assert [end["message"] for end in launch.recorded_ends(attempts)] == ["run/attempt_10"]
-    assert launch.recorded_ends([]) == []
+def test_the_first_process_on_any_machine_tells_the_batch_script_why_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv(ENDED, str(tmp_path / "ended"))
+    for key in ("--training.step", "--data.pth"):
+        ended = run("launch", "--nproc_per_node", 2, "train", key, "x")
+        assert (ended.status, ended.errors) == (2, "")
+    status, *message = (tmp_path / "ended").read_text().splitlines()
+    assert status == "2"
+    assert "--training.step x" in message[-1]
+    monkeypatch.setenv(ENDED, str(tmp_path / "on a full disk" / "ended"))
+    run("train", "--data.pth", "x").check_refused("--data.pth x")
 
 
-def ended(folder, status, timestamp, **recorded):
-    """A rank's end; with what it has recorded of it, if it has."""
-    file = folder / f"{len(list(folder.iterdir()))}.json"
-    if recorded:
-        file.write_text(json.dumps({"timestamp": timestamp, **recorded}))
-    failure = ProcessFailure(0, 11, status, str(file) if recorded else "none")
-    failure.timestamp = timestamp
-    return failure
+def test_signals_that_come_while_the_launcher_ends_are_ignored(monkeypatch):
+    """srun sends SIGTERM once another machine's launcher has ended."""
 
+    def interrupt(number, _):
+        raise SignalException("", signal.Signals(number))
 
-def test_the_first_cause_is_not_a_rank_that_torchrun_terminated(tmp_path):
-    """A rank that torchrun terminates may end before the failed one, or after the same message."""
-    mistake = {"message": "no such corpus", "exit_status": 2}
-    terminated = ended(tmp_path, -signal.SIGTERM, 1)
-    mistaken = ended(tmp_path, 2, 2, **mistake)
-    terminated_with_its_message = ended(tmp_path, -signal.SIGTERM, 2, **mistake)
-    crashed = ended(tmp_path, 1, 1)
-    stopped = ended(tmp_path, 143, 1, message="stopped", exit_status=143)
-    for failures, cause in (
-        ([terminated, mistaken], mistaken),
-        ([terminated, terminated_with_its_message], terminated_with_its_message),
-        ([mistaken, crashed], crashed),
-        ([terminated], terminated),
-        ([stopped, crashed], crashed),
-        ([stopped, terminated], stopped),
-    ):
-        assert launch.first_cause(failures) is cause
+    def end(_):
+        signal.signal(signal.SIGTERM, interrupt)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(launch.torchrun, "run", end)
+    monkeypatch.setattr(launch, "recorded_end", lambda: signal.raise_signal(signal.SIGTERM))
+    assert run("launch", "--nproc_per_node", 2, "benchmark").status == 143
 
 
 def test_launched_ranks_share_the_quota_of_cores(monkeypatch):
@@ -102,7 +89,7 @@ def test_launched_ranks_share_the_quota_of_cores(monkeypatch):
     threads = []
     monkeypatch.setattr(launch, "num_cores", lambda: 4)
     monkeypatch.setattr(launch, "raise_file_limit", lambda: None)
-    monkeypatch.setattr(launch, "run_ranks", start)
+    monkeypatch.setattr(launch.torchrun, "run", start)
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
     for num_ranks in (4, 2):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -146,5 +146,5 @@ def test_a_mistake_ends_training_before_anything_is_written(row, places, tmp_pat
 
 @pytest.mark.parametrize("row", LAUNCH, ids=lambda row: row[0])
 def test_a_mistake_ends_the_launcher_before_a_rank_starts(row, places, tmp_path, monkeypatch):
-    monkeypatch.setattr("switchtitan.cli.launch.run_ranks", lambda _: pytest.fail("started ranks"))
+    monkeypatch.setattr("torch.distributed.run.run", lambda _: pytest.fail("started ranks"))
     check_refused(("launch",), row, places, tmp_path, monkeypatch)
