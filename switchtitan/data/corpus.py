@@ -160,8 +160,6 @@ class CorpusIndex(Record):
     """The commit of a dataset on the Hugging Face hub; None for other sources."""
     files: list[FileState] = []
     """A user's own files as they were; see `Source`."""
-    documents_sha256: str | None = None
-    """Of all documents that were read of `files`; see `prepare.Batch`."""
     fingerprint: str
 
     @property

@@ -164,46 +164,35 @@ def _open_on_ranks(config: DataConfig, ranks: World, model_vocab_size: int | Non
 def check_files(config: DataConfig, source: Source, corpus: Corpus) -> None:
     """Checks that a user's own files are those that a corpus was prepared from.
 
-    Compares names and sizes, and reads the documents only if times of change differ.
+    Compares names, sizes and times, and reads a file only if its time differs.
 
     Raises:
-        CorpusError: if they are not; names the first one of another size.
+        CorpusError: if they are not; names the first one that differs.
     """
-    index, problem = corpus.index, None
-    before = {file.name: file.num_bytes for file in index.files}
-    now = {file.name: file.num_bytes for file in source.files}
-    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    if names:
-        was, has = (f"{sizes.get(names[0], 'no')} bytes" for sizes in (before, now))
-        problem = f"{names[0]}: {was} then, {has} now"
-    elif index.files != list(source.files):
-        if _sha256_of_documents(config, source, corpus) != index.documents_sha256:
-            problem = "times and contents have changed"
-        else:
-            logger.info(
-                "[data] path = %r: other times, but the same contents as when %s was prepared",
-                str(config.path),
-                corpus.folder,
+    before = {file.name: file for file in corpus.index.files}
+    now = {file.name: file for file in source.files}
+    touched = 0
+    for name in sorted({*before, *now}):
+        was, found = before.get(name), now.get(name)
+        problem = None
+        if was is None or found is None:
+            problem = "is missing" if found is None else "is new"
+        elif was.num_bytes != found.num_bytes:
+            problem = f"had {was.num_bytes} bytes, now {found.num_bytes}"
+        elif was.changed_ns != found.changed_ns:
+            touched += 1
+            if was.sha256 not in (None, sha256_of_file(source.folder / name)):
+                problem = "has other contents"
+        if problem is not None:
+            raise CorpusError(
+                f"[data] path = {str(config.path)!r}: not what {corpus.folder} was prepared from: "
+                f"{name} {problem}; restore it, or start a new run with another [job] output_dir "
+                "and another [data] cache_dir"
             )
-    if problem is not None:
-        raise CorpusError(
-            f"[data] path = {str(config.path)!r}: not what {corpus.folder} was prepared from "
-            f"({problem}); restore it, or start a new run with another [job] output_dir and "
-            "another [data] cache_dir"
+    if touched:
+        logger.info(
+            "%d file(s) in %s have other times, but the same contents", touched, source.folder
         )
-
-
-def _sha256_of_documents(config: DataConfig, source: Source, corpus: Corpus) -> str:
-    """Reads all documents of a source again; see `Batch`."""
-    sha256, tokenizer = "", corpus.tokenizer()
-    with progress_bar("comparing documents", total=source.num_bytes, unit="B") as bar:
-        for stream in source.splits or (None,):
-            documents = source.read(stream, None, tokenizer)
-            limits = config.max_documents, config.max_bytes
-            for batch in read_batches(documents, *limits, sha256=sha256):
-                bar.update(batch.num_bytes)
-                sha256 = batch.sha256
-    return sha256
 
 
 def prepare_corpus(plan: CorpusPlan, model_vocab_size: int | None = None) -> None:
@@ -251,8 +240,6 @@ class Progress(BaseModel):
     documents: int = 0
     bytes_of_text: int = 0
     """Where to go on in that stream, and the non-empty documents before it."""
-    sha256: str = ""
-    """See `Batch`; of all streams."""
     revision: str | None = None
     """See `CorpusIndex`."""
     segments: int = 0
@@ -260,6 +247,7 @@ class Progress(BaseModel):
     """What is finished."""
     files: list[FileState] = []
     """See `CorpusIndex`."""
+    num_files_read: int = 0
 
 
 class _Preparation:
@@ -331,7 +319,6 @@ class _Preparation:
             config.max_bytes,
             progress.documents,
             progress.bytes_of_text,
-            progress.sha256,
         )
         total = config.max_bytes or self._source.num_bytes
         segment, num_tokens = list[Batch](), 0
@@ -365,7 +352,8 @@ class _Preparation:
         for split, own in documents.items():
             file = self._folder / f"{split}-{progress.segments:05d}.bin"
             progress.splits.setdefault(split, []).append(write_shard(file, own, tokenizer))
-        progress.position, progress.sha256 = segment[-1].position, segment[-1].sha256
+        progress.position = segment[-1].position
+        progress.num_files_read = progress.position.get("file", 0) + 1
         progress.bytes_of_text += sum(batch.num_bytes for batch in segment)
         progress.segments += 1
         self._save_progress()
@@ -403,8 +391,7 @@ class _Preparation:
             dtype=tokenizer.dtype,
             splits=splits,
             revision=self._progress.revision,
-            files=self._progress.files,
-            documents_sha256=self._progress.sha256 if self._progress.files else None,
+            files=self._hashed_files(),
             fingerprint=fingerprint_of(sha256, tokenizer.dtype, splits),
         )
         write_index(self._folder, index)
@@ -414,6 +401,22 @@ class _Preparation:
         (plan.folder / PROGRESS_FILE).unlink()
         counts = ", ".join(f"{index.num_tokens(split)} {split}" for split in splits)
         logger.info("corpus ready: %s tokens in %s", counts, plan.folder)
+
+    def _hashed_files(self) -> list[FileState]:
+        """Returns the source's files, with checksums of those that were read."""
+        source, files = self._source, list[FileState]()
+        num_read = len(source.files) if source.splits else self._progress.num_files_read
+        with progress_bar("hashing source", total=source.num_bytes, unit="B") as bar:
+            for number, file in enumerate(source.files):
+                path = source.folder / file.name
+                sha256 = sha256_of_file(path, bar.update) if number < num_read else None
+                files.append(file._replace(sha256=sha256))
+        if DATASETS[self._config.dataset].open(self._config, None).files != source.files:
+            raise CorpusError(
+                f"{source.description}: files have changed while they were read; run again to "
+                "prepare the corpus from scratch"
+            )
+        return files
 
 
 def _read_progress(folder: Path, files: list[FileState]) -> Progress:
@@ -480,8 +483,6 @@ class Batch(NamedTuple):
     """Of all texts, or of the ids of tokenized documents."""
     position: Position
     """The stream's, after them."""
-    sha256: str
-    """Of all documents up to here: of that of the documents before, and the last one's bytes."""
 
 
 def read_batches(
@@ -490,7 +491,6 @@ def read_batches(
     max_bytes: int | None,
     num_documents: int = 0,
     num_bytes: int = 0,
-    sha256: str = "",
 ) -> Iterator[Batch]:
     """Yields the non-empty documents of a stream in batches, up to the limits. The stream is after
     `num_documents` documents of `num_bytes` bytes. The one that crosses `max_bytes` is the last."""
@@ -502,18 +502,17 @@ def read_batches(
         if isinstance(document, str):
             # JSON can hold lone surrogates, which UTF-8 cannot encode: the tokenizer rejects them.
             data = document.encode("utf-8", "replace")
-            document = data.decode("utf-8")
+            document, size = data.decode("utf-8"), len(data)
         else:
-            data = document.tobytes()
-        if data:
+            size = document.nbytes
+        if size:
             batch.append(document)
-            num_documents, num_bytes = num_documents + 1, num_bytes + len(data)
-            sha256 = hashlib.sha256(sha256.encode() + data).hexdigest()
+            num_documents, num_bytes = num_documents + 1, num_bytes + size
         if num_bytes - before >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-            yield Batch(batch, num_bytes - before, position, sha256)
+            yield Batch(batch, num_bytes - before, position)
             batch, before = [], num_bytes
     if batch:
-        yield Batch(batch, num_bytes - before, position, sha256)
+        yield Batch(batch, num_bytes - before, position)
 
 
 def tokenized(batches: Iterator[Batch], tokenizer: DocumentTokenizer) -> Iterator[Batch]:

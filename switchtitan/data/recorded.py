@@ -1,7 +1,7 @@
 """The corpus of a run, as its checkpoints record it: opened by content, wherever it is now."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
@@ -95,11 +95,14 @@ def find_recorded(run: Mapping[str, object], cache_dir: Path, checkpoint: Path) 
 
 def _find(source: RecordedSource, cache_dir: Path, checkpoint: Path) -> Corpus:
     damage: CorpusError | None = None
-    for folder in _candidates(source, cache_dir.expanduser()):
+    recorded, cache = Path(source.folder), cache_dir.expanduser()
+    others = sorted(index.parent for index in cache.glob(f"*/{INDEX_FILE}"))
+    for folder in dict.fromkeys([cache / recorded.name, recorded, *others]):
         try:
-            index = read_index(folder)
-            if index.fingerprint == source.fingerprint:
-                return Corpus(folder, index, source.fallback_for)
+            if (folder / INDEX_FILE).is_file():
+                index = read_index(folder)
+                if index.fingerprint == source.fingerprint:
+                    return Corpus(folder, index, source.fallback_for)
         except CorpusError as error:
             damage = damage or error
     keys = " --dataset pystdlib --tokenizer train" if source.fallback_for else ""
@@ -109,15 +112,6 @@ def _find(source: RecordedSource, cache_dir: Path, checkpoint: Path) -> Corpus:
         f"{str(cache_dir)!r} (fingerprint {source.fingerprint}); copy it there, or prepare it "
         f"again: switchtitan prepare --config {config_file}{keys}"
     )
-
-
-def _candidates(source: RecordedSource, cache_dir: Path) -> Iterator[Path]:
-    """Yields folders of corpora: of the recorded name, then the recorded one, then all others."""
-    recorded = Path(source.folder)
-    others = sorted(index.parent for index in cache_dir.glob(f"*/{INDEX_FILE}"))
-    for folder in dict.fromkeys([cache_dir / recorded.name, recorded, *others]):
-        if (folder / INDEX_FILE).is_file():
-            yield folder
 
 
 def check_unchanged(config: DataConfig, corpus: Corpus) -> None:

@@ -41,6 +41,8 @@ class FileState(NamedTuple):
     num_bytes: int
     changed_ns: int
     """The time of its last change."""
+    sha256: str | None = None
+    """None if it was not read."""
 
 
 Position = dict[str, Any]
@@ -67,7 +69,8 @@ class Source:
     repository: str | None = None
     """The name of a dataset on the hub."""
     files: Sequence[FileState] = ()
-    """What it reads, if that is a user's own files. Names and sizes are in `identity`."""
+    """What it reads in `folder`, if that is a user's own. Names and sizes are in `identity`."""
+    folder: Path = Path()
 
     @cached_property
     def splits(self) -> tuple[str, ...]:
@@ -98,6 +101,7 @@ def _files_source(
         _reader_of(files, lambda file: read_file(file, column)),
         num_bytes=sum(file.num_bytes for file in states) if kind == "text" else None,
         files=states,
+        folder=_root(path),
     )
 
 
@@ -131,12 +135,15 @@ def _find_files(config: "SourceConfig", *patterns: str) -> list[Path]:
 
 
 def _states(path: Path, files: Sequence[Path]) -> list[FileState]:
-    root = path if path.is_dir() else path.parent
     try:
-        stats = [(os.path.relpath(file, root), file.stat()) for file in files]
+        stats = [(os.path.relpath(file, _root(path)), file.stat()) for file in files]
     except OSError as error:
         raise CorpusError(f"{error.filename}: cannot be read ({error.strerror})") from error
     return [FileState(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def _root(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 def _names_and_sizes(states: Sequence[FileState]) -> list[tuple[str, int]]:
@@ -368,6 +375,7 @@ def _nanogpt(config: "SourceConfig", commit: str | None) -> Source:
         lambda: filter(None, files),
         num_bytes=sum(file.num_bytes for file in states),
         files=states,
+        folder=_root(path),
     )
 
 

@@ -147,15 +147,15 @@ def test_a_stopped_preparation_of_files_that_have_changed_starts_over(tmp_path, 
 
 
 def test_changed_files_of_equal_sizes_are_not_those_of_a_corpus(tmp_path):
-    file = tmp_path / "in" / "a.jsonl"
-    write_json_lines(file, ["aaaa"] * 40)
+    for name in ("a", "b"):
+        write_json_lines(tmp_path / "in" / f"{name}.jsonl", ["aaaa"] * 40)
     keys = {"dataset": "jsonl", "path": tmp_path / "in", "vocab_size": 260}
     config = DataConfig(**keys, max_documents=20, cache_dir=tmp_path / "out")
     corpus = open_corpus(config)
-    write_json_lines(file, ["aaaa"] * 20 + ["bbbb"] * 20)  # the others are not read
+    write_json_lines(tmp_path / "in" / "b.jsonl", ["bbbb"] * 40)  # was not read
     assert open_corpus(config).fingerprint == corpus.fingerprint
-    write_json_lines(file, ["bbbb"] * 40)
-    with pytest.raises(CorpusError, match=r"\[data\] path = .*contents have changed"):
+    write_json_lines(tmp_path / "in" / "a.jsonl", ["bbbb"] * 40)
+    with pytest.raises(CorpusError, match=r"\[data\] path = .* a.jsonl has other contents"):
         open_corpus(config)
 
 
