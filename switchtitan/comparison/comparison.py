@@ -164,12 +164,11 @@ def check_plan(config: ComparisonConfig) -> None:
     notes: list[str] = []
     for run in _first_runs(config):
         method = run.config.method
-        for key, former in method.former_defaults.items():
-            default = type(method).model_fields[key].default
-            notes.append(
-                f"row {run.row}: [method] {key} = {getattr(method, key):g}; the default is "
-                f"{default:g} and was {former:g}, see docs/CONFIGURATION.md"
-            )
+        notes += [
+            f"row {run.row}: [method] {key} = {getattr(method, key):g}; its default, which was "
+            f"{former:g}, is now {type(method).model_fields[key].default:g}"
+            for key, former in method.former_defaults.items()
+        ]
         training, evaluation = run.config.training, run.config.evaluation
         problem = None
         if training.dtype == "auto":

@@ -69,7 +69,7 @@ def test_a_default_that_has_changed_is_noted_and_published_runs_stay_known(caplo
     comparison = load_comparison(COMPARISONS / "lora_alpha_python.toml")
     caplog.set_level("INFO", "switchtitan")
     check_plan(comparison)
-    assert "row lora-r32: [method] alpha = 1; the default is 32" in caplog.text
+    assert "row lora-r32: [method] alpha = 1; its default, which was 1, is now 32" in caplog.text
     known = read_csv(COMPARISONS.parents[1] / "docs" / "results" / "lora_alpha_python.csv")
     assert follow(comparison, lambda run: known.get(config_sha256(run.config))).due == []
 
