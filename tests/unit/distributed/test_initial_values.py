@@ -126,11 +126,8 @@ def test_layers_start_alike_on_any_number_of_ranks(method, keys, shape):
 
 
 # Models.
-CONFIGS = [
-    FullRankConfig(),
-    LoraConfig(rank=3, alpha=1.0, init="balanced"),
-    SwitchLoraConfig(rank=3),
-]
+BALANCED = LoraConfig(rank=3, alpha=1.0, init="balanced")
+CONFIGS = [FullRankConfig(), BALANCED, SwitchLoraConfig(rank=3)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
