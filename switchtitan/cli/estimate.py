@@ -31,14 +31,9 @@ _ASSUMPTIONS = 'assumptions: docs/PERFORMANCE.md, "How good are the estimates?"'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="FILE or FILE:key=value,...")
     parser.add_argument("--world-size", type=positive_int, required=True, help="number of ranks")
-    parser.add_argument(
-        "--fit",
-        nargs="+",
-        type=number(float, lambda gib: 0 < gib < math.inf, "GiB of memory, for example 24"),
-        metavar="GIB",
-        help="only estimate the largest local_batch_size that fits on devices with this memory; "
-        "replaces that of the configurations",
-    )
+    size = number(float, lambda gib: 0 < gib < math.inf, "GiB of memory, for example 24")
+    fit = "estimate only the largest local_batch_size that fits on devices with this memory"
+    parser.add_argument("--fit", nargs="+", type=size, metavar="GIB", help=fit)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

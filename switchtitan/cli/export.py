@@ -52,29 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=checkpoint)
     folder = "to write, absent or empty (default: exports/STEP in the run's output folder)"
     parser.add_argument("--folder", type=Path, help=folder)
+    form = "peft: a LoRA adapter, and its base model in `base` (default: transformers)"
+    parser.add_argument("--format", choices=_LOADED_BY, default="transformers", help=form)
+    size = "of a weights file, such as 500MB (default: 5GB); memory holds one file"
     parser.add_argument(
-        "--format",
-        choices=list(_LOADED_BY),
-        default="transformers",
-        help="peft: a LoRA adapter, and its base model in `base` (default: transformers)",
-    )
-    parser.add_argument(
-        "--max-shard-size",
-        type=_size,
-        default=MAX_SHARD_BYTES,
-        metavar="SIZE",
-        help="of a weights file, such as 500MB (default: 5GB); memory holds one file",
+        "--max-shard-size", type=_size, default=MAX_SHARD_BYTES, metavar="SIZE", help=size
     )
     no_tokenizer = "export weights alone, for which the run's corpus need not be there"
     parser.add_argument("--no-tokenizer", action="store_true", help=no_tokenizer)
     no_verify = "do not compare the logits of the export with those of the checkpoint"
     parser.add_argument("--no-verify", action="store_true", help=no_verify)
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="of the stored weights (default: float32)",
-    )
+    dtype = "of the stored weights (default: float32)"
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help=dtype)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

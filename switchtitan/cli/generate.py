@@ -36,13 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; may be empty")
-    prompt.add_argument(
-        "--prompt-file", metavar="FILE", help="a UTF-8 file with the text; - is standard input"
-    )
-    length = "stop after N tokens, unless the text ends before (default: 128)"
-    parser.add_argument(
-        "--max-new-tokens", type=positive_int, default=128, metavar="N", help=length
-    )
+    file = "a UTF-8 file with the text; - is standard input"
+    prompt.add_argument("--prompt-file", metavar="FILE", help=file)
+    most = "stop after N tokens, unless the text ends before (default: 128)"
+    parser.add_argument("--max-new-tokens", type=positive_int, default=128, metavar="N", help=most)
     temperature = number(float, lambda value: 0 <= value < math.inf, "a number >= 0")
     divides = "divides the logits; 0 takes the most probable token (default: 1)"
     parser.add_argument("--temperature", type=temperature, default=1.0, metavar="T", help=divides)
@@ -90,13 +87,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     use_full_precision(device.type)
     compute_dtype = dtype_on(device, options.dtype, trained.compute_dtype)
     sampler = Sampler(options.temperature, options.top_k, options.top_p, options.seed or 0)
-    tokens = continuation(
-        trained.load(device, compute_dtype.dtype),
-        prompt_tokens,
-        sampler,
-        options.max_new_tokens,
-        device,
-    )
+    model = trained.load(device, compute_dtype.dtype)
+    tokens = continuation(model, prompt_tokens, sampler, options.max_new_tokens, device)
     print(prompt, end="", flush=True)
     try:
         result = _print_text(tokenizer, prompt_tokens, tokens, stop_tokens(trained, documents))

@@ -140,11 +140,9 @@ def _check_json(file: Path) -> None:
         raise errors.ConfigError(f"--json {file}: expected a file in a folder that exists")
     if not os.path.isfile(file):
         return
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(len(_RESULT_START))
-    except OSError as error:
-        raise errors.ConfigError(f"--json {file}: cannot be read: {error.strerror}") from error
+    start = b"of a file that cannot be read"
+    with suppress(OSError), file.open("rb") as stream:
+        start = stream.read(len(_RESULT_START))
     if start not in (b"", _RESULT_START):
         raise errors.ConfigError(
             f"--json {file}: exists and is no result of --json, so it is not overwritten; name "
@@ -229,9 +227,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help=tokenizer)
     model = "a configuration with the model (default: that of the checkpoint, or of config.json)"
     parser.add_argument("--config", metavar="FILE", help=model)
+    dtype = "of the computation (default: the checkpoint's; for other weights bfloat16 if native)"
     parser.add_argument(
-        "--dtype",
-        choices=["auto", "bfloat16", "float32"],
-        default="auto",
-        help="of the computation (default: the checkpoint's; for other weights bfloat16 if native)",
+        "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help=dtype
     )

@@ -3,7 +3,6 @@
 It follows from the results so far, so that a stopped comparison continues where it was.
 """
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,7 @@ from switchtitan.comparison.runs import (
 )
 from switchtitan.data.prepare import open_corpus
 from switchtitan.errors import ConfigError
-
-logger = logging.getLogger(__name__)
+from switchtitan.job.config import print_note
 
 FindResult = Callable[[Run], RunResult | None]
 """Returns the result of a run, None if it is not finished."""
@@ -156,19 +154,17 @@ class Comparison:
 def check_plan(config: ComparisonConfig) -> None:
     """Checks before any run that all rows can be trained, with all their values, and reported.
 
-    Logs the values of keys whose default has changed, since they decide what rows mean.
+    Prints the values of keys whose default has changed, since they decide what rows mean.
 
     Raises:
         ConfigError: if they cannot.
     """
-    notes: list[str] = []
     for run in _first_runs(config):
         method = run.config.method
         for key, former in method.former_defaults.items():
-            default = type(method).model_fields[key].default
-            notes.append(
-                f"row {run.row}: [method] {key} = {getattr(method, key):g}; the default is "
-                f"{default:g} and was {former:g}, see docs/CONFIGURATION.md"
+            print_note(
+                f"row {run.row}: [method] {key} = {getattr(method, key):g}; its default, which was "
+                f"{former:g}, is now {type(method).model_fields[key].default:g}"
             )
         training, evaluation = run.config.training, run.config.evaluation
         problem = None
@@ -183,8 +179,6 @@ def check_plan(config: ComparisonConfig) -> None:
             )
         if problem is not None:
             raise ConfigError(f"row {run.row}: {problem}")
-    for note in dict.fromkeys(notes):
-        logger.info("%s", note)
 
 
 def prepare_corpus(config: ComparisonConfig) -> str:

@@ -156,9 +156,7 @@ def print_note(note: str) -> None:
 
 
 def parse_arguments(
-    argv: Sequence[str],
-    num_ranks: int | None = None,
-    say: Callable[[str], None] = print_note,
+    argv: Sequence[str], num_ranks: int | None = None, say: Callable[[str], None] = print_note
 ) -> JobConfig:
     """Load the configuration of a training run, and check that its sections fit together.
 

@@ -5,12 +5,7 @@ from switchtitan.optim.adamw import AdamWConfig, build_adamw
 from switchtitan.optim.adamw8bit import AdamW8bit, AdamW8bitConfig
 from switchtitan.optim.muon import MuonConfig, build_muon
 from switchtitan.optim.scale import ScaleConfig, build_scale
-from switchtitan.optim.torch_optimizer import (
-    AdafactorConfig,
-    SGDConfig,
-    build_adafactor,
-    build_sgd,
-)
+from switchtitan.optim.torch_optimizer import AdafactorConfig, SGDConfig, build_adafactor, build_sgd
 from switchtitan.registry import Component, Registry
 
 OPTIMIZERS: Registry[OptimizerConfig, TrainingOptimizer] = Registry(

@@ -22,29 +22,12 @@ Table = Sequence[Sequence[str]]
 Pictures = dict[str, tuple[Figure, Table | None]]
 """By heading, each perhaps with a table."""
 _NOT_KNOWN = "-"
-_RESULTS = {
-    "step": "{:,}",
-    "tokens_seen": "{:,}",
-    "loss/validation": "{:.4f}",
-    "loss/test": "{:.4f}",
-    "bits_per_byte/validation": "{:.4f}",
-    "bits_per_byte/test": "{:.4f}",
-    "throughput/tokens_per_s": "{:,.0f}",
-    "throughput/wall_time_s": "{:,.0f}",
-    "memory/peak_gib": "{:.2f}",
-    "num_parameters.trainable": "{:,}",
-    "num_parameters.frozen": "{:,}",
-    "compute_dtype": "{}",
-    "device": "{}",
-    "num_ranks": "{}",
-    "commit": "{}",
-}
-"""Key of `results.json` -> how the page shows its value."""
 _STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
-td, th { border-bottom: 1px solid #ccc; padding: 0.2em 0.8em; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
+td, th { border-bottom: 1px solid #ccc; padding: 0.2em 0.8em; text-align: right;
+  overflow-wrap: anywhere; }
+td:first-child, th:first-child { text-align: left; white-space: nowrap; }
 svg { max-width: 100%; height: auto; }"""
 
 
@@ -93,17 +76,25 @@ def write_page(runs: Mapping[str, RunRecord], pictures: Pictures, file: Path) ->
 
 
 def _results(runs: Mapping[str, RunRecord]) -> Table:
-    """A row for each figure that any run has: a row for each run would be wider than the page."""
+    """A row for each result that any run has: a row for each run would be wider than the page.
+
+    Without keys of the configuration, which `results.json` repeats.
+    """
     rows = [["", *runs]]
-    for key in _RESULTS:
+    for key in dict.fromkeys(key for record in runs.values() for key in record.results):
         values = [record.results.get(key) for record in runs.values()]
-        if any(value is not None for value in values):
-            rows.append([key, *(_shown(key, value) for value in values)])
+        is_key = any(key in record.config for record in runs.values())
+        if not is_key and any(value is not None for value in values):
+            rows.append([key, *map(_shown, values)])
     return rows
 
 
-def _shown(key: str, value: object) -> str:
-    return _NOT_KNOWN if value is None else _RESULTS[key].format(value)
+def _shown(value: object) -> str:
+    if value is None:
+        return _NOT_KNOWN
+    if isinstance(value, float):
+        return f"{value:,.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _configurations(runs: Mapping[str, RunRecord]) -> tuple[Table, Table]:

@@ -172,17 +172,11 @@ def test_a_checkpoint_of_another_format_is_refused_and_untouched(
 
 
 @pytest.mark.parametrize(
-    ("keys", "kept"),
-    [
-        ({"keep_latest": 1}, [10]),
-        ({"keep_latest": 2}, [9, 10]),
-        ({"keep_latest": 0}, [2, 3, 9, 10]),
-        ({"keep_latest": 1, "keep_every": 3}, [3, 9, 10]),
-        ({"keep_latest": 2, "keep_every": 2}, [2, 9, 10]),
-    ],
+    ("latest", "every", "kept"),
+    [(1, None, [10]), (2, None, [9, 10]), (0, None, [2, 3, 9, 10]), (1, 3, [3, 9, 10])],
 )
-def test_the_newest_are_kept_and_every_nth(make_checkpointer, tensors, folder, keys, kept):
-    checkpointer = make_checkpointer(**keys)
+def test_the_newest_are_kept_and_every_nth(make_checkpointer, tensors, folder, latest, every, kept):
+    checkpointer = make_checkpointer(keep_latest=latest, keep_every=every)
     save_steps(checkpointer, tensors, 2, 3)
     # What an interrupted deletion leaves.
     (folder / ".step-000000001.partial").mkdir()

@@ -13,6 +13,7 @@ from switchtitan.comparison.config import load_comparison
 from switchtitan.comparison.runs import config_sha256, plan_run, read_csv
 from switchtitan.config import toml_value
 from switchtitan.errors import ConfigError
+from switchtitan.job.config import print_note
 
 COMPARISONS = Path(__file__).parents[3] / "train_configs" / "comparisons"
 OTHER, DECAY = "optimizer.other_lr", "optimizer.weight_decay"
@@ -65,11 +66,12 @@ def test_the_shipped_comparisons_are_valid():
         check_plan(load_comparison(file))
 
 
-def test_a_default_that_has_changed_is_noted_and_published_runs_stay_known(caplog):
+def test_a_default_that_has_changed_is_noted_and_published_runs_stay_known(capsys):
     comparison = load_comparison(COMPARISONS / "lora_alpha_python.toml")
-    caplog.set_level("INFO", "switchtitan")
+    print_note.cache_clear()
     check_plan(comparison)
-    assert "row lora-r32: [method] alpha = 1; the default is 32" in caplog.text
+    note = "note: row lora-r32: [method] alpha = 1; its default, which was 1, is now 32\n"
+    assert note in capsys.readouterr().err
     known = read_csv(COMPARISONS.parents[1] / "docs" / "results" / "lora_alpha_python.csv")
     assert follow(comparison, lambda run: known.get(config_sha256(run.config))).due == []
 

@@ -101,7 +101,6 @@ SWITCH = '[training]\nsteps = 3\n[method]\nname = "switch"\n'
     [
         (bool, ["true"], True),
         (int, ["1_000"], 1000),
-        (int, ["+5"], 5),
         (float, ["1e-3"], 1e-3),
         (float, [".001"], 1e-3),
         (float | None, ["-5."], -5.0),

@@ -143,11 +143,8 @@ def test_a_layer_without_initial_values_is_refused():
 
 
 # Models.
-CONFIGS = [
-    FullRankConfig(),
-    LoraConfig(rank=3, alpha=1.0, init="balanced"),
-    SwitchLoraConfig(rank=3),
-]
+BALANCED = LoraConfig(rank=3, alpha=1.0, init="balanced")
+CONFIGS = [FullRankConfig(), BALANCED, SwitchLoraConfig(rank=3)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
