@@ -16,10 +16,17 @@ SUMS = {"c10d.allreduce_.default": 0, "c10d._reduce_scatter_base_.default": 1}
 """Operations that sum over ranks -> the argument with this rank's summand."""
 
 
+DECOMPOSITION = "aten._linalg_eigh.default"
+
+
 class AnotherOrder(TorchDispatchMode):
-    """Changes the last bits of what this rank adds to a sum, as another order of the sum would."""
+    """Changes the last bits of what this rank adds to a sum, as another order of the sum would, and
+    of decompositions, as another device would."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function) == DECOMPOSITION:
+            values, vectors = function(*args)
+            return values, vectors * (1 + 1e-6)
         if str(function) in SUMS:
             summand = args[SUMS[str(function)]]
             for tensor in summand if isinstance(summand, list) else [summand]:
@@ -32,7 +39,7 @@ class CountDecompositions(TorchDispatchMode):
     number = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += str(function) == "aten._linalg_eigh.default"
+        self.number += str(function) == DECOMPOSITION
         return function(*args, **(kwargs or {}))
 
 
