@@ -15,14 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    DefaultLoadPlanner,
-    LoadPlan,
-    filesystem,
-    metadata,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint import CheckpointException, filesystem, metadata, planner_helpers
 
 from switchtitan.checkpoint.config import RESUME_AUTO, RESUME_NEVER, CheckpointConfig
 from switchtitan.checkpoint.save import (
@@ -263,28 +256,27 @@ def saved_tensors(path: Path) -> dict[str, Tensor]:
         }
 
 
-def _read_(
-    path: Path, tensors: Mapping[str, Tensor], planner: DefaultLoadPlanner | None = None
-) -> None:
+def _read_(path: Path, tensors: Mapping[str, Tensor], planner: Any = None) -> None:
     with _reading(path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is .*single process")
         # No joint planning.
         dcp.load(dict(tensors), storage_reader=_Reader(path), planner=planner, no_dist=True)
 
 
-class _RowsPlanner(DefaultLoadPlanner):
+class _RowsPlanner(dcp.DefaultLoadPlanner):
     """Fills one tensor with the rows of a saved one from `first_row` on."""
 
     def __init__(self, first_row: int) -> None:
         super().__init__()
         self._first_row = first_row
 
-    def create_local_plan(self) -> LoadPlan:
+    def create_local_plan(self) -> dcp.LoadPlan:
         ((name, into),) = self.state_dict.items()
         offsets = torch.Size([self._first_row, *[0] * (into.ndim - 1)])
         wanted = metadata.ChunkStorageMetadata(offsets, into.shape)
         saved: Any = self.metadata and self.metadata.state_dict_metadata[name]
-        return LoadPlan(create_read_items_for_chunk_list(name, saved, [wanted]))
+        items = planner_helpers.create_read_items_for_chunk_list(name, saved, [wanted])
+        return dcp.LoadPlan(items)
 
     def lookup_tensor(self, index: metadata.MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn]

@@ -13,11 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.config import ParallelismConfig
-from switchtitan.distributed.initial import (
-    ReadRows,
-    covering_blocks,
-    plain_value,
-)
+from switchtitan.distributed.initial import ReadRows, covering_blocks, plain_value
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.replicas import compute_in_turns
@@ -115,65 +111,48 @@ def materialize(
     """Allocates a meta model's shards on `device` and fills them with its initial values.
 
     Every rank draws the rows that it holds in fp32, from (seed, parameter name); see
-    `distributed.initial`. Layers that follow from their full plain weight are computed on one rank
-    each, which sends them to all. Parameters of another dtype round to nearest.
+    `distributed.initial`. Ranks share layers that follow from their full plain weight. Parameters
+    of another dtype round to nearest.
 
     Args:
-        initial_weights: reads the plain model's parameters, used instead of drawn values (a warm
-            start).
+        initial_weights: reads the plain model's parameters in place of drawn values: a warm start.
         is_restored: the caller overwrites all tensors of the state dict. They are not initialized,
             which can take minutes; buffers that no checkpoint has are.
     """
     _allocate(model, device)
     overwritten: Collection[str] = model.state_dict().keys() if is_restored else ()
-    unfilled = _own_tensors(model, overwritten)
+    unfilled: dict[str, dict[str, Tensor]] = {}  # by module and local name
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name not in overwritten:
+            module_name, _, local_name = name.rpartition(".")
+            unfilled.setdefault(module_name, {})[local_name] = tensor
     start = _Start(model, seed, initial_weights, is_restored)
     # These need all rows of the plain weight, and may take a minute to decompose it.
     shared = [
-        prefix
-        for prefix, (module, own) in unfilled.items()
-        if isinstance(module, Reparametrized) and "weight" not in own and not is_restored
+        name
+        for name, own in unfilled.items()
+        if isinstance(model.get_submodule(name), Reparametrized)
+        and not (is_restored or "weight" in own)
     ]
 
-    def compute(prefix: str) -> list[Tensor]:
-        module, own = unfilled[prefix]
-        all_rows = {name: range(len(tensor)) for name, tensor in own.items()}
-        return [*start.rows(prefix, module, all_rows).values()]
+    def compute(name: str) -> list[Tensor]:
+        all_rows = {local_name: range(len(t)) for local_name, t in unfilled[name].items()}
+        return [*start.rows(name, all_rows).values()]
 
-    results = [[*unfilled[prefix][1].values()] for prefix in shared]
+    results = [[*unfilled[name].values()] for name in shared]
     group = all_ranks_group(results[0][0]) if shared else None
-    computed = compute_in_turns(shared.__getitem__, compute, results, group, device)
-    for prefix, (module, own) in progress_bar(
+    computed = compute_in_turns(shared.__getitem__, compute, results, device, group)
+    for name, own in progress_bar(
         "initializing weights", unfilled.items(), total=len(unfilled), unit="modules"
     ):
-        if prefix in shared:
+        if name in shared:
             for tensor, value in zip(own.values(), next(computed), strict=True):
                 copy_from_full_(tensor, value)
             continue
-        held = {name: row_range(tensor) for name, tensor in own.items()}
-        values = start.rows(prefix, module, held)
-        for name, tensor in own.items():
+        values = start.rows(name, {key: row_range(tensor) for key, tensor in own.items()})
+        for key, tensor in own.items():
             with torch.no_grad():
-                local(tensor).copy_(values[name])
-
-
-def _own_tensors(
-    model: nn.Module, without: Collection[str]
-) -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
-    """Returns (module, its parameters and buffers by local name) by prefix of qualified names.
-
-    Args:
-        without: qualified names of tensors to leave out. A module without others is left out too.
-    """
-    found = {}
-    for module_name, module in model.named_modules():
-        prefix = f"{module_name}." if module_name else ""
-        tensors = dict(module.named_parameters(recurse=False))
-        tensors |= dict(module.named_buffers(recurse=False))
-        own = {name: tensor for name, tensor in tensors.items() if prefix + name not in without}
-        if own:
-            found[prefix] = module, own
-    return found
+                local(tensor).copy_(values[key])
 
 
 class _Start(NamedTuple):
@@ -184,8 +163,10 @@ class _Start(NamedTuple):
     initial_weights: ReadRows | None
     is_restored: bool
 
-    def rows(self, prefix: str, module: nn.Module, held: Mapping[str, range]) -> dict[str, Tensor]:
+    def rows(self, module_name: str, held: Mapping[str, range]) -> dict[str, Tensor]:
         """Returns rows `held` of a module's tensors, by local name."""
+        module = self.model.get_submodule(module_name)
+        prefix = f"{module_name}." if module_name else ""
         rows, plain, values = dict(held), set(held), dict[str, Tensor]()
         if isinstance(module, Reparametrized):
             plain &= {"bias"}
@@ -195,11 +176,11 @@ class _Start(NamedTuple):
             needed = range(0 if self.is_restored else shape[0])
             rows["weight"] = covering_blocks(shape, held.get("weight", needed))
             weight = self._plain(f"{prefix}weight", shape, rows["weight"])
-            generator = partial(_generator_within, self.seed, prefix)
-            values = module.initial_tensors(weight, generator, rows)
+            values = module.initial_tensors(
+                weight, lambda name: generator_for(self.seed, prefix + name), rows
+            )
         for name in plain:
-            shape = tuple(getattr(module, name).shape)
-            values[name] = self._plain(prefix + name, shape, held[name])
+            values[name] = self._plain(prefix + name, getattr(module, name).shape, held[name])
         firsts = {name: held[name].start - rows[name].start for name in held}
         return {name: values[name][first:][: len(held[name])] for name, first in firsts.items()}
 
@@ -207,10 +188,6 @@ class _Start(NamedTuple):
         if self.initial_weights is not None and rows:
             return self.initial_weights(name, rows).to(torch.float32)
         return plain_value(self.model, self.seed, name, torch.Size(shape), rows)
-
-
-def _generator_within(seed: int, prefix: str, local_name: str) -> torch.Generator:
-    return generator_for(seed, prefix + local_name)
 
 
 def host_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -51,26 +51,18 @@ def split_blocks(shape: tuple[int, ...], rows: range) -> list[range]:
 
 
 def check_replaced(model: nn.Module, plain_names: Set[str]) -> None:
-    """Checks the layers that a method has replaced.
-
-    Args:
-        plain_names: of the parameters and buffers of the model before.
-
-    Raises:
-        TypeError: if a module is no `Reparametrized` and has other tensors than the plain model,
-            which has no initial values for them.
-    """
+    """Raises a TypeError if a layer that is no `Reparametrized` has other parameters or buffers
+    than those of the plain model, by qualified name: it would have no initial values for them."""
     for module_name, module in model.named_modules():
-        if isinstance(module, Reparametrized):
-            continue
-        tensors = dict(module.named_parameters(module_name, recurse=False))
-        tensors |= dict(module.named_buffers(module_name, recurse=False))
-        if unknown := tensors.keys() - plain_names:
-            raise TypeError(
-                f"{type(module).__name__} has tensors that the plain model lacks "
-                f"({abbreviate(sorted(unknown))}), and no initial values for them; derive it from "
-                "contracts.Reparametrized"
-            )
+        if not isinstance(module, Reparametrized):
+            own = dict(module.named_parameters(module_name, recurse=False))
+            own |= dict(module.named_buffers(module_name, recurse=False))
+            if unknown := own.keys() - plain_names:
+                raise TypeError(
+                    f"{type(module).__name__} has tensors that the plain model lacks "
+                    f"({abbreviate(sorted(unknown))}), and no initial values for them; derive it "
+                    "from contracts.Reparametrized"
+                )
 
 
 def plain_value(

@@ -19,13 +19,12 @@ def compute_in_turns(
     collect: Callable[[int], T],
     compute: Callable[[T], Sequence[Tensor]],
     results: Sequence[Sequence[Tensor]],
-    group: dist.ProcessGroup | None,
     device: torch.device,
+    group: dist.ProcessGroup | None,
 ) -> Iterator[Sequence[Tensor]]:
     """Yields `compute(collect(place))` for each place of `results`; collective over `group`.
 
-    A rank computes one of as many as there are ranks, and sends it to all: devices may differ in
-    roundings, and the work is shared.
+    Ranks share the work. Each sends to all what it computes, since devices may differ in roundings.
 
     Args:
         collect: returns what `compute` needs; all ranks call it, so that it may communicate.
@@ -35,12 +34,11 @@ def compute_in_turns(
     rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
     for place, like in enumerate(results):
         owner = place % num_ranks
-        if owner == 0:
-            for other in range(place, min(place + num_ranks, len(results))):
-                collected = collect(other)
-                if other == place + rank:
-                    own = compute(collected)
-        if num_ranks == 1:
+        for other in range(place, min(place + num_ranks, len(results))) if owner == 0 else ():
+            collected = collect(other)
+            if other == place + rank:
+                own = compute(collected)
+        if group is None:
             yield own
             continue
         sent = [torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in like]

@@ -30,22 +30,18 @@ from switchtitan.models import MODELS
 
 
 def read_initial_weights(path: Path, config: ModelConfig) -> tuple[Path, dict[str, Tensor]]:
-    """Returns the absolute path that was read, and the plain model's weights by name.
-
-    Args, Raises: as `find_weights` and `open_weights`.
-    """
-    source = find_weights(path)
+    """Returns what `find_weights` does, and all of the plain model's weights by name."""
+    source, shapes = find_weights(path), parameter_shapes(config)
     read_rows = open_weights(source, config)
-    shapes = parameter_shapes(config)
     return source, {name: read_rows(name, range(shape[0])) for name, shape in shapes.items()}
 
 
 def find_weights(path: Path) -> Path:
-    """Returns the absolute path of weights, of a checkpoint after comparing its checksums.
+    """Returns the absolute path of weights, and compares the checksums of a checkpoint.
 
     Args:
-        path: a safetensors file, a folder in Hugging Face's layout or with a PEFT adapter, or a
-            checkpoint or run of any method, whose newest checkpoint is found.
+        path: a safetensors file, a folder in Hugging Face's layout or with a PEFT adapter, which is
+            merged, or a checkpoint or run of any method, whose newest checkpoint is read.
 
     Raises:
         CheckpointError: if there are no weights at `path`.
@@ -53,19 +49,11 @@ def find_weights(path: Path) -> Path:
     return (path if _has_safetensors(path) else find_given(path)).absolute()
 
 
-def _has_safetensors(path: Path) -> bool:
-    return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))
-
-
 def open_weights(source: Path, config: ModelConfig) -> ReadRows:
-    """Returns what reads the plain model's weights; an adapter is merged, and held.
-
-    Args:
-        source: as `find_weights` returns it.
-        config: the plain model's section.
+    """Returns what reads the plain model's weights from a path that `find_weights` returned.
 
     Raises:
-        CheckpointError: if the weights do not match the model.
+        CheckpointError: if the weights do not match the model's section, `config`.
         ConfigError: if a config.json next to them describes no model that is supported.
     """
     if not _has_safetensors(source):
@@ -78,8 +66,12 @@ def open_weights(source: Path, config: ModelConfig) -> ReadRows:
     weights = read_adapted(source) if is_adapter(source) else read_dense(source)
     weights = without_copies(weights, config, source)
     check_shapes(weights, config, f"[checkpoint] initial_weights = {str(source)!r}")
-    # Memory-mapped: only these rows are read.
+    # Memory-mapped, unless an adapter was merged.
     return lambda name, rows: weights[name][rows.start : rows.stop]
+
+
+def _has_safetensors(path: Path) -> bool:
+    return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))
 
 
 def _check_same_model(theirs: ModelConfig, ours: ModelConfig, source: Path) -> None:

@@ -261,7 +261,7 @@ def renew_from_gradients(weights: list[ProjectedWeight]) -> None:
 
     bases = [[weight.basis] for weight in weights]
     group = all_ranks_group(weights[0].parameter)
-    computed = compute_in_turns(collect, compute, bases, group, weights[0].basis.device)
+    computed = compute_in_turns(collect, compute, bases, weights[0].basis.device, group)
     for weight, (basis,) in zip(weights, computed, strict=True):
         copy_from_full_(weight.basis, basis)
 

@@ -27,8 +27,8 @@ class Profiler:
 
     Args:
         output_dir: of the run.
-        steps_done: steps done before this run; if the first step to trace is one, later steps are
-            traced, unless an earlier part of the run has left a trace.
+        steps_done: steps done before this run. If they include the first one to trace, later ones
+            are traced, unless the run has a trace.
         report: called with a table of the operations and regions of the trace.
     """
 
@@ -63,11 +63,8 @@ class Profiler:
             return self
         is_past = config.start_step < self._first_step
         if is_past and any(folder.glob(f"rank{self._rank}.*{_TRACE_SUFFIX}")):
-            logger.info(
-                "no new trace: %s has one; to trace again, set [profiler] start_step = %d or more",
-                folder,
-                self._first_step,
-            )
+            more = f"for another, set [profiler] start_step = {self._first_step} or more"
+            logger.info("no new trace: %s has one; %s", folder, more)
             return self
         # Otherwise Kineto prints two lines at each start and stop, into the progress bar.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from switchtitan.contracts import Method, ModelConfig
-from switchtitan.distributed.initial import plain_value
+from switchtitan.distributed.initial import ReadRows, plain_value
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.initial_weights import fingerprint, read_initial_weights
+from switchtitan.hub.initial_weights import find_weights, fingerprint, open_weights
 from switchtitan.models import plain_model
 from switchtitan.process import progress_bar
 from switchtitan.spectra.spectrum import singular_values
@@ -46,12 +46,12 @@ class Origin:
         """Qualified names of the linear layers in blocks: no embedding, no head."""
         self._source = None if initial_weights is None else Path(initial_weights)
         self._checksum = checksum
-        self._given: dict[str, Tensor] = {}
+        self._read: ReadRows | None = None
         self._computed: dict[str, Tensor] = {}
 
     def open(self) -> None:
         """Reads again what was read at step 0; a CheckpointError if it has moved or changed."""
-        if self._source is None or self._given:
+        if self._source is None or self._read is not None:
             return
         if not self._source.exists() or fingerprint(self._source) != self._checksum:
             raise CheckpointError(
@@ -59,7 +59,7 @@ class Origin:
                 f"{self._source} {'have changed' if self._source.exists() else 'are missing'}; "
                 "restore them, or set [spectrum] interval = none"
             )
-        _, self._given = read_initial_weights(self._source, self._config)
+        self._read = open_weights(find_weights(self._source), self._config)
 
     def changes(self, dense: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yields name and change [out, in] since step 0 of each linear layer; see `open`.
@@ -75,10 +75,10 @@ class Origin:
     def _starting_weight(self, name: str, shape: torch.Size) -> Tensor:
         if name in self._computed:
             return self._computed[name]
-        if self._source is None:
+        if self._read is None:
             weight = plain_value(self._model, self._seed, name, shape)
         else:
-            weight = self._given[name].to(torch.float32)
+            weight = self._read(name, range(shape[0])).to(torch.float32)
         start = self._method.starting_weight(name, weight)
         if start is not weight:
             # It may be a decomposition, which takes longer than the measurement.
