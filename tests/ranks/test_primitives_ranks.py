@@ -8,12 +8,11 @@ from math import sqrt
 import pytest
 import torch
 import torch.distributed as dist
-from support import scale_parameters
+from support import optimizer_steps
 from support.layouts import asked_for
-from support.optimizer_steps import build, draw, parameters, placed
+from support.optimizer_steps import SCALED, SCALED_TREATED, build, parameters, placed
 from support.projected_models import RANK, TARGETS, draw_gradients, draw_model, give_gradients
 from support.ranks import run_rows_on_ranks
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
@@ -46,7 +45,6 @@ from switchtitan.methods.projected import (
     GaloreConfig,
 )
 from switchtitan.methods.relora import merge_and_restart_, prune_
-from switchtitan.optim import OPTIMIZERS
 from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.muon import MuonConfig
 from switchtitan.optim.scale import ScaleConfig
@@ -116,23 +114,17 @@ FEW = {name: SHAPES[name] for name in ("layers.0.even.weight", "layers.0.uneven.
 
 
 def build_muon(shapes, mesh=None):
-    full = parameters(shapes).items()
-    named = {name: nn.Parameter(placed(value.detach(), mesh)) for name, value in full}
-    config = MuonConfig(lr=0.02, weight_decay=0.1)
-
-    def give(step):
-        for parameter, grad in zip(named.values(), draw(shapes, step), strict=True):
-            parameter.grad = placed(grad, mesh)
-
+    named, config = parameters(shapes, mesh), MuonConfig(lr=0.02, weight_decay=0.1)
+    give = partial(optimizer_steps.give_gradients, named, shapes, mesh=mesh)
     return named, build(config, named), give
 
 
 # SCALE. On four shards, one rank holds no row of three, five, six or nine.
 def build_scale(mesh=None):
-    named = scale_parameters.start(mesh)
+    named = parameters(SCALED, mesh)
     config = ScaleConfig(lr=0.03, other_lr=0.007, weight_decay=0.2, momentum=0.8)
-    optimizer = OPTIMIZERS.build(config, scale_parameters.trained(named), False)
-    return named, optimizer, partial(scale_parameters.give_gradients, named, mesh=mesh)
+    give = partial(optimizer_steps.give_gradients, named, SCALED, mesh=mesh)
+    return named, build(config, named, SCALED_TREATED), give
 
 
 # GaLore, Fira and APOLLO. One of four ranks holds no row of five, and none of three.

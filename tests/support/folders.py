@@ -42,12 +42,12 @@ def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-def save_random_model(kind, folder, max_shard_size="5GB"):
+def save_random_model(kind, folder, max_shard_size="5GB", **settings):
     """Saves a model whose norms and biases are random too; returns the folder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     name = kind.partition(",")[0].removesuffix("3")
-    config = AutoConfig.for_model(name, **{**_SHAPES, **KINDS[kind]})
+    config = AutoConfig.for_model(name, **{**_SHAPES, **KINDS[kind], **settings})
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

@@ -8,6 +8,15 @@ from switchtitan.optim import OPTIMIZERS
 from switchtitan.optim.parameters import TrainedParameter
 
 NUM_STEPS = 12
+SCALED = {
+    "embed.weight": (6, 7),
+    "layers.0.proj.weight": (5, 7),
+    "layers.0.proj.lora_b": (3, 5),
+    "layers.0.norm.weight": (5,),
+    "head.weight": (9, 5),
+}
+"""Parameters of every role for SCALE, and those that a method treats."""
+SCALED_TREATED = ("layers.0.proj.weight", "layers.0.proj.lora_b")
 
 
 def draw(shapes, step):
@@ -16,9 +25,22 @@ def draw(shapes, step):
     return [torch.randn(shape, generator=generator) for shape in shapes.values()]
 
 
-def parameters(shapes):
+def parameters(shapes, mesh=None):
     values = zip(shapes, draw(shapes, 1000), strict=True)
-    return {name: nn.Parameter(value) for name, value in values}
+    return {name: nn.Parameter(placed(value, mesh)) for name, value in values}
+
+
+def give_gradients(named, shapes, step, mesh=None):
+    """Gives the parameters a step's gradients; returns them in full."""
+    gradients = dict(zip(shapes, draw(shapes, step), strict=True))
+    for name, parameter in named.items():
+        parameter.grad = placed(gradients[name].clone(), mesh)
+    return gradients
+
+
+def is_transposed(name):
+    """Whether a matrix's rows are inputs."""
+    return name.startswith("embed") or name.endswith("lora_b")
 
 
 def placed(value, mesh):
@@ -38,6 +60,7 @@ def build(config, named, treated=None, compile_step=False, compute_dtype=torch.f
             is_other=treated is not None and name not in treated,
             is_in_block=name.startswith("layers."),
             is_head=name == "head.weight",
+            input_dim=0 if is_transposed(name) else 1,
             compute_dtype=compute_dtype,
         )
         for name, parameter in named.items()
@@ -50,8 +73,7 @@ def train(optimizer, named, steps):
     shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
     for step in steps:
         optimizer.set_lr((step + 1) / NUM_STEPS)
-        for parameter, gradient in zip(named.values(), draw(shapes, step), strict=True):
-            parameter.grad = gradient
+        give_gradients(named, shapes, step)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from support.commands import run
+from support.folders import save_random_model
 from support.tiny import tiny_trainer, train_steps
 from switchtitan.distributed.world import stop_world
 
@@ -69,23 +70,10 @@ def save_run(folder, method="switchlora", num_steps=7):
 
 
 def save_qwen(folder, tokenizer_folder, **settings):
-    """Saves a random Qwen2 with clearly different logits, and a tokenizer of 270 tokens."""
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    """Saves a random Qwen2, and a tokenizer of 270 tokens."""
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = {
-        "vocab_size": 270,
-        "hidden_size": 32,
-        "intermediate_size": 44,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.4,
-        "eos_token_id": tokenizer.eos_token_id,
-        **settings,
-    }
-    Qwen2ForCausalLM(Qwen2Config(**config)).save_pretrained(folder)
+    settings = {"vocab_size": 270, "eos_token_id": tokenizer.eos_token_id, **settings}
+    save_random_model("qwen2, tied", folder, **settings)

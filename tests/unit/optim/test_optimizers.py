@@ -4,9 +4,17 @@ from functools import partial
 
 import pytest
 import torch
-from support.optimizer_steps import build, draw, parameters, train
+from support.optimizer_steps import (
+    SCALED,
+    SCALED_TREATED,
+    build,
+    draw,
+    give_gradients,
+    is_transposed,
+    parameters,
+    train,
+)
 from support.packages import needs_torchao
-from support.scale_parameters import HEAD, TRANSPOSED, give_gradients, start, trained
 from support.small_llama import draw_model
 from support.tensors import differing
 from support.tiny import tiny_config
@@ -201,14 +209,14 @@ def by_scale(matrix, mean, gradient, lr, config, is_head):
 
 
 def turned(name, matrix):
-    return matrix.double() if name in TRANSPOSED else matrix.double().T
+    return matrix.double() if is_transposed(name) else matrix.double().T
 
 
 def test_every_step_of_scale_equals_a_reference_and_keeps_momentum_for_the_head_alone():
     keys = {"momentum": 0.8, "betas": (0.7, 0.97), "vector_lr": 0.05}
     config, norm = ScaleConfig(**KEYS, **keys), "layers.0.norm.weight"
-    named, plain = start(), start()
-    optimizer = OPTIMIZERS.build(config, trained(named), False)
+    named, plain = parameters(SCALED), parameters(SCALED)
+    optimizer = build(config, named, SCALED_TREATED)
     matrices = {name: turned(name, value.detach()) for name, value in named.items() if name != norm}
     means = {name: torch.zeros_like(matrix) for name, matrix in matrices.items()}
     adamw = torch.optim.AdamW(
@@ -218,15 +226,15 @@ def test_every_step_of_scale_equals_a_reference_and_keeps_momentum_for_the_head_
         factor = (step + 1) / NUM_STEPS
         optimizer.set_lr(factor)
         adamw.param_groups[0]["lr"] = config.vector_lr * factor
-        gradients = give_gradients(named, step)
-        give_gradients(plain, step)
+        gradients = give_gradients(named, SCALED, step)
+        give_gradients(plain, SCALED, step)
         optimizer.step()
         adamw.step()
         for name, matrix in matrices.items():
             lr = (LR if name.startswith("layers.") else OTHER_LR) * factor
             gradient = turned(name, gradients[name])
             matrices[name], means[name] = by_scale(
-                matrix, means[name], gradient, lr, config, name == HEAD
+                matrix, means[name], gradient, lr, config, name == "head.weight"
             )
             # Values of order 1, each step rounded at 6e-8.
             ours_now = turned(name, named[name])
@@ -234,7 +242,7 @@ def test_every_step_of_scale_equals_a_reference_and_keeps_momentum_for_the_head_
         assert torch.equal(named[norm], plain[norm])
     assert optimizer.metrics()["optimizer/vector_lr"] == config.vector_lr
     of_norm = {f"{norm}.{key}" for key in ("exp_avg", "exp_avg_sq", "step")}
-    assert optimizer.state_dict().keys() == {f"{HEAD}.momentum"} | of_norm
+    assert optimizer.state_dict().keys() == {"head.weight.momentum"} | of_norm
 
 
 def test_scale_is_told_which_matrices_are_stored_transposed_and_which_is_the_head():
