@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests. Sets up the environment.
 #
-#   ./scripts/test.sh                        all tests, on all cores
+#   ./scripts/test.sh [-k TEXT]              all tests, on all cores; options are pytest's
 #   ./scripts/test.sh --quick                tests/unit: what is quick, on all cores
 #   ./scripts/test.sh --faults               tests/faults in full, an hour or more; all other calls
 #                                            run a sample of its cases
@@ -9,9 +9,10 @@
 #                                            at a time; tests must notice each
 #   ./scripts/test.sh --numbers [-k TEXT]    runs the command line, and compares losses, exports and
 #                                            switches with tests/data/reference_numbers.json
-#   ./scripts/test.sh tests/unit -k switch   some tests, in one process; arguments are pytest's
+#   ./scripts/test.sh tests/unit -k switch   some tests, by their path or -m MARK, in one process
 #
-# Tests see no GPU, except those marked `gpu`; with a GPU, the first command runs them last.
+# Tests see no GPU, except those marked `gpu`; with a GPU, the first command runs them last
+# if it has no options.
 # PYTEST_XDIST_AUTO_NUM_WORKERS=N sets the number of processes; default: one per core, at most 8.
 set -euo pipefail
 
@@ -35,14 +36,6 @@ export PYTEST_XDIST_AUTO_NUM_WORKERS
 # The tests of a file share trained runs, so one process runs them.
 parallel=(-n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations=20)
 case "${1:-}" in
-    '')
-        status=0
-        "$PYTHON" -m pytest "${parallel[@]}" || status=$?
-        if [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] || [ -e /dev/dxg ]; then
-            "$PYTHON" -m pytest -m gpu || status=$?
-        fi
-        exit "$status"
-        ;;
     --quick)
         exec "$PYTHON" -m pytest "${parallel[@]}" tests/unit "${@:2}"
         ;;
@@ -56,7 +49,15 @@ case "${1:-}" in
     --numbers)
         exec "$PYTHON" tests/support/reference_numbers.py "${@:2}"
         ;;
-    *)
-        exec "$PYTHON" -m pytest "$@"
-        ;;
 esac
+for argument in "$@"; do
+    case "$argument" in
+        tests | tests/* | */tests/* | -m) exec "$PYTHON" -m pytest "$@" ;;
+    esac
+done
+status=0
+"$PYTHON" -m pytest "${parallel[@]}" "$@" || status=$?
+if [ $# = 0 ] && { [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] || [ -e /dev/dxg ]; }; then
+    "$PYTHON" -m pytest -m gpu || status=$?
+fi
+exit "$status"

@@ -155,8 +155,9 @@ class Checkpointer:
         latest: Path | None = None,
     ) -> None:
         self._folder, self._config, self._world = folder, config, world
-        # A group of its own, since a thread and the training loop must not share one.
-        self._writers = replace(world, host_group=world.new_host_group())
+        # A thread and the training loop must not share a group, nor its later timeout.
+        group = dist.new_group(backend="gloo", timeout=world.timeout)
+        self._writers = replace(world, host_group=group)
         self._described = {"identity": identity, "run": metadata, "versions": versions}
         self._host_copies: dict[str, Tensor] = {}
         self._in_flight: Future[Path] | None = None

@@ -30,8 +30,6 @@ from switchtitan.process import num_cores, threads_per_process
 
 OWN_COMMANDS = ("train", "benchmark")
 """The commands of `switchtitan` that run on several ranks."""
-_KILLED_AFTER_GRACE_S = 15
-"""Seconds after `[checkpoint] grace_s` that torchrun waits for ranks until it kills them."""
 
 
 def run(words: Sequence[str]) -> None:
@@ -58,21 +56,19 @@ def run(words: Sequence[str]) -> None:
     if min(least_nodes, num_processes) < 1:
         raise ConfigError(f"{given}: expected integers >= 1")
     check_slurm_tasks(most_nodes)
-    is_static = options.rdzv_backend == "static"
-    if is_static and not options.rdzv_endpoint:  # torchrun's older options
+    if options.rdzv_backend == "static" and not options.rdzv_endpoint:  # torchrun's older options
         options.rdzv_endpoint = f"{options.master_addr}:{options.master_port}"
     if least_nodes == most_nodes and options.rdzv_backend in ("static", "c10d"):
-        node_rank = options.node_rank if is_static else None
-        check_rendezvous(options.rdzv_endpoint, least_nodes, node_rank)
+        check_rendezvous(options.rdzv_endpoint, least_nodes)
     # Other scripts may have other keys. The first rank prints notes.
     keys = options.training_script_args if script == "train" else []
     config = parse_unchecked(keys, lambda note: None)
     if script in OWN_COMMANDS:
         options.training_script_args.insert(0, script)
         options.module, options.training_script = True, "switchtitan"
-    # Ranks save when torchrun passes a signal on.
+    # Ranks save when torchrun passes a signal on. It kills them 15 s after they should have ended.
     if options.shutdown_timeout is None and not os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
-        options.shutdown_timeout = config.checkpoint.grace_s + _KILLED_AFTER_GRACE_S
+        options.shutdown_timeout = config.checkpoint.grace_s + 15
     passed_on = {*options.signals_to_handle.split(","), config.job.stop_signal} - {None}
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         passed_on -= {"SIGHUP"}  # torchrun would undo `nohup`

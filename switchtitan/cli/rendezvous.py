@@ -28,21 +28,15 @@ def check_slurm_tasks(num_nodes: int) -> None:
         )
 
 
-def check_rendezvous(endpoint: str, num_nodes: int, node_rank: int | None) -> None:
+def check_rendezvous(endpoint: str, num_nodes: int) -> None:
     """Checks what would let machines wait for each other in vain.
 
     Args:
         endpoint: HOST:PORT; not checked for a single machine.
-        node_rank: index of this machine; None if the rendezvous assigns it.
 
     Raises:
         EnvironmentMismatchError: if the machines cannot meet.
     """
-    if node_rank is not None and not 0 <= node_rank < num_nodes:
-        raise EnvironmentMismatchError(
-            f"NODE_RANK={node_rank}: expected an index below NNODES={num_nodes}; machines are "
-            "counted from 0"
-        )
     if num_nodes == 1:
         return
     host, _, port = endpoint.rpartition(":")

@@ -33,8 +33,8 @@ class ParallelismConfig(Section):
     rank compiles, and writes, reads or verifies a checkpoint. Does not limit the preparation of a
     corpus."""
     step_timeout_s: int = Field(default=120, ge=1)
-    """The same after the first step, which ends a run soon if a rank hangs. Must exceed the time by
-    which a rank can be late, as it reads a batch or compiles its first evaluation. Does not limit
+    """The same after the first step, so that a hung rank ends the run soon. Must exceed the time by
+    which a rank can be late with a batch or the first evaluation, which compiles. Does not limit
     saves and what one rank does alone, such as spectra."""
     check_interval: int = Field(default=100, ge=0)
     """Optimizer steps between two comparisons of what several ranks hold alike: weights,

@@ -99,17 +99,13 @@ class World:
             raise error_type(message) from error
         return [cast(T, outcome) for outcome, _ in outcomes]
 
-    def new_host_group(self) -> dist.ProcessGroup:
-        """Returns another group of all ranks over gloo, for a thread; collective."""
-        return dist.new_group(backend="gloo", timeout=self.timeout)
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        """Changes the timeout of later collectives; collective. Not of `new_host_group`s."""
+    def set_timeout(self, timeout_s: float) -> None:
+        """Changes the timeout of later collectives in the groups of this world; collective."""
         # First all ranks complete what they have begun with the earlier one.
         self.together(self.synchronize)
-        self.timeout = timeout
+        self.timeout = timedelta(seconds=timeout_s)
         for group in (dist.group.WORLD, self.host_group, *self.mesh.get_all_groups()):
-            _set_timeout(group, timeout)
+            _set_timeout(group, self.timeout)
 
     def synchronize(self) -> None:
         """Waits until this rank's device has completed all queued work."""

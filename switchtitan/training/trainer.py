@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -183,9 +182,7 @@ class Trainer:
                     if not result.is_skipped:
                         self._after_step(result)
                     if not has_started:
-                        # A hung rank need not be waited for as long as one that compiles.
-                        timeout_s = self.stepper.parallelism.step_timeout_s
-                        self.stepper.world.set_timeout(timedelta(seconds=timeout_s))
+                        self.stepper.world.set_timeout(self.stepper.parallelism.step_timeout_s)
                         has_started = True
                     signal_number = self.stop.is_due() if state.step < self.num_steps else None
                     if signal_number is not None:

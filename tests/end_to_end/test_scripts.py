@@ -35,7 +35,7 @@ class Machine:
         (self.project / "scripts").mkdir(parents=True)
         for name in ("run_train.sh", "pyproject.toml"):
             shutil.copy(REPOSITORY / name, self.project / name)
-        for name in ("setup_env.sh", "gpu_acceptance.sh"):
+        for name in ("setup_env.sh", "gpu_acceptance.sh", "test.sh"):
             shutil.copy(REPOSITORY / "scripts" / name, self.project / "scripts" / name)
         self.log.touch()
         self.path.mkdir()
@@ -132,6 +132,17 @@ def test_run_train_starts_the_right_command(machine, variables, command):
     assert last_call.endswith("train --config my file.toml")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "is_parallel"),
+    [("--durations=9", True), ("-k switch -x", True), ("tests/unit -k switch", False)],
+)
+def test_tests_run_in_parallel_unless_some_are_named(machine, arguments, is_parallel):
+    machine.run(*arguments.split(), script="scripts/test.sh")
+    (call,) = machine.calls("-m pytest")
+    assert call.endswith(f" {arguments}")
+    assert ("--dist loadfile" in call) == is_parallel
+
+
 @pytest.mark.parametrize("num_gpus", [1, 8])
 def test_the_acceptance_measures_steps_that_have_bounds(machine, num_gpus):
     machine.add_python(num_gpus=num_gpus)
@@ -155,70 +166,66 @@ def test_the_acceptance_measures_steps_that_have_bounds(machine, num_gpus):
 
 
 STAND_INS = {
-    # Every launcher ends at once, and srun with the highest status; see test_slurm.py.
-    "srun": """\
-#!/usr/bin/env bash
+    # Ends at once; test_slurm.py has a real one.
+    "srun": """#!/usr/bin/env bash
 [ -z "$RECORDED" ] || printf '%s\\nthe reason\\n' "$RECORDED" >"$SWITCHTITAN_ENDED"
-[ -z "$SAVES" ] || echo "saved run/checkpoints/step-000000004 in 0.1 s" >>job-7-node-0.log
+[ -z "${SAVES:-}" ] || echo "saved run/checkpoints/step-000000004 in 0.1 s" >>job-7-node-0.log
 exit "$STATUS"
 """,
     "scontrol": '#!/bin/sh\necho "$*" >>calls\n',
+    "run_train.sh": "",
+    "scripts/setup_env.sh": "prepare_environment() { :; }\n",
 }
 
 
-def end_of_job(folder, status, recorded="", **variables):
-    """What the script for Slurm says at the end, and whether it requeues the job."""
-    for name in ("SUBMIT_DIR", "JOB_NODELIST"):
-        variables[f"SLURM_{name}"] = str(folder)
-    variables |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_JOB_NUM_NODES": "2"}
-    variables |= {"PATH": f"{folder}:{os.environ['PATH']}", "STATUS": status, "RECORDED": recorded}
-    script = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
-    done = subprocess.run(
-        ["bash", script], env={"SAVES": "", **variables}, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout.count("the reason") == bool(recorded), done
-    assert not list(folder.glob("*.ended-*"))
-    return done.stdout.splitlines()[-1:], "requeue 7" in (folder / "calls").read_text()
-
-
 @pytest.fixture
-def cluster(tmp_path):
-    """A repository's folder; the script's commands are stand-ins."""
+def run_job(tmp_path):
+    """Returns what runs the script for Slurm, and returns the last line and whether it requeues."""
     (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "setup_env.sh").write_text("prepare_environment() { :; }\n")
-    for name, text in STAND_INS.items() | {("run_train.sh", "")}:
+    for name, text in STAND_INS.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    return tmp_path
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    variables |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_JOB_NUM_NODES": "2"}
+    script = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
+
+    def run(**of_job):
+        of_job |= variables | {"SLURM_JOB_NODELIST": "node-[1-2]"}
+        (tmp_path / "job-7.ended-9").write_text("143\nof an earlier start\n")
+        (tmp_path / "calls").write_text("")
+        output = subprocess.run(["bash", script], env=of_job, stdout=subprocess.PIPE, text=True)
+        assert output.stdout.count("reason") == bool(of_job["RECORDED"])
+        assert not list(tmp_path.glob("*.ended-*"))
+        return output.stdout.splitlines()[-1:], "requeue 7" in (tmp_path / "calls").read_text()
+
+    return run
 
 
 @pytest.mark.parametrize(
     ("status", "recorded", "is_requeued"),
     [
-        pytest.param("0", "", False, id="finished"),
-        pytest.param("143", "2", False, id="a mistake: srun has terminated the other node"),
-        pytest.param("137", "3", False, id="diverged"),
-        pytest.param("130", "130", False, id="scancel --signal=INT"),
-        pytest.param("143", "143", True, id="stopped before a pre-emption"),
-        pytest.param("5", "5", True, id="stopped, and not saved in time"),
-        pytest.param("143", "1", True, id="a rank was killed"),
-        pytest.param("137", "", True, id="a launcher was killed"),
+        ("0", "", False),
+        ("143", "2", False),  # a mistake; srun has terminated the other node
+        ("137", "3", False),
+        ("130", "130", False),  # scancel --signal=INT
+        ("143", "143", True),
+        ("5", "5", True),
+        ("143", "1", True),  # a crash
+        ("137", "", True),  # even the launcher was killed
     ],
 )
 def test_what_the_run_has_recorded_decides_whether_a_job_is_requeued(
-    cluster, status, recorded, is_requeued
+    run_job, status, recorded, is_requeued
 ):
-    (cluster / "job-7.ended-0").write_text("143\nof an earlier start\n")
-    said, was_requeued = end_of_job(cluster, status, recorded)
+    said, was_requeued = run_job(STATUS=status, RECORDED=recorded)
     assert was_requeued == is_requeued
     assert status == "0" or said[0].startswith("requeueing" if is_requeued else "not requeueing")
 
 
-def test_starts_that_save_nothing_are_not_repeated_for_ever(cluster):
-    ends = [end_of_job(cluster, "1", SAVES=saves) for saves in ("", "1", "", "", "")]
+def test_starts_that_save_nothing_are_not_repeated_for_ever(run_job):
+    ends = [run_job(STATUS="1", RECORDED="1", SAVES=saves) for saves in ("", "1", "", "", "")]
+    assert [was_requeued for _, was_requeued in ends] == [True, True, True, True, False]
     assert "3 starts in a row have saved no checkpoint" in ends[-1][0][0]
-    calls = (cluster / "calls").read_text().splitlines()
-    assert calls.count("requeue 7") == 4
 
 
 # Commands

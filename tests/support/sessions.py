@@ -1,12 +1,9 @@
-"""Commands in the background, each in a session that ends with the block that uses it; what scripts
-find installed."""
+"""Commands in the background, each in a session that ends with the block that uses it."""
 
 import os
 import re
-import shlex
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,19 +67,3 @@ def started(command, output, **options):
         with suppress(ProcessLookupError):  # processes that hang outlive the one that started them
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def complete_environment(folder, project):
-    """Makes `folder` an environment with this interpreter, in which scripts find all installed.
-
-    Args:
-        project: the repository's folder, as the scripts see it.
-    """
-    (folder / "bin").mkdir(parents=True)
-    python = folder / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(0o755)
-    with (project / "pyproject.toml").open("rb") as file:
-        done = subprocess.run(["cksum"], stdin=file, capture_output=True, text=True, check=True)
-    (folder / ".switchtitan-installed-plain").write_text(f"{done.stdout.strip()} {project}\n")
-    return folder

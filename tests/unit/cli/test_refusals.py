@@ -80,7 +80,6 @@ LAUNCH = [
     ("{two} --rdzv_endpoint fe80::1:1x train", "RDZV_ENDPOINT=fe80::1:1x", "HOST:PORT"),
     ("--nproc_per_node 2 trian", "launch trian", "train, benchmark"),
     ("evaluate outputs/mine", "launch evaluate", "-m MODULE"),
-    ("{static} --node_rank 2 --rdzv_endpoint localhost:29500 train", "NODE_RANK=2", "NNODES=2"),
     ("{static} --master_addr none.invalid --master_port 1 train", "none.invalid:1", "resolved"),
 ]
 
