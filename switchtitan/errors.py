@@ -79,8 +79,7 @@ def end_now(message: str, status: int) -> NoReturn:
 
 
 def record_end(message: str, status: int) -> None:
-    """Leaves why this process ends in the file that `ENDED` names, if it is the first; prints it
-    if there is none."""
+    """Leaves the reason in the file that `ENDED` names, if it is the first; prints it without."""
     line = message if status > 127 else f"error: {message}"  # above 127 are signals
     try:
         with open(os.environ[ENDED], "x", encoding="utf-8") as ended:
