@@ -1,8 +1,7 @@
 """Named regions of a run, such as "forward", for traces and for the time that each takes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 STEP = "step"
 """The region around all others of an optimizer step."""
@@ -10,33 +9,27 @@ OUTSIDE_STEP = ("evaluate", "save", "report")
 """Regions outside of steps, which are timed per call."""
 
 
-class RegionObserver(Protocol):
-    """Records regions, which are nested and all of one thread."""
-
-    def begin(self, name: str) -> None: ...
-
-    def end(self) -> None:
-        """Called at the end of the region begun last, also after an error."""
-
-
+RegionObserver = Callable[[str], AbstractContextManager[object]]
+"""Name of a region -> a context around it. Regions are nested, and all of one thread."""
 _observers: tuple[RegionObserver, ...] = ()
 
 
-@contextmanager
-def region(name: str) -> Iterator[None]:
-    """Returns a context for the region `name`; for the main thread, outside of compiled code.
+class region:  # noqa: N801
+    """A context for the region `name`; for the main thread, outside of compiled code.
 
     A region inside another one interrupts it: times of regions exclude those inside.
     """
-    # Those that begin are those that end, even if that changes inside.
-    observers = _observers
-    for observer in observers:
-        observer.begin(name)
-    try:
-        yield
-    finally:
-        for observer in reversed(observers):
-            observer.end()
+
+    def __init__(self, name: str) -> None:
+        self._contexts = [observer(name) for observer in _observers]
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(None, None, None)
 
 
 def observe_regions(observer: RegionObserver) -> None:
@@ -48,4 +41,4 @@ def observe_regions(observer: RegionObserver) -> None:
 def stop_observing_regions(observer: RegionObserver) -> None:
     """Ends `observe_regions`; has no effect if it did not begin."""
     global _observers
-    _observers = tuple(other for other in _observers if other is not observer)
+    _observers = tuple(other for other in _observers if other != observer)

@@ -2,15 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
 
 class CountingMode(TorchDispatchMode, ABC):
@@ -18,6 +17,11 @@ class CountingMode(TorchDispatchMode, ABC):
 
     An operation on DTensors, or on torchao's tensors, counts as its operations on their parts.
     """
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Keeps compiled regions compiled inside the context, which sees none of their insides."""
+        return True
 
     @abstractmethod
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
@@ -55,30 +59,25 @@ class CountFlops(CountingMode):
         self.num_flops = 0
 
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
-        packet = getattr(func, "overloadpacket", func)
-        formula = _FORMULAS.get(packet) or flop_registry.get(packet)
+        formula = flop_registry.get(getattr(func, "overloadpacket", func))
         if formula is not None:
             self.num_flops += formula(*args, **kwargs, out_val=result)
 
 
-@shape_wrapper
+# Operations for which torch has no formula. A step is estimated on a CPU.
+_aten = torch.ops.aten
+for in_place, product in ((_aten.addmm_, _aten.addmm), (_aten.baddbmm_, _aten.baddbmm)):
+    register_flop_formula(in_place, get_raw=True)(flop_registry[product])
+
+
+@register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-@shape_wrapper
+@register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu_backward)
 def _attention_backward(grad: torch.Size, *forward: Any, **_: Any) -> int:
     return 2 * sdpa_flop_count(*forward[:3])
-
-
-_aten = torch.ops.aten
-_FORMULAS = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    _aten.addmm_: flop_registry[_aten.addmm],
-    _aten.baddbmm_: flop_registry[_aten.baddbmm],
-}
-"""Operations for which torch has no formula. A step is estimated on a CPU."""
 
 
 # Collectives.
@@ -111,11 +110,6 @@ class CountCommunication(CountingMode):
         super().__init__()
         self.counts = {kind: CollectiveCount(0, 0.0) for kind, _ in _OPERATIONS}
 
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Keeps compiled regions, which contain no collectives, compiled inside the context."""
-        return True
-
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
         if not isinstance(func, torch._ops.OpOverload) or func.namespace not in _NAMESPACES:
             return
@@ -125,7 +119,8 @@ class CountCommunication(CountingMode):
         if name not in _COLLECTIVES:
             raise NotImplementedError(f"no rule for counting the bytes of {func}")
         kind, counted = _COLLECTIVES[name]
-        num_bytes = _num_bytes(result if counted is None else args[counted])
+        tensors = tree_leaves(result if counted is None else args[counted])
+        num_bytes = sum(tensor.nbytes for tensor in tensors)
         num_ranks = group_of(args).size()
         # An all_reduce is a reduce_scatter and an all_gather (Patarasu and Yuan 2009, "Bandwidth
         # optimal all-reduce algorithms for clusters of workstations").
@@ -133,14 +128,6 @@ class CountCommunication(CountingMode):
         sent = num_passes * (num_ranks - 1) / num_ranks * num_bytes
         num_calls, bytes_sent = self.counts[kind]
         self.counts[kind] = CollectiveCount(num_calls + 1, bytes_sent + sent)
-
-
-def _num_bytes(tensors: object) -> int:
-    """Bytes of a tensor, or of all tensors in nested lists."""
-    if isinstance(tensors, Tensor):
-        return prod(tensors.shape) * tensors.element_size()
-    assert isinstance(tensors, Sequence), f"no tensors: {tensors!r}"
-    return sum(map(_num_bytes, tensors))
 
 
 def group_of(args: tuple) -> dist.ProcessGroup:

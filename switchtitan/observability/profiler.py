@@ -47,7 +47,6 @@ class Profiler:
         self._is_observed = config.ranks == "all" or rank in config.ranks
         self._steps_done = steps_done
         self._report = report
-        self._open_regions: list[profiler.record_function] = []
         self._profile: profiler.profile | None = None
         self._first_step = max(config.start_step, steps_done + 2)
         self._last_step = self._first_step + config.num_steps - 1
@@ -82,7 +81,7 @@ class Profiler:
             with_stack=config.with_stack,
         )
         self._profile.start()
-        observe_regions(self)
+        observe_regions(profiler.record_function)
         return self
 
     @property
@@ -109,19 +108,10 @@ class Profiler:
     def __exit__(self, *error: object) -> None:
         self._stop()
 
-    def begin(self, name: str) -> None:
-        """See `RegionObserver`."""
-        self._open_regions.append(profiler.record_function(name))
-        self._open_regions[-1].__enter__()
-
-    def end(self) -> None:
-        """See `RegionObserver`."""
-        self._open_regions.pop().__exit__(None, None, None)
-
     def _stop(self) -> None:
         profile, self._profile = self._profile, None
         if profile is not None:
-            stop_observing_regions(self)
+            stop_observing_regions(profiler.record_function)
             profile.stop()
 
     def _write(self, profile: profiler.profile) -> None:

@@ -2,6 +2,8 @@
 
 import time
 from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -29,30 +31,31 @@ class RegionTimes:
 
     def __init__(self, device: torch.device) -> None:
         self._is_on_gpu = device.type == "cuda"
-        self._open: list[tuple[str, _Mark]] = []
+        self._inside: str | None = None
         self._ended: deque[_Span] = deque()
         self._free_events: list[torch.cuda.Event] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._num_calls: Counter[str] = Counter()
 
     def __enter__(self) -> "RegionTimes":
-        observe_regions(self)
+        observe_regions(self.around)
         return self
 
     def __exit__(self, *error: object) -> None:
-        stop_observing_regions(self)
+        stop_observing_regions(self.around)
 
-    def begin(self, name: str) -> None:
-        """See `RegionObserver`."""
-        self._open.append((name, self._mark()))
-
-    def end(self) -> None:
-        """See `RegionObserver`."""
-        name, began = self._open.pop()
-        outer = self._open[-1][0] if self._open else None
-        self._ended.append(_Span(name, outer, began, self._mark()))
-        if outer is None:
-            self._add_passed()
+    @contextmanager
+    def around(self, name: str) -> Iterator[None]:
+        """Times a region; a `RegionObserver`."""
+        outer, began = self._inside, self._mark()
+        self._inside = name
+        try:
+            yield
+        finally:
+            self._inside = outer
+            self._ended.append(_Span(name, outer, began, self._mark()))
+            if outer is None:
+                self._add_passed()
 
     def means(self) -> dict[str, float]:
         """Returns the mean times in milliseconds since the last call, by TensorBoard tag.

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import weakref
+from contextlib import contextmanager
 
 import pytest
 
@@ -136,11 +137,13 @@ class Record:
     def __init__(self):
         self.calls = []
 
-    def begin(self, name):
+    @contextmanager
+    def __call__(self, name):
         self.calls.append(name)
-
-    def end(self):
-        self.calls.append("end")
+        try:
+            yield
+        finally:
+            self.calls.append("end")
 
 
 @pytest.fixture

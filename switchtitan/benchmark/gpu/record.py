@@ -5,7 +5,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,10 +114,10 @@ def record_step(config: JobConfig, num_ranks: int = 1) -> StepOnGpu:
     with fake_stepper(config, num_ranks, device="cuda:0") as stepper:
         for _ in range(NUM_STEPS):
             record = RecordLaunches()
-            observe_regions(record)
+            observe_regions(record.around)
             with record:
                 stepper.step()
-            stop_observing_regions(record)
+            stop_observing_regions(record.around)
             compiled.append(torch_inside.newly_compiled())
     launches = list(record.launches.items())
     return StepOnGpu(launches, record.kernels(), compiled, torch_inside.graph_breaks())
@@ -132,14 +133,10 @@ class RecordLaunches(CountingMode):
         self._regions = ["outside"]
         torch_inside.on_launch = self._launch
 
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
-
-    def begin(self, name: str) -> None:
-        self._regions.append(name)
-
-    def end(self) -> None:
+    @contextmanager
+    def around(self, region: str) -> Iterator[None]:
+        self._regions.append(region)
+        yield
         self._regions.pop()
 
     def _launch(self, tuner: Any, args: tuple) -> None:
