@@ -19,7 +19,6 @@ from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.replicas import compute_in_turns
 from switchtitan.distributed.shards import (
     all_ranks_group,
-    allocate_adjacent,
     copy_from_full_,
     empty_on_host_like,
     local,
@@ -208,11 +207,6 @@ def num_device_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
 def _allocate(model: nn.Module, device: torch.device) -> None:
     """Allocates a meta model on `device`, except for buffers that stay in host memory."""
     on_host = set(host_buffers(model).values())
-    changed = [module for module in model.modules() if isinstance(module, Reparametrized)]
-    parameters = [p for module in changed for p in module.parameters(recurse=False)]
-    adjacent = allocate_adjacent(
-        [matrix for matrix in parameters if matrix.requires_grad and matrix.ndim == 2], device
-    )
     replicated = [
         (module, name, parameter)
         for module in model.modules()
@@ -223,7 +217,7 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
     def allocate(tensor: Tensor) -> Tensor:
         if tensor in on_host:
             return empty_on_host_like(tensor)
-        return adjacent[tensor] if tensor in adjacent else torch.empty_like(tensor, device=device)
+        return torch.empty_like(tensor, device=device)
 
     for module, name, _ in replicated:
         # `_apply` swaps tensors, which may fail for plain meta tensors.

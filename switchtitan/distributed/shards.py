@@ -124,40 +124,6 @@ def empty_on_host_like(tensor: Tensor) -> Tensor:
     return with_local(tensor, torch.empty(part.shape, dtype=part.dtype, device="cpu"))
 
 
-# Matrices of one width next to each other in memory, so that one kernel updates all of them.
-def allocate_adjacent(matrices: Iterable[Tensor], device: torch.device) -> dict[Tensor, Tensor]:
-    """Allocates an empty tensor like each of `matrices` [rows, width] on `device`.
-
-    Local shards of one width and dtype share memory, where they follow each other in this order.
-    """
-    alike: dict[tuple[int, torch.dtype], list[Tensor]] = {}
-    for matrix in matrices:
-        alike.setdefault((matrix.shape[1], matrix.dtype), []).append(matrix)
-    allocated = {}
-    for (width, dtype), tensors in alike.items():
-        num_rows = [local(tensor).shape[0] for tensor in tensors]
-        memory = torch.empty(sum(num_rows), width, dtype=dtype, device=device)
-        for tensor, part in zip(tensors, memory.split(num_rows), strict=True):
-            allocated[tensor] = with_local(tensor, part)
-    return allocated
-
-
-def as_one_matrix(parts: list[Tensor]) -> Tensor | None:
-    """Returns matrices that follow each other in memory as one view [all rows, width], else None.
-
-    Not for autograd.
-    """
-    first = parts[0]
-    storage, offset = first.untyped_storage()._cdata, first.storage_offset()
-    for part in parts:
-        follows = (part.untyped_storage()._cdata, part.storage_offset()) == (storage, offset)
-        if not follows or not part.is_contiguous():
-            return None
-        offset += part.numel()
-    num_rows, width = sum(map(len, parts)), first.shape[1]
-    return first.detach().as_strided((num_rows, width), (width, 1))
-
-
 def _held_rows(num_rows: int, mesh: DeviceMesh) -> range:
     """The rows that this rank holds of `num_rows`; torch's function for it creates tensors."""
     dim = mesh.ndim - 1

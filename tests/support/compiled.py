@@ -35,6 +35,6 @@ def compiled_functions():
 SWITCHLORA_COMPILED = {
     "forward": 1,  # all blocks
     "loss_and_gradient_": 1,
-    "update_vectors_": 3,  # factors of several shapes
+    "update_": 4,  # groups of factors of several shapes and sizes
 }
 """What tiny runs of SwitchLoRA compile with all keys of `[compile]`: one graph each."""

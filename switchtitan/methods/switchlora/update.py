@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
@@ -10,7 +9,7 @@ from torch._subclasses.fake_tensor import is_fake
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.rows import copy_all_
-from switchtitan.distributed.shards import allocate_adjacent, as_one_matrix, local_shards, row_range
+from switchtitan.distributed.shards import local_shards, row_range
 from switchtitan.methods.lowrank.linear import FACTORS, LowRankLinear
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan, vector_spans
 from switchtitan.optim.adamw import AdamWConfig
@@ -18,9 +17,9 @@ from switchtitan.optim.base import GroupedOptimizer
 from switchtitan.optim.muon import Muon, MuonConfig
 from switchtitan.optim.parameters import TrainedParameter
 
-_ELEMENTS_PER_CALL = 2**25
-"""The most elements of several factors that one call updates: gradients are copied next to each
-other, which takes 128 MiB for so many."""
+_FACTORS_PER_CALL = 8
+"""Factors of one shape that one call updates. It would take minutes to compile it for all of them,
+and a call for each takes the host more time than the update."""
 _ELEMENTS_IN_CACHE = 2**16
 """Elements that a CPU updates at a time if nothing is compiled: they stay in its cache. For 10
 million elements at a time, an update takes six times as long."""
@@ -47,19 +46,16 @@ class Factors:
         self._num_layers = len(layers)
 
     def groups(self) -> list[list[int]]:
-        """Returns indices of factors of one width, A and B of each layer in turn. Groups of one
-        width have one size, so that they share a compiled graph."""
+        """Returns indices of a few factors of one width each, A and B of each layer in turn."""
         of_width: dict[int, list[int]] = {}
         for layer in range(self._num_layers):
             for factor in (layer, self._num_layers + layer):
                 of_width.setdefault(self.parameters[factor].shape[1], []).append(factor)
-        groups = []
-        for width, factors in of_width.items():
-            limit = max(1, _ELEMENTS_PER_CALL // max(1, len(self.held) * width))
-            most = min(limit, len(factors))
-            size = next(n for n in range(most, 0, -1) if len(factors) % n == 0)
-            groups += [factors[first : first + size] for first in range(0, len(factors), size)]
-        return groups
+        return [
+            factors[first : first + _FACTORS_PER_CALL]
+            for factors in of_width.values()
+            for first in range(0, len(factors), _FACTORS_PER_CALL)
+        ]
 
     def gradients(self) -> list[Tensor]:
         grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -87,8 +83,7 @@ class VectorAdamW(GroupedOptimizer):
     """AdamW on A and B of all layers, with bias corrections from each vector's own step count
     (SwitchLoRA, arXiv 2406.06564, sec. 3).
 
-    Equals torch's AdamW as long as no vector is reset or frozen. Factors of one group are updated
-    as one matrix; they are copied if their local shards do not follow each other in memory.
+    Equals torch's AdamW as long as no vector is reset or frozen.
     """
 
     def __init__(
@@ -96,63 +91,44 @@ class VectorAdamW(GroupedOptimizer):
     ) -> None:
         super().__init__(config, factors.trained)
         self._keys, self._factors, self._plan = config, factors, plan
-        self._groups = factors.groups()
-        order = [factor for group in self._groups for factor in group]
-        rank, held = factors.parameters[0].shape[0], factors.held
-        # In a flattened table, of all local vectors in the order of groups.
-        self._places = np.add.outer(np.multiply(order, rank), held).ravel()
-        self._means, self._squares = self._zeros("exp_avg", order), self._zeros("exp_avg_sq", order)
-        self._shards = local_shards(factors.parameters)
-        tables = self._shards, local_shards(self._means), local_shards(self._squares)
-        self._matrices = [
-            [as_one_matrix([shards[i] for i in group]) for shards in tables]
-            for group in self._groups
-        ]
+        self._means, self._squares = (
+            [torch.zeros_like(parameter) for parameter in factors.parameters] for _ in range(2)
+        )
+        for entry, mean, square in zip(factors.trained, self._means, self._squares, strict=True):
+            self.state |= {f"{entry.name}.exp_avg": mean, f"{entry.name}.exp_avg_sq": square}
+        tables = factors.parameters, self._means, self._squares
+        self._groups, self._shards = factors.groups(), [local_shards(table) for table in tables]
         first = factors.parameters[0]
         # Fake tensors stand for those of a GPU.
         in_blocks = not compile_step and first.device.type == "cpu" and not is_fake(first)
-        self._update = compile_if(compile_step)(update_in_blocks_ if in_blocks else update_vectors_)
-
-    def _zeros(self, moment: str, order: list[int]) -> list[Tensor]:
-        """Returns a moment of each factor; local shards follow each other in memory in `order`."""
-        parameters = self._factors.parameters
-        allocated = allocate_adjacent([parameters[i] for i in order], parameters[0].device)
-        zeros = [allocated[parameter] for parameter in parameters]
-        torch._foreach_zero_(local_shards(zeros))
-        for entry, of_factor in zip(self._factors.trained, zeros, strict=True):
-            self.state[f"{entry.name}.{moment}"] = of_factor
-        return zeros
+        self._update = compile_if(compile_step)(update_in_blocks_ if in_blocks else update_)
 
     @torch.no_grad()
     def step(self) -> None:
         """Updates every vector. A frozen one has a gradient of zero and does not change, not even
         by weight decay; its step count still increases."""
-        num_held = len(self._factors.held)
-        if not num_held:
+        if not self._factors.held:
             return
-        grads = local_shards(self._factors.gradients())
-        sizes = [len(group) * num_held for group in self._groups]
-        coefficients = self._coefficients().unsqueeze(2).split(sizes, dim=1)
-        for group, of_table, of_group in zip(
-            self._groups, self._matrices, coefficients, strict=True
-        ):
-            own, (matrix, *moments) = [self._shards[i] for i in group], of_table
-            vectors = torch.cat(own) if matrix is None else matrix
-            grad = torch.cat([grads[i] for i in group]) if len(group) > 1 else grads[group[0]]
-            self._update(vectors, grad, *moments, *of_group, betas=self._keys.betas)
-            if matrix is None:
-                copy_all_(list(zip(own, vectors.split(num_held), strict=True)))
+        tables = *self._shards, local_shards(self._factors.gradients())
+        coefficients = self._coefficients().split([len(group) for group in self._groups], dim=1)
+        for group, of_group in zip(self._groups, coefficients, strict=True):
+            own = ([table[factor] for factor in group] for table in tables)
+            self._update(*own, coefficients=of_group, betas=self._keys.betas)
 
     def _coefficients(self) -> Tensor:
-        """Returns mask, decay, step size and epsilon of each local vector, [4, vectors].
+        """Returns mask, decay, step size and epsilon of each local vector, [4, factors, held, 1],
+        with factors in the order of groups.
 
         After n steps, the step size is lr sqrt(1 - beta2^n) / (1 - beta1^n), with both bias
         corrections, and epsilon is eps sqrt(1 - beta2^n).
         """
         (beta1, beta2), (lr,) = self._keys.betas, self.rates
-        first = self._factors.parameters[0]
+        first, held = self._factors.parameters[0], self._factors.held
+        order = [factor for group in self._groups for factor in group]
         num_updates, is_frozen = (
-            torch.from_numpy(table.ravel()[self._places]).to(first.dtype)
+            torch.from_numpy(table.reshape(len(order), -1)[order, held.start : held.stop])
+            .to(first.dtype)
+            .unsqueeze(2)
             for table in (self._plan.num_updates(), self._plan.is_frozen())
         )
         is_free = 1 - is_frozen
@@ -170,31 +146,40 @@ class VectorAdamW(GroupedOptimizer):
         self._factors.zero_(self._plan.resets(), *states)
 
 
-def update_vectors_(
-    vectors: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    mask: Tensor,
-    decay: Tensor,
-    step_size: Tensor,
-    eps: Tensor,
+def update_(
+    vectors: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    grads: list[Tensor],
     *,
+    coefficients: Tensor,
     betas: tuple[float, float],
 ) -> None:
-    """Updates vectors and moments [vectors, width] by AdamW (arXiv 1711.05101, Algorithm 2), with
-    coefficients [vectors, 1]; bias corrections are part of the step size and eps."""
-    grad = grad * mask
-    exp_avg.lerp_(grad, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    vectors.mul_(decay).addcdiv_(exp_avg * step_size, exp_avg_sq.sqrt().add_(eps), value=-1)
+    """Updates vectors and moments of several factors, each [vectors, width], by AdamW (arXiv
+    1711.05101, Algorithm 2), with coefficients [4, factors, vectors, 1]; bias corrections are part
+    of the step size and eps."""
+    mask, decay, step_size, eps = (table.unbind() for table in coefficients)
+    masked = torch._foreach_mul(grads, mask)
+    torch._foreach_lerp_(means, masked, 1 - betas[0])
+    torch._foreach_mul_(squares, betas[1])
+    # Compiled for a CPU, lists would be rounded twice here.
+    for square, grad in zip(squares, masked, strict=True):
+        square.addcmul_(grad, grad, value=1 - betas[1])
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_add_(roots, eps)
+    torch._foreach_mul_(vectors, decay)
+    torch._foreach_addcdiv_(vectors, torch._foreach_mul(means, step_size), roots, -1)
 
 
-def update_in_blocks_(vectors: Tensor, *tensors: Tensor, betas: tuple[float, float]) -> None:
-    """Does `update_vectors_` for a few vectors at a time."""
-    num_vectors = max(1, _ELEMENTS_IN_CACHE // vectors.shape[1])
-    for block in zip(*(part.split(num_vectors) for part in (vectors, *tensors)), strict=True):
-        update_vectors_(*block, betas=betas)
+def update_in_blocks_(
+    *tables: list[Tensor], coefficients: Tensor, betas: tuple[float, float]
+) -> None:
+    """Does `update_` for a few vectors at a time."""
+    for *factor, of_factor in zip(*tables, coefficients.split(1, dim=1), strict=True):
+        num_vectors = max(1, _ELEMENTS_IN_CACHE // factor[0].shape[1])
+        parts = (tensor.split(num_vectors) for tensor in factor)
+        for *block, of_block in zip(*parts, of_factor.split(num_vectors, dim=2), strict=True):
+            update_(*([part] for part in block), coefficients=of_block, betas=betas)
 
 
 class FactorMuon(Muon):

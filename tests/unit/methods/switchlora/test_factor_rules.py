@@ -17,7 +17,6 @@ from support.switchlora_layers import (
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from switchtitan.distributed.shards import allocate_adjacent
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.lowrank.linear import LowRankLinear
 from switchtitan.methods.switchlora import SwitchLora, update
@@ -38,20 +37,16 @@ ADAMW = AdamWConfig(lr=0.05, betas=(0.8, 0.97), eps=1e-6, weight_decay=0.3)
 TOLERANCE = {"muon": 1e-5, "adamw": 2e-6}
 
 
-def build_layers(is_adjacent=False):
+def build_layers():
     torch.manual_seed(0)
     layers = {name: LowRankLinear(i, o, RANK, 0.5, BOUNDS) for name, (o, i) in SHAPES.items()}
-    if is_adjacent:
-        allocated = allocate_adjacent(factors_of(layers).values(), torch.device("cpu"))
-        for layer in layers.values():
-            layer._apply(lambda tensor: allocated.get(tensor, tensor))
     for factor in factors_of(layers).values():
         nn.init.normal_(factor)
     return layers
 
 
 def factors_of(layers):
-    """By name: A and B of each layer in turn, as they lie in memory."""
+    """By name: A and B of each layer in turn."""
     return {
         f"{name}.{key}": layer.get_parameter(key)
         for name, layer in layers.items()
@@ -78,9 +73,8 @@ def draw_gradients(*sides):
             side[name].grad = grad.clone()
 
 
-@pytest.mark.parametrize("is_adjacent", [False, True])
-# The most elements of a group of factors, and of a block that stays in the cache of a CPU.
-@pytest.mark.parametrize(("per_call", "in_cache"), [(1, 1), (2 * RANK * 5, 2 * 5), (2**25, 2**16)])
+# The most factors of a group, and elements of a block that stays in the cache of a CPU.
+@pytest.mark.parametrize(("per_call", "in_cache"), [(1, 1), (3, 2 * 5), (8, 2**16)])
 @pytest.mark.parametrize(
     "config",
     [
@@ -90,11 +84,11 @@ def draw_gradients(*sides):
         MUON.model_copy(update={"nesterov": False, "ns_steps": 3, "weight_decay": 0.0}),
     ],
 )
-def test_a_rule_equals_adamw_or_muon_for_groups_of_any_size_and_place(
-    monkeypatch, config, per_call, in_cache, is_adjacent
+def test_a_rule_equals_adamw_or_muon_for_groups_of_any_size(
+    monkeypatch, config, per_call, in_cache
 ):
     limit_elements(monkeypatch, per_call, in_cache)
-    layers = build_layers(is_adjacent=is_adjacent)
+    layers = build_layers()
     optimizer, theirs = build_rule(config, layers), clones_of(layers)
     reference = plain_optimizer(config, theirs)
     for step in range(NUM_STEPS):
@@ -109,21 +103,6 @@ def test_a_rule_equals_adamw_or_muon_for_groups_of_any_size_and_place(
     assert state.keys() == {key for key in expected if not key.endswith(".step")}
     for key, tensor in state.items():
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("num_layers", [1, 8, 11])
-def test_groups_of_one_width_are_equally_many_so_that_they_share_compiled_code(
-    monkeypatch, num_layers
-):
-    limit_elements(monkeypatch, 8 * RANK * 7)
-    layers = {str(index): LowRankLinear(5, 7, RANK, 0.5, BOUNDS) for index in range(num_layers)}
-    width_of = [5] * num_layers + [7] * num_layers  # A of all layers, then B
-    sizes = {5: set(), 7: set()}
-    for group in update.Factors(layers).groups():
-        width = width_of[group[0]]
-        assert len(group) * width <= 8 * 7
-        sizes[width].add(len(group))
-    assert all(len(of_width) == 1 for of_width in sizes.values())
 
 
 @pytest.mark.parametrize(("is_fake", "num_calls"), [(False, 3 + 3), (True, 2)])
