@@ -36,7 +36,7 @@ def environment(tmp_path_factory):
 def run_train(environment, folder, *arguments, **variables):
     """Runs the script in `folder`; returns its status, and standard output and error together."""
     done = subprocess.run(
-        [SCRIPT, *arguments], cwd=folder, env=environment | variables, timeout=600, **TO_PIPE
+        [SCRIPT, *arguments], cwd=folder, env=environment | variables, timeout=850, **TO_PIPE
     )
     assert "Traceback" not in done.stdout, done.stdout
     return done.returncode, done.stdout
