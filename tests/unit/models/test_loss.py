@@ -65,21 +65,16 @@ def test_loss_and_gradients_equal_those_of_all_logits(monkeypatch, tokens_per_ch
     assert EAGER(hidden, head, torch.full_like(targets, IGNORED_TARGET)).item() == 0.0
 
 
-def all_of(loss_fn, hidden, head, targets):
-    """The loss with and without gradients, and the gradients."""
-    loss = loss_fn(hidden, head, targets, DIVISOR)
-    with torch.no_grad():
-        alone = loss_fn(hidden, head, targets, DIVISOR)
-    return (loss.detach(), alone, *torch.autograd.grad(loss, (hidden, head.weight)))
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_aligned_rows_compute_the_same(monkeypatch, dtype, tolerance):
-    inputs, loss_fn = draw(dtype), CrossEntropy(compile_regions=False)
+    (hidden, head, targets), loss_fn = draw(dtype), CrossEntropy(compile_regions=False)
     results, strides = [], record_strides(loss_fn)
     for is_aligned in (False, True):
         align_rows(monkeypatch, is_aligned)
-        results.append(all_of(loss_fn, *inputs))
+        loss = loss_fn(hidden, head, targets, DIVISOR)
+        with torch.no_grad():
+            alone = loss_fn(hidden, head, targets, DIVISOR)
+        results.append((loss, alone, *torch.autograd.grad(loss, (hidden, head.weight))))
     # 61 numbers take 244 or 122 bytes.
     # 4 chunks, with a gradient and without.
     assert strides == [VOCABULARY] * 8 + [64] * 8
