@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from support.observed import saved_besides
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,11 +92,8 @@ def saved_shapes(model, compiled):
         del loss
         return shapes
     # A compiled block saves the tensors that selective checkpointing keeps.
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        loss_of(model)
-    held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    return {tuple(t.shape) for t in saved if t.untyped_storage().data_ptr() not in held}
+    _, saved = saved_besides(model.parameters(), lambda: loss_of(model))
+    return {tuple(tensor.shape) for tensor in saved}
 
 
 @pytest.mark.parametrize(

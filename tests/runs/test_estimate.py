@@ -1,9 +1,7 @@
 """Estimates of a step follow from formulas; tests/ranks compares them with real ranks."""
 
-import numpy as np
 import pytest
 import torch
-from support.insides import num_flops
 from support.observed import communication_of_a_step, estimate_all_micro_batches
 from support.tiny import tiny_config
 
@@ -11,11 +9,8 @@ from switchtitan.benchmark.counters import CollectiveCount
 from switchtitan.benchmark.estimate import USABLE_SHARE, estimate_step, largest_batch_sizes
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods import METHODS
-from switchtitan.methods.lowrank.contraction import factored, fastest_contraction, merged
-from switchtitan.methods.switchlora.plan import Plan
 from switchtitan.models import MODELS, linear_shapes
 
-SEQ_LEN = 16
 NUM_LAYERS = 2
 GIB = 2**30
 BF16 = ("--training.dtype", "bfloat16")
@@ -31,30 +26,14 @@ def one_pass(folder, method, *keys, num_ranks=1):
     return tiny_config(folder, method, *keys, num_ranks=num_ranks)
 
 
-def memory_of(folder, method, *keys, num_ranks=1):
-    return estimate_step(one_pass(folder, method, *keys, num_ranks=num_ranks), num_ranks).memory
-
-
-def sent_by(folder, method, *keys, num_ranks=2):
-    """What a rank sends in its second step."""
-    config = one_pass(folder, method, *keys, num_ranks=num_ranks)
-    return communication_of_a_step(config, num_ranks)
-
-
-def plain_model(config):
-    with torch.device("meta"):
-        return MODELS.build(config.model)
-
-
-def shapes_in_blocks(config):
-    """[out, in] of each linear layer of the blocks."""
-    shapes = linear_shapes(config.model)
-    return [shape for name, shape in shapes.items() if name.startswith("model.layers.")]
+def memory_of(folder, method, *keys):
+    return estimate_step(one_pass(folder, method, *keys), 1).memory
 
 
 def units(config):
     """Parameters of each FSDP2 unit: the embedding, each block, and last norm with head."""
-    model = plain_model(config)
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
     METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(model)
     blocks = [list(block.parameters()) for block in model.blocks().values()]
     embedding, *rest = [
@@ -92,28 +71,6 @@ def test_full_rank_flops_equal_the_formula(tmp_path):
     assert found.flops_ratio == 1
 
 
-@pytest.mark.parametrize(("local_batch_size", "contraction"), [(1, factored), (2, merged)])
-def test_low_rank_flops_equal_those_of_the_contraction(tmp_path, local_batch_size, contraction):
-    num_micro_batches, rank = 1, 6
-    keys = ("--training.local_batch_size", f"{local_batch_size}", "--training.global_batch_size")
-    config = tiny_config(tmp_path, "lora", *keys, f"{num_micro_batches * local_batch_size}")
-    found = estimate_step(config, 1)
-    num_tokens = local_batch_size * SEQ_LEN
-
-    def chosen(shape):
-        return fastest_contraction(torch.empty(num_tokens, shape[1]), shape[:1], rank)
-
-    # The square layers at least: the one with the fewest operations for this many tokens.
-    assert chosen((20, 20)) is contraction
-    extra = sum(
-        num_flops(chosen(shape), *shape, rank, num_tokens) - 6 * shape[0] * shape[1] * num_tokens
-        for shape in shapes_in_blocks(config)
-    )
-    expected = found.full_rank_flops + num_micro_batches * extra
-    assert (found.forward_backward_flops, found.update_flops) == (expected, 0)
-    assert found.flops_ratio == expected / found.full_rank_flops
-
-
 def test_many_micro_batches_are_estimated_from_few(tmp_path):
     keys = ("--training.local_batch_size", "1", "--training.global_batch_size", "10")
     config = tiny_config(tmp_path, "full_rank", *keys, num_ranks=2)
@@ -134,16 +91,14 @@ def test_the_state_of_a_torch_optimizer_is_counted(tmp_path):
 
 def test_peaks_are_those_of_a_step_with_two_such_micro_batches(tmp_path):
     """They are measured in one run, whose batches change their size."""
-    method = "galore"
-    kept = ("--parallelism.reshard_after_forward", "false")
-    memory_gib = 0.003
-    fit = largest_batch_sizes(tiny_config(tmp_path, method, *kept), 1, [memory_gib, 1e-6])
+    method, memory_gib = "galore", 0.003
+    fit = largest_batch_sizes(tiny_config(tmp_path, method, *KEPT), 1, [memory_gib, 1e-6])
     largest = fit.batch_size[f"{memory_gib}"]
     assert fit.batch_size["1e-06"] == 0
     assert fit.peak[largest] <= USABLE_SHARE * memory_gib * GIB < fit.peak[largest + 1]
     for size in (largest, largest + 1):
         keys = ("--training.local_batch_size", f"{size}", "--training.global_batch_size")
-        assert fit.peak[size] == memory_of(tmp_path, method, *keys, f"{2 * size}", *kept).peak
+        assert fit.peak[size] == memory_of(tmp_path, method, *keys, f"{2 * size}", *KEPT).peak
 
 
 # Communication
@@ -193,33 +148,18 @@ def test_gathers_and_reductions_follow_from_the_parameters(
     assert counts["broadcast"].num_calls == 0
 
 
-def test_a_switch_costs_one_all_reduce_of_the_packed_rows(tmp_path):
-    num_ranks, step = 4, 2
-    config = tiny_config(tmp_path, "switchlora", num_ranks=num_ranks)
-    without = sent_by(tmp_path, "lora", num_ranks=num_ranks)
-    with_switch = sent_by(tmp_path, "switchlora", num_ranks=num_ranks)
-    widths = [sum(p.shape) for unit in units(config) for p in unit if not p.requires_grad]
-    plan = Plan(config.method, config.training.steps, np.full(len(widths), 100))
-    plan.step = step - 1
-    requested = zip(plan.requested(), widths, strict=True)
-    # For both factors: vectors out, vectors in and counterparts.
-    num_words = sum(3 * count * width for count, width in requested)
-    assert with_switch["all_reduce"].num_calls == without["all_reduce"].num_calls + 1
-    num_bytes = with_switch["all_reduce"].bytes_sent - without["all_reduce"].bytes_sent
-    assert num_bytes == num_words * 4 * 2 * (num_ranks - 1) / num_ranks
-    for kind in ("all_gather", "reduce_scatter", "broadcast"):
-        assert with_switch[kind] == without[kind]
-
-
 def test_frozen_weights_are_sent_twice_a_pass_once_a_step_or_never(tmp_path):
     num_ranks, num_micro_batches = 4, 2
     keys = (*BF16, "--training.local_batch_size", "1")
     batch = ("--training.global_batch_size", f"{num_ranks * num_micro_batches}")
-    sharded, never, once, once_never = (
-        sent_by(tmp_path, "lora", *keys, *batch, *held, num_ranks=num_ranks)
+    configs = [
+        tiny_config(tmp_path, "lora", *keys, *batch, *held, num_ranks=num_ranks)
         for held in ((), REPLICATED, KEPT, (*KEPT, *REPLICATED))
+    ]
+    sharded, never, once, once_never = (
+        communication_of_a_step(config, num_ranks) for config in configs
     )
-    _, *blocks, _ = units(tiny_config(tmp_path, "lora", num_ranks=num_ranks))
+    _, *blocks, _ = units(configs[0])
     frozen = [
         padded_numel([weight for weight in block if not weight.requires_grad], num_ranks)
         for block in blocks

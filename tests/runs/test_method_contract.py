@@ -252,6 +252,12 @@ def test_a_method_without_a_frozen_weight_and_an_update_has_no_adapter(trained, 
     assert not folder.exists()
 
 
+def test_a_model_that_transformers_does_not_have_is_not_exported(trained, tmp_path):
+    words = ("export", trained("full_rank_on_cola").checkpoint, "--folder", tmp_path / "out")
+    run(*words).check_refused("name = 'cola'", "transformers")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("method", METHOD_KEYS)
 def test_a_start_from_a_full_rank_checkpoint_computes_what_that_does(trained, tmp_path, method):
     dense = trained("full_rank")
@@ -279,15 +285,6 @@ def test_no_weight_is_drawn_for_a_model_that_a_checkpoint_fills(tmp_path, monkey
         num_rows.clear()
         materialize(prepared_on_meta(config), torch.device("cpu"), 1, is_restored=is_restored)
         assert (sum(num_rows) == 0) == is_restored
-
-
-def test_a_run_starts_from_the_checkpoint_of_another_method(corpora, trained):
-    source = trained("switchlora")
-    keys = ("--checkpoint.initial_weights", str(source.checkpoint))
-    trainer = trainer_of(corpora / "contract-warm", "galore", *keys)
-    trainer.stepper.close()
-    assert trainer.stepper.state.step == 0
-    torch.testing.assert_close(logits(trainer.stepper.model), source.saved_logits, **ROUNDING)
 
 
 def test_frozen_weights_in_bf16_change_and_another_dtype_is_refused(trained):

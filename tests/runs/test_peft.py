@@ -19,7 +19,6 @@ from switchtitan.hub.peft_folder import (
 TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 53
 TOLERANCE = 1e-5
 """On logits of about 0.1; a merged weight and separate factors are rounded differently."""
-LAYER = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +81,6 @@ def test_a_merged_adapter_has_the_logits_that_peft_computes(base, tmp_path, keys
     expected = save_adapter(base, tmp_path / "adapter", **keys)
     found = merged_logits(base, tmp_path / "adapter")
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
-
-
-def test_an_adapter_that_changes_its_base_when_peft_loads_it_is_refused(base, tmp_path):
-    save_adapter(base, tmp_path / "adapter", init_lora_weights="olora")
-    with pytest.raises(CheckpointError, match=r'= "olora".*merge_and_unload'):
-        read_adapted(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(

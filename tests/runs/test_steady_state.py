@@ -8,7 +8,7 @@ import torch
 from support.compiled import SWITCHLORA_COMPILED, compiled_functions
 from support.observed import least_growth, num_tensors
 from support.tiny import COMPILED, tiny_trainer, train_steps
-from torch._dynamo.utils import compilation_time_metrics, counters
+from torch._dynamo.utils import counters
 
 from switchtitan.training.trainer import RunningLoss
 
@@ -17,17 +17,12 @@ RELORA_RESETS = ("--method.reset_interval", "5")
 CHECKPOINTED = ("--activation_checkpoint.mode", "full")
 
 
-def num_compilations():
-    """Number of frames that the compiler has processed so far, successfully or not."""
-    return len(compilation_time_metrics.get("_compile.compile_inner", []))
-
-
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("overrides", [(), MUON])
 def test_no_graph_break_and_no_recompilation_in_steps_with_switches(corpora, overrides):
     trainer = tiny_trainer(corpora / "steady", "switchlora", *COMPILED, *overrides)
     train_steps(trainer, 1)
-    num_compiled, num_graphs = num_compilations(), counters["stats"]["unique_graphs"]
+    num_graphs = counters["stats"]["unique_graphs"]
     if not overrides:
         assert compiled_functions() == SWITCHLORA_COMPILED
         assert num_graphs == sum(SWITCHLORA_COMPILED.values())
@@ -40,7 +35,6 @@ def test_no_graph_break_and_no_recompilation_in_steps_with_switches(corpora, ove
     assert metrics()["switch/vectors_switched_total"] - switched_before >= 80
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == num_graphs
-    assert num_compilations() == num_compiled
 
 
 @pytest.mark.usefixtures("fresh_compiler")

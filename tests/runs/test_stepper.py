@@ -15,7 +15,6 @@ from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 from torch import nn
 
 from switchtitan.distributed import fsdp
-from switchtitan.distributed.norms import non_finite, total_norm
 from switchtitan.models import MODELS
 from switchtitan.models.llama.model import Llama
 from switchtitan.models.loss import CrossEntropy
@@ -182,24 +181,3 @@ def test_the_running_loss_is_the_mean_since_its_reset_and_remembers_gradients_no
     running.add(StepResult(torch.tensor(4.0), torch.tensor(0.5), is_skipped=False))
     assert running.mean() == 4
     assert not running.all_finite
-
-
-def test_a_loss_that_is_not_finite_makes_the_norm_nan_and_others_do_not_change_it():
-    tensors = [torch.full((3, 5), 2.0), torch.full((2,), -1.0)]
-    norm = total_norm(tensors)
-    assert norm.item() == pytest.approx((15 * 4 + 2) ** 0.5)
-    assert torch.equal(total_norm(tensors, torch.tensor(7.5)), norm)
-    for loss in (math.nan, math.inf, -math.inf):
-        assert total_norm(tensors, torch.tensor(loss)).isnan()
-
-
-def test_tensors_with_inf_or_nan_are_named():
-    tensors = {
-        "finite": torch.randn(3, 2),
-        "inf": torch.tensor([0.0, math.inf]),
-        "nan": torch.tensor(math.nan, dtype=torch.bfloat16),
-        "integers": torch.arange(3),
-        "empty": torch.empty(0, 4),
-    }
-    assert non_finite(tensors, torch.device("cpu")) == ["inf", "nan"]
-    assert non_finite({"integers": torch.arange(3)}, torch.device("cpu")) == []

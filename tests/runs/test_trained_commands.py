@@ -81,14 +81,10 @@ def nats(folder, stream, seq_len):
     return total
 
 
-def bits_per_byte(total_nats, text):
-    return pytest.approx(total_nats / math.log(2) / len(text.encode()), **CLOSE)
-
-
 # evaluate
 
 
-def test_a_checkpoint_and_its_export_have_the_loss_of_the_run(trained):
+def test_a_checkpoint_and_its_export_have_the_loss_of_the_run(trained, corpus):
     result = result_of("evaluate", trained.run)
     assert result["loss"] == pytest.approx(trained.loss, **CLOSE)
     assert (result["split"], result["tokens"]) == ("validation", 160)
@@ -97,6 +93,9 @@ def test_a_checkpoint_and_its_export_have_the_loss_of_the_run(trained):
     assert f"{result['bits_per_byte']:.4f}" in shown.output
     assert shown.errors == ""  # no progress bar without a terminal
     of_export = result_of("evaluate", trained.exported, "--config", trained.config)
+    assert of_export["loss"] == pytest.approx(trained.loss, **CLOSE)
+    words = ("--corpus", corpus.folder, "--seq-len", 16, "--tokens", 160)
+    of_export = result_of("evaluate", trained.exported, *words, *FLOAT32)
     assert of_export["loss"] == pytest.approx(trained.loss, **CLOSE)
     # Four sequences of 16.
     assert result_of("evaluate", trained.run, "--tokens", 70)["tokens"] == 64
@@ -150,24 +149,10 @@ def test_a_text_has_the_loss_and_bits_per_byte_of_transformers(target, tmp_path)
     assert (result["tokens"], result["bytes"]) == (len(tokens), len(TEXT.encode()))
     assert result["loss"] == pytest.approx(expected / len(tokens), **CLOSE)
     assert result["perplexity"] == pytest.approx(math.exp(expected / len(tokens)), **CLOSE)
-    assert result["bits_per_byte"] == bits_per_byte(expected, TEXT)
+    bits = expected / math.log(2)
+    assert result["bits_per_byte"] == pytest.approx(bits / len(TEXT.encode()), **CLOSE)
     part = result_of(*words, "--tokens", 20)
     assert (part["tokens"], part["bytes"]) == (20, len(tokenizer.decode(tokens[:20]).encode()))
-
-
-def test_a_corpus_has_the_loss_and_bits_per_byte_of_transformers(trained, corpus):
-    sequences = corpus.split("validation", 16)
-    stream = [token for index in range(10) for token in sequences[index].tokens[:-1].tolist()]
-    stream.append(sequences[9].tokens[-1].item())
-    text = corpus.tokenizer().tokenizer.decode([t for t in stream[1:] if t != corpus.eos_id])
-    expected = nats(trained.exported, stream, 16)
-    words = ("--corpus", corpus.folder, "--tokens", 160, "--seq-len", 16, *FLOAT32)
-    for weights in (trained.run, trained.exported):
-        result = result_of("evaluate", weights, *words)
-        assert (result["tokens"], result["bytes"]) == (160, len(text.encode()))
-        assert result["loss"] == pytest.approx(expected / 160, **CLOSE)
-        assert result["bits_per_byte"] == bits_per_byte(expected, text)
-        assert result["split"] == "validation"
 
 
 # export
@@ -334,13 +319,3 @@ def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     assert rank in outcome.output
     assert run("report", trained.run, "--spectrum", "--output", page).status == 0
     assert f"<td>{rank}</td>" in page.read_text()
-
-
-def test_a_run_of_cola_is_evaluated_and_generates_text_and_is_not_exported(corpora):
-    cola = ("--model.name", "cola", "--model.rank", "5")
-    train_and_save(corpora / "cola", "full_rank", *cola, num_steps=1)
-    folder = corpora / "cola" / "run"
-    assert math.isfinite(result_of("evaluate", folder)["loss"])
-    assert run("generate", folder, "--prompt", "def ", "--max-new-tokens", "3").status == 0
-    run("export", folder).check_refused("name = 'cola'", "transformers")
-    assert not list(folder.glob("exports/*"))

@@ -16,7 +16,6 @@ from support.nonfinite import SKIP, spoil_next_gradient, spoil_next_loss
 from support.tensors import differing
 from support.tiny import full_tensors, record_reports, tiny_config, tiny_trainer, train_steps
 
-from switchtitan.checkpoint.load import read_metadata
 from switchtitan.checkpoint.save import list_step_folders
 from switchtitan.data.prepare import open_corpus
 from switchtitan.errors import RanksDisagreeError
@@ -46,27 +45,13 @@ def before_each_step(trainer, call):
     trainer.stepper.step = calling
 
 
-class NoteCalls:
-    """A hook that is due after every second step."""
-
-    def __init__(self):
-        self.after_steps = []
-
-    def is_due(self, step):
-        return step % 2 == 0
-
-    def after(self, step):
-        self.after_steps.append(step)
-
-
 @pytest.fixture(scope="module")
 def finished(corpora):
     """A run of 6 steps, of which the first batch is skipped, and what it did."""
     keys = ("--training.steps", "6", "--evaluation.interval", "4", "--metrics.interval", "4")
     keys += (*TEST_SPLIT, *SKIP)
     trainer = tiny_trainer(corpora / "finished", "full_rank", *keys)
-    reported, may_collect, hook = record_reports(trainer), [], NoteCalls()
-    trainer.hooks = [hook]
+    reported, may_collect = record_reports(trainer), []
     before_each_step(trainer, lambda step: may_collect.append(gc.isenabled()))
     spoil_next_gradient(trainer.stepper)
     trainer.train()
@@ -79,7 +64,6 @@ def finished(corpora):
         results=json.loads(file.read_text()),
         reported=reported,
         may_collect=may_collect,
-        hook=hook,
     )
 
 
@@ -119,10 +103,6 @@ def test_results_state_the_loss_of_the_last_step_and_the_size_of_the_state(finis
     # Weights and two moments in fp32, and a step count for each tensor.
     num_bytes = 4 * (3 * num_trained + len(parameters))
     assert finished.results["memory/state_gib"] * 2**30 == num_bytes
-
-
-def test_a_hook_is_called_after_the_steps_when_it_is_due(finished):
-    assert finished.hook.after_steps == [2, 4, 6]
 
 
 def test_python_s_collector_is_disabled_while_training(finished):
@@ -317,26 +297,3 @@ def test_an_abandoned_evaluation_leaves_nothing_and_is_done_by_the_resumed_run(c
     assert results_of(folder)["loss/validation"] == results_of(undisturbed)["loss/validation"]
     assert resumed.stepper.state == expected.stepper.state
     assert differing(full_tensors(resumed), full_tensors(expected)) == []
-
-
-def test_a_stop_in_the_last_evaluation_costs_the_resumed_run_one_evaluation(corpora):
-    folder, keys = corpora / "last-evaluation", ("--training.steps", "4", *INTERRUPTED[2:])
-
-    def resumed():
-        trainer, calls = tiny_trainer(folder, "lora", *keys), []
-        validation = trainer.evaluators.validation
-        counting = lambda *given: calls.append(1) or validation(*given)  # noqa: E731
-        counting.bits_per_byte = validation.bits_per_byte
-        trainer.evaluators = trainer.evaluators._replace(validation=counting)
-        trainer.train()
-        return len(calls)
-
-    trainer = tiny_trainer(folder, "lora", *keys)
-    trainer.stop = StopInTheEvaluation(trainer.stepper.state)
-    with pytest.raises(Stopped):
-        trainer.train()
-    saved = read_metadata(folder / "run" / "checkpoints" / "step-000000004").train_state
-    assert saved["evaluated_at"] == 2, "exports say which weights had this loss"
-    assert not (folder / "run" / "results.json").exists()
-    assert (resumed(), resumed()) == (1, 0)
-    assert results_of(folder)["step"] == 4

@@ -7,7 +7,6 @@ import secrets
 
 import pytest
 
-from switchtitan.errors import abbreviate
 from switchtitan.files import (
     file_inside,
     sha256_of_file,
@@ -118,8 +117,3 @@ def test_an_atomic_write_follows_no_link(folder, tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         write_atomically(folder / "index.json", "new")
     assert (tmp_path / "outside").read_text() == "secret"
-
-
-def test_long_lists_are_abbreviated():
-    assert abbreviate("abcd") == "a, b, c, d"
-    assert abbreviate("abcdef") == "a, b, c, d and 2 more"

@@ -1,6 +1,5 @@
-"""This process: the cores it may use, its output, and the regions of its work."""
+"""This process: the cores it may use, and the regions of its work."""
 
-import logging
 import os
 import signal
 import sys
@@ -11,7 +10,6 @@ from contextlib import contextmanager
 import pytest
 
 from switchtitan.errors import interrupt_on_sigterm
-from switchtitan.observability.log import configure_logging
 from switchtitan.process import OtherLoad, num_cores, set_thread_defaults, threads_per_process
 from switchtitan.regions import observe_regions, region, stop_observing_regions
 
@@ -106,31 +104,6 @@ def test_threads_that_share_cores_with_other_processes_are_advised_against(
     warning = load.warning(num_threads, 8)
     assert (warning is None) == (advised is None)
     assert advised is None or f"OMP_NUM_THREADS={advised} " in warning
-
-
-@pytest.fixture
-def own_handlers():
-    """Handlers and levels of logging are as before at the end."""
-    loggers = [logging.getLogger(), logging.getLogger("switchtitan")]
-    before = [(list(logger.handlers), logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, level) in zip(loggers, before, strict=True):
-        logger.handlers[:] = handlers
-        logger.setLevel(level)
-
-
-def test_the_log_goes_on_where_nobody_reads_the_output(own_handlers, tmp_path, monkeypatch, capfd):
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as unread:
-        monkeypatch.setattr(sys, "stdout", unread)
-        configure_logging(is_main=True, log_file=tmp_path / "log")
-        for number in range(3):
-            logging.getLogger("switchtitan").info("line %d", number)
-        monkeypatch.undo()
-    lines = (tmp_path / "log").read_text().splitlines()
-    assert [line[-6:] for line in lines] == ["line 0", "line 1", "line 2"]
-    assert capfd.readouterr().err.count("standard output was closed") == 1
 
 
 class Record:

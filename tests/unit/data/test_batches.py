@@ -19,7 +19,7 @@ from switchtitan.data.loader import ValidationBatches, build_train_batches
 from switchtitan.data.mixture import PERIOD, schedule_of
 from switchtitan.data.order import permute, sequence_index
 from switchtitan.data.prepare import open_corpus
-from switchtitan.data.sequences import TokenSequences, document_ids
+from switchtitan.data.sequences import TokenSequences
 from switchtitan.data.tokenizer import (
     DocumentTokenizer,
     bytes_by_token,
@@ -66,12 +66,6 @@ def test_sequences_are_slices_of_the_joined_shards(tmp_path, dtype, largest, cut
         assert sequences[index].tokens.tolist() == tokens[index * 7 : index * 7 + 8].tolist()
     with pytest.raises(IndexError):
         sequences[6]
-
-
-def test_document_ids_count_the_ends_before_a_token():
-    ids = document_ids(torch.tensor([5, EOS, 6, 7, EOS, EOS, 8]), EOS)
-    assert ids.dtype == torch.int32
-    assert ids.tolist() == [0, 0, 1, 1, 1, 2, 3]
 
 
 def test_pickling_reopens_the_files_instead_of_copying_the_tokens(tmp_path):

@@ -1,7 +1,6 @@
 """Initial values: drawn in blocks of rows from the seed and the name, equal on any number of ranks,
 and dropout, drawn from the seed and the step."""
 
-import itertools
 from functools import partial
 
 import pytest
@@ -14,7 +13,6 @@ from switchtitan.distributed.initial import (
     check_replaced,
     covering_blocks,
     plain_value,
-    split_blocks,
 )
 from switchtitan.distributed.random import generator_for, seed_dropout
 from switchtitan.distributed.shards import rows_per_rank
@@ -59,15 +57,6 @@ class NormalValues:
 
 def normal_rows(shape, rows, name="a"):
     return plain_value(NormalValues(), 3, name, torch.Size(shape), rows)
-
-
-@pytest.mark.parametrize("shape", [LARGE, (33, 20000), (600_000,), (7, 5), (1, 600_000)])
-def test_blocks_cover_all_rows_once(shape):
-    rows = range(shape[0])
-    blocks = split_blocks(shape, covering_blocks(shape, rows))
-    assert list(itertools.chain(*blocks)) == list(rows)
-    assert all(len(block) == block_size(shape) for block in blocks[:-1])
-    assert len(blocks) == 1 if torch.Size(shape).numel() <= 2**19 else 1 <= len(blocks) <= 16
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 1000])

@@ -66,13 +66,6 @@ def test_cached_logits_equal_those_of_the_uncached_model(model, prompt, monkeypa
     assert list(continuation(model, prompt, GREEDY, 12, CPU)) == new
 
 
-def test_reading_more_tokens_than_the_cache_holds_is_an_error(model):
-    cache = model.new_cache(3, CPU)
-    tokens = torch.tensor([[1, 2, 3, 4]])
-    with pytest.raises(ValueError, match="4 tokens do not fit a cache of 3"):
-        model(tokens, torch.zeros_like(tokens, dtype=torch.int32), cache=cache)
-
-
 # Drawing
 
 LOGITS = torch.tensor([1.0, 3.0, -2.0, 2.0, 0.5, 2.5, -1.0])

@@ -120,7 +120,6 @@ def test_without_a_file_the_quickstart_is_read_at_the_launchers_number_of_ranks(
          ("[evaluation] test_tokens = 3",)),
         (("--data.vocab_size", "5000"), 1, ("[data] vocab_size = 5000", "vocab_size = 4096")),
         (("--profiler.enabled", "true", "--profiler.ranks", "0,3"), 2, ("ranks = [0, 3]", "to 1")),
-        (("--model.num_heads", "3"), 1, ("[model] hidden_size = 128", "num_heads = 3")),
         (("--metrics.trackers", "wandb"), 1, ("[metrics] trackers", ".[wandb]")),
     ],
 )  # fmt: skip

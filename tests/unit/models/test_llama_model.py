@@ -121,8 +121,6 @@ def test_initial_values_have_the_configured_distribution():
     count = drawn.numel()
     assert abs(drawn.mean()) < 5 * 0.05 / count**0.5  # five standard errors
     assert drawn.std() == pytest.approx(0.05, rel=5 / (2 * count) ** 0.5)
-    torch.rand(3)  # another state of the global generator
-    assert torch.equal(draw("model.layers.1.mlp.up_proj.weight", (301, 203)), drawn)
     for name, parameter in model.named_parameters():
         assert bool((draw(name, parameter.shape) == 1).all()) == ("norm" in name), name
 

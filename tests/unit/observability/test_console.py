@@ -1,20 +1,13 @@
 """Lines on the console and in the log file, of one rank or of several."""
 
-import io
 import logging
-import math
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from switchtitan.observability.log import configure_logging, format_duration
-
-
-def test_durations_have_two_units():
-    durations = (0.4, 59.6, 187, 7500, 4 * 86400 + 11 * 3600, math.inf)
-    texts = ["0s", "1m00s", "3m07s", "2h05m", "4d11h", "?"]
-    assert [format_duration(of) for of in durations] == texts
+from switchtitan.observability.log import configure_logging
 
 
 @pytest.fixture
@@ -58,20 +51,6 @@ def test_the_main_rank_appends_to_a_log_file_with_time_and_logger(log, tmp_path)
     assert lines[0].endswith("INFO switchtitan.some.part: info")
 
 
-def test_lines_do_not_break_a_progress_bar(log, monkeypatch):
-    from tqdm import tqdm
-
-    terminal = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr(sys, "stderr", terminal)
-    configure_logging(is_main=True)
-    with tqdm(total=10, file=terminal, ncols=40) as bar:
-        bar.update(3)
-        log.info("info")
-    # A terminal shows the part of a line after the last carriage return.
-    assert "info" in [line.rsplit("\r", 1)[-1] for line in terminal.getvalue().split("\n")]
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_said_once_and_the_console_goes_on(log, capsys):
     configure_logging(is_main=True, log_file=Path("/dev/full"))
@@ -83,3 +62,17 @@ def test_a_full_disk_is_said_once_and_the_console_goes_on(log, capsys):
     lines = printed.out.splitlines()
     (warning,) = (line for line in lines if "No space left on device" in line)
     assert [line for line in lines if line != warning] == ["line 0", "line 1", "line 2"]
+
+
+def test_the_log_goes_on_where_nobody_reads_the_output(log, tmp_path, monkeypatch, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        configure_logging(is_main=True, log_file=tmp_path / "log")
+        for number in range(3):
+            log.info("line %d", number)
+        monkeypatch.undo()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line[-6:] for line in lines] == ["line 0", "line 1", "line 2"]
+    assert capfd.readouterr().err.count("standard output was closed") == 1

@@ -1,8 +1,5 @@
 """Event files: one point per step, whatever ended the run before; and what a reporter writes."""
 
-import json
-import logging
-
 import pytest
 import torch
 
@@ -131,16 +128,3 @@ def test_reports_are_due_each_interval_and_at_both_ends(tmp_path):
     config = MetricsConfig(interval=10)
     reporter = reporter_of(tmp_path, config, num_steps=25, start_step=3, is_main=False)
     assert [step for step in range(4, 26) if reporter.is_due(step)] == [4, 10, 20, 25]
-
-
-def test_the_summary_of_a_resumed_run_starts_at_its_first_validation(tmp_path, caplog):
-    reporter = reporter_of(tmp_path, num_steps=40, start_step=20, first_validation_loss=6.0)
-    reporter.report(40, {"loss/validation": 3.0})
-    values = {"throughput/tokens_per_s": 12345.0, "throughput/wall_time_s": 187.0}
-    with caplog.at_level(logging.INFO, "switchtitan"):
-        reporter.summary({"loss/test": 3.25, **values}, checkpoint=tmp_path / "step")
-    reporter.close()
-    for part in ("6.0000 -> 3.0000", "403.43 -> 20.09", "3.2500", "12.3k since step 20", "3m07s"):
-        assert part in caplog.text
-    assert str(tmp_path / "step") in caplog.text
-    assert json.loads((tmp_path / "results.json").read_text())["loss/test"] == 3.25
