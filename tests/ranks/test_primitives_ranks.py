@@ -239,11 +239,8 @@ CHECKS = {
 
 
 def check_one(rank, name):
-    check, *args = CHECKS[name]
-    if isinstance(args[0], str):
-        check(mesh_of(args[0]), *args[1:])
-    else:
-        check(*args)
+    check, mesh, *args = CHECKS[name]
+    check(mesh_of(mesh), *args)
 
 
 @pytest.fixture(scope="module")
