@@ -35,7 +35,7 @@ class Machine:
         (self.project / "scripts").mkdir(parents=True)
         for name in ("run_train.sh", "pyproject.toml"):
             shutil.copy(REPOSITORY / name, self.project / name)
-        for name in ("setup_env.sh", "gpu_acceptance.sh", "test.sh"):
+        for name in ("setup_env.sh", "gpu_acceptance.sh"):
             shutil.copy(REPOSITORY / "scripts" / name, self.project / "scripts" / name)
         self.log.touch()
         self.path.mkdir()
@@ -130,17 +130,6 @@ def test_run_train_starts_the_right_command(machine, variables, command):
     last_call = machine.log.read_text().splitlines()[-1]
     assert command in last_call
     assert last_call.endswith("train --config my file.toml")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "is_parallel"),
-    [("--durations=9", True), ("-k switch -x", True), ("tests/unit -k switch", False)],
-)
-def test_tests_run_in_parallel_unless_some_are_named(machine, arguments, is_parallel):
-    machine.run(*arguments.split(), script="scripts/test.sh")
-    (call,) = machine.calls("-m pytest")
-    assert call.endswith(f" {arguments}")
-    assert ("--dist loadfile" in call) == is_parallel
 
 
 @pytest.mark.parametrize("num_gpus", [1, 8])

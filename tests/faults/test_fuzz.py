@@ -5,7 +5,6 @@ reads them.
 """
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +16,8 @@ from support.tiny import METHOD_KEYS, tiny_config, tiny_toml
 from support.tiny_documents import make_documents, save_tokenizer, write_json_lines, write_nanogpt
 
 from switchtitan.config import toml_value
-from switchtitan.data.config import DataConfig, SourceConfig
-from switchtitan.data.corpus import open_prepared
-from switchtitan.data.prepare import open_corpus, read_batches
+from switchtitan.data.config import SourceConfig
+from switchtitan.data.prepare import read_batches
 from switchtitan.data.sources import DATASETS
 from switchtitan.data.tokenizer import read_tokenizer
 from switchtitan.hub.export_folder import export_dense
@@ -68,7 +66,7 @@ def change_json(name, data, draw):
 VALID = [tiny_toml("here", method) for method in METHOD_KEYS]
 
 
-def configuration(folder, home):
+def configuration(folder):
     file = folder / "config.toml"
     file.write_text(VALID[0])
     strings = [text.encode(errors="ignore").decode() for text in STRANGE_STRINGS]
@@ -107,8 +105,8 @@ def change_safetensors(name, valid, draw):
     return len(changed).to_bytes(8, "little") + changed + valid[8 + length :]
 
 
-def hugging_face_folder(folder, home):
-    model, exported = home.model, folder / "exported"
+def hugging_face_folder(folder):
+    model, exported = tiny_config(folder / "home", "full_rank").model, folder / "exported"
     weights = HeldWeights(random_weights(model)).read
     export_dense(weights, model, exported, torch.float32, max_shard_bytes=20_000)
 
@@ -119,24 +117,10 @@ def hugging_face_folder(folder, home):
     return damage_one_of(exported, change_safetensors), read
 
 
-# Corpora.
+# Tokenizers.
 
 
-def corpus(folder, home):
-    copy = shutil.copytree(home.corpus, folder / "corpus")
-
-    def read():
-        opened = open_prepared(copy)
-        opened.check_vocabulary(1 << 40)
-        opened.tokenizer().encode_documents(["a b"])
-        for split in ("train", "validation"):
-            sequences = opened.split(split, 4)
-            assert len(sequences[len(sequences) - 1].tokens) == 5
-
-    return damage_one_of(copy, change_bytes), read
-
-
-def tokenizer(folder, home):
+def tokenizer(folder):
     save_tokenizer(folder / "tokenizer.json", "</s>")
     settings = {"eos_token": {"content": "</s>", "lstrip": False}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -180,7 +164,7 @@ SOURCES = {
 
 
 def source(name):
-    def target(folder, home):
+    def target(folder):
         SOURCES[name](folder)
 
         def read():
@@ -196,21 +180,9 @@ def source(name):
     return target
 
 
-@pytest.fixture(scope="module")
-def home(corpora):
-    """A model's section and the folder of a corpus, which several targets copy."""
-    folder = corpora / "fuzzed"
-    model = tiny_config(folder, "full_rank").model
-    write_json_lines(folder / "in" / "a.jsonl", DOCUMENTS)
-    keys = {"dataset": "jsonl", "path": folder / "in", "vocab_size": 270}
-    opened = open_corpus(DataConfig(**keys, cache_dir=folder / "corpora"))
-    return SimpleNamespace(model=model, corpus=opened.folder)
-
-
 TARGETS = {
     "configuration": (configuration, 10_000, 60, 0.3),
     "Hugging Face's layout": (hugging_face_folder, 10_000, 30, 0.3),
-    "corpus": (corpus, 2000, 30, 0.3),
     "tokenizer": (tokenizer, 2000, 30, 0.2),
     **{f"source of {name}": (source(name), 1500, 20, 0.05) for name in SOURCES},
 }
@@ -222,10 +194,10 @@ UNBOUNDED = ("tokenizer",)
 
 @pytest.mark.parametrize("part", range(num_cases(4, 1)))
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_damaged_file_is_read_or_refused_by_a_message(name, part, tmp_path, home, request):
+def test_a_damaged_file_is_read_or_refused_by_a_message(name, part, tmp_path, request):
     target, long, short, min_refused = TARGETS[name]
     number = long // 4 if IS_LONG else short
-    damage, read = target(tmp_path, home)
+    damage, read = target(tmp_path)
     if name not in UNBOUNDED:
         request.getfixturevalue("bounded_memory")
     read()

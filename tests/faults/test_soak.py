@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 from support.checkpoints import wait_until_written
 from support.long_form import IS_LONG
-from support.observed import num_tensors
 from support.ranks import run_on_ranks
 from support.tiny import tiny_trainer
 
@@ -23,9 +21,6 @@ RISES = {
     "memory_bytes": 4 << 20,
     "open_files": 0.5,
     "threads": 0.5,
-    "tensors": 2,
-    # The lengths of numbers in the indices differ.
-    "checkpoints_bytes": 16 << 10,
 }
 """Quantity -> its greatest rise between the first and the last sample, by a straight line. Events,
 spectra and the log grow with the steps, by design."""
@@ -33,10 +28,10 @@ pytestmark = pytest.mark.skipif(not IS_LONG, reason="part of the long form")
 
 
 class Sampler:
-    """A hook of the trainer that measures its process and the run's checkpoints."""
+    """A hook of the trainer that measures its process."""
 
-    def __init__(self, trainer, checkpoints):
-        self._trainer, self._checkpoints = trainer, checkpoints
+    def __init__(self, trainer):
+        self._trainer = trainer
         self.samples = {}
 
     def is_due(self, step):
@@ -45,17 +40,13 @@ class Sampler:
     def after(self, step):
         wait_until_written(self._trainer.checkpointer)
         assert join_writers(timeout_s=10.0)
-        dist.barrier()  # the main rank renames and deletes checkpoints
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        files = [path for path in self._checkpoints.rglob("*") if path.is_file()]
         self.samples[step] = {
             "memory_bytes": pages * os.sysconf("SC_PAGE_SIZE"),
             "open_files": len(os.listdir("/proc/self/fd")),
             "threads": len(os.listdir("/proc/self/task")),
-            "tensors": num_tensors(),
-            "checkpoints_bytes": sum(path.stat().st_size for path in files),
         }
 
 
@@ -73,7 +64,7 @@ def soak(rank, folder, num_ranks, num_steps):
     }
     words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     trainer = tiny_trainer(folder, "switchlora", *words, num_ranks=num_ranks)
-    sampler = Sampler(trainer, folder / "run" / "checkpoints")
+    sampler = Sampler(trainer)
     trainer.hooks.append(sampler)
     trainer.train()
     samples = sampler.samples

@@ -1,8 +1,13 @@
-"""A tiny run on a GPU: bfloat16, all regions compiled."""
+"""Tiny runs on a GPU: in bfloat16 with all regions compiled, and twice with the same bits."""
 
 import pytest
 import torch
+from support.switchlora_layers import LARGER
 from support.tiny import COMPILED, METHOD_KEYS, tiny_trainer, train_steps
+
+from switchtitan.distributed.world import stop_world
+
+pytestmark = pytest.mark.gpu
 
 ON_HOST = ("--method.candidates_device", "host")
 FROZEN_IN_BF16 = ("--training.frozen_dtype", "bfloat16")
@@ -21,7 +26,6 @@ RUNS = [
 ]
 
 
-@pytest.mark.gpu
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("method", "overrides"), RUNS)
 def test_a_compiled_bfloat16_run_on_cuda_lowers_its_loss(corpora, method, overrides):
@@ -44,3 +48,26 @@ def test_a_compiled_bfloat16_run_on_cuda_lowers_its_loss(corpora, method, overri
         is_short = "--training.frozen_dtype" in overrides and not parameter.requires_grad
         assert parameter.dtype == (torch.bfloat16 if is_short else torch.float32), name
         assert parameter.isfinite().all(), name
+
+
+@pytest.fixture
+def use_any_algorithm():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("use_any_algorithm")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_deterministic_runs_repeat_bitwise(corpora, dtype):
+    losses = []
+    for name in ("first", "second"):
+        trainer = tiny_trainer(
+            corpora / f"deterministic-{dtype}-{name}",
+            "switchlora",
+            *LARGER,
+            *("--training.deterministic", "true", "--training.dtype", dtype),
+        )
+        losses.append(train_steps(trainer, 20))
+        trainer.stepper.close()
+        stop_world()
+    assert losses[0] == losses[1]

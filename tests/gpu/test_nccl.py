@@ -91,9 +91,10 @@ def test_a_run_resumes_on_all_gpus_and_on_one(corpora, method):
 
 def switch_only(rank, folder, num_ranks):
     """Switches many times without an update; the layers' functions must not change."""
-    keys = (*LARGER, "--training.steps", str(2 * NUM_SWITCHES))
+    keys = (*LARGER, "--training.tf32", "true", "--training.steps", str(2 * NUM_SWITCHES))
     trainer = tiny_trainer(folder, "switchlora", *keys, *batch(), num_ranks=num_ranks)
     train_steps(trainer, 3)
+    assert torch.backends.cuda.matmul.allow_tf32
     optimizer = trainer.stepper.optimizer
     assert isinstance(optimizer, SwitchLoraOptimizer)
     before, vectors = effective_weights(trainer.stepper.model), full_tensors(trainer)
@@ -110,7 +111,7 @@ def switch_only(rank, folder, num_ranks):
         assert not torch.equal(changed[key], vectors[key]), name
 
 
-def test_switches_keep_the_layers_function_where_tf32_is_asked_for(corpora, monkeypatch):
+def test_switches_keep_the_layers_function_while_training_uses_tf32(corpora, monkeypatch):
     # Containers of GPU vendors set this.
     monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
     run_on_gpus(num_gpus(), switch_only, corpora / "switches", num_gpus())

@@ -11,6 +11,9 @@ from support.ranks import run_rows_on_ranks
 from support.tiny import full_tensors, tiny_trainer, train_steps
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from switchtitan.distributed.shards import local
+from switchtitan.errors import RanksDisagreeError
+
 NUM_RANKS, REPLICATED = LAYOUTS["two_by_two"]
 SUMS = {"c10d.allreduce_.default": 0, "c10d._reduce_scatter_base_.default": 1}
 """Operations that sum over ranks -> the argument with this rank's summand."""
@@ -54,6 +57,17 @@ def check_replicas(rank, folder, method, *keys):
     trainer.stepper.close()
 
 
+def check_a_difference(rank, folder, changed_rank):
+    """Both pairs of replicas end, though those of one pair are equal."""
+    trainer = tiny_trainer(folder, "full_rank", *REPLICATED, num_ranks=NUM_RANKS)
+    trainer.check_ranks()
+    if rank == changed_rank:
+        local(trainer.tensors.held()["model.lm_head.weight"].detach()).neg_()
+    with pytest.raises(RanksDisagreeError, match=r"\(model\.lm_head\.weight[,)]"):
+        trainer.check_ranks()
+    trainer.stepper.close()
+
+
 def check_decompositions(rank, folder, method):
     with CountDecompositions() as counted:
         trainer = tiny_trainer(folder, method, *REPLICATED, num_ranks=NUM_RANKS)
@@ -88,6 +102,7 @@ ROWS = {
     "scale": (check_replicas, "full_rank", "--optimizer.name", "scale"),
     "muon": (check_replicas, "full_rank", "--optimizer.name", "muon"),
     "clipping": (check_replicas, "full_rank", "--training.max_grad_norm", "0.1"),
+    **{f"difference on {rank}": (check_a_difference, rank) for rank in (0, 3)},
     "low_rank": (check_decompositions, "low_rank"),
     "sltrain": (check_decompositions, "sltrain"),
     "checkpoint": (check_warm_start, "saved/run"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from support.fake_cuda import kernel_checks, plants, python_api
+from support.fake_cuda import kernel_checks, python_api
 from support.fake_cuda.cases import CASES, NUM_RANKS, ON_CPU, UNEVEN
 from support.fake_cuda.steps import (
     collectives_on_cpu,
@@ -51,10 +51,9 @@ def steps_of_last_rank(folder):
     return found | {"updates": kernel_checks.kernels_of_updates(Path(folder), rank)}
 
 
-def plants_and_kernels(folder):
-    """Returns what observers find in what is planted, and kernels of rank 0."""
+def kernels_of_first_rank():
+    """Returns the kernels of switches and losses."""
     return {
-        "plants": plants.planted(Path(folder)),
         "switches": kernel_checks.kernels_of_switches(0),
         "losses": [kernel_checks.kernels_of_loss(size) for size in VOCABULARIES],
     }

@@ -322,18 +322,24 @@ def commit(tmp_path, monkeypatch):
     return make
 
 
-def test_a_resumed_preparation_reads_the_commit_it_began_with(commit, tmp_path, monkeypatch):
+def test_a_preparation_resumes_after_its_last_segment_with_the_commit_it_began_with(
+    commit, tmp_path, monkeypatch
+):
     old, new = make_documents(60, seed=4), make_documents(60, seed=5)
     commit("1111aaaa", old)
     keys = {"dataset": "hub", "path": "owner/name", "vocab_size": 280}
     config = DataConfig(**keys, cache_dir=tmp_path / "corpora")
     use_small_batches(monkeypatch, num_documents=3)
     with monkeypatch.context() as patched:
-        count_encoded(patched, stop_after=15)
+        count_encoded(patched, stop_after=14)  # in the sixth segment
         with pytest.raises(KeyboardInterrupt):
             open_corpus(config)
     commit("2222bbbb", new)
-    corpus = open_corpus(config)
+    with monkeypatch.context() as patched:
+        encoded = count_encoded(patched)
+        corpus = open_corpus(config)
+    finished = corpus.index.splits["train"][:5]
+    assert sum(encoded) == 60 + 5 - sum(shard.documents for shard in finished)
     assert (corpus.index.revision, read_split(corpus, "train")) == ("1111aaaa", old)
     assert corpus.index.num_documents("validation") == 5
     # A preparation that begins now reads the newest commit into a folder of the same name.
