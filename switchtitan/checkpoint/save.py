@@ -253,12 +253,15 @@ class Checkpointer:
         if is_main:
             logger.info("saved %s in %.1f s", final, time.monotonic() - started_at)
             self._skipped.discard(final)
-            try:
-                self._prune(metadata)
-            except CheckpointError as error:
-                logger.warning("could not delete older checkpoints: %s", error)
-        together(lambda: None)  # deleting may take longer than the next step's collectives wait
+        # Together: deleting may take longer than the next step's collectives wait.
+        together(lambda: self._prune_or_warn(metadata) if is_main else None)
         return final
+
+    def _prune_or_warn(self, newest: CheckpointMetadata) -> None:
+        try:
+            self._prune(newest)
+        except CheckpointError as error:
+            logger.warning("could not delete older checkpoints: %s", error)
 
     def _prune(self, newest: CheckpointMetadata) -> None:
         """Deletes all but the newest `keep_latest` and every `keep_every`-th of this run's

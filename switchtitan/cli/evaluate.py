@@ -175,6 +175,8 @@ def _open_corpus(
     # Without one next to the weights, --config says that the corpus's is the model's.
     find = find_tokenizer if options.corpus is None else open_tokenizer
     own = find(trained, options.tokenizer)
+    if own is not None and corpus.index.tokenizer.bos is False:
+        own = own.without_bos()
     if own is not None and own.sha256 != corpus.index.tokenizer.sha256:
         raise CorpusError(
             f"{corpus.folder}: its tokenizer is not that of {trained.source}; prepare the corpus "

@@ -102,6 +102,7 @@ def run(words: Sequence[str]) -> None:
 
 def run_ranks(options: argparse.Namespace) -> tuple[int, str]:
     """Runs torchrun; returns the status and the reason of the end, as torchrun knows them."""
+    earlier = {*Path(options.log_dir).glob("*/attempt_*")}
     try:
         try:
             torchrun.run(options)
@@ -110,8 +111,11 @@ def run_ranks(options: argparse.Namespace) -> tuple[int, str]:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
     except ChildFailedError as error:
-        # The others have crashed later, or torchrun has terminated them.
-        rank, failure = next(iter(error.failures.items()))
+        # One that was killed makes others crash; torchrun ends the rest by SIGTERM.
+        rank, failure = min(
+            error.failures.items(),
+            key=lambda failed: failed[1].exitcode >= 0 or failed[1].exitcode == -signal.SIGTERM,
+        )
         how = f"crashed (status {failure.exitcode})"
         if failure.exitcode < 0:
             how = f"was killed by {failure.signal_name()}"
@@ -120,7 +124,7 @@ def run_ranks(options: argparse.Namespace) -> tuple[int, str]:
         return 128 + error.sigval, f"stopped by {error.sigval.name}"
     except (RendezvousError, dist.DistError) as error:
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-        has_started = any(Path(options.log_dir).glob("*/attempt_*"))
+        has_started = {*Path(options.log_dir).glob("*/attempt_*")} > earlier
         return 1 if has_started else USER_ERROR_STATUS, (
             f"RDZV_ENDPOINT={options.rdzv_endpoint}: the {options.nnodes} machines did not all "
             f"meet there, or lost each other ({reason}); see the others' output, start the same "

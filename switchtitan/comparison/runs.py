@@ -25,8 +25,8 @@ from switchtitan.spectra.spectrum import summarize
 from switchtitan.spectra.weight_change import checkpoint_spectra
 from switchtitan.training.output import CONFIG_FILE
 
-_KEYS_OF_A_MACHINE = {"job": {"name", "output_dir"}, "data": {"cache_dir"}}
-"""Keys that change no result: names and folders."""
+_KEYS_OF_A_MACHINE = {"job": {"name", "output_dir"}, "data": {"cache_dir", "offline_dataset"}}
+"""Keys that change no result: names, folders, and what may replace a corpus that results name."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from switchtitan.config import toml_value
-from switchtitan.data.sources import DATASETS
+from switchtitan.data.sources import DATASETS, HUB_KEYS
 from switchtitan.data.tokenizer import read_tokenizer
 from switchtitan.registry import Section
 
@@ -19,6 +19,10 @@ else:
 
 TRAINED_TOKENIZER = "train"
 """The value of `tokenizer` that trains one on the corpus."""
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~"))
 
 
 class SourceConfig(Section):
@@ -59,9 +63,9 @@ class SourceConfig(Section):
 
     def identity(self) -> dict[str, object]:
         """Returns the keys that determine the documents, wherever their files are."""
-        keys = {"dataset", "text_column", "hub_config", "hub_split"}
-        keys |= {"path"} if self.needs_hub_dataset else set()
-        return self.model_dump(mode="json", include=keys)
+        keys = self.model_dump(mode="json", include={"dataset", "hub_config", "hub_split"})
+        is_name = DATASETS[self.dataset].keys == HUB_KEYS and not _looks_local(str(self.path))
+        return keys | {"text_column": self.column, "path": str(self.path) if is_name else None}
 
     @model_validator(mode="after")
     def _dataset_has_its_path(self) -> "SourceConfig":
@@ -149,8 +153,8 @@ class DataConfig(SourceConfig):
         if self.tokenizer == TRAINED_TOKENIZER:
             return None
         path = Path(self.tokenizer).expanduser()
-        looks_local = self.tokenizer.startswith((".", "/", "~")) or path.suffix == ".json"
-        return path if looks_local or os.path.exists(path) else None
+        is_local = _looks_local(self.tokenizer) or path.suffix == ".json" or os.path.exists(path)
+        return path if is_local else None
 
     @property
     def tokenizer_identity(self) -> str:
@@ -171,12 +175,12 @@ class DataConfig(SourceConfig):
 
     def identity(self) -> dict[str, object]:
         """Returns the keys that determine tokens and splits, wherever their files are."""
-        keys = {"bos", "seq_len", "validation_fraction", "test_fraction"}
-        keys |= {"max_documents", "max_bytes"}
+        keys = {"bos", "seq_len", "test_fraction", "max_documents", "max_bytes"}
         weighted = [source.identity() | {"weight": source.weight} for source in self.sources]
         return {
             **({"sources": weighted} if weighted else super().identity()),
             "tokenizer": self.tokenizer_identity,
+            "validation_fraction": self.held_out_fraction,
             **self.model_dump(mode="json", include=keys),
         }
 
@@ -188,7 +192,7 @@ class DataConfig(SourceConfig):
 
     def fallback_config(self) -> "DataConfig":
         """The configuration to use if the hub cannot be reached."""
-        keys = {"dataset": self.offline_dataset, "tokenizer": TRAINED_TOKENIZER}
+        keys = {"dataset": self.offline_dataset, "tokenizer": TRAINED_TOKENIZER, "bos": None}
         return self.model_copy(update=keys)
 
     @model_validator(mode="after")

@@ -138,9 +138,9 @@ class TokenizerRecord(Record):
     vocab_size: int
     eos_token: str
     eos_id: int
-    bos: bool = False
-    """Whether documents begin with what the tokenizer puts before a text. No documents of earlier
-    versions do."""
+    bos: bool | None = None
+    """Whether documents begin with what the tokenizer puts before a text. None: an earlier version
+    prepared them, and they do not."""
 
 
 class CorpusIndex(Record):
@@ -296,7 +296,7 @@ class Corpus:
     def tokenizer(self) -> DocumentTokenizer:
         """The tokenizer whose ids the corpus holds."""
         record = self.index.tokenizer
-        return read_tokenizer(self.folder, record.eos_token, record.bos)
+        return read_tokenizer(self.folder, record.eos_token, record.bos or False)
 
     def split(self, name: SplitName, seq_len: int) -> Sequences:
         """The sequences of one split, of all sources of a mixture. Raises a CorpusError if there is

@@ -124,8 +124,15 @@ def _open(
         )
     prepare_corpus(plan, model_vocab_size)
     corpus = open_prepared(plan.folder, plan.fallback_for, verifies=verifies)
+    remedy = f"delete {plan.folder} to prepare it again, or set another [data] cache_dir"
     if verifies:
-        check_files(plan.config, plan.source, corpus)
+        check_files(plan.config, plan.source, corpus, remedy)
+    record = corpus.index.tokenizer
+    if record.bos is None and plan.config.bos is None and read_tokenizer(plan.folder).bos_ids:
+        raise CorpusError(
+            f"{plan.folder}: an earlier version prepared it, without the tokens that its tokenizer "
+            f"puts before a text; {remedy}"
+        )
     if model_vocab_size is not None:
         corpus.check_vocabulary(model_vocab_size)
     return corpus
@@ -161,13 +168,13 @@ def _open_on_ranks(config: DataConfig, ranks: World, model_vocab_size: int | Non
     return ranks.together(open_same)[ranks.rank]
 
 
-def check_files(config: DataConfig, source: Source, corpus: Corpus) -> None:
+def check_files(config: DataConfig, source: Source, corpus: Corpus, remedy: str) -> None:
     """Checks that a user's own files are those that a corpus was prepared from.
 
     Compares names, sizes and times, and reads a file only if its time differs.
 
     Raises:
-        CorpusError: if they are not; names the first one that differs.
+        CorpusError: if they are not; names the first one that differs, and the remedy.
     """
     before = {file.name: file for file in corpus.index.files}
     now = {file.name: file for file in source.files}
@@ -186,8 +193,7 @@ def check_files(config: DataConfig, source: Source, corpus: Corpus) -> None:
         if problem is not None:
             raise CorpusError(
                 f"[data] path = {str(config.path)!r}: not what {corpus.folder} was prepared from: "
-                f"{name} {problem}; restore it, or start a new run with another [job] output_dir "
-                "and another [data] cache_dir"
+                f"{name} {problem}; restore it, or {remedy}"
             )
     if touched:
         logger.info(

@@ -1,6 +1,7 @@
 """The corpus of a run, as its checkpoints record it: opened by content, wherever it is now."""
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,6 +40,8 @@ class RecordedSource(Record):
     """See `Schedule`."""
     fallback_for: str | None
     """See `Corpus`."""
+    bos: bool
+    """See `TokenizerRecord`."""
 
 
 def record(corpus: Corpus) -> dict[str, JsonValue]:
@@ -50,6 +53,7 @@ def record(corpus: Corpus) -> dict[str, JsonValue]:
             fingerprint=source.fingerprint,
             count=count,
             fallback_for=source.fallback_for,
+            bos=bool(source.index.tokenizer.bos),
         ).model_dump()
         for source, count in zip(corpus.sources, counts, strict=True)
     ]
@@ -81,34 +85,52 @@ def find_recorded(run: Mapping[str, object], cache_dir: Path, checkpoint: Path) 
     Raises:
         CorpusError: if it is not on this machine, or its index is damaged.
     """
+    sources = recorded_sources(run, checkpoint)
+    parts = [_find(source, cache_dir, checkpoint) for source in sources]
+    if len(parts) == 1:
+        return parts[0]
+    return join_sources(parts, Schedule(tuple(source.count for source in sources)))
+
+
+def recorded_sources(run: Mapping[str, object], checkpoint: Path) -> list[RecordedSource]:
+    """Returns the sources of a run, the one with its tokenizer first; see `find_recorded`."""
     try:
         recorded = TypeAdapter(dict[str, list[RecordedSource]])
         sources = recorded.validate_python({_KEY: run.get(_KEY)})[_KEY]
-        counts = tuple(source.count for source in sources)
+        counts = [source.count for source in sources]
         if sum(counts) != sum(ONE_SOURCE.counts) or min(counts) < 1:
             raise ValueError(f"sources[].count = {counts}")
     except (ValidationError, ValueError) as error:
         raise CorpusError(f"{checkpoint}: names no corpus ({explain(error)})") from error
-    parts = [_find(source, cache_dir, checkpoint) for source in sources]
-    return parts[0] if len(parts) == 1 else join_sources(parts, Schedule(counts))
+    return sources
 
 
 def _find(source: RecordedSource, cache_dir: Path, checkpoint: Path) -> Corpus:
-    damage: CorpusError | None = None
     recorded, cache = Path(source.folder), cache_dir.expanduser()
-    others = sorted(index.parent for index in cache.glob(f"*/{INDEX_FILE}"))
-    for folder in dict.fromkeys([cache / recorded.name, recorded, *others]):
+    expected = dict.fromkeys([cache / recorded.name, recorded])
+    problems = list[str]()
+    for folder in [*expected, *sorted(index.parent for index in cache.glob(f"*/{INDEX_FILE}"))]:
+        if not os.path.isfile(folder / INDEX_FILE):  # also without permission
+            continue
         try:
-            if (folder / INDEX_FILE).is_file():
-                index = read_index(folder)
-                if index.fingerprint == source.fingerprint:
-                    return Corpus(folder, index, source.fallback_for)
+            index = read_index(folder)
         except CorpusError as error:
-            damage = damage or error
+            problems += [str(error)] if folder in expected else []
+            continue
+        if index.fingerprint == source.fingerprint:
+            return Corpus(folder, index, source.fallback_for)
+        if folder in expected:
+            problems.append(
+                f"{folder}: its fingerprint is {index.fingerprint}, but the run trained on "
+                f"{source.fingerprint}; its documents have changed: restore them and delete this "
+                "folder to prepare it again, or copy the run's corpus"
+            )
     keys = " --dataset pystdlib --tokenizer train" if source.fallback_for else ""
     config_file = checkpoint.absolute().parents[1] / "config.toml"
-    raise damage or CorpusError(
-        f"the run's corpus is neither at {source.folder} nor in [data] cache_dir = "
+    raise CorpusError(
+        problems[0]
+        if problems
+        else f"the run's corpus is neither at {source.folder} nor in [data] cache_dir = "
         f"{str(cache_dir)!r} (fingerprint {source.fingerprint}); copy it there, or prepare it "
         f"again: switchtitan prepare --config {config_file}{keys}"
     )
@@ -131,4 +153,4 @@ def check_unchanged(config: DataConfig, corpus: Corpus) -> None:
         except CorpusError as error:
             logger.info("training on %s without its source: %s", prepared.folder, error)
             continue
-        check_files(own, source, prepared)
+        check_files(own, source, prepared, "start a new run in another [job] output_dir")

@@ -419,12 +419,12 @@ _jsonl = partial(_files_source, _json_names, _read_json_lines)
 _parquet = partial(_files_source, ("*.parquet",), _read_parquet)
 _PATH = frozenset({"path"})
 _RECORDS = _PATH | {"text_column"}
-_HUB = _RECORDS | {"hub_config", "hub_split"}
+HUB_KEYS = _RECORDS | {"hub_config", "hub_split"}
 DATASETS = {
     "pystdlib": Dataset(_pystdlib),
     "english": Dataset(_english),
     "c4": Dataset(_c4, _PATH, has_own_splits=True, comes_from_hub=True),
-    "hub": Dataset(_hub, _HUB, needs_path=True, comes_from_hub=True),
+    "hub": Dataset(_hub, HUB_KEYS, needs_path=True, comes_from_hub=True),
     "text": Dataset(_text, _PATH, needs_path=True),
     "jsonl": Dataset(_jsonl, _RECORDS, needs_path=True),
     "parquet": Dataset(_parquet, _RECORDS, needs_path=True),

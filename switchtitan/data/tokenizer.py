@@ -74,6 +74,10 @@ class DocumentTokenizer:
     def sha256(self) -> str:
         return hashlib.sha256(self.serialized.encode()).hexdigest()
 
+    def without_bos(self) -> "DocumentTokenizer":
+        """Returns the tokenizer that puts nothing before a text."""
+        return _document_tokenizer(self.tokenizer, self.eos_token, self.eos_token, bos=False)
+
     def encode_documents(self, documents: list[str]) -> list[list[int]]:
         """Returns the token ids of each document, with what begins it, without end token; uses all
         cores."""
@@ -185,12 +189,14 @@ def _document_tokenizer(
 
 
 def _without_bos(tokenizer: Tokenizer) -> Tokenizer:
-    """Returns the tokenizer without the special tokens that its templates put before a text."""
+    """Returns the tokenizer without the special tokens that it puts before a text."""
     state = json.loads(tokenizer.to_str())
     processor = state["post_processor"] or {}
     for part in processor.get("processors", [processor]):
         for template in ("single", "pair") if part.get("type") == "TemplateProcessing" else ():
             part[template] = list(dropwhile(lambda piece: "SpecialToken" in piece, part[template]))
+    if processor.get("type") in ("BertProcessing", "RobertaProcessing"):
+        state["post_processor"] = None
     return Tokenizer.from_str(json.dumps(state))
 
 

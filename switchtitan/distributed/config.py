@@ -29,13 +29,13 @@ class ParallelismConfig(Section):
     are the same. No effect if all weights train."""
     timeout_s: int = Field(default=1800, ge=1)
     """Seconds, at least 1, after which a collective fails if a rank has not joined it, until the
-    first step is done; later only in the writing of checkpoints. Must exceed the time in which a
-    rank compiles, and writes, reads or verifies a checkpoint. Does not limit the preparation of a
-    corpus."""
+    first step is done; later only in the first evaluation and in the writing of checkpoints. Must
+    exceed the time in which a rank compiles, decomposes an initial weight or writes a checkpoint.
+    Does not limit what one rank does alone, such as the preparation of a corpus."""
     step_timeout_s: int = Field(default=120, ge=1)
     """The same after the first step, so that a hung rank ends the run soon. Must exceed the time by
-    which a rank can be late with a batch or the first evaluation, which compiles. Does not limit
-    saves and what one rank does alone, such as spectra."""
+    which a rank can be late with a batch. Does not limit saves and what one rank does alone, such
+    as spectra."""
     check_interval: int = Field(default=100, ge=0)
     """Optimizer steps between two comparisons of what several ranks hold alike: weights,
     candidates and optimizer state of replicas, and counts, switching plans and random keys of all

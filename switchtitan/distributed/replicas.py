@@ -34,10 +34,14 @@ def compute_in_turns(
     rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
     for place, like in enumerate(results):
         owner = place % num_ranks
-        for other in range(place, min(place + num_ranks, len(results))) if owner == 0 else ():
-            collected = collect(other)
-            if other == place + rank:
-                own = compute(collected)
+        if owner == 0:
+            # All are collected first, so that ranks compute at the same time.
+            mine: T | None = None
+            for other in range(place, min(place + num_ranks, len(results))):
+                collected = collect(other)
+                mine = collected if other == place + rank else mine
+            if mine is not None:
+                own = compute(mine)
         if group is None:
             yield own
             continue

@@ -13,7 +13,7 @@ from switchtitan.checkpoint.save import CheckpointMetadata
 from switchtitan.config import flatten, parse_toml, raise_together
 from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.data.corpus import Corpus
-from switchtitan.data.recorded import find_recorded
+from switchtitan.data.recorded import find_recorded, recorded_sources
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import CheckpointError, CheckpointFormatError, ConfigError, CorpusError
@@ -155,6 +155,9 @@ def find_tokenizer(trained: TrainedModel, given: Path | None = None) -> Document
     Raises:
         CorpusError: if the tokenizer or the run's corpus cannot be read.
     """
+    if given is not None and trained.metadata is not None:
+        first, *_ = recorded_sources(trained.metadata.run, trained.source)
+        return read_tokenizer(given, bos=None if first.bos else False)
     if given is not None:
         return read_tokenizer(given)
     if trained.metadata is not None:

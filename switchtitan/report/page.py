@@ -92,6 +92,8 @@ def _results(runs: Mapping[str, RunRecord]) -> Table:
 def _shown(value: object) -> str:
     if value is None:
         return _NOT_KNOWN
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         return f"{value:,.4f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -24,7 +24,9 @@ from switchtitan.training.step import Stepper, TrainState
 logger = logging.getLogger(__name__)
 
 _COMPARED_SECTIONS = ("model", "method", "optimizer", "lr_schedule", "training", "parallelism")
-_UNLISTED_KEYS = ("job.", "data.cache_dir", "checkpoint.resume", "training.dtype")
+_UNLISTED_KEYS = (
+    *("job.", "data.cache_dir", "data.offline_dataset", "checkpoint.resume", "training.dtype"),
+)
 """Starts of keys whose changes are not listed on resume; what `dtype` chose is compared apart."""
 
 

@@ -64,6 +64,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._saved_step = self.stepper.state.step
+        self._has_stepped, self._has_evaluated = False, False
         self._running_loss = RunningLoss(self.stepper.world.device)
 
     def train(self) -> None:
@@ -90,7 +91,10 @@ class Trainer:
         self._stop_if_diverged()
         state = self.stepper.state
         with self.throughput.excluded(), region("evaluate"):
+            self._set_timeout(is_first=not self._has_evaluated)
             loss = self.evaluators.validation(self.stepper.model, self.stop.is_due)
+            self._has_evaluated = True
+            self._set_timeout(is_first=False)
         if state.first_validation_loss is None:
             state.first_validation_loss = loss
         state.last_validation_loss, state.evaluated_at = loss, state.step
@@ -165,7 +169,7 @@ class Trainer:
 
     def _run_steps(self) -> None:
         state = self.stepper.state
-        skipped_in_a_row, has_started = 0, False
+        skipped_in_a_row = 0
         profiler = self.profiler or nullcontext()
         with self.region_times, profiler, GarbageCollection() as garbage:
             try:
@@ -181,15 +185,25 @@ class Trainer:
                         )
                     if not result.is_skipped:
                         self._after_step(result)
-                    if not has_started:
-                        self.stepper.world.set_timeout(self.stepper.parallelism.step_timeout_s)
-                        has_started = True
+                    if not self._has_stepped:
+                        self._has_stepped = True
+                        self._set_timeout(is_first=False)
                     signal_number = self.stop.is_due() if state.step < self.num_steps else None
                     if signal_number is not None:
                         raise Stopped(signal_number)
             except Stopped:
                 self._save_last_step()
                 raise
+        if self.profiler is not None:
+            self.stepper.world.together(lambda: None)  # a trace may have been written at the end
+
+    def _set_timeout(self, is_first: bool) -> None:
+        """Lets ranks wait for each other longer in what is done first, which they compile."""
+        world, keys = self.stepper.world, self.stepper.parallelism
+        is_long = is_first or not self._has_stepped
+        timeout_s = keys.timeout_s if is_long else keys.step_timeout_s
+        if timeout_s != world.timeout.total_seconds():
+            world.set_timeout(timeout_s)
 
     def _after_step(self, result: StepResult) -> None:
         """Does what is due after an update; not after skipped batches: the step did not advance."""

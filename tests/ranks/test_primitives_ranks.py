@@ -7,6 +7,7 @@ from math import sqrt
 
 import pytest
 import torch
+import torch.distributed as dist
 from support import optimizer_steps
 from support.layouts import asked_for
 from support.optimizer_steps import SCALED, SCALED_TREATED, build, parameters
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 from switchtitan.benchmark.counters import CountCommunication
-from switchtitan.distributed.replicas import check_replicas
+from switchtitan.distributed.replicas import check_replicas, compute_in_turns
 from switchtitan.distributed.rows import (
     RowSpans,
     ShardedRows,
@@ -218,6 +219,26 @@ def check_row_exchange_of(mesh, dtype):
         assert torch.equal(bits(found), bits(value))
 
 
+def check_turns(mesh):
+    """A rank computes when the others no longer wait for it."""
+    order, results = [], [[torch.zeros(())] for _ in range(6)]
+
+    def collect(place):
+        order.append("collect")
+        dist.all_reduce(torch.ones(()))
+        return place
+
+    def compute(place):
+        order.append("compute")
+        return [torch.tensor(float(place))]
+
+    computed = compute_in_turns(collect, compute, results, CPU, dist.group.WORLD)
+    assert [value.item() for (value,) in computed] == [0, 1, 2, 3, 4, 5]
+    first, second = ["collect"] * 4, ["collect"] * 2
+    has_second = dist.get_rank() < 2
+    assert order == [*first, "compute", *second, *["compute"] * has_second]
+
+
 CHECKS = {
     # Batches of another size may be multiplied in another order, in fp32.
     **{
@@ -235,6 +256,7 @@ CHECKS = {
         for name in ("2", "4")
     },
     **{f"row exchange on {name}": (check_row_exchange, name) for name in LAYOUTS},
+    "work in turns": (check_turns, "4"),
 }
 
 

@@ -43,6 +43,7 @@ FREE = [
     ("--method.candidates_device", "host"),
     ("--method.contraction", "merged"),
     ("--data.cache_dir", "elsewhere"),
+    ("--data.validation_fraction", "0.02"),
 ]
 
 

@@ -228,6 +228,11 @@ def test_prompts_texts_and_exports_begin_as_the_documents_of_the_run(
         assert (result["tokens"], result["bytes"]) == (targets, len(TEXT.encode()))
         assert result["loss"] == pytest.approx(expected / targets, **CLOSE)
     result = result_of("evaluate", folder / "run", "--tokens", 160)
+    # The corpus is that of the tokenizer that it was prepared with.
+    words = ("--corpus", corpus.folder, "--tokenizer", beginning, "--tokens", 160)
+    assert result_of("evaluate", exported, *words)["bytes"] == result["bytes"]
+    words = ("--tokenizer", beginning, "--prompt", TEXT, "--max-new-tokens", 1)
+    assert generated(folder / "run", *words)["prompt_tokens"] == tokens
     sequences = corpus.split("validation", 16)
     read = [t for index in range(10) for t in sequences[index].tokens[:-1].tolist()]
     read = [*read[1:], sequences[9].tokens[-1].item()]

@@ -15,6 +15,7 @@ from support.checkpoints import write_when
 from support.nonfinite import SKIP, spoil_next_gradient, spoil_next_loss
 from support.tensors import differing
 from support.tiny import full_tensors, record_reports, tiny_config, tiny_trainer, train_steps
+from support.trained import train_and_save
 
 from switchtitan.checkpoint.save import list_step_folders
 from switchtitan.data.prepare import open_corpus
@@ -297,3 +298,21 @@ def test_an_abandoned_evaluation_leaves_nothing_and_is_done_by_the_resumed_run(c
     assert results_of(folder)["loss/validation"] == results_of(undisturbed)["loss/validation"]
     assert resumed.stepper.state == expected.stepper.state
     assert differing(full_tensors(resumed), full_tensors(expected)) == []
+
+
+def test_ranks_wait_longer_for_what_is_done_first(corpora):
+    folder, keys = corpora / "timeouts", ("--evaluation.interval", "2", "--training.steps", "4")
+    train_and_save(folder, "lora", *keys, num_steps=1)
+    trainer, timeouts = tiny_trainer(folder, "lora", *keys), []
+    world, validation = trainer.stepper.world, trainer.evaluators.validation
+
+    def evaluate(*given):
+        timeouts.append(world.timeout.total_seconds())
+        return validation(*given)
+
+    evaluate.bits_per_byte = validation.bits_per_byte
+    trainer.evaluators = trainer.evaluators._replace(validation=evaluate)
+    trainer.train()
+    keys = trainer.stepper.parallelism
+    assert timeouts == [keys.timeout_s, keys.step_timeout_s]
+    assert world.timeout.total_seconds() == keys.step_timeout_s

@@ -18,12 +18,12 @@ from support.preparation import (
     use_small_batches,
 )
 from support.tiny_documents import make_documents, save_tokenizer, write_json_lines, write_nanogpt
+from tokenizers import Tokenizer, processors
 
 from switchtitan.data import corpus as corpus_module
 from switchtitan.data import prepare as prepare_module
 from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import (
-    Corpus,
     CorpusIndex,
     fingerprint_of,
     open_prepared,
@@ -100,15 +100,35 @@ def test_documents_begin_as_the_tokenizer_begins_a_text_or_as_bos_says(tmp_path,
         assert documents.bos_ids == start
         assert documents.tokenizer.encode("a b").ids[: len(start) + 2] == [*start, 1, 2]
         assert read_tokenizer(corpus.folder).sha256 == corpus.index.tokenizer.sha256
-    # As an earlier version left it, which began no document with a token.
-    index = json.loads((corpus.folder / "index.json").read_text())
-    shutil.copy(file, corpus.folder / "tokenizer.json")
-    del index["tokenizer"]["bos"]
-    write_index(corpus.folder, CorpusIndex.model_validate_json(json.dumps(index)))
-    assert read_tokenizer(corpus.folder).bos_ids == [4]
-    assert Corpus(corpus.folder, corpus.index).tokenizer().bos_ids == []
     with pytest.raises(CorpusError, match=r"\[data\] bos = true: .* has none"):
         train_tokenizer(["a"], 258, bos=True)
+
+
+def test_a_corpus_of_an_earlier_version_has_documents_that_begin_with_nothing(tmp_path):
+    file = save_tokenizer(tmp_path / "tokenizer.json", "</s>", "<s>", template="<s> $A")
+    write_json_lines(tmp_path / "in" / "a.jsonl", ["a b", "b"] * 9)
+    keys = {"dataset": "jsonl", "path": tmp_path / "in", "tokenizer": str(file)}
+    config = DataConfig(**keys, cache_dir=tmp_path / "out")
+    folder = open_corpus(config).folder
+    index = json.loads((folder / "index.json").read_text())
+    del index["tokenizer"]["bos"]
+    write_index(folder, CorpusIndex.model_validate_json(json.dumps(index)))
+    assert open_prepared(folder).tokenizer().bos_ids == []
+    with pytest.raises(CorpusError, match=f"earlier version prepared it.*delete {folder}"):
+        open_corpus(config)
+
+
+@pytest.mark.parametrize("kind", [processors.BertProcessing, processors.RobertaProcessing])
+def test_no_document_of_token_ids_begins_with_a_token_unless_bos_says_so(tmp_path, kind):
+    file = save_tokenizer(tmp_path / "tokenizer.json", "</s>", "<s>")
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = kind(("</s>", 3), ("<s>", 4))
+    tokenizer.save(str(file))
+    assert read_tokenizer(file).bos_ids == [4]
+    write_nanogpt(tmp_path / "bin" / "a.bin", [[1, 2]] * 60, eos_id=3)
+    keys = {"dataset": "nanogpt", "path": tmp_path / "bin", "tokenizer": str(file)}
+    corpus = open_corpus(DataConfig(**keys, cache_dir=tmp_path / "out"))
+    assert corpus.tokenizer().bos_ids == []
 
 
 @pytest.mark.usefixtures("offline")
@@ -360,7 +380,7 @@ def test_an_unreachable_hub_is_an_error_that_says_why(tmp_path):
     "keys",
     [
         {"dataset": "c4", "tokenizer": "t5-base"},
-        {"dataset": "hub", "path": "owner/name"},
+        {"dataset": "hub", "path": "owner/name", "bos": True},
         {"dataset": "english", "tokenizer": "no-such/name"},
     ],
 )
