@@ -11,10 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from switchtitan.benchmark.counters import (
-    CollectiveCount,
-    CountCommunication,
-)
+from switchtitan.benchmark.counters import CollectiveCount, CountCommunication
 from switchtitan.benchmark.steppers import fake_batches, fake_stepper
 from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.replicas import fingerprint
@@ -43,6 +40,15 @@ def shard():
     return torch.zeros(1, 3)
 
 
+def distributed(part, placement):
+    return DTensor.from_local(part, init_device_mesh("cpu", (NUM_RANKS,)), [placement])
+
+
+def redistributed(placement):
+    """What a sum over ranks becomes."""
+    return distributed(full(), Partial()).redistribute(placements=[placement]).to_local()
+
+
 @pytest.mark.parametrize(
     ("collective", "kind", "bytes_sent"),
     [
@@ -56,6 +62,9 @@ def shard():
         (lambda: dist.gather(shard(), parts(), dst=2), "gather", FULL / 5 * 4 / 5),
         (lambda: dist.scatter(shard(), parts(), src=2), "scatter", FULL / 5 * 4 / 5),
         (lambda: dist.all_to_all_single(full(), full()), "all_to_all", FULL * 4 / 5),
+        (lambda: distributed(shard(), Shard(0)).full_tensor(), "all_gather", FULL * 4 / 5),
+        (lambda: redistributed(Shard(0)), "reduce_scatter", FULL * 4 / 5),
+        (lambda: redistributed(Replicate()), "all_reduce", 2 * FULL * 4 / 5),
         # A smaller group sends less.
         (lambda: dist.all_reduce(full(), group=dist.new_group([1, 2])), "all_reduce", FULL),
     ],
@@ -66,26 +75,6 @@ def test_bytes_are_those_of_a_ring(ranks, collective, kind, bytes_sent):
     counts = dict(counter.counts)
     assert counts.pop(kind) == CollectiveCount(1, pytest.approx(bytes_sent))
     assert set(counts.values()) == {CollectiveCount(0, 0.0)}
-
-
-def test_collectives_of_dtensors_are_counted_also_in_backward(ranks):
-    mesh = init_device_mesh("cpu", (NUM_RANKS,))
-    sharded = DTensor.from_local(shard().requires_grad_(), mesh, [Shard(0)])
-    partial_sums = DTensor.from_local(full(), mesh, [Partial()])
-    with CountCommunication() as counter:
-        loss = sharded.full_tensor(grad_placements=[Partial()]).sum()
-        partial_sums.redistribute(placements=[Shard(0)]).to_local()
-        partial_sums.redistribute(placements=[Replicate()]).to_local()
-    once = CollectiveCount(1, pytest.approx(FULL * 4 / 5))
-    counts = {kind: count for kind, count in counter.counts.items() if count.num_calls}
-    assert counts == {
-        "all_gather": once,
-        "reduce_scatter": once,
-        "all_reduce": CollectiveCount(1, pytest.approx(2 * FULL * 4 / 5)),
-    }
-    with CountCommunication() as counter:
-        loss.backward()
-    assert {kind for kind, count in counter.counts.items() if count.num_calls} == {"reduce_scatter"}
 
 
 def test_barriers_send_nothing_and_unknown_collectives_raise(ranks):

@@ -1,5 +1,6 @@
 """Estimates of a step follow from formulas; tests/ranks compares them with real ranks."""
 
+import numpy as np
 import pytest
 import torch
 from support.observed import communication_of_a_step, estimate_all_micro_batches
@@ -9,6 +10,7 @@ from switchtitan.benchmark.counters import CollectiveCount
 from switchtitan.benchmark.estimate import USABLE_SHARE, estimate_step, largest_batch_sizes
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods import METHODS
+from switchtitan.methods.switchlora.plan import Plan
 from switchtitan.models import MODELS, linear_shapes
 
 NUM_LAYERS = 2
@@ -146,6 +148,22 @@ def test_gathers_and_reductions_follow_from_the_parameters(
     norms = CollectiveCount(1, pytest.approx(2 * share * 4 * num_values))
     assert counts["all_reduce"] == norms
     assert counts["broadcast"].num_calls == 0
+
+
+def test_a_switch_costs_one_all_reduce_of_the_packed_rows(tmp_path):
+    num_ranks, step = 4, 2
+    plain, switching = (
+        one_pass(tmp_path, method, num_ranks=num_ranks) for method in ("lora", "switchlora")
+    )
+    without, sent = (communication_of_a_step(each, num_ranks, step) for each in (plain, switching))
+    widths = [sum(p.shape) for unit in units(switching) for p in unit if not p.requires_grad]
+    plan = Plan(switching.method, switching.training.steps, np.full(len(widths), 100))
+    plan.step = step - 1
+    # For both factors: vectors out, vectors in and counterparts.
+    num_words = sum(3 * num * width for num, width in zip(plan.requested(), widths, strict=True))
+    num_bytes = num_words * 4 * 2 * (num_ranks - 1) / num_ranks
+    num_calls, bytes_sent = without["all_reduce"]
+    assert sent == without | {"all_reduce": CollectiveCount(num_calls + 1, bytes_sent + num_bytes)}
 
 
 def test_frozen_weights_are_sent_twice_a_pass_once_a_step_or_never(tmp_path):

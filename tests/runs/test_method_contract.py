@@ -221,27 +221,23 @@ def test_dense_weights_in_the_plain_model_compute_the_same_logits(trained, name)
     assert (untrained - one.saved_logits).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize(
+    ("name", "form", "read"),
+    [
+        *((name, "transformers", read_dense) for name in EXPORTED),
+        *((name, "peft", read_adapted) for name in WITH_AN_ADAPTER),
+    ],
+)
 def test_the_export_command_accepts_its_export_which_computes_the_same_logits(
-    trained, tmp_path, name
+    trained, tmp_path, name, form, read
 ):
-    one, folder = trained(name), tmp_path / "dense"
-    outcome = run("export", one.checkpoint, "--folder", folder)
+    one, folder = trained(name), tmp_path / "exported"
+    outcome = run("export", one.checkpoint, "--folder", folder, "--format", form)
     assert outcome.status == 0, outcome.errors
     plain = MODELS.build(one.config.model)
-    plain.load_state_dict(without_copies(read_dense(folder), one.config.model, folder))
+    plain.load_state_dict(without_copies(read(folder), one.config.model, folder))
     torch.testing.assert_close(logits(plain), one.saved_logits, **ROUNDING)
     assert read_model_folder(folder)["name"] == one.config.model.name
-
-
-@pytest.mark.parametrize("name", WITH_AN_ADAPTER)
-def test_an_adapter_and_its_base_compute_the_same_logits(trained, tmp_path, name):
-    one, folder = trained(name), tmp_path / "adapter"
-    outcome = run("export", one.checkpoint, "--folder", folder, "--format", "peft")
-    assert outcome.status == 0, outcome.errors
-    plain = MODELS.build(one.config.model)
-    plain.load_state_dict(without_copies(read_adapted(folder), one.config.model, folder))
-    torch.testing.assert_close(logits(plain), one.saved_logits, **ROUNDING)
 
 
 @pytest.mark.parametrize("method", [name for name in METHOD_KEYS if not freezes_weights(name)])

@@ -306,7 +306,7 @@ def test_the_text_ends_where_a_document_ends(trained, tmp_path):
 
 
 def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
-    picture, page = tmp_path / "new" / "spectra.png", tmp_path / "page.html"
+    picture = tmp_path / "new" / "spectra.png"
     outcome = run("report", trained.run, "--spectrum", "--output", picture)
     assert outcome.status == 0, outcome.errors
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -320,7 +320,4 @@ def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     assert found.ranks.effective == about(measured[15].effective)
     assert found.by_kind["up"] == about(measured[15].effective_by_kind["up_proj"])
     assert found.over_training == {step: measured[step].effective for step in (5, 10, 15)}
-    rank = f"{found.ranks.effective:.1f}"
-    assert rank in outcome.output
-    assert run("report", trained.run, "--spectrum", "--output", page).status == 0
-    assert f"<td>{rank}</td>" in page.read_text()
+    assert f"{found.ranks.effective:.1f}" in outcome.output
