@@ -63,7 +63,7 @@ LIMITS = {
     "low rank": Limits(62, 5196, 730),
     "sltrain": Limits(447, 4696, 1349),
     "cola": Limits(76, 5526, 607),
-    "qwen2": Limits(45, 4530, 546),
+    "qwen2": Limits(41, 4125, 538),
 }
 
 

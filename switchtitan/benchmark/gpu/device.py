@@ -74,20 +74,18 @@ def call_with_gpus(calls: Sequence[tuple[str, Callable[[], T]]]) -> list[T]:
     results: list[T] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        files = [folder / str(index) for index in range(len(calls))]
-        processes = []
-        for (arch, function), file in zip(calls, files, strict=True):
+        started = []
+        for index, (arch, function) in enumerate(calls):
+            file, log = folder / f"{index}", folder / f"{index}.log"
             file.write_bytes(pickle.dumps(function))
-            output = stack.enter_context(file.with_suffix(".log").open("w"))
+            output = stack.enter_context(log.open("w"))
             command = [sys.executable, "-m", __name__, arch, str(file)]
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-            processes.append(stack.enter_context(process))
+            started.append((arch, file, log, stack.enter_context(process)))
             stack.callback(process.kill)
-        for (arch, _), file, process in zip(calls, files, processes, strict=True):
+        for arch, file, log, process in started:
             if process.wait() != 0:
-                raise RuntimeError(
-                    f"steps for {arch} failed:\n{file.with_suffix('.log').read_text()}"
-                )
+                raise RuntimeError(f"steps for {arch} failed:\n{log.read_text()}")
             result = pickle.loads(file.read_bytes())
             if isinstance(result, UserError):
                 raise result

@@ -1,9 +1,13 @@
-// Parts that torch's CPU build lacks for fake CUDA tensors: a guard for one device, and hooks that
-// report it. They do nothing, since fake tensors have no memory and run no kernels.
+// Parts that torch's CPU build lacks for fake CUDA tensors: a guard for one device, hooks that report
+// it, and its choice of fused kernels. They do nothing, since fake tensors have no memory and run no
+// kernels.
 
+#include <ATen/SDPBackend.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/transformers/attention.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/library.h>
 
 namespace {
 
@@ -93,3 +97,37 @@ C10_REGISTER_GUARD_IMPL(CUDA, OneDeviceGuard)
 namespace at {
 C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, OneDeviceHooks)
 } // namespace at
+
+namespace at::native {
+namespace {
+// What a GPU since Ampere chooses without a mask (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+int64_t chooseAttention(
+    const Tensor& query,
+    const Tensor& /*key*/,
+    const Tensor& /*value*/,
+    const std::optional<Tensor>& mask,
+    double /*dropout*/,
+    bool /*isCausal*/,
+    std::optional<double> /*scale*/,
+    bool /*enableGqa*/) {
+  TORCH_CHECK(!mask.has_value(), "attention with a mask on a GPU that is not there");
+  SDPBackend chosen = SDPBackend::flash_attention;
+  if (query.scalar_type() == kFloat) {
+    bool isAligned = query.sym_size(-1) % 4 == 0;
+    chosen = isAligned ? SDPBackend::efficient_attention : SDPBackend::math;
+  }
+  return static_cast<int64_t>(chosen);
+}
+} // namespace
+
+REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &chooseAttention)
+} // namespace at::native
+
+// Fake tensors call no kernel, but torch takes an operation without one apart.
+void noKernel(const c10::OperatorHandle& /*operation*/, torch::jit::Stack* /*stack*/) {}
+
+TORCH_LIBRARY_IMPL(aten, CUDA, library) {
+  for (const char* name : {"_fused_rms_norm", "_fused_rms_norm_backward"}) {
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&noKernel>());
+  }
+}

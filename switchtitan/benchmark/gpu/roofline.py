@@ -18,18 +18,14 @@ class Card:
     float32_flops_per_s: float
     """Without TF32."""
 
-    @property
-    def bfloat16_flops_per_s(self) -> float:
-        flops_per_s = peak_flops_per_s(self.device_name)
-        assert flops_per_s is not None
-        return flops_per_s
-
     def seconds(self, launch: Launch) -> float:
         """Returns the least seconds of a launch; 0 for a collective."""
         if launch.kind == "collective":
             return 0.0
-        is_wide = launch.dtype == "float32"
-        flops_per_s = self.float32_flops_per_s if is_wide else self.bfloat16_flops_per_s
+        flops_per_s = peak_flops_per_s(self.device_name)
+        if launch.dtype == "float32":
+            flops_per_s = self.float32_flops_per_s
+        assert flops_per_s is not None
         return max(launch.num_bytes / self.bandwidth, launch.num_flops / flops_per_s)
 
 

@@ -21,7 +21,6 @@ _INDUCTOR = "torch._inductor"
 _TUNER = f"{_INDUCTOR}.runtime.triton_heuristics.CachingAutotuner"
 _FOLDER = f"{_INDUCTOR}.fx_passes.joint_graph.UniformValueConstantFolder"
 _GUARDS = "torch._C._dynamo.guards"
-_C10D = "torch._C._distributed_c10d"
 
 
 def _private(name: str) -> Any:
@@ -54,28 +53,9 @@ def install(arch: str) -> None:
     _install_device(arch)
     _install_inductor()
     _install_triton(int(arch.removeprefix("sm_")))
-    _install_fused_kernels()
 
 
 # The device.
-class _Stream:
-    """A stream or an event, which does nothing."""
-
-    device = torch.device("cuda", 0)
-
-    def __init__(self, *args: Any, **keys: Any) -> None: ...
-
-    def _nothing(self, *args: Any, **keys: Any) -> None: ...
-
-    wait_stream = wait_event = wait = record = synchronize = _nothing
-
-    def record_event(self, event: Any = None) -> "_Stream":
-        return event or _Stream()
-
-    def query(self) -> bool:
-        return True
-
-
 class _Generator(torch.Generator):
     device = property(lambda self: torch.device("cuda", 0))
 
@@ -109,22 +89,18 @@ def _install_device(arch: str) -> None:
         is_integrated=False,
         gcnArchName="",
     )
-    stream, state = _Stream(), torch.empty(16, dtype=torch.uint8)
+    state = torch.empty(16, dtype=torch.uint8)
     functions: dict[str, object] = {
-        "Stream": _Stream,
-        "Event": _Stream,
+        "Stream": torch.Stream,
+        "Event": torch.Event,
         "stream": lambda stream: nullcontext(),
-        "current_stream": lambda device=None: stream,
-        "current_device": lambda: 0,
+        "current_stream": lambda device=None: torch.accelerator.current_stream(),
         "set_device": lambda device: None,
         "device_count": lambda: 1,
         "synchronize": lambda device=None: None,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "is_bf16_supported": lambda *args, **keys: True,
         "memory_allocated": lambda device=None: 0,
-        "get_device_name": lambda device=None: given.card,
-        "get_device_capability": lambda device=None: (major, minor),
         "get_device_properties": lambda device=None: properties,
         "default_generators": (_Generator(),),
         "get_rng_state": lambda device="cuda": state,
@@ -143,7 +119,7 @@ def _install_device(arch: str) -> None:
     torch.version.cuda = "13.0"
     # Else `torch.tensor(2.0, device="cuda")` allocates.
     _replace("torch._subclasses.fake_tensor.FakeTensorMode.avoid_device_init", True)
-    _replace(f"{_C10D}.FakeWork.wait", lambda work, timeout=None: True)
+    _replace("torch._C._distributed_c10d.FakeWork.wait", lambda work, timeout=None: True)
     # A fake tensor has no address: what tells storages apart.
     torch.Tensor.data_ptr = lambda tensor: tensor.untyped_storage()._cdata  # type: ignore
     torch.Tensor.pin_memory = lambda tensor, device=None: tensor.clone()  # type: ignore
@@ -310,32 +286,6 @@ def graph_breaks() -> dict[str, int]:
     return dict(_private("torch._dynamo.utils.counters")["graph_break"])
 
 
-# What a GPU chooses, and a CPU build cannot.
-_libraries: list[torch.library.Library] = []
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Flash attention, which a GPU since Ampere chooses for such arguments."""
-    assert attn_mask is None
-    assert query.dtype in (torch.bfloat16, torch.float16)
-    assert query.shape[-1] % 8 == 0
-    if enable_gqa:
-        groups = query.shape[1] // key.shape[1]
-        key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
-    flash = torch.ops.aten._scaled_dot_product_flash_attention.default
-    return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
-
-
 def let_random_pass(mode: type[TorchDispatchMode]) -> None:
     """Lets attention that is recomputed, with its random numbers, pass a mode of this class."""
 
@@ -343,15 +293,3 @@ def let_random_pass(mode: type[TorchDispatchMode]) -> None:
     def run(mode: Any, operation: Any, *args: Any, rng_state: Any = None, **kwargs: Any) -> Any:
         with mode:
             return operation(*args, **kwargs)
-
-
-def _install_fused_kernels() -> None:
-    library = torch.library.Library("aten", "IMPL")
-    _libraries.append(library)
-    keys = torch._C.DispatchKey.CUDA, torch._C.DispatchKey.AutogradCUDA
-    for key in keys:
-        library.impl("scaled_dot_product_attention", _attend, key.name)
-        torch.ops.aten.scaled_dot_product_attention.default.py_impl(key)(_attend)
-    # Fake tensors call no kernel, but torch takes an operation without one apart.
-    for name in ("_fused_rms_norm", "_fused_rms_norm_backward"):
-        library.impl(name, lambda *args: None, "CUDA")
