@@ -1,5 +1,8 @@
-"""Estimates a training step on any number of ranks without them: memory, communication, FLOPs."""
+"""Estimates a training step on any number of ranks without them: memory, communication, FLOPs, and
+the largest micro-batch that fits in a device's memory."""
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -10,7 +13,7 @@ from switchtitan.benchmark.counters import (
     CountFlops,
 )
 from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
-from switchtitan.benchmark.steppers import fake_stepper
+from switchtitan.benchmark.steppers import fake_batches, fake_stepper
 from switchtitan.checkpoint.save import CheckpointTensors
 from switchtitan.job.config import JobConfig
 from switchtitan.training.describe import count_parameters
@@ -18,6 +21,13 @@ from switchtitan.training.step import Stepper
 
 _NUM_SIMULATED = 3
 """Micro-batches: a first, a last, and one that stands for all others."""
+MAX_BATCH_SIZE = 64
+"""The most sequences per micro-batch that are tried."""
+NUM_MICRO_BATCHES = 2
+"""Micro-batches of `largest_batch_sizes`: gradients are accumulated, as in most runs."""
+USABLE_SHARE = 0.9
+"""The share of a device's memory that tensors may take. The rest is for what estimates leave out:
+the CUDA context, libraries, kernel workspaces and fragmentation."""
 
 Number = TypeVar("Number", int, float)
 
@@ -58,18 +68,17 @@ def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
     num_micro_batches = config.training.global_batch_size // sequences_per_micro_batch
     if num_micro_batches <= _NUM_SIMULATED + 1:
         return _simulate_step(config, num_ranks, num_micro_batches)
-    fewer, more = (
-        _simulate_step(config, num_ranks, number) for number in (_NUM_SIMULATED - 1, _NUM_SIMULATED)
-    )
+    fewer = _simulate_step(config, num_ranks, _NUM_SIMULATED - 1)
+    more = _simulate_step(config, num_ranks, _NUM_SIMULATED)
     return _with_more_micro_batches(fewer, more, num_micro_batches - _NUM_SIMULATED)
 
 
 def _simulate_step(config: JobConfig, num_ranks: int, num_micro_batches: int) -> StepEstimate:
-    batch_size = num_ranks * num_micro_batches * config.training.local_batch_size
-    training = config.training.model_copy(update={"global_batch_size": batch_size})
-    with fake_stepper(config.model_copy(update={"training": training}), num_ranks) as stepper:
+    size, seq_len = config.training.local_batch_size, config.data.seq_len
+    with fake_stepper(config, num_ranks) as stepper:
+        stepper.batches = fake_batches(size, seq_len, num_micro_batches)
         stepper.step()
-        return measure_step(stepper, config.data.seq_len)
+        return measure_step(stepper, seq_len)
 
 
 def _with_more_micro_batches(
@@ -123,3 +132,51 @@ def measure_step(stepper: Stepper, seq_len: int) -> StepEstimate:
         parameters=count_parameters(stepper.model),
         checkpoint_bytes=sum(tensor.numel() * tensor.itemsize for tensor in saved.values()),
     )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits on each rank."""
+
+    batch_size: dict[str, int]
+    """The most sequences per micro-batch that fit, at most `MAX_BATCH_SIZE`, by GiB of memory; 0 if
+    not even one fits."""
+    local_batch_size: dict[str, int]
+    """The largest of those that fit and divide a rank's share of the global batch."""
+    peak: dict[int, int]
+    """Estimated peak bytes on rank 0 by sequences per micro-batch, of all that were tried."""
+
+
+def largest_batch_sizes(config: JobConfig, num_ranks: int, memories_gib: Sequence[float]) -> Fit:
+    """Searches the largest micro-batches of `config`, whose local batch size is not used.
+
+    Args:
+        memories_gib: memory of each kind of device, in GiB.
+
+    Raises:
+        EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
+    """
+    peaks: dict[int, int] = {}
+    with fake_stepper(config, num_ranks) as stepper:
+        # The first step may allocate the optimizer's state.
+        stepper.batches = fake_batches(1, config.data.seq_len, NUM_MICRO_BATCHES)
+        stepper.step()
+
+        def peak(size: int) -> int:
+            if size not in peaks:
+                stepper.batches = fake_batches(size, config.data.seq_len, NUM_MICRO_BATCHES)
+                with TrackMemory(stepper) as memory:
+                    stepper.step()
+                peaks[size] = memory.use.peak
+            return peaks[size]
+
+        sizes = range(1, MAX_BATCH_SIZE + 1)  # peaks grow with the size
+        found = {
+            f"{memory:g}": bisect_right(sizes, USABLE_SHARE * memory * 2**30, key=peak)
+            for memory in memories_gib
+        }
+        peak(1)  # which the table shows
+    total = config.training.global_batch_size
+    divisors = [d for d in sizes if total % (num_ranks * d) == 0]
+    dividing = {gib: max([0, *(d for d in divisors if d <= most)]) for gib, most in found.items()}
+    return Fit(found, dividing, dict(sorted(peaks.items())))

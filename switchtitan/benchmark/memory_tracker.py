@@ -46,16 +46,10 @@ class MemoryUse:
     """At the maximum of the sum over all kinds but host memory."""
     most: Mapping[str, int]
     """Maximum of each kind, perhaps at different times."""
-
-    @property
-    def peak(self) -> int:
-        """Maximum number of bytes in use."""
-        return _on_device(self.at_peak)
-
-    @property
-    def state(self) -> int:
-        """Sum of weights, buffers, optimizer state and sharded gradients."""
-        return sum(self.most[kind] for kind in STATE)
+    peak: int
+    """Maximum number of bytes in use."""
+    state: int
+    """Sum of weights, buffers, optimizer state and sharded gradients."""
 
 
 class TrackMemory(CountingMode):
@@ -78,7 +72,7 @@ class TrackMemory(CountingMode):
     def use(self) -> MemoryUse:
         """Memory use so far."""
         at_peak, most = ({kind: use[kind] for kind in KINDS} for use in (self._at_peak, self._most))
-        return MemoryUse(at_peak, most)
+        return MemoryUse(at_peak, most, _on_device(at_peak), sum(most[kind] for kind in STATE))
 
     def __enter__(self) -> "TrackMemory":
         model, optimizer = self._stepper.model, self._stepper.optimizer

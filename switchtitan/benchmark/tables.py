@@ -7,8 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from switchtitan.benchmark.counters import CommunicationCounts
-from switchtitan.benchmark.estimate import StepEstimate
-from switchtitan.benchmark.fit import MAX_BATCH_SIZE, Fit
+from switchtitan.benchmark.estimate import MAX_BATCH_SIZE, Fit, StepEstimate
 from switchtitan.benchmark.gpu.record import StepOnGpu
 from switchtitan.benchmark.gpu.roofline import bounds_s, card_of, costs_by
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
@@ -49,11 +48,8 @@ def step_record(times: Mapping[str, StepTimes]) -> dict[str, Any]:
 
 def communication_table(counts: Mapping[str, CommunicationCounts]) -> list[str]:
     """Formats MiB that each rank sends in a step, and number of calls, by collective."""
-    used = [
-        kind
-        for kind in next(iter(counts.values()))
-        if any(c[kind].num_calls for c in counts.values())
-    ]
+    first = next(iter(counts.values()))
+    used = [kind for kind in first if any(of[kind].num_calls for of in counts.values())]
     rows = [("MiB/step", *used, "")]
     for name, by_kind in counts.items():
         total = sum(count.bytes_sent for count in by_kind.values())
@@ -96,11 +92,11 @@ def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
 def fit_table(fits: Mapping[str, Fit]) -> list[str]:
     """Formats one line per configuration: the largest micro-batch that fits in each memory, and the
     peak with one sequence."""
-    memories_gib = next(iter(fits.values())).batch_sizes
-    rows = [(*(f"in {gib:g} GiB" for gib in memories_gib), "peak with 1, GiB", "")]
+    memories_gib = next(iter(fits.values())).batch_size
+    rows = [(*(f"in {gib} GiB" for gib in memories_gib), "peak with 1, GiB", "")]
     for name, fit in fits.items():
-        cells = map(batch_size_cell, fit.local_batch_sizes.values())
-        rows.append((*cells, _gib(fit.peaks[1]), name))
+        cells = map(batch_size_cell, fit.local_batch_size.values())
+        rows.append((*cells, _gib(fit.peak[1]), name))
     return _aligned(rows)
 
 
@@ -114,14 +110,7 @@ def batch_size_cell(batch_size: int) -> str:
 def fit_record(fits: Mapping[str, Fit]) -> dict[str, Any]:
     """Returns by configuration: sequences per micro-batch that fit, and those that also divide the
     global batch, by GiB of the device, and the estimated peaks in bytes, by sequences."""
-    return {
-        name: {
-            "batch_size": {f"{gib:g}": size for gib, size in fit.batch_sizes.items()},
-            "local_batch_size": {f"{gib:g}": size for gib, size in fit.local_batch_sizes.items()},
-            "peak": fit.peaks,
-        }
-        for name, fit in fits.items()
-    }
+    return {name: asdict(fit) for name, fit in fits.items()}
 
 
 def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
@@ -139,11 +128,6 @@ def estimate_record(estimates: Mapping[str, StepEstimate]) -> dict[str, Any]:
     return {
         name: asdict(estimate)
         | {
-            "memory": {
-                **asdict(estimate.memory),
-                "peak": estimate.memory.peak,
-                "state": estimate.memory.state,
-            },
             "communication": {kind: n._asdict() for kind, n in estimate.communication.items()},
             "flops_ratio": estimate.flops_ratio,
         }
@@ -178,10 +162,8 @@ def launch_table(arch: str, step: StepOnGpu, *keys: str) -> list[str]:
 
 def kernel_table(step: StepOnGpu) -> list[str]:
     """Formats one line per Triton kernel."""
-    rows: list[tuple[str, ...]] = [("registers", "spilled", "shared", "launches", "")]
-    for name, *numbers in step.kernels:
-        rows.append((*map(str, numbers), name))
-    return _aligned(rows)
+    head = ("registers", "spilled", "shared", "launches", "")
+    return _aligned([head, *((*map(str, numbers), name) for name, *numbers in step.kernels)])
 
 
 def gpu_record(steps: Mapping[str, Mapping[str, StepOnGpu]]) -> dict[str, Any]:

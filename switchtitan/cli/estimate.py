@@ -17,8 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from switchtitan.benchmark import tables
-from switchtitan.benchmark.estimate import estimate_step
-from switchtitan.benchmark.fit import largest_batch_sizes
+from switchtitan.benchmark.estimate import estimate_step, largest_batch_sizes
 from switchtitan.benchmark.memory_tracker import KINDS
 from switchtitan.benchmark.sides import load_simulated_sides
 from switchtitan.cli.main import number, positive_int

@@ -8,8 +8,7 @@ from support.observed import communication_of_a_step, estimate_all_micro_batches
 from support.tiny import tiny_config
 
 from switchtitan.benchmark.counters import CollectiveCount
-from switchtitan.benchmark.estimate import estimate_step
-from switchtitan.benchmark.fit import USABLE_SHARE, largest_batch_sizes
+from switchtitan.benchmark.estimate import USABLE_SHARE, estimate_step, largest_batch_sizes
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods import METHODS
 from switchtitan.methods.lowrank.contraction import factored, fastest_contraction, merged
@@ -139,12 +138,12 @@ def test_peaks_are_those_of_a_step_with_two_such_micro_batches(tmp_path):
     kept = ("--parallelism.reshard_after_forward", "false")
     memory_gib = 0.003
     fit = largest_batch_sizes(tiny_config(tmp_path, method, *kept), 1, [memory_gib, 1e-6])
-    largest = fit.batch_sizes[memory_gib]
-    assert fit.batch_sizes[1e-6] == 0
-    assert fit.peaks[largest] <= USABLE_SHARE * memory_gib * GIB < fit.peaks[largest + 1]
+    largest = fit.batch_size[f"{memory_gib}"]
+    assert fit.batch_size["1e-06"] == 0
+    assert fit.peak[largest] <= USABLE_SHARE * memory_gib * GIB < fit.peak[largest + 1]
     for size in (largest, largest + 1):
         keys = ("--training.local_batch_size", f"{size}", "--training.global_batch_size")
-        assert fit.peaks[size] == memory_of(tmp_path, method, *keys, f"{2 * size}", *kept).peak
+        assert fit.peak[size] == memory_of(tmp_path, method, *keys, f"{2 * size}", *kept).peak
 
 
 # Communication

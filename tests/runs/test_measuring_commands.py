@@ -10,7 +10,7 @@ from support.comparisons import GRID, finish_all, write_grid
 from support.tiny_documents import make_documents, write_json_lines
 from torch.distributed.checkpoint import FileSystemReader
 
-from switchtitan.benchmark.fit import MAX_BATCH_SIZE
+from switchtitan.benchmark.estimate import MAX_BATCH_SIZE
 from switchtitan.comparison.comparison import Comparison
 from switchtitan.comparison.config import load_comparison
 from switchtitan.data.config import DataConfig
