@@ -1,4 +1,4 @@
-"""The training loss, from hidden states and the head, without all logits in memory at once."""
+"""The output head, and the training loss without all logits in memory at once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,6 @@ from torch.autograd.function import once_differentiable
 
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.distributed.blocks import compile_if
-from switchtitan.models.head import Head, TiedHead
 
 CHUNK_BYTES = 64 * 2**20
 """Target size of a chunk's logits in fp32; larger where `MAX_NUM_CHUNKS` is the limit."""
@@ -23,6 +22,40 @@ _ALIGNED_BYTES = 16
 """Other rows, which are padded, take slower kernels. (NVIDIA, Matrix Multiplication Background
 User's Guide)"""
 _PADDED_ELEMENTS = 64
+
+
+class Head(nn.Linear):
+    """Hidden states [..., dim] -> logits [..., vocabulary], without a bias.
+
+    A loss in chunks passes a function of hidden states and weight. It runs inside the call, because
+    FSDP gathers and frees the weight, and reduces its gradient, in hooks of the call.
+    """
+
+    def __init__(self, dim: int, vocabulary: int) -> None:
+        super().__init__(dim, vocabulary, bias=False)
+
+    def forward(
+        self, hidden: Tensor, function: Callable[[Tensor, Tensor], Tensor] = F.linear
+    ) -> Tensor:
+        return function(hidden, self.weight)
+
+
+class TiedHead(nn.Module):
+    """A head that multiplies by the embedding's weight, and has no parameter of its own.
+
+    A model with this head leaves the embedding out of `outer_units`, since its weight must stay
+    gathered until the head has run.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        # In a tuple: as a submodule, the weight would have a second name.
+        self._embedding = (embedding,)
+
+    def forward(
+        self, hidden: Tensor, function: Callable[[Tensor, Tensor], Tensor] = F.linear
+    ) -> Tensor:
+        return function(hidden, self._embedding[0].weight)
 
 
 class CrossEntropy:

@@ -11,8 +11,7 @@ from typing_extensions import Self
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import ConfigError
 from switchtitan.models.llama.attention import check_attention
-from switchtitan.models.llama.huggingface import explain, read_config, write_config
-from switchtitan.models.llama.rope import SCALING_KEYS, Rope, RopeType
+from switchtitan.models.llama.huggingface import SCALING_KEYS, explain, read_config, write_config
 
 
 class Sizes(NamedTuple):
@@ -75,7 +74,7 @@ class LlamaFamilyConfig(ModelConfig):
     """Added to the mean square in every RMSNorm."""
     rope_theta: float = Field(10000.0, gt=0)
     """Base of the rotary embedding's frequencies."""
-    rope_type: RopeType = "default"
+    rope_type: Literal["default", "linear", "llama3"] = "default"
     """Scaling of the rotary embedding's frequencies. "linear" divides all by rope_factor; "llama3"
     divides only those of long waves, as LLaMA 3.1 does."""
     rope_factor: float | None = Field(None, gt=0)
@@ -163,10 +162,9 @@ class LlamaFamilyConfig(ModelConfig):
         return self.kv_heads * self.head_width
 
     @property
-    def rope(self) -> Rope:
-        """The frequencies of the rotary embedding."""
-        scaling = {name: getattr(self, f"rope_{name}") for name in SCALING_KEYS[self.rope_type]}
-        return Rope(self.rope_theta, self.rope_type, **scaling)
+    def rope_scaling(self) -> dict[str, float]:
+        """The keys `rope_...` that `rope_type` needs, without `rope_`."""
+        return {name: getattr(self, f"rope_{name}") for name in SCALING_KEYS[self.rope_type]}
 
     def build_linear(self, name: str, in_features: int, out_features: int) -> nn.Module:
         """Returns a linear layer of a block, by its local name."""

@@ -6,8 +6,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from switchtitan.errors import ConfigError
-from switchtitan.models.llama.rope import SCALING_KEYS
 
+SCALING_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_positions"),
+}
+"""The keys `rope_...` of `[model]` that each `rope_type` needs; see `rope.rotary_frequencies`."""
 _ROPE_KEYS = {
     "rope_theta": "rope_theta",
     "rope_type": "rope_type",

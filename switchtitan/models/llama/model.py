@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from switchtitan.contracts import ApplyHead, LanguageModel, default_apply_head
-from switchtitan.models.head import Head, TiedHead
-from switchtitan.models.llama.attention import build_mask, load_attention
-from switchtitan.models.llama.cache import KeyValueCache
+from switchtitan.models.llama.attention import KeyValueCache, build_mask, load_attention
 from switchtitan.models.llama.config import LlamaFamilyConfig
 from switchtitan.models.llama.rope import rotary_tables, rotate
+from switchtitan.models.loss import Head, TiedHead
 from switchtitan.models.together import apply_together
 
 
@@ -136,7 +135,7 @@ class Llama(LanguageModel):
         seq_len = tokens.shape[1]
         if cache is None:
             mask = build_mask(self.config.attention, document_ids)
-            positions = Positions(*self._rotary_tables(seq_len, tokens.device), mask)
+            positions = Positions(*rotary_tables(self.config, seq_len, tokens.device), mask)
         else:
             positions = Positions(*cache.next(seq_len), None, cache)
         hidden = self.model.embed_tokens(tokens)
@@ -144,11 +143,8 @@ class Llama(LanguageModel):
             hidden = block(hidden, positions)
         return apply_head(self.model.norm(hidden), self.lm_head)
 
-    def _rotary_tables(self, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        return rotary_tables(seq_len, self.config.head_width, self.config.rope, device)
-
     def new_cache(self, capacity: int, device: torch.device) -> KeyValueCache:
-        return KeyValueCache(*self._rotary_tables(capacity, device))
+        return KeyValueCache(*rotary_tables(self.config, capacity, device))
 
     def blocks(self) -> dict[str, nn.Module]:
         return {f"model.layers.{index}": block for index, block in enumerate(self.model.layers)}

@@ -1,55 +1,36 @@
 """Rotary position embeddings, and their scaling to longer contexts."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-RopeType = Literal["default", "linear", "llama3"]
-"""Kinds of scaling; see `Rope`."""
-SCALING_KEYS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_positions"),
-}
-"""The fields of `Rope` that each kind needs."""
+from switchtitan.models.llama.config import LlamaFamilyConfig
 
 
-@dataclass(frozen=True)
-class Rope:
-    """The frequencies of rotary embeddings.
+def rotary_frequencies(config: LlamaFamilyConfig, device: torch.device) -> Tensor:
+    """Returns the angle per position of each pair of features, [head_dim/2] in fp32.
 
     `default` has theta^(-2i/head_dim). `linear` divides all of them by `factor` (arXiv 2306.15595,
     eq. 4). `llama3` (LLaMA 3.1) divides those that turn at most `low_freq_factor` times within
     `original_positions`, keeps those that turn at least `high_freq_factor` times, and interpolates
     between the two, linearly in the number of turns.
     """
-
-    theta: float
-    kind: RopeType = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_positions: int = 8192
-
-    def frequencies(self, head_dim: int, device: torch.device) -> Tensor:
-        """Returns the angle per position of each pair of features, [head_dim/2] in fp32."""
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        frequencies = 1.0 / self.theta**exponents
-        if self.kind == "linear":
-            return frequencies / self.factor
-        if self.kind == "llama3":
-            turns = frequencies * (self.original_positions / (2 * math.pi))
-            low, high = self.low_freq_factor, self.high_freq_factor
-            kept = ((turns - low) / (high - low)).clamp(0, 1)
-            return frequencies * (kept + (1 - kept) / self.factor)
-        return frequencies
+    dim, scaling = config.head_width, config.rope_scaling
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_type == "linear":
+        return frequencies / scaling["factor"]
+    if config.rope_type == "llama3":
+        turns = frequencies * (scaling["original_positions"] / (2 * math.pi))
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / scaling["factor"])
+    return frequencies
 
 
 def rotary_tables(
-    seq_len: int, head_dim: int, rope: Rope, device: torch.device
+    config: LlamaFamilyConfig, seq_len: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Returns cos, sin of position * frequency, each [seq, 1, head_dim/2] in fp32.
 
@@ -58,7 +39,7 @@ def rotary_tables(
     neighbours. The two differ by a fixed permutation of the rows of q_proj and k_proj.
     """
     positions = torch.arange(seq_len, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, rope.frequencies(head_dim, device)).unsqueeze(1)
+    angles = torch.outer(positions, rotary_frequencies(config, device)).unsqueeze(1)
     return angles.cos(), angles.sin()
 
 

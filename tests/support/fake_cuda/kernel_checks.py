@@ -13,8 +13,7 @@ from support.fake_cuda.steps import fake_cuda_stepper
 from support.tiny import tiny_config
 from switchtitan.distributed.config import CompileConfig
 from switchtitan.job.config import parse_arguments
-from switchtitan.models.head import Head
-from switchtitan.models.loss import CrossEntropy
+from switchtitan.models.loss import CrossEntropy, Head
 
 # Real widths, since torch cuts lists of tensors into launches by their sizes.
 LARGE = Path(__file__).parents[3] / "train_configs/llama_350m_switchlora.toml"

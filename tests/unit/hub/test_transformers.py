@@ -141,7 +141,7 @@ def test_version_4_of_transformers_writes_other_rotary_keys(folders, tmp_path):
     removed = ("rope_parameters", "num_key_value_heads", "head_dim", "tie_word_embeddings")
     changes = {"rope_scaling": None, **dict.fromkeys(removed, ...)}
     config = read_section(changed_copy(folders["llama"], tmp_path / "old", changes))
-    assert (config.rope.theta, config.rope.kind, config.kv_heads) == (10000.0, "default", 9)
+    assert (config.rope_theta, config.rope_type, config.kv_heads) == (10000.0, "default", 9)
 
 
 @pytest.mark.parametrize(

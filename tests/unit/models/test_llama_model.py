@@ -106,7 +106,7 @@ def test_sharding_in_bf16_leaves_rotary_tables_in_fp32():
     logits = model(*draw_tokens(1, 7))
     logits.float().sum().backward()
     assert logits.dtype == torch.bfloat16
-    expected, _ = rotary_tables(7, model.config.head_width, model.config.rope, torch.device("cpu"))
+    expected, _ = rotary_tables(model.config, 7, torch.device("cpu"))
     assert [torch.equal(positions.cos, expected) for positions in seen] == [True] * 3
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.models.llama.attention import build_mask, check_attention, load_attention
 from switchtitan.models.llama.config import LlamaConfig, Qwen2Config
-from switchtitan.models.llama.rope import Rope, rotary_tables, rotate
+from switchtitan.models.llama.rope import rotary_tables, rotate
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,8 @@ def draw(*shape, seed=0):
 def test_rotation_equals_multiplication_by_a_complex_unit():
     head_dim, theta = 6, 500.0
     features = draw(1, 5, 1, head_dim)
-    turned = rotate(features, *rotary_tables(5, head_dim, Rope(theta), CPU))
+    config = LlamaConfig(size="9m", head_dim=head_dim, rope_theta=theta)
+    turned = rotate(features, *rotary_tables(config, 5, CPU))
     for position in range(5):
         for pair in range(head_dim // 2):
             first, second = features[0, position, 0, [pair, pair + head_dim // 2]].tolist()

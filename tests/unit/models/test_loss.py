@@ -13,8 +13,7 @@ from torch._dynamo.utils import counters
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.models import loss as loss_module
-from switchtitan.models.head import Head, TiedHead
-from switchtitan.models.loss import CrossEntropy, summed_cross_entropy
+from switchtitan.models.loss import CrossEntropy, Head, TiedHead, summed_cross_entropy
 
 VOCABULARY, DIM, DIVISOR = 61, 12, 7
 EAGER = CrossEntropy(compile_regions=False)
