@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.config import (
@@ -110,14 +110,6 @@ class EvaluationConfig(Section):
     """Test tokens on which the trained model is evaluated once, after the last step, rounded down
     to full sequences; at least data.seq_len. Needs data.test_fraction. "none" disables it."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_former_keys(cls, keys: Any) -> Any:
-        """Older runs saved keys of prompts, without effect where the list of prompts is empty."""
-        if isinstance(keys, dict) and keys.get("prompts") == []:
-            return {key: keys[key] for key in keys if key not in ("prompts", "prompt_tokens")}
-        return keys
-
 
 class SpectrumConfig(Section):
     """How often to measure the rank of the change of the linear layers' weights since step 0."""
@@ -156,9 +148,7 @@ def print_note(note: str) -> None:
 
 
 def parse_arguments(
-    argv: Sequence[str],
-    num_ranks: int | None = None,
-    say: Callable[[str], None] = print_note,
+    argv: Sequence[str], num_ranks: int | None = None, say: Callable[[str], None] = print_note
 ) -> JobConfig:
     """Load the configuration of a training run, and check that its sections fit together.
 

@@ -13,7 +13,6 @@ from support.tiny import tiny_toml
 
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.data.tokenizer import read_tokenizer, train_tokenizer
-from switchtitan.errors import ConfigError
 from switchtitan.generation.held_out import text_batches
 from switchtitan.generation.trained import (
     TrainedModel,
@@ -94,14 +93,6 @@ def test_a_checkpoint_of_a_compiled_run_is_opened_without_a_compiler(monkeypatch
     saved = tiny_toml("outputs", "full_rank", {"[compile]": "[compile]\nblocks = true"})
     config = saved_config(SimpleNamespace(config=saved))
     assert config.compile.blocks
-
-
-def test_a_checkpoint_of_a_version_with_prompts_is_opened_if_it_has_none():
-    former = "[evaluation]\nprompts = []\nprompt_tokens = 32"
-    saved = tiny_toml("outputs", "full_rank", {"[evaluation]": former})
-    saved_config(SimpleNamespace(config=saved))
-    with pytest.raises(ConfigError, match=r"evaluation\] prompts = .*unknown key"):
-        saved_config(SimpleNamespace(config=saved.replace("[]", '["def "]')))
 
 
 # A text that is evaluated.
