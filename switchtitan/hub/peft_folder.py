@@ -23,22 +23,11 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
 BASE_FOLDER = "base"
 """The frozen model, inside the adapter's folder."""
-_PREFIX = "base_model.model."
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _WITHOUT_EFFECT = {
-    "auto_mapping",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_dropout",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "target_modules",
-    "task_type",
+    *("auto_mapping", "eva_config", "inference_mode", "lora_dropout", "megatron_core"),
+    *("peft_version", "qalora_group_size", "revision", "task_type"),
+    *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),
 }
 """Keys that do not change what given factors compute."""
 
@@ -135,7 +124,7 @@ def write_adapter(
         update = method.low_rank_updates(checkpoint.read_trained([layer]))[layer]
         lora_a = update.lora_a * (update.scale / scale)
         for name, factor in (("A", lora_a), ("B", update.lora_b.t())):
-            factors[f"{_PREFIX}{layer}.lora_{name}.weight"] = factor.to(dtype).contiguous()
+            factors[f"base_model.model.{layer}.lora_{name}.weight"] = factor.to(dtype).contiguous()
     save_file(factors, folder / ADAPTER_NAME, metadata={"format": "pt"})
 
 

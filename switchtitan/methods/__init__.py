@@ -24,5 +24,3 @@ METHODS: Registry[MethodConfig, Method] = Registry(
         "switchlora": Component(SwitchLoraConfig, SwitchLora),
     },
 )
-
-__all__ = ["METHODS"]

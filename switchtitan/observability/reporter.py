@@ -16,11 +16,7 @@ from switchtitan.errors import EnvironmentMismatchError, OutputError
 from switchtitan.files import write_atomically
 from switchtitan.observability import RESULTS_FILE, TENSORBOARD_FOLDER
 from switchtitan.observability.config import MetricsConfig
-from switchtitan.observability.log import (
-    ConsoleTable,
-    format_duration,
-    perplexity_of,
-)
+from switchtitan.observability.log import ConsoleTable, format_duration, perplexity_of
 
 if TYPE_CHECKING:
     from switchtitan.observability.tensorboard import TensorBoardWriter

@@ -1,23 +1,18 @@
 """Optimizers and learning-rate schedules."""
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
-from switchtitan.optim.adamw import AdamWConfig, build_adamw
+from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.adamw8bit import AdamW8bit, AdamW8bitConfig
 from switchtitan.optim.muon import MuonConfig, build_muon
 from switchtitan.optim.scale import ScaleConfig, build_scale
-from switchtitan.optim.torch_optimizer import (
-    AdafactorConfig,
-    SGDConfig,
-    build_adafactor,
-    build_sgd,
-)
+from switchtitan.optim.torch_optimizer import AdafactorConfig, SGDConfig, build_adafactor, build_sgd
 from switchtitan.registry import Component, Registry
 
 OPTIMIZERS: Registry[OptimizerConfig, TrainingOptimizer] = Registry(
     "optimizer",
     {
         "adafactor": Component(AdafactorConfig, build_adafactor),
-        "adamw": Component(AdamWConfig, build_adamw),
+        "adamw": Component(AdamWConfig, AdamW),
         "adamw8bit": Component(AdamW8bitConfig, AdamW8bit),
         "muon": Component(MuonConfig, build_muon),
         "scale": Component(ScaleConfig, build_scale),

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
+from switchtitan.contracts import OptimizerConfig
 from switchtitan.optim.parameters import TrainedParameter
 from switchtitan.optim.torch_optimizer import TorchOptimizer
 
@@ -39,17 +39,14 @@ class AdamW(TorchOptimizer):
 
     Args:
         parameters: the parameters to train, fp32.
+        compile_step: has no effect, since torch's kernels are fused already.
     """
 
-    def __init__(self, config: AdamKeys, parameters: Iterable[TrainedParameter]) -> None:
+    def __init__(
+        self, config: AdamKeys, parameters: Iterable[TrainedParameter], compile_step: bool = False
+    ) -> None:
         build = partial(torch.optim.AdamW, betas=config.betas, eps=config.eps, fused=True)
         super().__init__(config, parameters, build, _initial_state)
-
-
-def build_adamw(
-    config: AdamWConfig, parameters: Iterable[TrainedParameter], compile_step: bool
-) -> TrainingOptimizer:
-    return AdamW(config, parameters)
 
 
 def _initial_state(like: Tensor) -> dict[str, Tensor]:

@@ -43,10 +43,7 @@ class AdamW8bit(TorchOptimizer):
     """
 
     def __init__(
-        self,
-        config: AdamW8bitConfig,
-        parameters: Iterable[TrainedParameter],
-        compile_step: bool,
+        self, config: AdamW8bitConfig, parameters: Iterable[TrainedParameter], compile_step: bool
     ) -> None:
         from torchao.optim import AdamW8bit as TorchaoAdamW8bit
         from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned

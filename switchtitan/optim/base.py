@@ -1,6 +1,5 @@
 """The base of the optimizers: groups of parameters, learning rates and state by name."""
 
-from abc import abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -11,7 +10,8 @@ from switchtitan.optim.parameters import TrainedParameter, parameter_groups
 
 
 class GroupedOptimizer(TrainingOptimizer):
-    """Trains groups of parameters. A subclass adds its state and a step.
+    """Trains groups of parameters. A subclass adds its state, and a step that updates every
+    parameter that has a gradient.
 
     Attributes:
         groups: of one learning rate and one weight decay each.
@@ -31,10 +31,6 @@ class GroupedOptimizer(TrainingOptimizer):
     def rates(self) -> list[float]:
         """The current learning rate of each group."""
         return [group.lr * self._lr_factor for group in self.groups]
-
-    @abstractmethod
-    def step(self) -> None:
-        """Updates every parameter that has a gradient."""
 
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():

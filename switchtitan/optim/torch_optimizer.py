@@ -9,12 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
-from switchtitan.distributed.shards import (
-    as_shard_of,
-    copy_from_full_,
-    full_tensor,
-    local,
-)
+from switchtitan.distributed.shards import as_shard_of, copy_from_full_, full_tensor, local
 from switchtitan.optim.base import GroupedOptimizer
 from switchtitan.optim.parameters import TrainedParameter
 

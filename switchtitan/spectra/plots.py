@@ -17,24 +17,12 @@ from switchtitan.spectra.spectrum import (
 from switchtitan.spectra.telemetry import SPECTRA_FOLDER, read_spectra
 from switchtitan.spectra.weight_change import checkpoint_spectra
 
-_PANELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "spectrum": (
-        "-",
-        {
-            "title": "Singular values of the change",
-            "xlabel": "index",
-            "ylabel": "share of the largest (mean over layers)",
-            "yscale": "log",
-            "ylim": (1e-5, 1.5),  # below is fp32 noise
-        },
-    ),
-    "by_kind": ("o", {"title": "Effective rank of the change", "ylabel": "mean over blocks"}),
-    "over_training": (
-        ".-",
-        {"title": "Effective rank over training", "xlabel": "step", "ylabel": "mean over layers"},
-    ),
+_PANELS = {
+    "spectrum": ("-", "Singular values of the change", "index", "mean over layers, largest = 1"),
+    "by_kind": ("o", "Effective rank of the change", "", "mean over blocks"),
+    "over_training": (".-", "Effective rank over training", "step", "mean over layers"),
 }
-"""Attribute of `RunSpectra` -> how its points are drawn, and the axes."""
+"""Attribute of `RunSpectra` -> how its points are drawn, title and labels of the axes."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +66,13 @@ def draw(runs: Mapping[str, RunSpectra]) -> Figure:
     panels = [name for name in _PANELS if any(getattr(run, name) for run in runs.values())]
     figure = Figure(figsize=(4.8 * len(panels), 4.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        style, settings = _PANELS[name]
+        style, title, xlabel, ylabel = _PANELS[name]
         for label, run in runs.items():
             points: Mapping[Any, float] = getattr(run, name)
             axes.plot(list(points), list(points.values()), style, label=label)
-        axes.set(**{"ylim": (0, None), **settings})
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+        if name == "spectrum":
+            axes.set(yscale="log", ylim=(1e-5, 1.5))  # below is fp32 noise
         axes.grid(alpha=0.3)
     axes.legend()
     return figure
