@@ -100,8 +100,8 @@ C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, OneDeviceHooks)
 
 namespace at::native {
 namespace {
-// What a GPU since Ampere chooses for such arguments.
-int64_t chooseFlashAttention(
+// What a GPU since Ampere chooses without a mask (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+int64_t chooseAttention(
     const Tensor& query,
     const Tensor& /*key*/,
     const Tensor& /*value*/,
@@ -110,16 +110,17 @@ int64_t chooseFlashAttention(
     bool /*isCausal*/,
     std::optional<double> /*scale*/,
     bool /*enableGqa*/) {
-  TORCH_CHECK(!mask.has_value(), "attention with a mask on a GPU without one");
-  TORCH_CHECK(
-      query.scalar_type() == kBFloat16 || query.scalar_type() == kHalf,
-      "attention in fp32 on a GPU without one");
-  TORCH_CHECK(query.sym_size(-1) % 8 == 0, "attention with an odd width on a GPU without one");
-  return static_cast<int64_t>(SDPBackend::flash_attention);
+  TORCH_CHECK(!mask.has_value(), "attention with a mask on a GPU that is not there");
+  SDPBackend chosen = SDPBackend::flash_attention;
+  if (query.scalar_type() == kFloat) {
+    bool isAligned = query.sym_size(-1) % 4 == 0;
+    chosen = isAligned ? SDPBackend::efficient_attention : SDPBackend::math;
+  }
+  return static_cast<int64_t>(chosen);
 }
 } // namespace
 
-REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &chooseFlashAttention)
+REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &chooseAttention)
 } // namespace at::native
 
 // Fake tensors call no kernel, but torch takes an operation without one apart.
