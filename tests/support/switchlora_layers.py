@@ -178,7 +178,7 @@ def requested_and_switched(optimizer, num_steps):
     return np.asarray(requested), plan.num_switched
 
 
-def limit_elements(monkeypatch, per_call=8, in_cache=2**16):
+def limit_elements(monkeypatch, per_call=8, in_cache=2**17):
     """Limits the groups of factors, and the blocks that a CPU updates at a time."""
     monkeypatch.setattr(update, "_FACTORS_PER_CALL", per_call)
     monkeypatch.setattr(update, "_ELEMENTS_IN_CACHE", in_cache)

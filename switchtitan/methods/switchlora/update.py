@@ -20,7 +20,7 @@ from switchtitan.optim.parameters import TrainedParameter
 _FACTORS_PER_CALL = 8
 """Factors of one shape that one call updates. It would take minutes to compile it for all of them,
 and a call for each takes the host more time than the update."""
-_ELEMENTS_IN_CACHE = 2**16
+_ELEMENTS_IN_CACHE = 2**17
 """Elements that a CPU updates at a time if nothing is compiled: they stay in its cache. For 10
 million elements at a time, an update takes six times as long."""
 
@@ -110,13 +110,13 @@ class VectorAdamW(GroupedOptimizer):
         if not self._factors.held:
             return
         tables = *self._shards, local_shards(self._factors.gradients())
-        coefficients = self._coefficients().split([len(group) for group in self._groups], dim=1)
+        coefficients = self._coefficients().split([len(group) for group in self._groups])
         for group, of_group in zip(self._groups, coefficients, strict=True):
             own = ([table[factor] for factor in group] for table in tables)
             self._update(*own, coefficients=of_group, betas=self._keys.betas)
 
     def _coefficients(self) -> Tensor:
-        """Returns mask, decay, step size and epsilon of each local vector, [4, factors, held, 1],
+        """Returns mask, decay, step size and epsilon of each local vector, [factors, 4, held, 1],
         with factors in the order of groups.
 
         After n steps, the step size is lr sqrt(1 - beta2^n) / (1 - beta1^n), with both bias
@@ -135,7 +135,7 @@ class VectorAdamW(GroupedOptimizer):
         root = (1 - beta2**num_updates).sqrt()
         step_size = lr * root / (1 - beta1**num_updates) * is_free
         decay = 1 - lr * is_free * self._keys.weight_decay
-        table = torch.stack([is_free, decay, step_size, root * self._keys.eps])
+        table = torch.stack([is_free, decay, step_size, root * self._keys.eps], dim=1)
         return to_device(table, first.device)
 
     @torch.no_grad()
@@ -156,9 +156,9 @@ def update_(
     betas: tuple[float, float],
 ) -> None:
     """Updates vectors and moments of several factors, each [vectors, width], by AdamW (arXiv
-    1711.05101, Algorithm 2), with coefficients [4, factors, vectors, 1]; bias corrections are part
+    1711.05101, Algorithm 2), with coefficients [factors, 4, vectors, 1]; bias corrections are part
     of the step size and eps."""
-    mask, decay, step_size, eps = (table.unbind() for table in coefficients)
+    mask, decay, step_size, eps = zip(*map(Tensor.unbind, coefficients.unbind()), strict=True)
     masked = torch._foreach_mul(grads, mask)
     torch._foreach_lerp_(means, masked, 1 - betas[0])
     torch._foreach_mul_(squares, betas[1])
@@ -175,10 +175,13 @@ def update_in_blocks_(
     *tables: list[Tensor], coefficients: Tensor, betas: tuple[float, float]
 ) -> None:
     """Does `update_` for a few vectors at a time."""
-    for *factor, of_factor in zip(*tables, coefficients.split(1, dim=1), strict=True):
-        num_vectors = max(1, _ELEMENTS_IN_CACHE // factor[0].shape[1])
-        parts = (tensor.split(num_vectors) for tensor in factor)
-        for *block, of_block in zip(*parts, of_factor.split(num_vectors, dim=2), strict=True):
+    for *factor, of_factor in zip(*tables, coefficients.split(1), strict=True):
+        num_blocks = -(-factor[0].numel() // _ELEMENTS_IN_CACHE)
+        if num_blocks == 1:
+            update_(*([tensor] for tensor in factor), coefficients=of_factor, betas=betas)
+            continue
+        parts = (tensor.chunk(num_blocks) for tensor in factor)
+        for *block, of_block in zip(*parts, of_factor.chunk(num_blocks, dim=2), strict=True):
             update_(*([part] for part in block), coefficients=of_block, betas=betas)
 
 

@@ -74,7 +74,7 @@ def draw_gradients(*sides):
 
 
 # The most factors of a group, and elements of a block that stays in the cache of a CPU.
-@pytest.mark.parametrize(("per_call", "in_cache"), [(1, 1), (3, 2 * 5), (8, 2**16)])
+@pytest.mark.parametrize(("per_call", "in_cache"), [(1, 1), (3, 2 * 5), (8, 2**17)])
 @pytest.mark.parametrize(
     "config",
     [
@@ -110,7 +110,7 @@ def test_fake_tensors_are_updated_as_on_a_gpu(monkeypatch, is_fake, num_calls):
     """Estimates of memory and operations count the kernels of GPUs."""
     calls = []
     limit_elements(monkeypatch, in_cache=1)
-    monkeypatch.setattr(update, "update_vectors_", lambda *args, **keys: calls.append(args))
+    monkeypatch.setattr(update, "update_", lambda *args, **keys: calls.append(args))
     with FakeTensorMode() if is_fake else nullcontext():
         layers = {"layer": LowRankLinear(7, 5, RANK, 0.5, BOUNDS)}
         optimizer = build_rule(ADAMW, layers)
