@@ -300,19 +300,42 @@ def test_an_abandoned_evaluation_leaves_nothing_and_is_done_by_the_resumed_run(c
     assert differing(full_tensors(resumed), full_tensors(expected)) == []
 
 
-def test_ranks_wait_longer_for_what_is_done_first(corpora):
-    folder, keys = corpora / "timeouts", ("--evaluation.interval", "2", "--training.steps", "4")
-    train_and_save(folder, "lora", *keys, num_steps=1)
-    trainer, timeouts = tiny_trainer(folder, "lora", *keys), []
-    world, validation = trainer.stepper.world, trainer.evaluators.validation
+def record_evaluations(trainer):
+    """Returns a list that gets, for each evaluation, how long ranks wait for each other in it."""
+    timeouts, validation = [], trainer.evaluators.validation
 
     def evaluate(*given):
-        timeouts.append(world.timeout.total_seconds())
+        timeouts.append(trainer.stepper.world.timeout.total_seconds())
         return validation(*given)
 
     evaluate.bits_per_byte = validation.bits_per_byte
     trainer.evaluators = trainer.evaluators._replace(validation=evaluate)
+    return timeouts
+
+
+def test_ranks_wait_longer_for_what_is_done_first(corpora):
+    folder, keys = corpora / "timeouts", ("--evaluation.interval", "2", "--training.steps", "4")
+    train_and_save(folder, "lora", *keys, num_steps=1)
+    trainer = tiny_trainer(folder, "lora", *keys)
+    timeouts = record_evaluations(trainer)
     trainer.train()
     keys = trainer.stepper.parallelism
     assert timeouts == [keys.timeout_s, keys.step_timeout_s]
-    assert world.timeout.total_seconds() == keys.step_timeout_s
+    assert trainer.stepper.world.timeout.total_seconds() == keys.step_timeout_s
+
+
+def test_a_stop_in_the_last_evaluation_costs_the_resumed_run_one_evaluation(corpora):
+    folder, keys = corpora / "last-evaluation", ("--training.steps", "4", *INTERRUPTED[2:])
+    trainer = tiny_trainer(folder, "lora", *keys)
+    trainer.stop = StopInTheEvaluation(trainer.stepper.state)
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert trainer.stepper.state.evaluated_at == 2, "exports say which weights had this loss"
+    counts = []
+    for _ in range(2):
+        trainer = tiny_trainer(folder, "lora", *keys)
+        timeouts = record_evaluations(trainer)
+        trainer.train()
+        counts.append(len(timeouts))
+    assert counts == [1, 0]
+    assert results_of(folder)["step"] == 4
