@@ -1,7 +1,7 @@
 """The contracts between packages: interfaces of models, methods, optimizers and their sections."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
@@ -212,6 +212,11 @@ class Reparametrized(nn.Module, ABC):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.plain_shape = (out_features, in_features)
+
+    def forward_together(self, x: Tensor, others: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+        """Return what this layer and others return for x [..., in], equal to rounding; all outputs
+        but the last may share memory. Default: apply one after the other."""
+        return self(x), *(layer(x) for layer in others)
 
     @abstractmethod
     def initial_tensors(

@@ -8,7 +8,6 @@ from unittest.mock import patch
 import tomli
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from support.packages import HAS_TORCHAO
@@ -17,7 +16,6 @@ from switchtitan.benchmark.gpu.record import RecordLaunches, StepOnGpu, record_s
 from switchtitan.job.config import JobConfig, parse_unchecked
 from switchtitan.methods.lowrank.operations import copy_in_backward
 from switchtitan.models.llama.model import MLP, Attention
-from switchtitan.models.together import apply_together
 from switchtitan.optim import OPTIMIZERS
 from switchtitan.training.step import Stepper
 
@@ -77,32 +75,6 @@ def bytes_of_parts() -> int:
     ((launch, number),) = record.launches.items()
     assert launch.kind == "triton"
     return number * launch.num_bytes
-
-
-class _Derived(nn.Linear):
-    pass
-
-
-def products_of_two_layers() -> list[int]:
-    """Returns the products of two layers of one input, forward: of plain ones, for fewer tokens,
-    without gradients, and if one is not plain. Their widths are 24 and 8."""
-    found = []
-    for num_tokens, second, has_grad in [
-        (40, nn.Linear, True),
-        (32, nn.Linear, True),
-        (40, nn.Linear, False),
-        (40, _Derived, True),
-    ]:
-        record, layers = RecordLaunches(), (nn.Linear(16, 24, False), second(16, 8, False))
-        with FakeTensorMode(), torch.device("cuda"), torch.set_grad_enabled(has_grad):
-            for layer in layers:
-                layer.weight = nn.Parameter(torch.empty(layer.weight.shape))
-            x = torch.empty(num_tokens, 16, requires_grad=True)
-            with record:
-                torch.compile(apply_together)(x, *layers)
-        names = [launch.name for launch in record.launches.elements()]
-        found.append(names.count("mm") + names.count("addmm"))
-    return found
 
 
 class _Copy(torch.autograd.Function):
@@ -169,6 +141,6 @@ PLANTS = {
 }
 
 
-def record_plants() -> tuple[dict[str, StepOnGpu], int, list[int]]:
+def record_plants() -> tuple[dict[str, StepOnGpu], int]:
     plants = {name: plant() for name, plant in PLANTS.items()}
-    return plants, bytes_of_parts(), products_of_two_layers()
+    return plants, bytes_of_parts()

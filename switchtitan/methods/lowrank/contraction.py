@@ -1,4 +1,4 @@
-"""Four ways to compute y = x (W + s B A)^T with gradients for x, A and B, of layers with one input.
+"""Three ways to compute y = x (W + s B A)^T with gradients for x, A and B; layers may share x.
 
 B is stored transposed, [rank, out]; a product that needs B takes a view. All agree to rounding and
 differ in floating-point operations and in the bytes that their products read and write. For T
@@ -6,13 +6,12 @@ tokens, forward and backward of one layer:
 
     factored        4 out in T + 6 rank (out + in) T
     merged          4 out in T + 4 rank (out + in) T + 4 out in rank
-    concatenated    the same; reads x and the gradient as often as a linear layer does
     dense gradient  6 out in T + 8 out in rank
 
 `merged` and `dense_gradient` save only their inputs for the backward pass, compiled or not;
-`factored` and `concatenated` also save x A^T. With so many tokens that W + s B A is small next to
-x, all but `factored` save it too, which takes 2 out in rank operations less. `weight` gets no
-gradient. A weight of another dtype is cast.
+`factored` also saves x A^T. With so many tokens that W + s B A is small next to x, all but
+`factored` save it, which takes 2 out in rank operations less. `weight` gets no gradient. A weight
+of another dtype is cast.
 
 Of several layers, all outputs but the last are one product, and the gradients of x are summed
 inside products.
@@ -57,19 +56,9 @@ def dense_gradient(x: Tensor, layers: Sequence[Factored], scale: float) -> tuple
     return _MergedLinear.apply(x, scale, True, *_by_kind(layers))
 
 
-def concatenated(x: Tensor, layers: Sequence[Factored], scale: float) -> tuple[Tensor, ...]:
-    """Computes [y | x A^T] in one product with the rows of W + s B A and A, and in the backward
-    pass the gradients of x and x A^T in one with the columns of W + s B A and B.
-
-    Of several layers, the x A^T of all lie next to the last y, which they keep in memory: the last
-    layer should be one whose output the backward pass needs. Only the first layer's gradients are
-    one product. The gradients of all A are one, which reads x once.
-    """
-    return _ConcatenatedLinear.apply(x, scale, *_by_kind(layers))[: len(layers)]
-
-
-_ALL: tuple[Contraction, ...] = (factored, merged, concatenated, dense_gradient)
-BY_NAME: dict[str, Contraction] = {contraction.__name__: contraction for contraction in _ALL}
+BY_NAME: dict[str, Contraction] = {
+    contraction.__name__: contraction for contraction in (factored, merged, dense_gradient)
+}
 
 
 def _keeps_merged(out_features: Sequence[int], in_features: int, num_tokens: int) -> bool:
@@ -83,32 +72,27 @@ def _products(
 ) -> list[tuple[int, int, int]]:
     """Returns (m, k, n) of each product of [m, k] and [k, n], forward and backward."""
     *early, last = out_features
-    num_layers, forward = len(out_features), (num_tokens, in_features, last)
+    num_layers = len(out_features)
     backward = [(num_tokens, out, in_features) for out in out_features]
     num_merges = 1 if _keeps_merged(out_features, in_features, num_tokens) else 2
     merges = num_merges * [(out, rank, in_features) for out in out_features]
     of_a = num_layers * [(rank, num_tokens, in_features)]
     of_b = [(rank, num_tokens, out) for out in out_features]
-    narrow = [*num_layers * [(num_tokens, in_features, rank)]]
+    narrow = num_layers * [(num_tokens, in_features, rank)]
     narrow += [(num_tokens, out, rank) for out in out_features]
-    products = [(num_tokens, in_features, sum(early))] if early else []
     if name == "factored":
         wide = [(num_tokens, rank, out) for out in out_features]
         wide += num_layers * [(num_tokens, rank, in_features)]
         forwards = [(num_tokens, in_features, out) for out in out_features]
         return [*forwards, *backward, *narrow, *wide, *of_a, *of_b]
+    common = [(num_tokens, in_features, width) for width in (sum(early), last) if width]
+    common += [*backward, *merges]
     if name == "merged":
-        return [*products, forward, *backward, *merges, *narrow, *of_a, *of_b]
-    if name == "concatenated":
-        products += [(num_tokens, in_features, last + num_layers * rank)]
-        products += [(num_tokens, out_features[0], in_features + rank)]
-        for out in out_features[1:]:
-            products += [(num_tokens, out, in_features), (num_tokens, out, rank)]
-        return [*products, *merges, (num_layers * rank, num_tokens, in_features), *of_b]
+        return [*common, *narrow, *of_a, *of_b]
     dense = [(out, num_tokens, in_features) for out in out_features]
     projections = [(rank, out, in_features) for out in out_features]
     projections += [(rank, in_features, out) for out in out_features]
-    return [*products, forward, *backward, *merges, *dense, *projections]
+    return [*common, *dense, *projections]
 
 
 def fastest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) -> Contraction:
@@ -213,9 +197,9 @@ def _if_kept(stack: Tensor, x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, 
 
 
 def _multiply(x: Tensor, rows: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """Returns the products of x with parts of the rows of a stack; the last part has the rest.
+    """Returns the products of x with parts of the rows of a stack.
 
-    All but the last are one product. The last is apart, since it stays in memory.
+    All but the last are one product. The last is apart: it alone stays in memory.
     """
     early = sum(lengths[:-1])
     outputs = F.linear(x, rows[:early]).split(lengths[:-1], -1) if early else ()
@@ -228,7 +212,7 @@ class _MergedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: float, has_dense_gradient: bool, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         weights, lora_a, lora_b, _ = _kinds(tensors)
-        stack, lengths = merge(weights, lora_a, lora_b, scale, False), [*map(len, weights)]
+        stack, lengths = merge(weights, lora_a, lora_b, scale), [*map(len, weights)]
         ctx.save_for_backward(x, *tensors, *_if_kept(stack, x, lengths))
         ctx.scale, ctx.has_dense_gradient = scale, has_dense_gradient
         return tuple(_multiply(x, stack, lengths))
@@ -240,8 +224,8 @@ class _MergedLinear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             if not kept:
-                kept = [merge(weights, lora_a, lora_b, ctx.scale, False, part_of(grads[0]))]
-            grad_x = input_gradient(grads, kept[0], [])
+                kept = [merge(weights, lora_a, lora_b, ctx.scale, part_of(grads[0]))]
+            grad_x = input_gradient(grads, kept[0])
         x, grads_a, grads_b = x.flatten(0, -2), [], []
         for grad, a, b in zip(grads, lora_a, lora_b, strict=True):
             grad = grad.flatten(0, -2)
@@ -253,37 +237,3 @@ class _MergedLinear(torch.autograd.Function):
                 grads_a.append(_scaled_product((grad @ b.t()).t(), x, ctx.scale, a))
                 grads_b.append(_scaled_product((x @ a.t()).t(), grad, ctx.scale, b))
         return grad_x, None, None, *[None] * len(weights), *grads_a, *grads_b
-
-
-class _ConcatenatedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, *tensors: Tensor) -> tuple[Tensor, ...]:
-        weights, lora_a, lora_b, _ = _kinds(tensors)
-        stack, lengths = merge(weights, lora_a, lora_b, scale, True), [*map(len, weights)]
-        *outputs, last = _multiply(x, stack[:, : x.shape[-1]], lengths)
-        thin = last[..., lengths[-1] :]
-        if len(weights) == 1:
-            thin = thin.contiguous()  # a view of it would keep y in memory
-        ctx.save_for_backward(x, thin, *tensors, *_if_kept(stack, x, lengths))
-        ctx.scale = scale
-        # torch.compile refuses to save what shares memory with an output, unless it is one.
-        ctx.mark_non_differentiable(thin)
-        return *outputs, last[..., : lengths[-1]], thin
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, thin, *tensors = ctx.saved_tensors
-        weights, lora_a, lora_b, kept = _kinds(tensors)
-        grads, (rank, in_features) = grads[:-1], lora_a[0].shape
-        if not kept:
-            kept = [merge(weights, lora_a, lora_b, ctx.scale, True, part_of(grads[0]))]
-        product = input_gradient(grads, kept[0], lora_b)
-        grad_x = product[..., :in_features] if ctx.needs_input_grad[0] else None
-        of_thin = product[..., in_features:].flatten(0, -2)
-        grad_a = _scaled_product(of_thin.t(), x.flatten(0, -2), ctx.scale, lora_a[0])
-        thins = thin.flatten(0, -2).split(rank, 1)
-        grads_b = [
-            _scaled_product(own.t(), grad.flatten(0, -2), ctx.scale, b)
-            for own, grad, b in zip(thins, grads, lora_b, strict=True)
-        ]
-        return grad_x, None, *[None] * len(weights), *grad_a.split(rank), *grads_b

@@ -16,7 +16,6 @@ from switchtitan.methods.lowrank.contraction import (
     fastest_contraction,
     frozen_linear,
 )
-from switchtitan.models.together import Groupable
 
 FACTORS = ("lora_a", "lora_b")
 """Local names of the factors A [rank, in] and B, stored transposed, [rank, out]."""
@@ -36,7 +35,7 @@ class FactorLinear(Reparametrized):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
 
-class LowRankLinear(FactorLinear, Groupable):
+class LowRankLinear(FactorLinear):
     """y = x (W + s B A)^T (+ bias) with W, `weight` [out, in], frozen.
 
     Computes in the dtype of x and the factors; W may have another dtype.
@@ -75,7 +74,7 @@ class LowRankLinear(FactorLinear, Groupable):
         return out if self.bias is None else out + self.bias
 
     def forward_together(self, x: Tensor, others: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-        """See `models.together.Groupable`."""
+        """See `contracts.Reparametrized`."""
         alike = [self, *(other for other in others if self._is_alike(other))]
         is_cheaper = x.is_cuda or self._contraction is not None
         if len(alike) <= len(others) or not is_cheaper:

@@ -67,9 +67,7 @@ class LowRankConfig(FactorConfig):
     """The low-rank update is scaled by alpha / rank; above 0."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability, in [0, 1), for the input of the low-rank update."""
-    contraction: Literal["cheapest", "factored", "merged", "concatenated", "dense_gradient"] = (
-        "cheapest"
-    )
+    contraction: Literal["cheapest", "factored", "merged", "dense_gradient"] = "cheapest"
     """How a layer is computed; all agree to rounding. For each layer's shape, rank and number of
     tokens, `cheapest` chooses the one with the fewest operations on a CPU, and on a GPU the one
     that takes the least time by peak FLOP/s and memory bandwidth: of an A100 on GPUs of compute

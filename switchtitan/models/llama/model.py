@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from switchtitan.contracts import ApplyHead, LanguageModel, default_apply_head
+from switchtitan.contracts import ApplyHead, LanguageModel, Reparametrized, default_apply_head
 from switchtitan.models.llama.attention import KeyValueCache, build_mask, load_attention
 from switchtitan.models.llama.config import LlamaFamilyConfig
 from switchtitan.models.llama.rope import rotary_tables, rotate
 from switchtitan.models.loss import Head, TiedHead
-from switchtitan.models.together import apply_together
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class Attention(nn.Module):
             heads = projected.unflatten(-1, (-1, self.head_dim))
             return rotate(heads, positions.cos, positions.sin)
 
-        projections = self.q_proj, self.k_proj, self.v_proj
-        query, key, value = apply_together(hidden, *projections, then=rotate_heads)
+        query, key, value = _apply_together(hidden, self.q_proj, self.k_proj, self.v_proj)
+        query, key = rotate_heads(query), rotate_heads(key)
         value = value.unflatten(-1, (-1, self.head_dim))
         query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
         if positions.cache is None:
@@ -73,7 +72,7 @@ class MLP(nn.Module):
         self.down_proj = linear("down_proj", intermediate_size, hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        gate, up = apply_together(hidden, self.gate_proj, self.up_proj)
+        gate, up = _apply_together(hidden, self.gate_proj, self.up_proj)
         return self.down_proj(F.silu(gate) * up)
 
 
@@ -181,3 +180,9 @@ class Llama(LanguageModel):
         config = self.config
         of_attention = 12 * config.sizes.num_layers * config.q_size * seq_len
         return 6 * self._num_multiplied + of_attention
+
+
+def _apply_together(hidden: Tensor, first: nn.Module, *others: nn.Module) -> tuple[Tensor, ...]:
+    if isinstance(first, Reparametrized):
+        return first.forward_together(hidden, others)
+    return first(hidden), *(layer(hidden) for layer in others)

@@ -62,7 +62,6 @@ CASES = {
     "factored": "lora --method.contraction factored",
     "merged": "lora --method.contraction merged",
     "dense gradient": "lora --method.contraction dense_gradient",
-    "concatenated": "lora --method.contraction concatenated",
     "sgd, no clipping": "full_rank --optimizer.name sgd --training.max_grad_norm none",
     "skip": "full_rank --training.on_nonfinite skip",
     "adafactor": "full_rank --optimizer.name adafactor",

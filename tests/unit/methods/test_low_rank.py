@@ -81,7 +81,7 @@ def test_the_contraction_is_the_one_that_the_configuration_names(name):
 
 
 def test_layers_of_one_input_compute_together_what_they_compute_apart():
-    config = LoraConfig(rank=5, alpha=3, contraction="concatenated")
+    config = LoraConfig(rank=5, alpha=3, contraction="merged")
     shapes = [(30, 12), (8, 12), (9, 12)]
     layers = [
         Lora(config, 10, 0).build_layer("layer", nn.Linear(in_, out)).double()
