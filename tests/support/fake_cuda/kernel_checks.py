@@ -21,8 +21,6 @@ SWITCHES = {"stored": "", "host": "--method.candidates_device host"}
 UPDATES = {
     # The structure of the 350M model: 168 layers, 336 factors of two widths.
     "350M": "--model.num_layers 24 --model.num_kv_heads 2 --method.rank 8 --compile.optimizer true",
-    # FSDP pads the last rank's shard, so shards are not next to each other.
-    "uneven": "--model.num_kv_heads 2 --method.rank 15 --compile.optimizer true",
     "uneven, eager": "--model.num_kv_heads 2 --method.rank 15",
 }
 NUM_TOKENS, DIM = 36864, 1024
