@@ -54,8 +54,8 @@ class Limits(NamedTuple):
 LIMITS = {
     "full rank": Limits(41, 4811, 537),
     "recomputation": Limits(52, 5989, 559),
-    "switchlora": Limits(63, 4815, 606),
-    "lora": Limits(64, 4823, 643),
+    "switchlora": Limits(66, 5147, 612),
+    "lora": Limits(66, 5087, 647),
     "low rank": Limits(62, 5196, 730),
     "sltrain": Limits(447, 4696, 1349),
     "cola": Limits(76, 5526, 607),
