@@ -23,7 +23,7 @@ from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.world import World, start_world, temporary_world
 from switchtitan.errors import ConfigError, CorpusError
-from switchtitan.generation.held_out import held_out_text
+from switchtitan.generation.text import held_out_text
 from switchtitan.generation.trained import (
     TrainedModel,
     check_tokens,

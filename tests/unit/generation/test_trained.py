@@ -13,7 +13,7 @@ from support.tiny import tiny_toml
 
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.data.tokenizer import read_tokenizer, train_tokenizer
-from switchtitan.generation.held_out import text_batches
+from switchtitan.generation.text import text_batches
 from switchtitan.generation.trained import (
     TrainedModel,
     open_tokenizer,
