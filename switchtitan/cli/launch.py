@@ -22,9 +22,15 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from switchtitan.cli.rendezvous import check_rendezvous, check_slurm_tasks
-from switchtitan.distributed.world import raise_file_limit
-from switchtitan.errors import ENDED, USER_ERROR_STATUS, ConfigError, record_end, recorded_end
+from switchtitan.distributed.world import check_slurm_tasks, raise_file_limit
+from switchtitan.errors import (
+    ENDED,
+    USER_ERROR_STATUS,
+    ConfigError,
+    EnvironmentMismatchError,
+    record_end,
+    recorded_end,
+)
 from switchtitan.job.config import parse_unchecked
 from switchtitan.process import num_cores, threads_per_process
 
@@ -98,6 +104,32 @@ def run(words: Sequence[str]) -> None:
             print(line, end="", file=sys.stderr)
     if status != 0:
         raise SystemExit(status)
+
+
+def check_rendezvous(endpoint: str, num_nodes: int) -> None:
+    """Checks what would let machines wait for each other in vain.
+
+    Args:
+        endpoint: HOST:PORT; not checked for a single machine.
+
+    Raises:
+        EnvironmentMismatchError: if the machines cannot meet.
+    """
+    if num_nodes == 1:
+        return
+    host, _, port = endpoint.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")  # an IPv6 address
+    problem = "expected HOST:PORT"
+    if host and port.isdecimal() and 0 < int(port) < 1 << 16:
+        try:
+            socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+            return
+        except OSError as error:
+            problem = f"{host} cannot be resolved on this machine ({error.strerror or error})"
+    raise EnvironmentMismatchError(
+        f"RDZV_ENDPOINT={endpoint}: {problem}; give one of the machines, by a name that all know "
+        "or an IP address, and the same HOST:PORT on every machine"
+    )
 
 
 def run_ranks(options: argparse.Namespace) -> tuple[int, str]:

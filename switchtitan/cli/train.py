@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from switchtitan.cli.rendezvous import check_slurm_tasks
 from switchtitan.distributed.world import (
+    check_slurm_tasks,
     is_launched,
     start_world,
     stop_world,

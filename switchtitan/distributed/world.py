@@ -247,6 +247,28 @@ _LAUNCHED = (
 )
 
 
+def check_slurm_tasks(num_nodes: int) -> None:
+    """Checks that srun has not started this command more often than once per machine.
+
+    Call where no launcher says how the tasks train together.
+
+    Raises:
+        EnvironmentMismatchError: if it has; each task would train alone.
+    """
+    # srun sets both in its tasks. A batch script has only the first. A shell in an allocation may
+    # have the first of the allocation, and 1 as the second.
+    counts = [os.environ.get(name, "") for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")]
+    num_tasks = min((int(count) if count.isdecimal() else 1) for count in counts)
+    if num_tasks > num_nodes:
+        raise EnvironmentMismatchError(
+            f"SLURM_NTASKS={num_tasks}, NNODES={num_nodes}: srun has started {num_tasks} tasks, "
+            "and they would train apart from each other in the same output folder; start one task "
+            "per machine with NNODES and RDZV_ENDPOINT, as scripts/slurm/train.sbatch does, or set "
+            "RANK, WORLD_SIZE and the other variables of docs/CLUSTERS.md in every task; for "
+            "separate runs, unset SLURM_NTASKS in every task"
+        )
+
+
 # Devices.
 def device_type() -> str:
     """Returns "cuda" if torch has a CUDA device, "cpu" if the machine has none.
