@@ -14,10 +14,10 @@ from typing import Any, Literal
 from switchtitan.cli.main import add_model_arguments, positive_int
 from switchtitan.cli.prepare import open_given
 from switchtitan.contracts import Batch
-from switchtitan.data.corpus import Corpus
+from switchtitan.data.corpus import VERIFIED_BYTES, Corpus
 from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.prepare import open_corpus
-from switchtitan.data.recorded import open_recorded
+from switchtitan.data.recorded import find_recorded
 from switchtitan.data.tokenizer import TextSize
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import dtype_on
@@ -162,7 +162,8 @@ def _open_corpus(
     if options.corpus is not None:
         corpus = open_given(options.corpus)
     elif metadata is not None and config is not None:
-        corpus = open_recorded(metadata.run, config.data.cache_dir, trained.source)
+        corpus = find_recorded(metadata.run, config.data.cache_dir, trained.source)
+        corpus.verify(VERIFIED_BYTES)
     elif config is not None:
         corpus = open_corpus(config.data, prepares=False)
     else:

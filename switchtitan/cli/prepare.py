@@ -10,6 +10,7 @@ command resumes a stopped preparation. --show also prints sequences as the model
 document as text, and the end token in brackets where it ends."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from switchtitan.cli.main import positive_int
 from switchtitan.config import find_config, load_config, split_arguments
 from switchtitan.data.config import DataConfig
-from switchtitan.data.corpus import INDEX_FILE, Corpus, SplitName, open_prepared, verify_files
+from switchtitan.data.corpus import INDEX_FILE, Corpus, SplitName, open_prepared
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.sequences import TokenSequence
 from switchtitan.errors import ConfigError
@@ -56,8 +57,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     config = read_data_config(options.keys)
     if options.corpus is None:
         corpus, seq_len = open_corpus(config), config.seq_len
-        for source in corpus.sources:
-            verify_files(source.folder, source.index)
+        corpus.verify(math.inf)
     else:
         corpus = open_given(options.corpus)
         seq_len = config.seq_len if "seq_len" in config.model_fields_set else _SEQ_LEN

@@ -217,9 +217,7 @@ def read_index(folder: Path) -> CorpusIndex:
     return index
 
 
-def verify_files(folder: Path, index: CorpusIndex, max_bytes: int | None = None) -> None:
-    """Compares the sizes of all token files, and all files with their checksums unless the tokens
-    have more than `max_bytes`. Raises a CorpusError for the first file that differs."""
+def _verify_files(folder: Path, index: CorpusIndex, max_bytes: float) -> None:
     token_bytes, num_bytes = np.dtype(index.dtype).itemsize, 0
     checksums = {TOKENIZER_FILE: index.tokenizer.sha256}
     try:
@@ -229,7 +227,7 @@ def verify_files(folder: Path, index: CorpusIndex, max_bytes: int | None = None)
                 raise _damage(folder / shard.file, f"it has {found:,} bytes, expected {expected:,}")
             num_bytes += expected
             checksums[shard.file] = shard.sha256
-        if max_bytes is not None and num_bytes > max_bytes:
+        if num_bytes > max_bytes:
             return
         with progress_bar(f"verifying {folder.name}", total=num_bytes, unit="B") as bar:
             for name, checksum in checksums.items():
@@ -328,6 +326,12 @@ class Corpus:
             eos_id=self.eos_id,
         )
 
+    def verify(self, max_bytes: float) -> None:
+        """Compares the sizes of all token files, and all files with their checksums if the tokens
+        of a source are not more than `max_bytes`. Raises a CorpusError for the first difference."""
+        for source in self.sources:
+            _verify_files(source.folder, source.index, max_bytes)
+
     def check_vocabulary(self, model_vocab_size: int) -> None:
         check_vocabulary(
             self.index.tokenizer.vocab_size, model_vocab_size, f"the tokenizer of {self.folder}"
@@ -342,9 +346,9 @@ def open_prepared(
     Args:
         verifies: whether checksums are compared, if it is not larger than `VERIFIED_BYTES`.
     """
-    index = read_index(folder)
-    verify_files(folder, index, VERIFIED_BYTES if verifies else 0)
-    return Corpus(folder, index, fallback_for)
+    corpus = Corpus(folder, read_index(folder), fallback_for)
+    corpus.verify(VERIFIED_BYTES if verifies else 0)
+    return corpus
 
 
 def join_sources(parts: Sequence[Corpus], schedule: Schedule) -> Corpus:

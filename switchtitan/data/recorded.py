@@ -11,12 +11,10 @@ from switchtitan.config import explain
 from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import (
     INDEX_FILE,
-    VERIFIED_BYTES,
     Corpus,
     Record,
     join_sources,
     read_index,
-    verify_files,
 )
 from switchtitan.data.mixture import ONE_SOURCE, Schedule
 from switchtitan.data.prepare import check_files
@@ -60,22 +58,8 @@ def record(corpus: Corpus) -> dict[str, JsonValue]:
     return {"corpus": corpus.description, _KEY: recorded}
 
 
-def open_recorded(
-    run: Mapping[str, object], cache_dir: Path, checkpoint: Path, *, verifies: bool = True
-) -> Corpus:
-    """Like `find_recorded`, and verifies its files as `open_prepared` does.
-
-    Raises:
-        CorpusError: if a file is missing or damaged, too.
-    """
-    corpus = find_recorded(run, cache_dir, checkpoint)
-    for source in corpus.sources:
-        verify_files(source.folder, source.index, VERIFIED_BYTES if verifies else 0)
-    return corpus
-
-
 def find_recorded(run: Mapping[str, object], cache_dir: Path, checkpoint: Path) -> Corpus:
-    """Finds the corpus that a run has recorded, by its index; prepares nothing.
+    """Finds the corpus that a run has recorded, by its index; verifies and prepares nothing.
 
     Args:
         run: of the checkpoint's metadata.

@@ -20,10 +20,10 @@ from switchtitan.checkpoint.save import (
 )
 from switchtitan.config import resolved_toml
 from switchtitan.contracts import Batch, Method, SummedLoss
-from switchtitan.data.corpus import Corpus
+from switchtitan.data.corpus import VERIFIED_BYTES, Corpus
 from switchtitan.data.loader import ValidationBatches, build_train_batches
 from switchtitan.data.prepare import open_corpus
-from switchtitan.data.recorded import check_unchanged, open_recorded, record
+from switchtitan.data.recorded import check_unchanged, find_recorded, record
 from switchtitan.distributed.blocks import checkpoint_activations, compile_blocks
 from switchtitan.distributed.dtype import ComputeDtype, agree_on_dtype, dtype_on
 from switchtitan.distributed.fsdp import (
@@ -217,9 +217,9 @@ def reopen_corpus(
     """
 
     def open_own() -> Corpus:
-        verifies = world.is_node_main
-        corpus = open_recorded(metadata.run, config.data.cache_dir, checkpoint, verifies=verifies)
-        if verifies:
+        corpus = find_recorded(metadata.run, config.data.cache_dir, checkpoint)
+        corpus.verify(VERIFIED_BYTES if world.is_node_main else 0)
+        if world.is_node_main:
             check_unchanged(config.data, corpus)
         return corpus
 

@@ -3,6 +3,7 @@ opened complete or not at all."""
 
 import itertools
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -29,7 +30,6 @@ from switchtitan.data.corpus import (
     open_prepared,
     plan_corpus,
     plan_from_name,
-    verify_files,
     write_index,
 )
 from switchtitan.data.prepare import is_held_out, open_corpus
@@ -464,7 +464,7 @@ def test_only_sizes_of_a_large_corpus_are_compared_at_each_start(copy, monkeypat
     edit(copy / "train-00000.bin")
     opened = open_prepared(copy)
     with pytest.raises(CorpusError, match=r"train-00000\.bin: .* checksum"):
-        verify_files(copy, opened.index)
+        opened.verify(math.inf)
     truncate(copy / "train-00000.bin")
     with pytest.raises(CorpusError, match=r"train-00000\.bin: it has .* bytes"):
         open_prepared(copy)

@@ -8,7 +8,7 @@ import pytest
 from switchtitan.data.corpus import Corpus, join_sources
 from switchtitan.data.mixture import Schedule
 from switchtitan.data.prepare import open_corpus
-from switchtitan.data.recorded import find_recorded, open_recorded, record
+from switchtitan.data.recorded import find_recorded, record
 from switchtitan.errors import CorpusError
 
 
@@ -22,12 +22,12 @@ def test_a_corpus_is_found_under_another_name_and_one_of_the_same_name_is_not_it
     copy, corpus, other, tmp_path
 ):
     run = json.loads(json.dumps(record(Corpus(copy, corpus.index))))
-    assert open_recorded(run, tmp_path / "nowhere", tmp_path).folder == copy
+    assert find_recorded(run, tmp_path / "nowhere", tmp_path).folder == copy
     cache = tmp_path / "cache"
     shutil.copytree(other.folder, cache / copy.name)
     shutil.move(copy, cache / "renamed")
     shutil.copytree(other.folder, copy)
-    found = open_recorded(run, cache, tmp_path)
+    found = find_recorded(run, cache, tmp_path)
     assert (found.folder, found.fingerprint) == (cache / "renamed", corpus.fingerprint)
     shutil.rmtree(cache / "renamed")
     with pytest.raises(CorpusError, match=f"{cache / copy.name}: its fingerprint .*have changed"):
@@ -41,7 +41,7 @@ def test_a_corpus_is_found_under_another_name_and_one_of_the_same_name_is_not_it
 
 def test_a_mixture_has_its_sources_and_shares_again(corpus, other, tmp_path):
     mixture = join_sources([other, corpus], Schedule((3000, 7000)))
-    found = open_recorded(json.loads(json.dumps(record(mixture))), tmp_path, tmp_path)
+    found = find_recorded(json.loads(json.dumps(record(mixture))), tmp_path, tmp_path)
     assert found.fingerprint == mixture.fingerprint
     assert found.description == mixture.description
 
