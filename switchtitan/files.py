@@ -96,12 +96,9 @@ def is_plain_name(name: str) -> bool:
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """Return the file `name` of a folder that somebody else may have written.
-
-    Raises:
-        ValueError: if `name` is not a plain file name, or is a link to a file outside of `folder`.
-            Links in a snapshot of the Hugging Face cache may lead to its `blobs`.
-    """
+    """Return the file `name` of a folder that somebody else may have written. Raises a ValueError
+    if `name` is not a plain file name, or is a link to a file outside of `folder`. Links in a
+    snapshot of the Hugging Face cache may lead to its `blobs`."""
     if not is_plain_name(name) or len(os.fsencode(name)) > 255:
         raise ValueError(f"{name[:255]!r} is not a plain file name")
     root, target = (Path(os.path.realpath(path)) for path in (folder, folder / name))

@@ -100,10 +100,7 @@ def _is_fork_of(checkpoints: Sequence[Path], resume_path: str | None) -> bool:
 
 def find_given(path: Path) -> Path:
     """Returns the complete checkpoint at `path`, or the newest one of the run or folder there.
-
-    Raises:
-        CheckpointError: if there is none, or this version does not read its format.
-    """
+    Raises a CheckpointError if there is none, or this version does not read its format."""
     if (path / METADATA_FILE).is_file():
         verify(path)
         return path
@@ -175,11 +172,8 @@ def read_metadata(path: Path) -> CheckpointMetadata:
 
 
 def check_same_run(saved: Mapping[str, object], current: Mapping[str, object]) -> None:
-    """Compares two identities, nested mappings of plain values.
-
-    Raises:
-        CheckpointError: names differing keys, of a section with another `name` only that; the fix.
-    """
+    """Compares two identities, nested mappings of plain values. Raises a CheckpointError that names
+    differing keys, of a section with another `name` only that, and the fix."""
     before, now, absent = flatten(saved), flatten(current), "(absent)"
     renamed = [key for key in before if key.endswith(".name") and before[key] != now.get(key)]
     sections = tuple(key.removesuffix("name") for key in renamed)
@@ -206,11 +200,8 @@ def restore(checkpoint: Path, tensors: CheckpointTensors, world: World) -> None:
 
 
 def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills all of a checkpoint's `tensors` in place; DTensors may be sharded differently.
-
-    Raises:
-        CheckpointError: before any tensor changes, if names, shapes or dtypes differ.
-    """
+    """Fills all of a checkpoint's `tensors` in place; DTensors may be sharded differently. Raises a
+    CheckpointError before any tensor changes, if names, shapes or dtypes differ."""
     saved, expected = _described(saved_tensors(path)), _described(tensors)
     differing = [
         f"{name} (saved: {saved.get(name)}, expected: {expected.get(name)})"

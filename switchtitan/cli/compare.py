@@ -55,11 +55,8 @@ def run(options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def load_all(files: Sequence[Path]) -> dict[Path, ComparisonConfig]:
-    """Reads and checks comparisons; returns them by the folder of their reports.
-
-    Raises:
-        ConfigError: if one is invalid, or two have the same folder.
-    """
+    """Reads and checks comparisons; returns them by the folder of their reports. Raises a
+    ConfigError if one is invalid, or two have the same folder."""
     loaded: dict[Path, ComparisonConfig] = {}
     for file in files:
         config = load_comparison(file)

@@ -68,11 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Writes the folder; returns where its parts come from, and the relative error of its logits.
-
-    Raises:
-        UserError: if the checkpoint is corrupted or has no form of this format, the corpus is not
-            the run's, the folder is not empty or cannot be written, or its logits differ.
-    """
+    Raises a UserError if the checkpoint is corrupted or has no form of this format, the corpus is
+    not the run's, the folder is not empty or cannot be written, or its logits differ."""
     checkpoint = find_given(options.checkpoint)
     folder: Path = options.folder
     if folder is None:

@@ -54,11 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Prints the prompt and its continuation; returns text and tokens.
-
-    Raises:
-        UserError: if model, tokenizer or prompt cannot be read.
-    """
+    """Prints the prompt and its continuation; returns text and tokens. Raises a UserError if model,
+    tokenizer or prompt cannot be read."""
     draws = {"--top-k": options.top_k, "--top-p": options.top_p, "--seed": options.seed}
     for name, value in draws.items():
         if options.temperature == 0 and value is not None:

@@ -79,11 +79,8 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command `argv[0]`; default: that of `sys.argv`.
-
-    Raises:
-        SystemExit: with the status of a user's mistake, or 128 + n after signal n.
-    """
+    """Runs the command `argv[0]`; default: that of `sys.argv`. Raises SystemExit with the status of
+    a user's mistake, or 128 + n after signal n."""
     argv = sys.argv[1:] if argv is None else argv
     command, words = _parse_command(argv[:1] or ["--help"]), argv[1:]
     try:

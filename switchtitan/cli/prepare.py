@@ -49,11 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Prepares or opens the corpus; prints and returns its counts, and sequences.
-
-    Raises:
-        UserError: if it cannot be read or prepared, or has no such split.
-    """
+    """Prepares or opens the corpus; prints and returns its counts, and sequences. Raises a
+    UserError if it cannot be read or prepared, or has no such split."""
     config = read_data_config(options.keys)
     if options.corpus is None:
         corpus, seq_len = open_corpus(config), config.seq_len

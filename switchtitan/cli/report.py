@@ -36,11 +36,8 @@ def _output(word: str) -> Path:
 
 
 def run(options: argparse.Namespace) -> dict[str, str]:
-    """Writes the page or the picture, by the extension of `--output`.
-
-    Raises:
-        ConfigError: if a folder is not a run's, or the file cannot be written.
-    """
+    """Writes the page or the picture, by the extension of `--output`. Raises a ConfigError if a
+    folder is not a run's, or the file cannot be written."""
     output: Path = options.output
     is_page = output.suffix == ".html"
     runs, records = _labelled(options.runs), {}

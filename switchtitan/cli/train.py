@@ -25,12 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 def run(words: Sequence[str]) -> None:
-    """Trains the configured run.
-
-    Raises:
-        SystemExit: with status 2 for a user's mistake, 128 + n after signal n; docs/USAGE.md has
-            all statuses.
-    """
+    """Trains the configured run. Raises SystemExit with status 2 for a user's mistake, 128 + n
+    after signal n; docs/USAGE.md has all statuses."""
     if (end := recorded_end()) is not None:
         raise SystemExit(end[0])  # torchrun restarts ranks after a mistake as after a crash
     load = OtherLoad()

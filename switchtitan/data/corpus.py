@@ -60,11 +60,7 @@ class CorpusPlan:
 
 def plan_corpus(config: DataConfig) -> CorpusPlan:
     """Plans the corpus that `config` names, or the offline one if that is not prepared and the hub
-    cannot be reached.
-
-    Raises:
-        CorpusError: if a file is missing, or there is no offline one.
-    """
+    cannot be reached. Raises a CorpusError if a file is missing, or there is no offline one."""
     plan = plan_from_name(config)
     needs_hub = config.needs_hub_dataset or (
         config.hub_tokenizer is not None and not is_cached(config.hub_tokenizer)

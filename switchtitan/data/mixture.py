@@ -75,10 +75,7 @@ class Schedule:
 
 def schedule_of(weights: Sequence[float]) -> Schedule:
     """Returns the schedule whose shares are the weights, rounded to multiples of one in 10 000.
-
-    Raises:
-        ConfigError: if a weight would be rounded to nothing.
-    """
+    Raises a ConfigError if a weight would be rounded to nothing."""
     shares = np.asarray(weights, dtype=np.float64) / sum(weights) * PERIOD
     counts = np.floor(shares).astype(int)
     remainders = np.argsort(-(shares - counts), kind="stable")

@@ -121,11 +121,8 @@ def _find(source: RecordedSource, cache_dir: Path, checkpoint: Path) -> Corpus:
 
 
 def check_unchanged(config: DataConfig, corpus: Corpus) -> None:
-    """Checks that a user's own files, where they still are, are those of the recorded corpus.
-
-    Raises:
-        CorpusError: see `check_files`.
-    """
+    """Checks that a user's own files, where they still are, are those of the recorded corpus; see
+    `check_files`."""
     sources = config.sources and [
         config.source_config(number, config.tokenizer) for number in range(len(config.sources))
     ]

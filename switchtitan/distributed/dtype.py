@@ -78,10 +78,8 @@ def dtype_on(device: torch.device, key: DtypeKey, saved: DtypeName | None = None
 
 def agree_on_dtype(key: DtypeKey, world: World, saved: DtypeName | None = None) -> ComputeDtype:
     """Returns `choose_dtype` for the devices of all ranks, the same on every rank; collective.
-
-    Raises:
-        EnvironmentMismatchError: on every rank, if GPUs would emulate bf16, which Triton refuses.
-    """
+    Raises an EnvironmentMismatchError on every rank if GPUs would emulate bf16, which Triton
+    refuses."""
     supports = world.gather(bf16_support(world.device))
     chosen = choose_dtype(key, supports, saved)
     if chosen.name == "float32":

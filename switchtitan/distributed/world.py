@@ -123,10 +123,8 @@ def _reason(error: Exception, rank: int) -> tuple[type[Exception], str]:
 
 def start_world(config: ParallelismConfig) -> World:
     """Joins the process group of the launcher's environment, or creates one of a single rank.
-
-    Raises:
-        EnvironmentMismatchError: if launcher, machine and configuration do not fit each other.
-    """
+    Raises an EnvironmentMismatchError if launcher, machine and configuration do not fit each
+    other."""
     num_ranks, rank = num_ranks_from_launcher(), rank_from_launcher()
     local_rank = _from_launcher("LOCAL_RANK", 0)
     shape = mesh_shape(config, num_ranks)
@@ -271,11 +269,8 @@ def check_slurm_tasks(num_nodes: int) -> None:
 
 # Devices.
 def device_type() -> str:
-    """Returns "cuda" if torch has a CUDA device, "cpu" if the machine has none.
-
-    Raises:
-        EnvironmentMismatchError: if the machine has a GPU that torch cannot use.
-    """
+    """Returns "cuda" if torch has a CUDA device, "cpu" if the machine has none. Raises an
+    EnvironmentMismatchError if the machine has a GPU that torch cannot use."""
     if torch.cuda.is_available():
         return "cuda"
     if problem := unusable_gpu():

@@ -14,10 +14,7 @@ from switchtitan.errors import ConfigError
 
 def read_text(option: str, file: str) -> str:
     """Returns the UTF-8 text of the file that a command's option gives; `-` is standard input.
-
-    Raises:
-        ConfigError: if it cannot be read.
-    """
+    Raises a ConfigError if it cannot be read."""
     try:
         with open(0 if file == "-" else file, "rb") as stream:
             return stream.read().decode()

@@ -104,11 +104,8 @@ def open_trained_model(path: Path, config: ModelConfig | None = None) -> Trained
 
 
 def saved_config(metadata: CheckpointMetadata) -> JobConfig:
-    """Returns the configuration of the run that saved a checkpoint.
-
-    Raises:
-        ConfigError: if this version does not accept it.
-    """
+    """Returns the configuration of the run that saved a checkpoint. Raises a ConfigError if this
+    version does not accept it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.toml"
         file.write_text(metadata.config, encoding="utf-8", errors="replace")
@@ -150,11 +147,8 @@ def open_tokenizer(trained: TrainedModel, given: Path | None = None) -> Document
 
 
 def find_tokenizer(trained: TrainedModel, given: Path | None = None) -> DocumentTokenizer | None:
-    """Like `open_tokenizer`, but None if there is none next to weights.
-
-    Raises:
-        CorpusError: if the tokenizer or the run's corpus cannot be read.
-    """
+    """Like `open_tokenizer`, but None if there is none next to weights. Raises a CorpusError if the
+    tokenizer or the run's corpus cannot be read."""
     if given is not None and trained.metadata is not None:
         first, *_ = recorded_sources(trained.metadata.run, trained.source)
         return read_tokenizer(given, bos=None if first.bos else False)
@@ -188,11 +182,8 @@ def stop_tokens(trained: TrainedModel, tokenizer: DocumentTokenizer) -> frozense
 
 
 def check_tokens(trained: TrainedModel, tokens: list[int]) -> None:
-    """Checks that a model can embed all tokens of a text.
-
-    Raises:
-        ConfigError: if the tokenizer is another model's.
-    """
+    """Checks that a model can embed all tokens of a text. Raises a ConfigError if the tokenizer is
+    another model's."""
     largest = max(tokens, default=0)
     if largest >= trained.config.vocab_size:
         raise ConfigError(

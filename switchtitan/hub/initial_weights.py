@@ -137,11 +137,8 @@ def read_model_folder(folder: Path) -> dict[str, object]:
 def without_copies(
     tensors: dict[str, Tensor], config: ModelConfig, path: Path
 ) -> dict[str, Tensor]:
-    """Returns the weights without those that repeat another, such as a tied head's.
-
-    Raises:
-        CheckpointError: if a copy differs from the weight that it repeats.
-    """
+    """Returns the weights without those that repeat another, such as a tied head's. Raises a
+    CheckpointError if a copy differs from the weight that it repeats."""
     kept = dict(tensors)
     for copy, name in config.weight_copies().items():
         if copy not in kept:

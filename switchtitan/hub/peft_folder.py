@@ -72,11 +72,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 
 def reader_of_base(checkpoint: DenseCheckpoint) -> ReadWeights:
-    """Returns what reads a checkpoint's weights without their low-rank updates, in fp32.
-
-    Raises:
-        CheckpointError: if the checkpoint has no low-rank updates.
-    """
+    """Returns what reads a checkpoint's weights without their low-rank updates, in fp32. Raises a
+    CheckpointError if the checkpoint has no low-rank updates."""
     method = checkpoint.method
     updated = method.low_rank_updates(checkpoint.on_meta)
     if not updated:
@@ -134,11 +131,8 @@ def is_adapter(path: Path) -> bool:
 
 
 def folder_of_model(path: Path) -> Path:
-    """Returns the folder of an adapter's base model, or `path` itself if it is no adapter.
-
-    Raises:
-        CheckpointError: if the adapter is not supported, or its base is not on this machine.
-    """
+    """Returns the folder of an adapter's base model, or `path` itself if it is no adapter. Raises a
+    CheckpointError if the adapter is not supported, or its base is not on this machine."""
     if not is_adapter(path):
         return path
     own, named = path / BASE_FOLDER, read_adapter_config(path).base_model_name_or_path

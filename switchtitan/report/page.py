@@ -44,11 +44,8 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Reads a run's output folder.
-
-    Raises:
-        ConfigError: if it is not the folder of a run, or a file is damaged.
-    """
+    """Reads a run's output folder. Raises a ConfigError if it is not the folder of a run, or a file
+    is damaged."""
     curves = read_curves(folder)
     results_file, config_file = folder / RESULTS_FILE, newest_config_file(folder)
     results: dict[str, Any] = {}

@@ -210,11 +210,8 @@ def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
 def reopen_corpus(
     checkpoint: Path, metadata: CheckpointMetadata, config: JobConfig, world: World
 ) -> Corpus:
-    """Open the corpus that a run has recorded, on every rank; prepares nothing.
-
-    Raises:
-        CorpusError: if it is not on this machine or damaged, or its files have changed since.
-    """
+    """Open the corpus that a run has recorded, on every rank; prepares nothing. Raises a
+    CorpusError if it is not on this machine or damaged, or its files have changed since."""
 
     def open_own() -> Corpus:
         corpus = find_recorded(metadata.run, config.data.cache_dir, checkpoint)
@@ -246,11 +243,8 @@ def build_batches(
 def build_evaluators(
     config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World
 ) -> Evaluators:
-    """Build what evaluates the model on held-out text.
-
-    Raises:
-        CorpusError: if a split is shorter than one sequence.
-    """
+    """Build what evaluates the model on held-out text. Raises a CorpusError if a split is shorter
+    than one sequence."""
     seq_len = config.data.seq_len
 
     def evaluator_on(split: Literal["validation", "test"], num_tokens: int) -> Evaluator:
@@ -270,10 +264,7 @@ def build_evaluators(
 
 def open_initial_weights(config: JobConfig, state: TrainState, world: World) -> ReadRows:
     """Open the weights that a new run starts from, and record in `state` which ones; collective.
-
-    Raises:
-        CheckpointError: if the weights cannot be read, or belong to another model.
-    """
+    Raises a CheckpointError if the weights cannot be read, or belong to another model."""
     from switchtitan.hub import initial_weights
 
     def find() -> tuple[Path, str]:
@@ -372,11 +363,8 @@ def _build_profiler(
 def _open_origin(
     config: JobConfig, state: TrainState, world: World, is_restored: bool
 ) -> "Origin | None":
-    """Open the weights that spectra are compared with, if the run reports any.
-
-    Raises:
-        CheckpointError: if the weights that a resumed run started from are missing.
-    """
+    """Open the weights that spectra are compared with, if the run reports any. Raises a
+    CheckpointError if the weights that a resumed run started from are missing."""
     if config.spectrum.interval is None:
         return None
     from switchtitan.spectra.weight_change import Origin

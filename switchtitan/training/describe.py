@@ -48,10 +48,7 @@ def read_run(
     checkpoint: Path, config: JobConfig
 ) -> tuple[CheckpointMetadata, TrainState, list[str]]:
     """Reads a checkpoint's metadata and training state, and lists the keys that have changed since.
-
-    Raises:
-        CheckpointError: if the checkpoint belongs to another run, or its state is damaged.
-    """
+    Raises a CheckpointError if the checkpoint belongs to another run, or its state is damaged."""
     metadata = read_metadata(checkpoint)
     fingerprint = metadata.identity_value("corpus", "fingerprint", str)
     identity = run_identity(config, fingerprint)

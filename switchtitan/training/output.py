@@ -113,10 +113,7 @@ def _read(file: Path) -> str:
 
 def start_output(output_dir: Path, resolved: str, world: World, step: int, num_steps: int) -> None:
     """Opens the run's log file; writes its configuration if steps are left after step `step`.
-
-    Raises:
-        OutputError: on every rank, if that fails.
-    """
+    Raises an OutputError on every rank if that fails."""
 
     def start() -> None:
         if not world.is_main:
