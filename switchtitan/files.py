@@ -90,16 +90,12 @@ def checksum_line(contents: bytes, name: str) -> bytes:
     return f"{hashlib.sha256(contents).hexdigest()}  {name}\n".encode()
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether `name` names a file or folder within any folder, and nothing outside of it."""
-    return name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
-
-
 def file_inside(folder: Path, name: str) -> Path:
     """Return the file `name` of a folder that somebody else may have written. Raises a ValueError
     if `name` is not a plain file name, or is a link to a file outside of `folder`. Links in a
     snapshot of the Hugging Face cache may lead to its `blobs`."""
-    if not is_plain_name(name) or len(os.fsencode(name)) > 255:
+    is_plain = name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
+    if not is_plain or len(os.fsencode(name)) > 255:
         raise ValueError(f"{name[:255]!r} is not a plain file name")
     root, target = (Path(os.path.realpath(path)) for path in (folder, folder / name))
     is_snapshot = root.parent.name == "snapshots"
