@@ -50,7 +50,7 @@ from switchtitan.training.describe import (
     run_facts,
     run_identity,
 )
-from switchtitan.training.evaluate import Evaluator, Evaluators
+from switchtitan.training.evaluate import Evaluator
 from switchtitan.training.output import start_output
 from switchtitan.training.step import Stepper, TrainState
 from switchtitan.training.stop import Stop
@@ -91,7 +91,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     # What it reads. Before the model, because this rejects a corpus that is too small.
     batches = build_batches(config, corpus, world, state)
     loss = CrossEntropy(config.compile.loss)
-    evaluators = build_evaluators(config, corpus, loss, world)
+    validation, test = build_evaluators(config, corpus, loss, world)
 
     # The model and what updates it.
     compute_dtype = _choose_dtype(config, world, state, changes)
@@ -133,7 +133,8 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         evaluate_interval=config.evaluation.interval,
         save_interval=config.checkpoint.interval,
         check_interval=config.parallelism.check_interval,
-        evaluators=evaluators,
+        validation=validation,
+        test=test,
         checkpointer=checkpointer,
         tensors=tensors,
         reporter=reporter,
@@ -242,8 +243,8 @@ def build_batches(
 
 def build_evaluators(
     config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World
-) -> Evaluators:
-    """Build what evaluates the model on held-out text. Raises a CorpusError if a split is shorter
+) -> tuple[Evaluator, Evaluator | None]:
+    """Build what evaluates the model on the validation and the test split. Raises a CorpusError if a split is shorter
     than one sequence."""
     seq_len = config.data.seq_len
 
@@ -259,7 +260,7 @@ def build_evaluators(
 
     keys = config.evaluation
     test = None if keys.test_tokens is None else evaluator_on("test", keys.test_tokens)
-    return Evaluators(evaluator_on("validation", keys.tokens), test)
+    return evaluator_on("validation", keys.tokens), test
 
 
 def open_initial_weights(config: JobConfig, state: TrainState, world: World) -> ReadRows:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -71,11 +70,3 @@ class Evaluator:
             free_gathered_weights(model)
         loss_sum, num_targets = self._world.sum(totals).tolist()
         return loss_sum / num_targets
-
-
-class Evaluators(NamedTuple):
-    """What evaluates the model of a run."""
-
-    validation: Evaluator
-    test: Evaluator | None
-    """Evaluates the trained model once; None without a test split."""

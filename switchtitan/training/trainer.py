@@ -17,7 +17,7 @@ from switchtitan.observability.region_times import RegionTimes
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput, peak_memory_gib
 from switchtitan.regions import region
-from switchtitan.training.evaluate import Evaluators
+from switchtitan.training.evaluate import Evaluator
 from switchtitan.training.step import GarbageCollection, Stepper, StepResult
 from switchtitan.training.stop import Stop, Stopped
 
@@ -49,7 +49,9 @@ class Trainer:
     """Steps between two checkpoints. The last step is saved too."""
     check_interval: int
     """Steps between two comparisons of all ranks; 0: only before saves."""
-    evaluators: Evaluators
+    validation: Evaluator
+    test: Evaluator | None
+    """Evaluates the trained model once; None without a test split."""
     checkpointer: Checkpointer
     tensors: CheckpointTensors
     """The tensors of the run's checkpoints."""
@@ -92,7 +94,7 @@ class Trainer:
         state = self.stepper.state
         with self.throughput.excluded(), region("evaluate"):
             self._set_timeout(is_first=not self._has_evaluated)
-            loss = self.evaluators.validation(self.stepper.model, self.stop.is_due)
+            loss = self.validation(self.stepper.model, self.stop.is_due)
             self._has_evaluated = True
             self._set_timeout(is_first=False)
         if state.first_validation_loss is None:
@@ -270,7 +272,7 @@ class Trainer:
     def _finalize(self) -> None:
         """Evaluates on the test split and writes the results; again if it was stopped before."""
         state, device = self.stepper.state, self.stepper.world.device
-        test, test_loss = self.evaluators.test, None
+        test, test_loss = self.test, None
         if test is not None:
             test_loss = test(self.stepper.model)
             self.reporter.report(state.step, loss_metrics("test", test_loss))
@@ -285,7 +287,7 @@ class Trainer:
             "memory/state_gib": num_device_bytes(self.tensors().values(), device) / 2**30,
         }
         for split, evaluator, loss in (
-            ("validation", self.evaluators.validation, state.last_validation_loss),
+            ("validation", self.validation, state.last_validation_loss),
             ("test", test, test_loss),
         ):
             # The other ranks write no results.

@@ -38,9 +38,9 @@ def test_a_compiled_bfloat16_run_on_cuda_lowers_its_loss(corpora, method, overri
         *COMPILED,
     )
     assert trainer.stepper.world.device.type == "cuda"
-    first = trainer.evaluators.validation(trainer.stepper.model)
+    first = trainer.validation(trainer.stepper.model)
     losses = train_steps(trainer, 40)
-    last = trainer.evaluators.validation(trainer.stepper.model)
+    last = trainer.validation(trainer.stepper.model)
     trainer.stepper.close()
     assert losses[-1] < losses[0]
     assert last < first

@@ -176,7 +176,7 @@ def train(folder, home, name, layout, num_steps):
         trainer.stepper.state.step,
         full_tensors(trainer),
     )
-    validation = trainer.evaluators.validation
+    validation = trainer.validation
     losses = train_steps(trainer, min(SAVED_STEP, num_steps))
     if layout == "two" and num_steps > SAVED_STEP:
         trainer.save()

@@ -158,7 +158,7 @@ def test_a_stopped_run_that_is_made_shorter_ends_with_the_loss_of_its_last_weigh
     trainer.stepper.close()
     tiny_trainer(folder, "lora", *every, "--training.steps", "3").train()
     results = json.loads((folder / "run" / "results.json").read_text())
-    loss = trainer.evaluators.validation(trainer.stepper.model)
+    loss = trainer.validation(trainer.stepper.model)
     before = trainer.stepper.state.first_validation_loss
     assert (results["step"], results["loss/validation"]) == (3, pytest.approx(loss, rel=1e-6))
     assert f"{before:.4f} -> {loss:.4f}" in capsys.readouterr().out

@@ -117,7 +117,7 @@ def test_all_of_a_mixture_has_the_loss_of_its_run(corpora, tmp_path):
     )
     folder = corpora / "evaluate-mixture"
     trainer = train_and_save(folder, "lora", *keys, num_steps=2)
-    own = trainer.evaluators.validation(trainer.stepper.model)
+    own = trainer.validation(trainer.stepper.model)
     result = result_of("evaluate", folder / "run")
     assert result["loss"] == pytest.approx(own, **CLOSE)
     first, _ = open_corpus(tiny_config(folder, "lora", *keys).data).sources

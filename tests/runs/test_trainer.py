@@ -79,7 +79,7 @@ def test_a_run_with_a_skipped_update_takes_all_its_steps_and_reports_finite_loss
 
 def test_the_trained_model_is_evaluated_on_the_test_split(finished):
     model, results = finished.trainer.stepper.model, finished.results
-    assert results["loss/test"] == finished.trainer.evaluators.test(model)
+    assert results["loss/test"] == finished.trainer.test(model)
     assert results["loss/test"] != results["loss/validation"]
     corpus = open_corpus(finished.config.data)
     sequences = corpus.split("test", 16)
@@ -95,7 +95,7 @@ def test_the_trained_model_is_evaluated_on_the_test_split(finished):
 def test_results_state_the_loss_of_the_last_step_and_the_size_of_the_state(finished):
     evaluated = [s for s, v in finished.reported.items() if "loss/validation" in v]
     assert evaluated == [0, 4, 6]
-    validation = finished.trainer.evaluators.validation(finished.trainer.stepper.model)
+    validation = finished.trainer.validation(finished.trainer.stepper.model)
     assert finished.results["loss/validation"] == validation
     parameters = list(MODELS.build(finished.config.model).parameters())
     num_trained = sum(parameter.numel() for parameter in parameters)
@@ -141,7 +141,7 @@ def test_the_last_step_is_evaluated_also_if_the_interval_grew(corpora):
     trainer.train()
     results = results_of(folder)
     assert results["step"] == 4
-    assert results["loss/validation"] == trainer.evaluators.validation(trainer.stepper.model)
+    assert results["loss/validation"] == trainer.validation(trainer.stepper.model)
 
 
 @pytest.mark.parametrize("local_batch_size", ["1", "4"])
@@ -152,7 +152,7 @@ def test_validation_loss_is_the_mean_over_the_first_held_out_tokens(corpora, loc
     trainer = tiny_trainer(folder, "full_rank", *keys)
     train_steps(trainer, 1)
     trainer.stepper.close()
-    ours = trainer.evaluators.validation(trainer.stepper.model)
+    ours = trainer.validation(trainer.stepper.model)
     plain = MODELS.build(tiny_config(folder, "full_rank").model)
     tensors = full_tensors(trainer)
     plain.load_state_dict({name: tensors[f"model.{name}"] for name in plain.state_dict()})
@@ -302,14 +302,14 @@ def test_an_abandoned_evaluation_leaves_nothing_and_is_done_by_the_resumed_run(c
 
 def record_evaluations(trainer):
     """Returns a list that gets, for each evaluation, how long ranks wait for each other in it."""
-    timeouts, validation = [], trainer.evaluators.validation
+    timeouts, validation = [], trainer.validation
 
     def evaluate(*given):
         timeouts.append(trainer.stepper.world.timeout.total_seconds())
         return validation(*given)
 
     evaluate.bits_per_byte = validation.bits_per_byte
-    trainer.evaluators = trainer.evaluators._replace(validation=evaluate)
+    trainer.validation = evaluate
     return timeouts
 
 
