@@ -125,8 +125,18 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         versions=versions(),
         latest=checkpoint,
     )
-    facts = run_facts(config, world, stepper.model, corpus, compute_dtype)
-    reporter = _build_reporter(config, world, state, resolved, facts)
+    reporter = Reporter(
+        config.metrics,
+        config.job.output_dir,
+        run_name=config.job.name,
+        num_steps=config.training.steps,
+        start_step=state.step,
+        is_main=world.is_main,
+        description=resolved,
+        facts=run_facts(config, world, stepper.model, corpus, compute_dtype),
+        first_validation_loss=state.first_validation_loss,
+        hparams=compared_values(config, world.size),
+    )
     return Trainer(
         stepper=stepper,
         num_steps=config.training.steps,
@@ -308,23 +318,6 @@ def _choose_dtype(
         changes.append(f"compute dtype: {state.compute_dtype} -> {chosen.name}")
     state.compute_dtype = chosen.name
     return chosen
-
-
-def _build_reporter(
-    config: JobConfig, world: World, state: TrainState, resolved: str, facts: dict[str, object]
-) -> Reporter:
-    return Reporter(
-        config.metrics,
-        config.job.output_dir,
-        run_name=config.job.name,
-        num_steps=config.training.steps,
-        start_step=state.step,
-        is_main=world.is_main,
-        description=resolved,
-        facts=facts,
-        first_validation_loss=state.first_validation_loss,
-        hparams=compared_values(config, world.size),
-    )
 
 
 def _build_throughput(config: JobConfig, stepper: Stepper, dtype: torch.dtype) -> Throughput:
