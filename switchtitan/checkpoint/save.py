@@ -254,14 +254,8 @@ class Checkpointer:
             logger.info("saved %s in %.1f s", final, time.monotonic() - started_at)
             self._skipped.discard(final)
         # Together: deleting may take longer than the next step's collectives wait.
-        together(lambda: self._prune_or_warn(metadata) if is_main else None)
+        together(lambda: self._prune(metadata) if is_main else None)
         return final
-
-    def _prune_or_warn(self, newest: CheckpointMetadata) -> None:
-        try:
-            self._prune(newest)
-        except CheckpointError as error:
-            logger.warning("could not delete older checkpoints: %s", error)
 
     def _prune(self, newest: CheckpointMetadata) -> None:
         """Deletes all but the newest `keep_latest` and every `keep_every`-th of this run's
@@ -271,7 +265,12 @@ class Checkpointer:
         those that the search on resume has found damaged, stay and do not count.
         """
         num_newest, keep_every = 0, self._config.keep_every
-        for path in list_step_folders(self._folder) if self._config.keep_latest else ():
+        try:
+            folders = list_step_folders(self._folder) if self._config.keep_latest else []
+        except CheckpointError as error:
+            logger.warning("could not delete older checkpoints: %s", error)
+            return
+        for path in folders:
             try:
                 text = (path / METADATA_FILE).read_bytes()
                 metadata = CheckpointMetadata.model_validate_json(text)
