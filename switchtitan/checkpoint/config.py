@@ -17,28 +17,22 @@ class CheckpointConfig(Section):
 
     interval: int = Field(default=1000, ge=1)
     """Optimizer steps between two checkpoints, at least 1; the last step is always saved."""
-
     keep_latest: int = Field(default=2, ge=0)
     """How many of this run's newest checkpoints to keep; 0 keeps all."""
-
     keep_every: int | None = Field(default=None, ge=1)
     """Also keep checkpoints whose step is a multiple of this, at least 1; default: none."""
-
     resume: _GivenPath = Field(default=RESUME_AUTO, min_length=1)
     """What to resume from. "auto": the newest complete checkpoint in the output folder, if any.
     "never": start from scratch; an error if the output folder holds checkpoints. Otherwise the path
     of a checkpoint or a run; once this run has saved, the same path resumes its own newest."""
-
     async_save: bool = True
     """Write in the background during training; takes one more copy of what a rank writes in host
     memory, page-locked on CUDA, from the first save on."""
-
     grace_s: int = Field(default=300, ge=1)
     """Seconds, at least 1, between a signal that stops the run and the end of its last save. A save
     that takes longer is abandoned, and the run resumes from the checkpoint before. `switchtitan
     launch` kills ranks that have not ended some seconds later. Set it to what your cluster allows
     between the signal and SIGKILL."""
-
     initial_weights: _GivenPath | None = None
     """Dense weights that a new run starts from: a folder in Hugging Face's layout with safetensors
     files, a folder with a PEFT adapter, a safetensors file, or a checkpoint or run of any
