@@ -254,8 +254,8 @@ def build_batches(
 def build_evaluators(
     config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World
 ) -> tuple[Evaluator, Evaluator | None]:
-    """Build what evaluates the model on the validation and the test split. Raises a CorpusError if a split is shorter
-    than one sequence."""
+    """Build what evaluates the model on the validation and the test split. Raises a CorpusError if
+    a split is shorter than one sequence."""
     seq_len = config.data.seq_len
 
     def evaluator_on(split: Literal["validation", "test"], num_tokens: int) -> Evaluator:
