@@ -47,13 +47,9 @@ class World:
         return self.rank == 0
 
     @property
-    def num_replicas(self) -> int:
-        return self.mesh.size(0)
-
-    @property
     def shard_mesh(self) -> DeviceMesh:
         """The mesh for FSDP: [shard], or [replicate, shard] with several replicas (HSDP)."""
-        return self.mesh if self.num_replicas > 1 else self.mesh["shard"]
+        return self.mesh if self.mesh.size(0) > 1 else self.mesh["shard"]
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Returns the mean of `values` over all ranks; collective."""
