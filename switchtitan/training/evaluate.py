@@ -35,8 +35,9 @@ class Evaluator:
         self._read_size = read_size
 
     def bits_per_byte(self, loss: float | None) -> float | None:
-        """Returns a loss in bits per byte, None if unknown; takes seconds for many tokens."""
-        if loss is None or self._read_size is None:
+        """Returns a loss in bits per byte; takes seconds for many tokens. None if unknown, and on
+        other ranks than the main one, which write no results."""
+        if loss is None or self._read_size is None or not self._world.is_main:
             return None
         return self._read_size().bits_per_byte(loss)
 

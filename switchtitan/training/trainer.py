@@ -290,10 +290,7 @@ class Trainer:
             ("validation", self.validation, state.last_validation_loss),
             ("test", test, test_loss),
         ):
-            # The other ranks write no results.
-            bits = None
-            if evaluator is not None and self.stepper.world.is_main:
-                bits = evaluator.bits_per_byte(loss)
+            bits = None if evaluator is None else evaluator.bits_per_byte(loss)
             values |= {f"loss/{split}": loss, f"bits_per_byte/{split}": bits}
         # The times of the last evaluation and save.
         if last_values := self.region_times.means():
