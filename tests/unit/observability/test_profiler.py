@@ -77,7 +77,7 @@ def test_what_is_traced(tmp_path, caplog, enabled, rank, ranks, steps_done, num_
 
 
 def test_a_run_that_resumes_past_the_chosen_steps_is_traced_once(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="switchtitan")
     slow, names = [], []
     for steps_done in (10, 12):
         with Profiler(config_of(start_step=2), tmp_path, steps_done=steps_done) as profiler:
