@@ -80,7 +80,7 @@ ROWS = {
     "constant candidates": Row("switchlora", (*SWITCHING, *CONSTANT)),
     "candidates on the host": Row("switchlora", (*SWITCHING, *ON_HOST)),
     "factors by muon": Row("switchlora", (*SWITCHING, "--optimizer.name", "muon")),
-    "relora by lot": Row("relora", (*KEYS["relora"], "--method.reset_moments", "random")),
+    "relora at random": Row("relora", (*KEYS["relora"], "--method.reset_moments", "random")),
 }
 # Of three blocks, a last unit of two has one; four micro-batches on each of two ranks.
 HELD = ("--model.num_layers", "3", "--training.local_batch_size", "1")
@@ -110,7 +110,7 @@ ROWS_OF = {
     # Uneven and empty shards; test_primitives_ranks.py has those of projections and optimizers.
     "four": [
         *(method for method in METHOD_KEYS if KEYS.get(method) != PROJECTED),
-        *("cola", "tied head and biases", "relora by lot"),
+        *("cola", "tied head and biases", "relora at random"),
         *("constant candidates", "candidates on the host"),
     ],
     "two_by_two": [
