@@ -3,8 +3,8 @@
 #
 #   ./scripts/test.sh [-k TEXT]              all tests, on all cores; options are pytest's
 #   ./scripts/test.sh --quick                tests/unit: what is quick, on all cores
-#   ./scripts/test.sh --faults               tests/faults in full, an hour or more; all other calls
-#                                            run a sample of its cases
+#   ./scripts/test.sh --faults               tests/faults and the quickstart in full, an hour or more;
+#                                            all other calls run a sample of their cases
 #   ./scripts/test.sh --mutations [-k TEXT]  plants the faults of tests/support/mutations.toml, one
 #                                            at a time; tests must notice each
 #   ./scripts/test.sh --numbers [-k TEXT]    runs the command line, and compares losses, exports and
@@ -41,7 +41,8 @@ case "${1:-}" in
         ;;
     --faults)
         export SWITCHTITAN_FAULTS=long
-        exec "$PYTHON" -m pytest "${parallel[@]}" tests/faults "${@:2}"
+        exec "$PYTHON" -m pytest "${parallel[@]}" \
+            tests/faults tests/end_to_end/test_run_train.py "${@:2}"
         ;;
     --mutations)
         exec "$PYTHON" tests/support/mutation_ledger.py "${@:2}"

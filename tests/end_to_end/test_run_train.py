@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.ranks import free_port
+from support.long_form import IS_LONG
 from support.sessions import started
 from support.tiny import tiny_toml
 
@@ -42,6 +43,7 @@ def run_train(environment, folder, *arguments, **variables):
     return done.returncode, done.stdout
 
 
+@pytest.mark.skipif(not IS_LONG, reason="takes three minutes; ./scripts/test.sh --faults runs it")
 def test_the_quickstart_ends_with_the_loss_that_its_seeds_show(environment, tmp_path):
     status, said = run_train(environment, tmp_path)
     assert status == 0, said
