@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.ranks import free_port
 from support.long_form import IS_LONG
+from support.ranks import free_port
 from support.sessions import started
 from support.tiny import tiny_toml
 
