@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchtitan.distributed.initial import GeneratorFor
-from switchtitan.methods.lowrank.linear import FACTORS, FactorLinear, take
-from switchtitan.methods.lowrank.method import FactorConfig, FactorSection, ReplacingMethod
+from switchtitan.methods.adapter.linear import FACTORS, FactorLinear, take
+from switchtitan.methods.adapter.method import FactorConfig, FactorConfigT, ReplacingMethod
 from switchtitan.methods.projected import is_right, leading_singular_vectors
 
 
@@ -46,7 +46,7 @@ class ProductLinear(FactorLinear):
         return dict(zip(FACTORS, balanced_factors(weight, self.rank), strict=True))
 
 
-class ProductMethod(ReplacingMethod[FactorSection]):
+class ProductMethod(ReplacingMethod[FactorConfigT]):
     """Linear layers become a `ProductLinear` or a subclass; all parameters train."""
 
     def build_layer(self, name: str, linear: nn.Linear) -> ProductLinear:

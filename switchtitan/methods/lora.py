@@ -4,11 +4,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from switchtitan.methods.lowrank.linear import balanced_bounds, lora_bounds
-from switchtitan.methods.lowrank.method import LowRankConfig, LowRankMethod
+from switchtitan.methods.adapter.linear import balanced_bounds, lora_bounds
+from switchtitan.methods.adapter.method import AdapterConfig, AdapterMethod
 
 
-class ZeroStartConfig(LowRankConfig):
+class ZeroStartConfig(AdapterConfig):
     """The keys of methods whose B starts at zero."""
 
     former_defaults: ClassVar[dict[str, float]] = {"alpha": 1.0}
@@ -38,7 +38,7 @@ class LoraConfig(ZeroStartConfig):
         return self
 
 
-class Lora(LowRankMethod[LoraConfig]):
+class Lora(AdapterMethod[LoraConfig]):
     """Trains low-rank factors and freezes their weights."""
 
     def bounds(self, out_features: int, in_features: int) -> tuple[float, float]:

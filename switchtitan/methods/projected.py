@@ -37,7 +37,7 @@ from switchtitan.distributed.shards import (
     rows_per_rank,
     shard_group,
 )
-from switchtitan.methods.lowrank.method import FactorConfig
+from switchtitan.methods.adapter.method import FactorConfig
 from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.parameters import TrainedParameter, trained_parameters

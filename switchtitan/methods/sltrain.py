@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for, splitmix64
+from switchtitan.methods.adapter.linear import FACTORS
+from switchtitan.methods.adapter.method import FactorConfig
+from switchtitan.methods.adapter.operations import copy_in_backward, define, part_of
 from switchtitan.methods.factors import ProductLinear, ProductMethod
-from switchtitan.methods.lowrank.linear import FACTORS
-from switchtitan.methods.lowrank.method import FactorConfig
-from switchtitan.methods.lowrank.operations import copy_in_backward, define, part_of
 
 SPARSE = "sparse_values"
 """Local name of the parameter with the values of the sparse matrix."""

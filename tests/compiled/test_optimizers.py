@@ -9,8 +9,8 @@ from support.optimizer_steps import build, parameters, train
 from support.switchlora_layers import with_interval
 from support.switchlora_runs import RANK, check_golden_trajectory, check_whole_run
 
-from switchtitan.methods.lowrank.linear import LowRankLinear
-from switchtitan.methods.lowrank.rounding import FrozenWeights
+from switchtitan.methods.adapter.linear import AdapterLinear
+from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.optim.muon import MuonConfig
 
 SHAPES = {
@@ -57,7 +57,7 @@ def test_thirty_steps_of_switchlora_follow_the_rules_written_out_vector_by_vecto
 
 def draw_layers():
     generator = torch.Generator().manual_seed(0)
-    layers = {name: LowRankLinear(5, 7, 3, 0.5, (0.4, 0.0)) for name in ("first", "second")}
+    layers = {name: AdapterLinear(5, 7, 3, 0.5, (0.4, 0.0)) for name in ("first", "second")}
     for layer in layers.values():
         layer.weight.data = torch.randn(7, 5, generator=generator).bfloat16()
     return layers

@@ -24,9 +24,9 @@ from switchtitan.hub.huggingface import read_dense
 from switchtitan.hub.initial_weights import read_model_folder, without_copies
 from switchtitan.hub.peft_folder import read_adapted
 from switchtitan.methods import METHODS
+from switchtitan.methods.adapter.linear import adapter_layers
+from switchtitan.methods.adapter.method import ADAPTED_LINEARS, AdapterConfig, AdapterMethod
 from switchtitan.methods.lora import Lora, LoraConfig
-from switchtitan.methods.lowrank.linear import low_rank_layers
-from switchtitan.methods.lowrank.method import ADAPTED_LINEARS, LowRankConfig, LowRankMethod
 from switchtitan.models import MODELS
 from switchtitan.registry import Component
 from switchtitan.spectra.telemetry import read_spectra
@@ -59,13 +59,13 @@ ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 RANK, ALPHA = 6, 1.5
 
 
-class RootScaledConfig(LowRankConfig):
+class RootScaledConfig(AdapterConfig):
     """A section outside the package."""
 
     name: Literal["root_scaled"] = ROOT_SCALED
 
 
-class RootScaled(LowRankMethod[RootScaledConfig]):
+class RootScaled(AdapterMethod[RootScaledConfig]):
     """LoRA with a scale of alpha / sqrt(rank), and twice that in `down_proj`."""
 
     def scale_of(self, layer_name):
@@ -327,7 +327,7 @@ def test_a_method_outside_the_package_has_its_own_scale_in_every_reader(corpora,
 
     keys = ("--spectrum.interval", "4", "--training.steps", "4", "--checkpoint.interval", "4")
     trainer = trainer_of(corpora / "contract-outside", ROOT_SCALED, *keys)
-    scales = {layer.scale for layer in low_rank_layers(trainer.stepper.model).values()}
+    scales = {layer.scale for layer in adapter_layers(trainer.stepper.model).values()}
     assert scales == {ALPHA / math.sqrt(RANK), 2 * ALPHA / math.sqrt(RANK)}
     trainer.train()
     measured = read_spectra(corpora / "contract-outside" / "run" / "spectra")[4]

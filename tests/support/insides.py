@@ -1,7 +1,7 @@
 """Reaches inside the product, where no public name shows what it does."""
 
 from switchtitan.data import sources
-from switchtitan.methods.lowrank import contraction as contractions
+from switchtitan.methods.adapter import contraction as contractions
 from switchtitan.models import loss
 from switchtitan.training import output
 

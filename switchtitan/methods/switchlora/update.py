@@ -10,7 +10,7 @@ from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.rows import copy_all_
 from switchtitan.distributed.shards import local_shards, row_range
-from switchtitan.methods.lowrank.linear import FACTORS, LowRankLinear
+from switchtitan.methods.adapter.linear import FACTORS, AdapterLinear
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan, vector_spans
 from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.base import GroupedOptimizer
@@ -34,7 +34,7 @@ class Factors:
     """
 
     def __init__(
-        self, layers: Mapping[str, LowRankLinear], compute_dtype: torch.dtype = torch.float32
+        self, layers: Mapping[str, AdapterLinear], compute_dtype: torch.dtype = torch.float32
     ) -> None:
         self.trained = [
             TrainedParameter(f"{name}.{key}", layer.get_parameter(key), compute_dtype=compute_dtype)

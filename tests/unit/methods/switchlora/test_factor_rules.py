@@ -17,8 +17,8 @@ from support.switchlora_layers import (
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from switchtitan.methods.adapter.linear import AdapterLinear
 from switchtitan.methods.lora import Lora, LoraConfig
-from switchtitan.methods.lowrank.linear import LowRankLinear
 from switchtitan.methods.switchlora import SwitchLora, update
 from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, SwitchLoraConfig, VectorSpan
 from switchtitan.optim import OPTIMIZERS
@@ -39,7 +39,7 @@ TOLERANCE = {"muon": 1e-5, "adamw": 2e-6}
 
 def build_layers():
     torch.manual_seed(0)
-    layers = {name: LowRankLinear(i, o, RANK, 0.5, BOUNDS) for name, (o, i) in SHAPES.items()}
+    layers = {name: AdapterLinear(i, o, RANK, 0.5, BOUNDS) for name, (o, i) in SHAPES.items()}
     for factor in factors_of(layers).values():
         nn.init.normal_(factor)
     return layers
@@ -112,7 +112,7 @@ def test_fake_tensors_are_updated_as_on_a_gpu(monkeypatch, is_fake, num_calls):
     limit_elements(monkeypatch, in_cache=1)
     monkeypatch.setattr(update, "update_", lambda *args, **keys: calls.append(args))
     with FakeTensorMode() if is_fake else nullcontext():
-        layers = {"layer": LowRankLinear(7, 5, RANK, 0.5, BOUNDS)}
+        layers = {"layer": AdapterLinear(7, 5, RANK, 0.5, BOUNDS)}
         optimizer = build_rule(ADAMW, layers)
         for factor in factors_of(layers).values():
             factor.grad = torch.zeros_like(factor)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from switchtitan.contracts import Reparametrized
 from switchtitan.distributed.initial import GeneratorFor, split_blocks
 from switchtitan.distributed.random import draw_vectors
-from switchtitan.methods.lowrank.contraction import (
+from switchtitan.methods.adapter.contraction import (
     Contraction,
     fastest_contraction,
     frozen_linear,
@@ -35,7 +35,7 @@ class FactorLinear(Reparametrized):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
 
-class LowRankLinear(FactorLinear):
+class AdapterLinear(FactorLinear):
     """y = x (W + s B A)^T (+ bias) with W, `weight` [out, in], frozen.
 
     Computes in the dtype of x and the factors; W may have another dtype.
@@ -85,7 +85,7 @@ class LowRankLinear(FactorLinear):
             for layer, out in zip(alike, outputs, strict=True)
         )
 
-    def _contract(self, x: Tensor, layers: Sequence["LowRankLinear"]) -> tuple[Tensor, ...]:
+    def _contract(self, x: Tensor, layers: Sequence["AdapterLinear"]) -> tuple[Tensor, ...]:
         contraction = self._contraction
         if contraction is None:
             out_features = tuple(layer.out_features for layer in layers)
@@ -93,10 +93,10 @@ class LowRankLinear(FactorLinear):
         parts = [(layer.weight, layer.lora_a, layer.lora_b) for layer in layers]
         return contraction(x, parts, self.scale)
 
-    def _is_alike(self, other: nn.Module) -> TypeGuard["LowRankLinear"]:
+    def _is_alike(self, other: nn.Module) -> TypeGuard["AdapterLinear"]:
         """Whether this and the other may be computed together."""
         return (
-            isinstance(other, LowRankLinear)
+            isinstance(other, AdapterLinear)
             and (self.rank, self.scale) == (other.rank, other.scale)
             and not (self.training and (self.dropout or other.dropout))
         )
@@ -128,10 +128,10 @@ class LowRankLinear(FactorLinear):
         return draw_vectors(key, slots, width, bound)
 
 
-def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLinear]:
     """Returns the low-rank layers of a model by qualified name, in the model's order."""
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)
+        name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)
     }
 
 

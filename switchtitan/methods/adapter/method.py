@@ -16,8 +16,8 @@ from switchtitan.contracts import (
     OptimizerConfig,
     TrainingOptimizer,
 )
-from switchtitan.methods.lowrank.contraction import BY_NAME
-from switchtitan.methods.lowrank.linear import FACTORS, FactorLinear, LowRankLinear, lora_bounds
+from switchtitan.methods.adapter.contraction import BY_NAME
+from switchtitan.methods.adapter.linear import FACTORS, AdapterLinear, FactorLinear, lora_bounds
 from switchtitan.optim import OPTIMIZERS
 from switchtitan.optim.parameters import TrainedParameter, trained_parameters
 
@@ -58,7 +58,7 @@ class FactorConfig(MethodConfig):
         return problems
 
 
-class LowRankConfig(FactorConfig):
+class AdapterConfig(FactorConfig):
     """The keys of methods with factors and a frozen weight."""
 
     freezes_weights: ClassVar[bool] = True
@@ -83,13 +83,13 @@ class LowRankConfig(FactorConfig):
         ]
 
 
-LayerT = TypeVar("LayerT", bound=LowRankLinear)
-FactorSection = TypeVar("FactorSection", bound=FactorConfig)
-LowRankSection = TypeVar("LowRankSection", bound=LowRankConfig)
+LayerT = TypeVar("LayerT", bound=AdapterLinear)
+FactorConfigT = TypeVar("FactorConfigT", bound=FactorConfig)
+AdapterConfigT = TypeVar("AdapterConfigT", bound=AdapterConfig)
 SUFFIX_A, SUFFIX_B = (f".{factor}" for factor in FACTORS)
 
 
-class ReplacingMethod(Method[FactorSection]):
+class ReplacingMethod(Method[FactorConfigT]):
     """Targeted linear layers become a `FactorLinear`, whose parameters train at `[optimizer] lr`.
 
     All other parameters that require a gradient train as well.
@@ -142,8 +142,8 @@ class ReplacingMethod(Method[FactorSection]):
         return dense
 
 
-class LowRankMethod(ReplacingMethod[LowRankSection]):
-    """Linear layers become `LowRankLinear`: W frozen, A and B trained."""
+class AdapterMethod(ReplacingMethod[AdapterConfigT]):
+    """Linear layers become `AdapterLinear`: W frozen, A and B trained."""
 
     def scale_of(self, layer_name: str) -> float:
         """Returns the scale s of a layer, W + s B A, by its qualified name."""
@@ -153,11 +153,11 @@ class LowRankMethod(ReplacingMethod[LowRankSection]):
         """Returns the bounds of a layer's initial A and B; by default those of LoRA."""
         return lora_bounds(out_features, in_features, self.config.rank)
 
-    def build_layer(self, name: str, linear: nn.Linear) -> LowRankLinear:
-        return self.new_layer(LowRankLinear, name, linear)
+    def build_layer(self, name: str, linear: nn.Linear) -> AdapterLinear:
+        return self.new_layer(AdapterLinear, name, linear)
 
     def new_layer(self, layer_class: type[LayerT], name: str, linear: nn.Linear) -> LayerT:
-        """Returns a `LowRankLinear` or a subclass with rank, dropout, ... of the configuration."""
+        """Returns a `AdapterLinear` or a subclass with rank, dropout, ... of the configuration."""
         config = self.config
         return layer_class(
             linear.in_features,

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switchtitan.methods.lowrank.operations import copy_in_backward, input_gradient, merge, part_of
+from switchtitan.methods.adapter.operations import copy_in_backward, input_gradient, merge, part_of
 
 Factored = tuple[Tensor, Tensor, Tensor]
 """The weight [out, in], A [rank, in] and B [rank, out] of one layer."""
