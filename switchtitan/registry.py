@@ -21,7 +21,7 @@ class Section(BaseModel):
 
     resumable_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys that do not affect results; they may change on resume."""
-    former_defaults: ClassVar[Mapping[str, float]] = {}
+    former_defaults: ClassVar[Mapping[str, object]] = {}
     """Keys whose default has changed, and what it was: checksums of finished runs rest on it."""
 
     def without_effect(self) -> list[str]:

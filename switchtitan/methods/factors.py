@@ -1,4 +1,4 @@
-"""The method low_rank: without a frozen weight, every adapted layer is a product B A."""
+"""The method low_rank: without a frozen weight, every targeted layer is a product B A."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -8,12 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchtitan.distributed.initial import GeneratorFor
-from switchtitan.methods.adapter.linear import FACTORS, FactorLinear, take
-from switchtitan.methods.adapter.method import FactorConfig, FactorConfigT, ReplacingMethod
+from switchtitan.methods.adapter.linear import take
 from switchtitan.methods.projected import is_right, leading_singular_vectors
+from switchtitan.methods.targets import (
+    FACTORS,
+    FactorLinear,
+    ReplacingMethod,
+    TargetConfig,
+    TargetConfigT,
+)
 
 
-class PlainProductConfig(FactorConfig):
+class PlainProductConfig(TargetConfig):
     """`[method] name = "low_rank"`: W = B A, without the frozen weight of LoRA. B A starts as the
     best approximation of the layer's usual initial weight (truncated SVD; "spectral initialization"
     in arXiv 2105.01029). Ranks share the decompositions, on their CPUs. `[checkpoint]
@@ -46,7 +52,7 @@ class ProductLinear(FactorLinear):
         return dict(zip(FACTORS, balanced_factors(weight, self.rank), strict=True))
 
 
-class ProductMethod(ReplacingMethod[FactorConfigT]):
+class ProductMethod(ReplacingMethod[TargetConfigT]):
     """Linear layers become a `ProductLinear` or a subclass; all parameters train."""
 
     def build_layer(self, name: str, linear: nn.Linear) -> ProductLinear:
@@ -55,7 +61,7 @@ class ProductMethod(ReplacingMethod[FactorConfigT]):
     def starting_weight(self, name: str, weight: Tensor) -> Tensor:
         """Returns the weight of a layer's initial parts, for layers with factors."""
         layer, _, local_name = name.rpartition(".")
-        if local_name != "weight" or not self.config.adapts(layer):
+        if local_name != "weight" or not self.config.is_target(layer):
             return weight
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         parts = self.build_layer(layer, plain).initial_parts(weight)
@@ -85,6 +91,7 @@ def balanced_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     scaled = (matrix @ basis).t() if is_right(matrix) else basis.t() @ matrix
     roots = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).sqrt()
     # A weight of a lower rank has singular values of zero.
-    of_basis, of_other = basis.t() * roots, scaled / roots.clamp(min=torch.finfo(roots.dtype).tiny)
-    lora_a, lora_b = (of_basis, of_other) if is_right(matrix) else (of_other, of_basis)
-    return lora_a.to(weight.dtype).contiguous(), lora_b.to(weight.dtype).contiguous()
+    other = scaled / roots.clamp(min=torch.finfo(roots.dtype).tiny)
+    factors = (basis.t() * roots, other) if is_right(matrix) else (other, basis.t() * roots)
+    lora_a, lora_b = (factor.to(weight.dtype).contiguous() for factor in factors)
+    return lora_a, lora_b

@@ -50,5 +50,5 @@ def num_flops(contraction, out_features, *rest):
     Args:
         rest: in_features, rank and the number of tokens.
     """
-    products = contractions._products(contraction.__name__, (out_features,), *rest)
+    products = contractions._products(contraction.__name__, out_features, *rest)
     return sum(2 * m * k * n for m, k, n in products)

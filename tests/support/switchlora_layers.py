@@ -178,10 +178,9 @@ def requested_and_switched(optimizer, num_steps):
     return np.asarray(requested), plan.num_switched
 
 
-def limit_elements(monkeypatch, per_call=8, in_cache=2**17):
-    """Limits the groups of factors, and the blocks that a CPU updates at a time."""
+def limit_factors(monkeypatch, per_call):
+    """Limits the groups of factors that a compiled update and one on a GPU take."""
     monkeypatch.setattr(update, "_FACTORS_PER_CALL", per_call)
-    monkeypatch.setattr(update, "_ELEMENTS_IN_CACHE", in_cache)
 
 
 def draw_few_at_a_time(monkeypatch, num_elements):

@@ -1,1 +1,1 @@
-"""Layers with low-rank factors, and the base classes of the methods that train them."""
+"""Adapters: layers W + s B A with a frozen W, and the base classes of methods that train them."""

@@ -1,4 +1,4 @@
-"""Layers that take the place of linear ones, and the initial values of their factors."""
+"""The layer with a frozen weight and factors, and the initial values of its factors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchtitan.contracts import Reparametrized
 from switchtitan.distributed.initial import GeneratorFor, split_blocks
 from switchtitan.distributed.random import draw_vectors
 from switchtitan.methods.adapter.contraction import (
@@ -16,23 +15,7 @@ from switchtitan.methods.adapter.contraction import (
     fastest_contraction,
     frozen_linear,
 )
-
-FACTORS = ("lora_a", "lora_b")
-"""Local names of the factors A [rank, in] and B, stored transposed, [rank, out]."""
-
-
-class FactorLinear(Reparametrized):
-    """A layer with factors in place of a linear one.
-
-    B is stored transposed, so that the vectors of both factors are rows.
-    """
-
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
-        super().__init__(in_features, out_features)
-        self.rank = rank
-        self.lora_a = nn.Parameter(torch.empty(rank, in_features))
-        self.lora_b = nn.Parameter(torch.empty(rank, out_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+from switchtitan.methods.targets import FACTORS, FactorLinear
 
 
 class AdapterLinear(FactorLinear):
@@ -129,7 +112,7 @@ class AdapterLinear(FactorLinear):
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLinear]:
-    """Returns the low-rank layers of a model by qualified name, in the model's order."""
+    """Returns the adapters of a model by qualified name, in the model's order."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)
     }

@@ -1,64 +1,26 @@
-"""The base classes of methods whose layers have factors, and of their sections."""
+"""The base classes of methods that train adapters, and of their sections."""
 
-from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from switchtitan.contracts import (
-    LanguageModel,
-    LowRankUpdate,
-    Method,
-    MethodConfig,
-    OptimizerConfig,
-    TrainingOptimizer,
-)
+from switchtitan.contracts import LowRankUpdate
 from switchtitan.methods.adapter.contraction import BY_NAME
-from switchtitan.methods.adapter.linear import FACTORS, AdapterLinear, FactorLinear, lora_bounds
-from switchtitan.optim import OPTIMIZERS
-from switchtitan.optim.parameters import TrainedParameter, trained_parameters
-
-ADAPTED_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class FactorConfig(MethodConfig):
-    """The keys of all methods whose rank is below the dimensions of the layers that they adapt."""
-
-    rank: int = Field(ge=1)
-    """Number of vectors in each factor: at least 1, and below the smaller dimension of every
-    adapted layer."""
-    targets: tuple[str, ...] = Field(default=ADAPTED_LINEARS, min_length=1)
-    """Local names of the linear layers to adapt, at least one; by default all of attention and MLP.
-    All other parameters train as with full_rank."""
-
-    def adapts(self, name: str) -> bool:
-        """Returns whether the linear layer of this qualified name is a target."""
-        return name.rpartition(".")[2] in self.targets
-
-    def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
-        """See `contracts.MethodConfig`."""
-        problems = []
-        local_names = {name.rpartition(".")[2] for name in linear_shapes}
-        if unknown := [target for target in self.targets if target not in local_names]:
-            problems.append(
-                f"[method] targets = {list(self.targets)}: the model has no linear layer called "
-                f"{', '.join(map(repr, unknown))}; it has {', '.join(sorted(local_names))}"
-            )
-        adapted = filter(self.adapts, linear_shapes)
-        smallest = min(adapted, key=lambda name: min(linear_shapes[name]), default=None)
-        if smallest is not None and self.rank >= min(linear_shapes[smallest]):
-            problems.append(
-                f"[method] rank = {self.rank}: expected less than the smaller dimension of every "
-                f"adapted layer; {smallest} is {list(linear_shapes[smallest])}, so use a rank of "
-                f"at most {min(linear_shapes[smallest]) - 1}"
-            )
-        return problems
+from switchtitan.methods.adapter.linear import AdapterLinear, lora_bounds
+from switchtitan.methods.targets import (
+    FACTORS,
+    SUFFIX_A,
+    SUFFIX_B,
+    ReplacingMethod,
+    TargetConfig,
+    layers_with_factors,
+)
 
 
-class AdapterConfig(FactorConfig):
+class AdapterConfig(TargetConfig):
     """The keys of methods with factors and a frozen weight."""
 
     freezes_weights: ClassVar[bool] = True
@@ -83,67 +45,13 @@ class AdapterConfig(FactorConfig):
         ]
 
 
-LayerT = TypeVar("LayerT", bound=AdapterLinear)
-FactorConfigT = TypeVar("FactorConfigT", bound=FactorConfig)
 AdapterConfigT = TypeVar("AdapterConfigT", bound=AdapterConfig)
-SUFFIX_A, SUFFIX_B = (f".{factor}" for factor in FACTORS)
-
-
-class ReplacingMethod(Method[FactorConfigT]):
-    """Targeted linear layers become a `FactorLinear`, whose parameters train at `[optimizer] lr`.
-
-    All other parameters that require a gradient train as well.
-    """
-
-    adapted: ClassVar[tuple[str, ...]] = FACTORS
-    """Local names of the trained parameters of replaced layers, except for the bias."""
-
-    @abstractmethod
-    def build_layer(self, name: str, linear: nn.Linear) -> FactorLinear:
-        """Returns the layer that replaces `linear`, by its qualified name."""
-
-    @abstractmethod
-    def dense_weight(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns the weight [out, in] of a replaced layer, from fp32 tensors by qualified name."""
-
-    def prepare_model(self, model: nn.Module) -> None:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and self.config.adapts(name):
-                # A model on the meta device stays there: its full layers may not fit in memory.
-                with module.weight.device:
-                    model.set_submodule(name, self.build_layer(name, module))
-
-    def trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
-        """Returns all trained parameters; those that are not `is_other` belong to the method."""
-        adapted = {
-            name for name, _ in model.named_parameters() if name.rpartition(".")[2] in self.adapted
-        }
-        return [
-            entry
-            if entry.is_other
-            else entry._replace(decays=True, input_dim=0 if entry.name.endswith(SUFFIX_B) else 1)
-            for entry in trained_parameters(model, adapted)
-        ]
-
-    def build_optimizer(
-        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
-    ) -> TrainingOptimizer:
-        return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step)
-
-    def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        replaced, plain = set(layers_with_factors(tensors)), super().dense_weights(tensors)
-        dense = {}
-        for name, tensor in plain.items():
-            layer, _, local_name = name.rpartition(".")
-            if layer not in replaced or local_name == "bias":
-                dense[name] = tensor
-            elif name.endswith(SUFFIX_A):
-                dense[f"{layer}.weight"] = self.dense_weight(layer, plain)
-        return dense
 
 
 class AdapterMethod(ReplacingMethod[AdapterConfigT]):
-    """Linear layers become `AdapterLinear`: W frozen, A and B trained."""
+    """Linear layers become an `AdapterLinear`: W frozen, A and B trained."""
+
+    layer_type: ClassVar[type[AdapterLinear]] = AdapterLinear
 
     def scale_of(self, layer_name: str) -> float:
         """Returns the scale s of a layer, W + s B A, by its qualified name."""
@@ -154,12 +62,8 @@ class AdapterMethod(ReplacingMethod[AdapterConfigT]):
         return lora_bounds(out_features, in_features, self.config.rank)
 
     def build_layer(self, name: str, linear: nn.Linear) -> AdapterLinear:
-        return self.new_layer(AdapterLinear, name, linear)
-
-    def new_layer(self, layer_class: type[LayerT], name: str, linear: nn.Linear) -> LayerT:
-        """Returns a `AdapterLinear` or a subclass with rank, dropout, ... of the configuration."""
         config = self.config
-        return layer_class(
+        return self.layer_type(
             linear.in_features,
             linear.out_features,
             config.rank,
@@ -182,7 +86,3 @@ class AdapterMethod(ReplacingMethod[AdapterConfigT]):
             )
             for layer in layers_with_factors(tensors)
         }
-
-
-def layers_with_factors(names: Iterable[str]) -> list[str]:
-    return [name.removesuffix(SUFFIX_A) for name in names if name.endswith(SUFFIX_A)]

@@ -13,7 +13,6 @@ from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.rows import RowSpans, ShardedRows, copy_all_, gather_rows, paired_rows
 from switchtitan.distributed.shards import shard_group
 from switchtitan.methods.adapter.linear import (
-    FACTORS,
     AdapterLinear,
     adapter_layers,
     balanced_bounds,
@@ -30,6 +29,7 @@ from switchtitan.methods.switchlora.candidates import (
 )
 from switchtitan.methods.switchlora.plan import Plan, Switch, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
+from switchtitan.methods.targets import FACTORS
 from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.base import SplitOptimizer
 from switchtitan.optim.muon import MuonConfig, build_muon
@@ -73,13 +73,16 @@ class SwitchLoraLinear(AdapterLinear):
 class SwitchLora(AdapterMethod[SwitchLoraConfig]):
     """Low-rank factors whose vectors are exchanged with candidates throughout training."""
 
+    layer_type = SwitchLoraLinear
+
     def bounds(self, out_features: int, in_features: int) -> tuple[float, float]:
         """Returns the bounds of A's and B's candidates."""
-        of_init = balanced_bounds if self.config.init == "switchlora" else lora_bounds
-        return of_init(out_features, in_features, self.config.rank)
+        bounds = balanced_bounds if self.config.init == "switchlora" else lora_bounds
+        return bounds(out_features, in_features, self.config.rank)
 
     def build_layer(self, name: str, linear: nn.Linear) -> SwitchLoraLinear:
-        layer = self.new_layer(SwitchLoraLinear, name, linear)
+        layer = super().build_layer(name, linear)
+        assert isinstance(layer, SwitchLoraLinear)
         if self.config.candidates == "swap":
             layer.store_candidates(on_host=self.config.candidates_device == "host")
         return layer
