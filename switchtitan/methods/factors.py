@@ -47,6 +47,10 @@ class ProductLinear(FactorLinear):
         parts = self.initial_parts(weight)
         return {name: take(part, rows[name]) for name, part in parts.items() if name in rows}
 
+    def dense_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """See `FactorLinear`."""
+        return tensors["lora_b"].t() @ tensors["lora_a"]
+
     def initial_parts(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns its initial parameters by local name, from the plain weight [out, in]."""
         return dict(zip(FACTORS, balanced_factors(weight, self.rank), strict=True))
@@ -63,17 +67,10 @@ class ProductMethod(ReplacingMethod[TargetConfigT]):
         layer, _, local_name = name.rpartition(".")
         if local_name != "weight" or not self.config.is_target(layer):
             return weight
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        parts = self.build_layer(layer, plain).initial_parts(weight)
-        return self.dense_weight(layer, {f"{layer}.{part}": parts[part] for part in parts})
-
-
-class PlainProduct(ProductMethod[PlainProductConfig]):
-    """The weight of each layer is the product of its factors."""
-
-    def dense_weight(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        lora_a, lora_b = (tensors[f"{layer}.{factor}"] for factor in FACTORS)
-        return lora_b.t() @ lora_a
+        with torch.device("meta"):
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            replacement = self.build_layer(layer, plain)
+        return replacement.dense_weight(replacement.initial_parts(weight))
 
 
 def balanced_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -88,6 +88,12 @@ class SparseProductLinear(ProductLinear):
             tensors |= super().initial_tensors(weight, generator_for, rows)
         return tensors
 
+    def dense_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """See `FactorLinear`."""
+        lora_a, lora_b, values = (tensors[name] for name in (*FACTORS, SPARSE))
+        seed = torch.tensor([self._seed], device=values.device)
+        return _dense(lora_a, lora_b, values, _columns(lora_a, lora_b, values, seed))
+
     def initial_parts(self, weight: Tensor) -> dict[str, Tensor]:
         """B A is the best approximation by rank; S has the rest of the weight at its positions."""
         parts = super().initial_parts(weight)
@@ -100,19 +106,9 @@ class SparseProductLinear(ProductLinear):
 class Sltrain(ProductMethod[SltrainConfig]):
     """The weight of each layer is the product of its factors plus a sparse matrix."""
 
-    trained = (*FACTORS, SPARSE)
-
     def build_layer(self, name: str, linear: nn.Linear) -> SparseProductLinear:
-        config = self.config
-        return SparseProductLinear(linear, config.rank, config.density, self._support_seed(name))
-
-    def dense_weight(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        lora_a, lora_b, values = (tensors[f"{layer}.{part}"] for part in self.trained)
-        seed = torch.tensor([self._support_seed(layer)], device=values.device)
-        return _dense(lora_a, lora_b, values, _columns(lora_a, lora_b, values, seed))
-
-    def _support_seed(self, layer: str) -> int:
-        return generator_for(self.seed, f"{layer}.support").initial_seed()
+        config, seed = self.config, generator_for(self.seed, f"{name}.support").initial_seed()
+        return SparseProductLinear(linear, config.rank, config.density, seed)
 
 
 def _num_per_row(density: float, in_features: int) -> int:

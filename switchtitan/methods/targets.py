@@ -94,7 +94,7 @@ TargetConfigT = TypeVar("TargetConfigT", bound=TargetConfig)
 
 
 class FactorLinear(Reparametrized):
-    """A layer with factors in place of a linear one.
+    """A layer with factors in place of a linear one: its product, initial values and dense weight.
 
     B is stored transposed, so that the vectors of both factors are rows.
     """
@@ -106,6 +106,14 @@ class FactorLinear(Reparametrized):
         self.lora_b = nn.Parameter(torch.empty(rank, out_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
+    @abstractmethod
+    def dense_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns the weight [out, in] of a linear layer that computes the same.
+
+        Args:
+            tensors: full parameters by local name. The layer's own may be on the meta device.
+        """
+
 
 class ReplacingMethod(Method[TargetConfigT]):
     """Targets become a `FactorLinear`, whose parameters train at `[optimizer] lr`.
@@ -113,16 +121,9 @@ class ReplacingMethod(Method[TargetConfigT]):
     All other parameters that require a gradient train as well.
     """
 
-    trained: ClassVar[tuple[str, ...]] = FACTORS
-    """Local names of the trained parameters of replaced layers, except for the bias."""
-
     @abstractmethod
     def build_layer(self, name: str, linear: nn.Linear) -> FactorLinear:
         """Returns the layer that replaces `linear`, by its qualified name."""
-
-    @abstractmethod
-    def dense_weight(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns the weight [out, in] of a replaced layer, from fp32 tensors by qualified name."""
 
     def prepare_model(self, model: LanguageModel) -> None:
         for name, linear in self.config.targeted(model).items():
@@ -133,7 +134,11 @@ class ReplacingMethod(Method[TargetConfigT]):
     def trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
         """Returns all trained parameters; those that are not `is_other` belong to the method."""
         targeted = {
-            name for name, _ in model.named_parameters() if name.rpartition(".")[2] in self.trained
+            f"{layer}.{name}"
+            for layer, module in model.named_modules()
+            if isinstance(module, FactorLinear)
+            for name, _ in module.named_parameters()
+            if name != "bias"
         }
         return [
             entry
@@ -155,7 +160,11 @@ class ReplacingMethod(Method[TargetConfigT]):
             if layer not in replaced or local_name == "bias":
                 dense[name] = tensor
             elif name.endswith(SUFFIX_A):
-                dense[f"{layer}.weight"] = self.dense_weight(layer, plain)
+                with torch.device("meta"):  # its shapes alone
+                    linear = nn.Linear(tensor.shape[1], plain[layer + SUFFIX_B].shape[1], False)
+                    replaced_by = self.build_layer(layer, linear)
+                own = {key: plain[f"{layer}.{key}"] for key, _ in replaced_by.named_parameters()}
+                dense[f"{layer}.weight"] = replaced_by.dense_weight(own)
         return dense
 
 

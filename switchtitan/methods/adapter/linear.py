@@ -104,6 +104,11 @@ class AdapterLinear(FactorLinear):
             "lora_b": take(lora_b, rows["lora_b"]),
         }
 
+    def dense_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """See `FactorLinear`."""
+        lora_a, lora_b = tensors["lora_a"], tensors["lora_b"]
+        return torch.addmm(tensors["weight"], lora_b.t(), lora_a, alpha=self.scale)
+
     def draw(self, factor: str, slots: Tensor, generator_for: GeneratorFor) -> Tensor:
         """Returns the factor's random vectors number `slots`, [slots, width] fp32."""
         key = torch.tensor(generator_for(factor).initial_seed())

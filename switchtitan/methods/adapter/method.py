@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal, TypeVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -11,7 +10,6 @@ from switchtitan.contracts import LowRankUpdate
 from switchtitan.methods.adapter.contraction import BY_NAME
 from switchtitan.methods.adapter.linear import AdapterLinear, lora_bounds
 from switchtitan.methods.targets import (
-    FACTORS,
     SUFFIX_A,
     SUFFIX_B,
     ReplacingMethod,
@@ -73,11 +71,6 @@ class AdapterMethod(ReplacingMethod[AdapterConfigT]):
             dropout=config.dropout,
             contraction=None if config.contraction == "cheapest" else BY_NAME[config.contraction],
         )
-
-    def dense_weight(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        lora_a, lora_b = (tensors[f"{layer}.{factor}"] for factor in FACTORS)
-        weight = tensors[f"{layer}.weight"]
-        return torch.addmm(weight, lora_b.t(), lora_a, alpha=self.scale_of(layer))
 
     def low_rank_updates(self, tensors: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
         return {
