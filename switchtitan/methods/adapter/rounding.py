@@ -19,7 +19,7 @@ _NUM_DROPPED_BITS = 16
 
 
 class FrozenWeights:
-    """The frozen weights of low-rank layers, which products are added to.
+    """The frozen weights of adapters, which products are added to.
 
     Weights in bf16 are rounded by random bits, a pure function of the seed, the weight's name, the
     event, and the element's place in the full weight: nothing is stored, and the result does not
