@@ -184,11 +184,11 @@ class DataConfig(SourceConfig):
             **self.model_dump(mode="json", include=keys),
         }
 
-    def source_config(self, number: int, tokenizer: str) -> "DataConfig":
-        """The configuration of one source of a mixture."""
-        keys = self.sources[number].model_dump(exclude={"weight"})
-        of_mixture = {"sources": (), "tokenizer": tokenizer, "offline_dataset": None}
-        return self.model_copy(update=keys | of_mixture)
+    def source_configs(self) -> "list[DataConfig]":
+        """The configuration of each source of a mixture, or this one."""
+        of_sources = [source.model_dump(exclude={"weight"}) for source in self.sources]
+        of_mixture = {"sources": (), "offline_dataset": None}
+        return [self.model_copy(update=keys | of_mixture) for keys in of_sources] or [self]
 
     def fallback_config(self) -> "DataConfig":
         """The configuration to use if the hub cannot be reached."""

@@ -101,14 +101,13 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
         "max_bytes": config.max_bytes,
     }
     # A hub dataset's splits are known only when the hub has been asked.
-    if not (row.has_own_splits if row.comes_from_hub else source.splits):
+    if not (row.has_own_splits if row.comes_from_hub else source.splits()):
         identity["validation_fraction"] = config.held_out_fraction
         identity["test_fraction"] = config.test_fraction
         identity["held_out_document_tokens"] = HELD_OUT_DOCUMENT_TOKENS
     if config.bos is not None:
         identity["bos"] = config.bos
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    folder = config.cache_dir.expanduser() / f"{config.dataset}-{digest}"
+    folder = config.cache_dir.expanduser() / f"{config.dataset}-{_digest(identity)[:12]}"
     return CorpusPlan(config, source, identity, folder, fallback_for)
 
 
@@ -181,7 +180,11 @@ def fingerprint_of(tokenizer_sha256: str, dtype: str, splits: dict[str, list[Sha
             for split, shards in splits.items()
         },
     }
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:32]
+    return _digest(contents)[:32]
+
+
+def _digest(contents: object) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def write_index(folder: Path, index: CorpusIndex) -> None:
@@ -251,26 +254,28 @@ class Corpus:
     parts: tuple["Corpus", ...] = ()
     """Of a mixture: all sources. Folder and index are those of the first one, whose tokenizer all
     have."""
-    schedule: Schedule | None = None
-    """Of a mixture."""
+    schedule: Schedule = ONE_SOURCE
 
     @property
     def name(self) -> str:
         return self.index.name
 
     @property
-    def fingerprint(self) -> str:
-        """32 hexadecimal digits that identify the tokens and the tokenizer on any machine."""
-        if self.schedule is None:
-            return self.index.fingerprint
-        pairs = zip(self.parts, self.schedule.counts, strict=True)
-        contents = [[part.fingerprint, count] for part, count in pairs]
-        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
-
-    @property
     def sources(self) -> "tuple[Corpus, ...]":
         """The corpora that were prepared: all of a mixture, or this one."""
         return self.parts or (self,)
+
+    @property
+    def shares(self) -> "list[tuple[Corpus, int]]":
+        """The sources and their counts, see `Schedule`."""
+        return list(zip(self.sources, self.schedule.counts, strict=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that identify the tokens and the tokenizer on any machine."""
+        if not self.parts:
+            return self.index.fingerprint
+        return _digest([[source.fingerprint, count] for source, count in self.shares])[:32]
 
     @property
     def eos_id(self) -> int:
@@ -280,9 +285,8 @@ class Corpus:
     @property
     def description(self) -> str:
         """The documents, for people and for a run's metadata, and the fallback if there was one."""
-        if self.schedule is not None:
-            pairs = zip(self.parts, self.schedule.counts, strict=True)
-            shares = (f"{count / PERIOD:.2%} {part.description}" for part, count in pairs)
+        if self.parts:
+            shares = (f"{count / PERIOD:.2%} {part.description}" for part, count in self.shares)
             return f"mixture of {' + '.join(shares)}"
         fallback = f" (fallback for {self.fallback_for})" if self.fallback_for else ""
         return self.index.source + fallback
@@ -297,7 +301,7 @@ class Corpus:
         no such split, or it is shorter than one sequence."""
         parts = [source._own_split(name, seq_len) for source in self.sources]
         names = [source.name for source in self.sources]
-        return Sequences(parts, names, self.schedule or ONE_SOURCE)
+        return Sequences(parts, names, self.schedule)
 
     def _own_split(self, name: str, seq_len: int) -> TokenSequences:
         if name not in self.index.splits:

@@ -7,10 +7,11 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from switchtitan.data.order import sequence_index
-from switchtitan.data.sequences import TokenSequence, TokenSequences
+from switchtitan.data.sequences import TokenSequences
 from switchtitan.errors import ConfigError
 
 PERIOD = 10_000
@@ -92,7 +93,7 @@ def schedule_of(weights: Sequence[float]) -> Schedule:
 ONE_SOURCE = Schedule((PERIOD,))
 
 
-class Sequences(Dataset[TokenSequence]):
+class Sequences(Dataset[Tensor]):
     """The sequences of a split of one source or several.
 
     Index i is sequence i of the first source, then of the second one, and so on. In the endless
@@ -103,13 +104,13 @@ class Sequences(Dataset[TokenSequence]):
         self, parts: Sequence[TokenSequences], names: Sequence[str], schedule: Schedule
     ) -> None:
         self._parts, self._schedule = tuple(parts), schedule
-        self.names, self.seq_len = tuple(names), parts[0].seq_len
+        self.names, self.seq_len, self.eos_id = tuple(names), parts[0].seq_len, parts[0].eos_id
         self._starts = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> TokenSequence:
+    def __getitem__(self, index: int) -> Tensor:
         source = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._parts[source][index - int(self._starts[source])]
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,19 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-class TokenSequence(NamedTuple):
-    """One sequence of a split."""
-
-    tokens: Tensor
-    """[seq + 1] int64: the inputs and, shifted by one, the targets."""
-    document_ids: Tensor
-    """[seq] int32: 0 at the start, one more after each end of a document."""
-
-
 @dataclass(frozen=True, eq=False)
 class TokenSequences:
-    """The sequences of one corpus's split: sequence i holds tokens [i * seq_len, (i + 1) * seq_len]
-    of the joined shards.
+    """The sequences of one corpus's split: sequence i, [seq + 1] int64, holds tokens
+    [i * seq_len, (i + 1) * seq_len] of the joined shards.
 
     Consecutive sequences share one token, the last target of one and the first input of the next,
     so each token is a target once."""
@@ -55,10 +46,9 @@ class TokenSequences:
     def __len__(self) -> int:
         return max(0, int(self._ends[-1]) - 1) // self.seq_len
 
-    def __getitem__(self, index: int) -> TokenSequence:
+    def __getitem__(self, index: int) -> Tensor:
         first = index * self.seq_len
-        tokens = torch.from_numpy(self.read(first, first + self.seq_len + 1))
-        return TokenSequence(tokens, document_ids(tokens[:-1], self.eos_id))
+        return torch.from_numpy(self.read(first, first + self.seq_len + 1))
 
     def read(self, first: int, end: int) -> NDArray[np.int64]:
         """Returns tokens `first` to `end - 1` of the joined shards."""
@@ -73,8 +63,7 @@ class TokenSequences:
 
 
 def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
-    """Document ids [seq] int32 of tokens [seq]: the number of `eos_id` before each token.
-
-    An EOS belongs to the document that it ends."""
+    """Document ids [..., seq] int32 of tokens [..., seq]: the number of `eos_id` before each token
+    of its sequence. An EOS belongs to the document that it ends."""
     ends = (tokens == eos_id).to(torch.int32)
-    return torch.cumsum(ends, dim=0, dtype=torch.int32) - ends
+    return torch.cumsum(ends, dim=-1, dtype=torch.int32) - ends

@@ -18,7 +18,7 @@ from switchtitan.checkpoint.save import CheckpointMetadata
 from switchtitan.contracts import ModelConfig
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CheckpointError, OutputError
-from switchtitan.files import make_folder, sync_folder, sync_tree
+from switchtitan.files import make_folder, rename_complete, sync_tree
 from switchtitan.hub.dense_checkpoint import module_of
 from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, parameter_shapes, write_json
 from switchtitan.process import progress_bar
@@ -133,11 +133,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
         try:
             yield partial
             sync_tree(partial)
-            partial.replace(folder)
+            rename_complete(partial, folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"{folder} cannot be written ({error}); choose another folder, free space on its disk, "

@@ -234,8 +234,8 @@ def test_prompts_texts_and_exports_begin_as_the_documents_of_the_run(
     words = ("--tokenizer", beginning, "--prompt", TEXT, "--max-new-tokens", 1)
     assert generated(folder / "run", *words)["prompt_tokens"] == tokens
     sequences = corpus.split("validation", 16)
-    read = [t for index in range(10) for t in sequences[index].tokens[:-1].tolist()]
-    read = [*read[1:], sequences[9].tokens[-1].item()]
+    read = [t for index in range(10) for t in sequences[index][:-1].tolist()]
+    read = [*read[1:], sequences[9][-1].item()]
     assert result["bytes"] == len(corpus.tokenizer().tokenizer.decode(read).encode())
 
 
