@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import cache
@@ -93,10 +93,10 @@ def open_corpus(
     """
 
     def open_one(own: DataConfig) -> Corpus:
-        if ranks is None:
-            plan = plan_corpus(own) if prepares else plan_from_name(own)
-            return _open(plan, model_vocab_size, prepares=prepares)
-        return _open_on_ranks(own, ranks, model_vocab_size)
+        if ranks is not None:
+            return _open_on_ranks(own, ranks, model_vocab_size)
+        plan = plan_corpus(own) if prepares else plan_from_name(own)
+        return _open(plan, model_vocab_size, prepares=prepares)
 
     if not config.sources:
         return open_one(config)
@@ -109,11 +109,7 @@ def open_corpus(
 
 
 def _open(
-    plan: CorpusPlan,
-    model_vocab_size: int | None,
-    *,
-    prepares: bool = True,
-    verifies: bool = True,
+    plan: CorpusPlan, model_vocab_size: int | None, *, prepares: bool = True, verifies: bool = True
 ) -> Corpus:
     if not prepares and not plan.is_prepared:
         raise CorpusError(
@@ -141,9 +137,9 @@ def _open_on_ranks(config: DataConfig, ranks: World, model_vocab_size: int | Non
         return _open(plan_corpus(config), model_vocab_size) if ranks.is_main else None
 
     main = ranks.together(open_main)[0]
+    assert main is not None
 
     def open_same() -> Corpus:
-        assert main is not None
         if ranks.is_main:
             return main
         own = config if main.fallback_for is None else config.fallback_config()
@@ -284,7 +280,7 @@ class _Preparation:
     def _write_stream(self, stream: str | None, tokenizer: DocumentTokenizer) -> None:
         """Writes the segments of a stream that are left, and the progress after each."""
         config, progress = self._config, self._progress
-        read = read_chunks(
+        chunks = read_chunks(
             self._source.read(stream, progress.position, tokenizer),
             config.max_documents,
             config.max_bytes,
@@ -292,29 +288,20 @@ class _Preparation:
             progress.bytes_of_text,
         )
         total = config.max_bytes or self._source.num_bytes
-        segment, num_tokens = list[Chunk](), 0
         with progress_bar(f"tokenizing {stream or ''}".rstrip(), total=total, unit="B") as bar:
             bar.update(progress.bytes_of_text)
-            # Three threads: one reads, one tokenizes with all cores, this one writes.
-            for chunk in read_ahead(tokenized(read_ahead(read), tokenizer)):
-                bar.update(chunk.num_bytes)
-                segment.append(chunk)
-                num_tokens += sum(map(len, chunk.documents)) + len(chunk.documents)
-                if num_tokens >= SEGMENT_TOKENS:
-                    self._write_segment(segment, stream, tokenizer)
-                    segment, num_tokens = [], 0
-            if segment:
+            for segment in tokenized(read_ahead(chunks), tokenizer, bar.update):
                 self._write_segment(segment, stream, tokenizer)
         progress.stream += 1
         progress.position, progress.documents, progress.bytes_of_text = None, 0, 0
         self._save_progress()
 
     def _write_segment(
-        self, segment: "list[Chunk]", stream: str | None, tokenizer: DocumentTokenizer
+        self, segment: "Chunk", stream: str | None, tokenizer: DocumentTokenizer
     ) -> None:
         """Writes one shard for each split, and the progress after it."""
         progress, documents = self._progress, dict[str, list[NDArray[Any]]]()
-        for ids in chain.from_iterable(chunk.documents for chunk in segment):
+        for ids in segment.documents:
             split = _split_of(progress.documents, stream, self._config)
             is_cut = stream is None and split != "train"
             kept = ids[: HELD_OUT_DOCUMENT_TOKENS - 1] if is_cut else ids
@@ -323,9 +310,9 @@ class _Preparation:
         for split, own in documents.items():
             file = self._folder / f"{split}-{progress.segments:05d}.bin"
             progress.splits.setdefault(split, []).append(write_shard(file, own, tokenizer))
-        progress.position = segment[-1].position
-        progress.num_files_read = progress.position.get("file", 0) + 1
-        progress.bytes_of_text += sum(chunk.num_bytes for chunk in segment)
+        progress.position = segment.position
+        progress.num_files_read = segment.position.get("file", 0) + 1
+        progress.bytes_of_text += segment.num_bytes
         progress.segments += 1
         self._save_progress()
         logger.info("finished segment %d", progress.segments)
@@ -483,15 +470,26 @@ def read_chunks(
         yield Chunk(chunk, num_bytes - before, position)
 
 
-def tokenized(chunks: Iterator[Chunk], tokenizer: DocumentTokenizer) -> Iterator[Chunk]:
-    """Yields the chunks with token ids in place of texts."""
-    for chunk in chunks:
-        if isinstance(chunk.documents[0], str):
-            encoded = tokenizer.encode_documents(chunk.documents)
+def tokenized(
+    chunks: Iterator[Chunk], tokenizer: DocumentTokenizer, on_bytes: Callable[[int], object]
+) -> Iterator[Chunk]:
+    """Yields segments of `SEGMENT_TOKENS` or more: chunks, joined, of token ids in place of texts.
+    `on_bytes` gets the size of each chunk."""
+    segment, num_bytes, num_tokens = list[NDArray[Any]](), 0, 0
+    for documents, size, position in chunks:
+        if isinstance(documents[0], str):
+            encoded = tokenizer.encode_documents(documents)
             # Arrays take 2 or 4 bytes per token, Python's numbers up to 40.
-            ids = [np.array(token_ids, dtype=tokenizer.dtype) for token_ids in encoded]
-            chunk = chunk._replace(documents=ids)
-        yield chunk
+            documents = [np.array(token_ids, dtype=tokenizer.dtype) for token_ids in encoded]
+        segment += documents
+        num_bytes += size
+        num_tokens += sum(map(len, documents)) + len(documents)
+        on_bytes(size)
+        if num_tokens >= SEGMENT_TOKENS:
+            yield Chunk(segment, num_bytes, position)
+            segment, num_bytes, num_tokens = [], 0, 0
+    if segment:
+        yield Chunk(segment, num_bytes, position)
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:

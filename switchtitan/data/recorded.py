@@ -129,8 +129,8 @@ def check_unchanged(config: DataConfig, corpus: Corpus) -> None:
             source = DATASETS[own.dataset].open(own, None)
         except CorpusError as error:
             logger.info("training on %s without its source: %s", prepared.folder, error)
-            continue
-        check_files(own, source, prepared, "start a new run in another [job] output_dir")
+        else:
+            check_files(own, source, prepared, "start a new run in another [job] output_dir")
 
 
 def check_files(config: DataConfig, source: Source, corpus: Corpus, remedy: str) -> None:
@@ -143,24 +143,21 @@ def check_files(config: DataConfig, source: Source, corpus: Corpus, remedy: str)
     """
     before = {file.name: file for file in corpus.index.files}
     now = {file.name: file for file in source.files}
-    touched = 0
-    for name in sorted({*before, *now}):
-        was, found = before.get(name), now.get(name)
-        problem = None
+    num_touched = 0
+    for name in sorted(before.keys() | now.keys()):
+        was, found, problem = before.get(name), now.get(name), ""
         if was is None or found is None:
             problem = "is missing" if found is None else "is new"
         elif was.num_bytes != found.num_bytes:
             problem = f"had {was.num_bytes} bytes, now {found.num_bytes}"
         elif was.changed_ns != found.changed_ns:
-            touched += 1
+            num_touched += 1
             if was.sha256 not in (None, sha256_of_file(source.folder / name)):
                 problem = "has other contents"
-        if problem is not None:
+        if problem:
             raise CorpusError(
                 f"[data] path = {str(config.path)!r}: not what {corpus.folder} was prepared from: "
                 f"{name} {problem}; restore it, or {remedy}"
             )
-    if touched:
-        logger.info(
-            "%d file(s) in %s have other times, but the same contents", touched, source.folder
-        )
+    if num_touched:
+        logger.info("%d file(s) have other times, but the same contents", num_touched)
