@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from switchtitan.config import toml_value
 from switchtitan.data.sources import DATASETS, HUB_KEYS
-from switchtitan.data.tokenizer import read_tokenizer
+from switchtitan.data.tokenizer import is_cached, read_tokenizer
 from switchtitan.registry import Section
 
 if TYPE_CHECKING:
@@ -172,6 +172,12 @@ class DataConfig(SourceConfig):
         """The tokenizer's name on the hub; None if it is local or trained."""
         is_local = self.tokenizer == TRAINED_TOKENIZER or self.tokenizer_path is not None
         return None if is_local else self.tokenizer
+
+    @property
+    def needs_hub(self) -> bool:
+        """Whether a preparation asks the hub for the dataset or the tokenizer."""
+        name = self.hub_tokenizer
+        return self.needs_hub_dataset or (name is not None and not is_cached(name))
 
     def identity(self) -> dict[str, object]:
         """Returns the keys that determine tokens and splits, wherever their files are."""

@@ -35,28 +35,18 @@ def permute(offsets: NDArray[np.int64], size: int, *, seed: int, epoch: int) -> 
     (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 3). The
     range is below 4 * size, so few values need many passes."""
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    keys = _round_keys(seed, epoch)
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+    keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
     values = offsets.astype(np.uint64).reshape(-1)
     outside = np.arange(values.size)
     while outside.size:
-        values[outside] = _feistel(values[outside], half_bits, keys)
+        left, right = values[outside] >> shift, values[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        values[outside] = (left << shift) | right
         outside = outside[values[outside] >= size]
     return values.astype(np.int64).reshape(offsets.shape)
-
-
-def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:
-    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
-    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
-
-
-def _feistel(
-    values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    left, right = values >> shift, values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << shift) | right
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -413,7 +412,7 @@ def is_held_out(document: int, fraction: float, first: int = 0) -> bool:
 
     The held-out fraction is exact, as written in decimals. Blocks of documents are those of the
     period: 1 / 0.4 = 5/2 has blocks of 3 and 2 documents in turn."""
-    period = _period_of(fraction)
+    period = 1 / Fraction(str(fraction))
     num_documents, num_blocks = period.numerator, period.denominator
     block = document * num_blocks // num_documents
     if block == 0:
@@ -422,11 +421,6 @@ def is_held_out(document: int, fraction: float, first: int = 0) -> bool:
     salt = first.to_bytes(8, "little")
     chosen = hashlib.blake2b(block.to_bytes(8, "little"), digest_size=8, salt=salt).digest()
     return document - start == int.from_bytes(chosen, "little") % (end - start)
-
-
-@cache
-def _period_of(fraction: float) -> Fraction:
-    return 1 / Fraction(str(fraction))
 
 
 class Chunk(NamedTuple):

@@ -99,7 +99,8 @@ def _own_files(
 ) -> Source:
     """The documents of a user's own files, by split (None: all)."""
     path = config.folder
-    states = _states(path, [*chain(*files.values())])
+    folder = path if path.is_dir() else path.parent
+    states = _states(folder, [*chain(*files.values())])
     has_records = identity.get("text_column") is not None  # with other bytes than those of text
     return Source(
         f"{len(states)} {kind} file(s) in {path}",
@@ -108,7 +109,7 @@ def _own_files(
         lambda: [split for split in files if split is not None],
         num_bytes=None if has_records else sum(file.num_bytes for file in states),
         files=states,
-        folder=_root(path),
+        folder=folder,
     )
 
 
@@ -149,16 +150,12 @@ def _find_files(config: "SourceConfig", *patterns: str) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
 
 
-def _states(path: Path, files: Sequence[Path]) -> list[FileState]:
+def _states(folder: Path, files: Sequence[Path]) -> list[FileState]:
     try:
-        stats = [(os.path.relpath(file, _root(path)), file.stat()) for file in files]
+        stats = [(os.path.relpath(file, folder), file.stat()) for file in files]
     except OSError as error:
         raise CorpusError(f"{error.filename}: cannot be read ({error.strerror})") from error
     return [FileState(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-
-
-def _root(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
 
 
 def _names_and_sizes(states: Sequence[FileState]) -> list[tuple[str, int]]:
