@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.folders import HeldWeights
+from support.folders import reader_of
 from support.fuzzing import EXTREME_NUMBERS, STRANGE_STRINGS, fuzz, mutate_bytes, mutate_json
 from support.long_form import IS_LONG, num_cases
 from support.tiny import METHOD_KEYS, tiny_config, tiny_toml
@@ -107,7 +107,7 @@ def change_safetensors(name, valid, draw):
 
 def hugging_face_folder(folder):
     model, exported = tiny_config(folder / "home", "full_rank").model, folder / "exported"
-    weights = HeldWeights(random_weights(model)).read
+    weights = reader_of(random_weights(model))
     export_dense(weights, model, exported, torch.float32, max_shard_bytes=20_000)
 
     def read():

@@ -1,20 +1,17 @@
 """PEFT computes a run's logits from its exported adapter, and adapters of PEFT have here the scale
 that they have there; those that compute otherwise are refused by key."""
 
-import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from support.commands import run
+from support.folders import change_json
 from support.trained import train_and_save
 
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.peft_folder import (
-    ADAPTER_CONFIG_NAME,
-    read_adapted,
-)
+from switchtitan.hub.peft_folder import ADAPTER_CONFIG_NAME, read_adapted
 
 TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 53
 TOLERANCE = 1e-5
@@ -67,9 +64,8 @@ def plain(base, tmp_path_factory):
 
 
 def changed_copy(folder, copy, **changes):
-    shutil.copytree(folder, copy, symlinks=True)
-    file = copy / ADAPTER_CONFIG_NAME
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    shutil.copytree(folder, copy)
+    change_json(copy / ADAPTER_CONFIG_NAME, changes)
     return copy
 
 

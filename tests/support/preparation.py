@@ -6,7 +6,9 @@ import sys
 import numpy as np
 import pytest
 
+from support.tiny_documents import write_json_lines
 from switchtitan.data import prepare
+from switchtitan.data.config import DataConfig
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import DocumentTokenizer
 
@@ -19,6 +21,12 @@ from switchtitan.data.prepare import open_corpus
 prepare.CHUNK_DOCUMENTS, prepare.SEGMENT_TOKENS = 8, 500
 print(open_corpus(DataConfig.model_validate_json(sys.argv[1])).fingerprint)
 """
+
+
+def write_documents(folder, documents, **keys):
+    """Writes documents as JSON Lines; returns the configuration of their corpus."""
+    write_json_lines(folder / "in" / "a.jsonl", documents)
+    return DataConfig(dataset="jsonl", path=folder / "in", cache_dir=folder / "out", **keys)
 
 
 def start_preparation(config):

@@ -17,6 +17,7 @@ from support.preparation import (
     read_split,
     tokens_of,
     use_small_batches,
+    write_documents,
 )
 from support.tiny_documents import make_documents, save_tokenizer, write_json_lines, write_nanogpt
 from tokenizers import Tokenizer, processors
@@ -90,10 +91,9 @@ def test_a_trained_tokenizer_round_trips_any_string(documents):
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
 def test_documents_begin_as_the_tokenizer_begins_a_text_or_as_bos_says(tmp_path, template):
     file = save_tokenizer(tmp_path / "tokenizer.json", "</s>", "<s>", template=template)
-    write_json_lines(tmp_path / "in" / "a.jsonl", ["a b", "b"] * 9)
-    keys = {"dataset": "jsonl", "path": tmp_path / "in", "tokenizer": str(file)}
     for bos, start in ((None, [4]), (True, [4]), (False, [])):
-        corpus = open_corpus(DataConfig(**keys, bos=bos, cache_dir=tmp_path / "out"))
+        texts = ["a b", "b"] * 9
+        corpus = open_corpus(write_documents(tmp_path, texts, tokenizer=str(file), bos=bos))
         # The first document is held out.
         assert tokens_of(corpus, "train")[: 2 * len(start) + 5] == [*start, 2, 3, *start, 1, 2, 3]
         documents = corpus.tokenizer()
@@ -106,9 +106,7 @@ def test_documents_begin_as_the_tokenizer_begins_a_text_or_as_bos_says(tmp_path,
 
 def test_a_corpus_of_an_earlier_version_has_documents_that_begin_with_nothing(tmp_path):
     file = save_tokenizer(tmp_path / "tokenizer.json", "</s>", "<s>", template="<s> $A")
-    write_json_lines(tmp_path / "in" / "a.jsonl", ["a b", "b"] * 9)
-    keys = {"dataset": "jsonl", "path": tmp_path / "in", "tokenizer": str(file)}
-    config = DataConfig(**keys, cache_dir=tmp_path / "out")
+    config = write_documents(tmp_path, ["a b", "b"] * 9, tokenizer=str(file))
     folder = open_corpus(config).folder
     index = json.loads((folder / "index.json").read_text())
     del index["tokenizer"]["bos"]
@@ -141,28 +139,21 @@ def test_the_end_token_is_found_in_one_way_however_the_tokenizer_is_named(tmp_pa
     (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("1111aaaa")
-    write_json_lines(tmp_path / "in" / "a.jsonl", ["a b", "b"] * 9)
-    keys = {"dataset": "jsonl", "path": tmp_path / "in", "cache_dir": tmp_path / "out"}
     for tokenizer in ("owner/name", str(folder)):
-        corpus = open_corpus(DataConfig(**keys, tokenizer=tokenizer))
+        corpus = open_corpus(write_documents(tmp_path, ["a b", "b"] * 9, tokenizer=tokenizer))
         assert corpus.index.tokenizer.eos_token == "<stop>"
         assert read_tokenizer(corpus.folder).eos_token == "<stop>"
 
 
 def test_a_stopped_preparation_of_files_that_have_changed_starts_over(tmp_path, monkeypatch):
-    write_json_lines(tmp_path / "in" / "a.jsonl", ["aaaa"] * 40)
-    keys = {"dataset": "jsonl", "path": tmp_path / "in", "vocab_size": 260}
-    config = DataConfig(**keys, cache_dir=tmp_path / "out")
-    prepare_until_the_rename(config)
-    write_json_lines(tmp_path / "in" / "a.jsonl", ["bbbb"] * 40)
+    prepare_until_the_rename(write_documents(tmp_path, ["aaaa"] * 40, vocab_size=260))
+    config = write_documents(tmp_path, ["bbbb"] * 40, vocab_size=260)
     assert set(read_split(open_corpus(config), "train")) == {"bbbb"}
 
 
 def test_changed_files_of_equal_sizes_are_not_those_of_a_corpus(tmp_path):
-    for name in ("a", "b"):
-        write_json_lines(tmp_path / "in" / f"{name}.jsonl", ["aaaa"] * 40)
-    keys = {"dataset": "jsonl", "path": tmp_path / "in", "vocab_size": 260}
-    config = DataConfig(**keys, max_documents=20, cache_dir=tmp_path / "out")
+    write_json_lines(tmp_path / "in" / "b.jsonl", ["aaaa"] * 40)
+    config = write_documents(tmp_path, ["aaaa"] * 40, vocab_size=260, max_documents=20)
     corpus = open_corpus(config)
     write_json_lines(tmp_path / "in" / "b.jsonl", ["bbbb"] * 40)  # was not read
     assert open_corpus(config).fingerprint == corpus.fingerprint
@@ -261,9 +252,8 @@ def test_token_ids_are_kept_with_their_own_splits(tmp_path, ids_from, dtype):
 
 
 def test_empty_documents_and_lone_surrogates_are_harmless(tmp_path):
-    write_json_lines(tmp_path / "in" / "a.jsonl", ["one", "", "t\ud800wo", "three", ""] * 9)
-    keys = {"dataset": "jsonl", "path": tmp_path / "in", "vocab_size": 257}
-    corpus = open_corpus(DataConfig(**keys, cache_dir=tmp_path / "out"))
+    texts = ["one", "", "t\ud800wo", "three", ""] * 9
+    corpus = open_corpus(write_documents(tmp_path, texts, vocab_size=257))
     found = read_split(corpus, "validation") + read_split(corpus, "train")
     assert sorted(found) == sorted(["one", "t?wo", "three"] * 9)
 
