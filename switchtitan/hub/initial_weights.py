@@ -88,7 +88,7 @@ def _check_same_model(theirs: ModelConfig, ours: ModelConfig, source: Path) -> N
         )
 
 
-def fingerprint(source: Path) -> str:
+def checksum(source: Path) -> str:
     """Returns a checksum of the weight files at `source`, or of a checkpoint's checksums."""
     if source.is_file():
         files = [source]
