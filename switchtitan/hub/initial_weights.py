@@ -13,18 +13,12 @@ from switchtitan.distributed.initial import ReadRows
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import sha256_of_file
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.huggingface import (
-    CONFIG_NAME,
-    check_shapes,
-    parameter_shapes,
-    read_config,
-    read_dense,
-)
+from switchtitan.hub.huggingface import CONFIG_NAME, check_shapes, parameter_shapes, read_config
 from switchtitan.hub.peft_folder import (
     ADAPTER_CONFIG_NAME,
     folder_of_model,
     is_adapter,
-    read_adapted,
+    read_merged,
 )
 from switchtitan.models import MODELS
 
@@ -63,8 +57,7 @@ def open_weights(source: Path, config: ModelConfig) -> ReadRows:
     file = (folder_of_model(source) if source.is_dir() else source.parent) / CONFIG_NAME
     if file.is_file():
         _check_same_model(MODELS.restore(read_model_folder(file.parent)), config, file)
-    weights = read_adapted(source) if is_adapter(source) else read_dense(source)
-    weights = without_copies(weights, config, source)
+    weights = without_copies(read_merged(source), config, source)
     check_shapes(weights, config, f"[checkpoint] initial_weights = {str(source)!r}")
     # Memory-mapped, unless an adapter was merged.
     return lambda name, rows: weights[name][rows.start : rows.stop]
