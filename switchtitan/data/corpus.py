@@ -331,19 +331,16 @@ class Corpus:
         )
 
 
-def open_prepared(
-    folder: Path, fallback_for: str | None = None, *, verifies: bool = True
-) -> Corpus:
-    """Opens the prepared corpus in a folder. Raises a CorpusError if a file is missing or damaged.
-
-    Args:
-        verifies: whether checksums are compared, if it is not larger than `VERIFIED_BYTES`.
-    """
-    corpus = Corpus(folder, read_index(folder), fallback_for)
-    corpus.verify(VERIFIED_BYTES if verifies else 0)
+def open_prepared(folder: Path) -> Corpus:
+    """Opens the prepared corpus in a folder. Raises a CorpusError if a file is missing or damaged;
+    checksums of more than `VERIFIED_BYTES` are not compared."""
+    corpus = Corpus(folder, read_index(folder))
+    corpus.verify(VERIFIED_BYTES)
     return corpus
 
 
 def join_sources(parts: Sequence[Corpus], schedule: Schedule) -> Corpus:
-    """Returns the mixture of prepared corpora."""
+    """Returns the mixture of prepared corpora, or the only one."""
+    if len(parts) == 1:
+        return parts[0]
     return Corpus(parts[0].folder, parts[0].index, None, tuple(parts), schedule)

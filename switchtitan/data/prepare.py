@@ -21,6 +21,7 @@ from switchtitan.data.corpus import (
     FORMAT_VERSION,
     HELD_OUT_DOCUMENT_TOKENS,
     TOKENIZER_FILE,
+    VERIFIED_BYTES,
     Corpus,
     CorpusIndex,
     CorpusPlan,
@@ -28,9 +29,9 @@ from switchtitan.data.corpus import (
     TokenizerRecord,
     fingerprint_of,
     join_sources,
-    open_prepared,
     plan_corpus,
     plan_from_name,
+    read_index,
     write_index,
 )
 from switchtitan.data.mixture import schedule_of
@@ -97,9 +98,8 @@ def open_corpus(
         plan = plan_corpus(own) if prepares else plan_from_name(own)
         return _open(plan, model_vocab_size, prepares=prepares)
 
-    if not config.sources:
-        return open_one(config)
-    schedule, parts = schedule_of([source.weight for source in config.sources]), list[Corpus]()
+    schedule = schedule_of([source.weight for source in config.sources] or [1.0])
+    parts = list[Corpus]()
     for own in config.source_configs():
         if parts and own.tokenizer == TRAINED_TOKENIZER:
             own = own.model_copy(update={"tokenizer": str(parts[0].folder)})
@@ -116,7 +116,8 @@ def _open(
             "configuration first"
         )
     prepare_corpus(plan, model_vocab_size)
-    corpus = open_prepared(plan.folder, plan.fallback_for, verifies=verifies)
+    corpus = Corpus(plan.folder, read_index(plan.folder), plan.fallback_for)
+    corpus.verify(VERIFIED_BYTES if verifies else 0)
     remedy = f"delete {plan.folder} to prepare it again, or set another [data] cache_dir"
     if verifies:
         check_files(plan.config, plan.source, corpus, remedy)
@@ -302,8 +303,8 @@ class _Preparation:
         progress, documents = self._progress, dict[str, list[NDArray[Any]]]()
         for ids in segment.documents:
             split = _split_of(progress.documents, stream, self._config)
-            is_cut = stream is None and split != "train"
-            kept = ids[: HELD_OUT_DOCUMENT_TOKENS - 1] if is_cut else ids
+            is_whole = split in (stream, "train")
+            kept = ids if is_whole else ids[: HELD_OUT_DOCUMENT_TOKENS - 1]
             documents.setdefault(split, []).append(kept)
             progress.documents += 1
         for split, own in documents.items():

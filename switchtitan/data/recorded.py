@@ -70,8 +70,6 @@ def find_recorded(run: Mapping[str, object], cache_dir: Path, checkpoint: Path) 
     """
     sources = recorded_sources(run, checkpoint)
     parts = [_find(source, cache_dir, checkpoint) for source in sources]
-    if len(parts) == 1:
-        return parts[0]
     return join_sources(parts, Schedule(tuple(source.count for source in sources)))
 
 
@@ -97,17 +95,15 @@ def _find(source: RecordedSource, cache_dir: Path, checkpoint: Path) -> Corpus:
             continue
         try:
             index = read_index(folder)
-        except CorpusError as error:
-            problems += [str(error)] if folder in expected else []
-            continue
-        if index.fingerprint == source.fingerprint:
-            return Corpus(folder, index, source.fallback_for)
-        if folder in expected:
-            problems.append(
+            if index.fingerprint == source.fingerprint:
+                return Corpus(folder, index, source.fallback_for)
+            raise CorpusError(
                 f"{folder}: its fingerprint is {index.fingerprint}, but the run trained on "
                 f"{source.fingerprint}; its documents have changed: restore them and delete this "
                 "folder to prepare it again, or copy the run's corpus"
             )
+        except CorpusError as error:
+            problems += [str(error)] if folder in expected else []
     keys = " --dataset pystdlib --tokenizer train" if source.fallback_for else ""
     config_file = checkpoint.absolute().parents[1] / "config.toml"
     raise CorpusError(
