@@ -1,6 +1,7 @@
 """Read the dense weights that a new run starts from, and the model that their folder describes."""
 
 import hashlib
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from switchtitan.hub.huggingface import CONFIG_NAME, check_shapes, parameter_sha
 from switchtitan.hub.peft_folder import (
     ADAPTER_CONFIG_NAME,
     folder_of_model,
+    folders_of,
     is_adapter,
     read_merged,
 )
@@ -54,7 +56,7 @@ def open_weights(source: Path, config: ModelConfig) -> ReadRows:
         dense = DenseCheckpoint(source)
         _check_same_model(dense.config, config, source)
         return dense.read_rows
-    file = (folder_of_model(source) if source.is_dir() else source.parent) / CONFIG_NAME
+    file = folders_of(source)[-1] / CONFIG_NAME
     if file.is_file():
         _check_same_model(MODELS.restore(read_model_folder(file.parent)), config, file)
     weights = without_copies(read_merged(source), config, source)
@@ -88,8 +90,8 @@ def checksum(source: Path) -> str:
     elif (source / SUMS_FILE).is_file():
         files = [source / SUMS_FILE]
     else:
-        folders = dict.fromkeys([source, folder_of_model(source)])  # an ordered set
-        files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+        shards = (sorted(folder.glob("*.safetensors")) for folder in folders_of(source))
+        files = list(chain.from_iterable(shards))
         if is_adapter(source):  # the scale of its factors
             files.append(source / ADAPTER_CONFIG_NAME)
     return hashlib.sha256("".join(map(sha256_of_file, files)).encode()).hexdigest()

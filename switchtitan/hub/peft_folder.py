@@ -146,6 +146,14 @@ def folder_of_model(path: Path) -> Path:
     )
 
 
+def folders_of(path: Path) -> list[Path]:
+    """Returns the folder of weights, and after an adapter's that of its base, from which PEFT copies
+    neither tokenizer nor config.json; see `folder_of_model`."""
+    if not path.is_dir():
+        return [path.parent]
+    return list(dict.fromkeys([path, folder_of_model(path)]))
+
+
 def read_merged(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Returns weights of a folder or file, by default all, by name; an adapter's are those of its
     base with the adapter merged. Merged weights are fp32; the others are memory-mapped.
