@@ -147,8 +147,8 @@ def folder_of_model(path: Path) -> Path:
 
 
 def folders_of(path: Path) -> list[Path]:
-    """Returns the folder of weights, and after an adapter's that of its base, from which PEFT copies
-    neither tokenizer nor config.json; see `folder_of_model`."""
+    """Returns the folder of weights, and after an adapter's that of its base, whose tokenizer and
+    config.json PEFT does not copy; see `folder_of_model`."""
     if not path.is_dir():
         return [path.parent]
     return list(dict.fromkeys([path, folder_of_model(path)]))
