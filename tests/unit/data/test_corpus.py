@@ -173,28 +173,23 @@ def test_a_damaged_unknown_or_endless_tokenizer_is_named(tmp_path, monkeypatch):
         fetch_tokenizer("no-such/tokenizer")
 
 
-def test_each_document_is_in_exactly_one_split(corpus, documents):
-    train, held_out = read_split(corpus, "train"), read_split(corpus, "validation")
-    assert sorted(train + held_out) == sorted(documents)
-    assert train == [text for text in documents if text not in held_out]
+@pytest.mark.parametrize("fraction", [None, 0.1])
+def test_each_document_is_in_exactly_one_split(corpus, elsewhere, documents, fraction):
+    found = open_corpus(elsewhere.model_copy(update={"test_fraction": fraction}))
+    train, held_out, *tested = (read_split(found, split) for split in found.index.splits)
+    assert len(tested) == (0 if fraction is None else 1)
+    others = list(itertools.chain(held_out, *tested))
+    assert sorted(train + others) == sorted(documents)
+    assert train == [text for text in documents if text not in others]
     # A tenth of 120; the standard deviation of independent draws is 3.3.
-    assert 2 <= len(held_out) <= 30
-    assert corpus.index.dtype == "uint16"
+    assert all(2 <= len(part) <= 30 for part in (held_out, *tested))
+    assert held_out == read_split(corpus, "validation")
 
 
 def test_the_tokenizer_is_trained_on_training_documents_only(corpus, documents):
     expected = train_tokenizer(read_split(corpus, "train"), 300)
     assert corpus.index.tokenizer.sha256 == expected.sha256
     assert train_tokenizer(documents, 300).sha256 != expected.sha256
-
-
-def test_the_test_split_is_disjoint_from_the_others(elsewhere, documents, corpus):
-    config = elsewhere.model_copy(update={"test_fraction": 0.1})
-    with_test = open_corpus(config)
-    splits = [read_split(with_test, split) for split in ("train", "validation", "test")]
-    assert all(splits)
-    assert sorted(itertools.chain.from_iterable(splits)) == sorted(documents)
-    assert splits[1] == read_split(corpus, "validation")
 
 
 def test_segments_change_the_files_but_not_the_tokens(elsewhere, corpus, monkeypatch):
@@ -358,12 +353,22 @@ def test_a_preparation_resumes_after_its_last_segment_with_the_commit_it_began_w
     assert newest.folder.name == corpus.folder.name
 
 
+IN_A_MIXTURE = ({"dataset": "pystdlib", "weight": 1}, {"dataset": "c4", "weight": 1})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"dataset": "c4", "tokenizer": "t5-base"},
+        # A mixture has no offline corpus.
+        {"sources": IN_A_MIXTURE, "offline_dataset": "pystdlib", "max_bytes": 50_000},
+    ],
+)
 @pytest.mark.usefixtures("offline")
-def test_an_unreachable_hub_is_an_error_that_says_why(tmp_path):
-    config = DataConfig(dataset="c4", tokenizer="t5-base", cache_dir=tmp_path)
+def test_an_unreachable_hub_is_an_error_that_says_why(tmp_path, keys):
     with pytest.raises(CorpusError, match=r"HF_HUB_OFFLINE.*offline_dataset"):
-        open_corpus(config)
-    assert list(tmp_path.iterdir()) == []
+        open_corpus(DataConfig(**keys, cache_dir=tmp_path))
+    assert not list(tmp_path.glob("c4-*"))
 
 
 @pytest.mark.parametrize(
@@ -381,14 +386,6 @@ def test_the_offline_corpus_takes_its_place_with_a_warning(tmp_path, caplog, key
     assert "REQUESTED CORPUS UNAVAILABLE" in caplog.text
     assert f"dataset = '{keys['dataset']}'" in str(corpus.fallback_for)
     assert corpus.name.startswith("pystdlib-")
-
-
-@pytest.mark.usefixtures("offline")
-def test_a_mixture_has_no_offline_corpus(tmp_path):
-    sources = ({"dataset": "pystdlib", "weight": 1}, {"dataset": "c4", "weight": 1})
-    keys = {"offline_dataset": "pystdlib", "max_bytes": 50_000, "cache_dir": tmp_path}
-    with pytest.raises(CorpusError, match="HF_HUB_OFFLINE"):
-        open_corpus(DataConfig(sources=sources, **keys))
 
 
 @pytest.mark.usefixtures("offline")
