@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 
 from switchtitan.config import explain
 from switchtitan.data.config import DataConfig
-from switchtitan.data.mixture import ONE_SOURCE, PERIOD, Schedule, Sequences
-from switchtitan.data.sequences import TokenSequences
+from switchtitan.data.order import ONE_SOURCE, PERIOD, Schedule
+from switchtitan.data.sequences import Sequences, TokenSequences
 from switchtitan.data.sources import DATASETS, FileState, Source, hub_error
 from switchtitan.data.tokenizer import DocumentTokenizer, check_vocabulary, read_tokenizer
 from switchtitan.errors import CorpusError

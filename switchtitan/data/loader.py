@@ -13,8 +13,7 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from switchtitan.contracts import IGNORED_TARGET, Batch
-from switchtitan.data.mixture import Sequences
-from switchtitan.data.sequences import document_ids
+from switchtitan.data.sequences import Sequences, document_ids
 from switchtitan.data.tokenizer import DocumentTokenizer, TextSize, num_text_bytes
 from switchtitan.errors import CorpusError
 

@@ -34,7 +34,7 @@ from switchtitan.data.corpus import (
     read_index,
     write_index,
 )
-from switchtitan.data.mixture import schedule_of
+from switchtitan.data.order import schedule_of
 from switchtitan.data.recorded import check_files
 from switchtitan.data.sources import DATASETS, Documents, FileState, Position, newest_commit
 from switchtitan.data.tokenizer import (

@@ -16,7 +16,7 @@ from switchtitan.data.corpus import (
     join_sources,
     read_index,
 )
-from switchtitan.data.mixture import ONE_SOURCE, Schedule
+from switchtitan.data.order import ONE_SOURCE, Schedule
 from switchtitan.data.sources import DATASETS, Source
 from switchtitan.errors import CorpusError
 from switchtitan.files import sha256_of_file

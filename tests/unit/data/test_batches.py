@@ -16,8 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.data.config import DataConfig
 from switchtitan.data.loader import ValidationBatches, build_train_batches
-from switchtitan.data.mixture import PERIOD, schedule_of
-from switchtitan.data.order import permute, sequence_index
+from switchtitan.data.order import PERIOD, permute, schedule_of, sequence_index
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.sequences import TokenSequences
 from switchtitan.data.tokenizer import (
