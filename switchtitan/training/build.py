@@ -281,7 +281,7 @@ def open_initial_weights(config: JobConfig, state: TrainState, world: World) -> 
     def find() -> tuple[Path, str]:
         given = Path(str(config.checkpoint.initial_weights))
         source = initial_weights.find_weights(given)
-        return source, initial_weights.fingerprint(source)
+        return source, initial_weights.checksum(source)
 
     # Checksums read all bytes: once. Other ranks read only the rows that they hold.
     found = world.together(lambda: find() if world.is_main else None)[0]
