@@ -34,7 +34,7 @@ from switchtitan.config import flatten
 from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError, CheckpointFormatError, abbreviate
 from switchtitan.files import file_inside, sha256_of_file
-from switchtitan.process import progress_bar
+from switchtitan.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

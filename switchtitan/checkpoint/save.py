@@ -154,7 +154,7 @@ class Checkpointer:
         versions: Mapping[str, str],
         latest: Path | None = None,
     ) -> None:
-        self._folder, self._config, self._world = folder, config, world
+        self._folder, self.config, self._world = folder, config, world
         # A thread and the training loop must not share a group, nor its later timeout.
         group = dist.new_group(backend="gloo", timeout=world.timeout)
         self._writers = replace(world, host_group=group)
@@ -170,9 +170,9 @@ class Checkpointer:
     @property
     def resumes_newest(self) -> bool:
         """Whether the same command resumes from the newest checkpoint."""
-        given = self._config.resume_path
+        given = self.config.resume_path
         names_own = given is not None and Path(given).parent == self._folder.resolve()
-        return self._config.resume != RESUME_NEVER and not names_own
+        return self.config.resume != RESUME_NEVER and not names_own
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]
@@ -194,7 +194,7 @@ class Checkpointer:
         metadata = CheckpointMetadata.model_validate_json(json.dumps(described | self._described))
         metadata.run["saved_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         own = {name: tensors[name] for name in tensors if self._writes(name, tensors[name])}
-        if not self._config.async_save:
+        if not self.config.async_save:
             self.latest = self._write(metadata, own)
             return
         # Not dcp.async_save: if one rank cannot copy, the others would hang.
@@ -264,9 +264,9 @@ class Checkpointer:
         Those of later steps, of other runs, with unreadable metadata or with files of others, and
         those that the search on resume has found damaged, stay and do not count.
         """
-        num_newest, keep_every = 0, self._config.keep_every
+        num_newest, keep_every = 0, self.config.keep_every
         try:
-            folders = list_step_folders(self._folder) if self._config.keep_latest else []
+            folders = list_step_folders(self._folder) if self.config.keep_latest else []
         except CheckpointError as error:
             logger.warning("could not delete older checkpoints: %s", error)
             return
@@ -279,7 +279,7 @@ class Checkpointer:
                 if is_own and metadata.identity == newest.identity and metadata.step <= newest.step:
                     num_newest += 1
                     is_kept = keep_every is not None and metadata.step % keep_every == 0
-                    if num_newest > self._config.keep_latest and not is_kept:
+                    if num_newest > self.config.keep_latest and not is_kept:
                         # Renamed first: what an interrupted deletion leaves is no checkpoint.
                         _remove(path.rename(_partial_folder(path)))
             except (OSError, ValueError) as error:

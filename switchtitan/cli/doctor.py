@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from switchtitan.process import is_installed
-
 Status = Literal["ok", "optional", "warning", "missing"]
 _EXTRAS = {
     "torchao": ("torchao", 'for [optimizer] name = "adamw8bit"'),
@@ -70,10 +68,6 @@ def _findings(output_dir: Path) -> Iterator[Finding]:
     else:
         yield Finding("ok", "torch", torch.__version__)
         yield from _findings_with_torch()
-    for extra, (package, purpose) in _EXTRAS.items():
-        problem = "" if is_installed(package) else f"{package} is not installed, {purpose}"
-        fix = f"run pip install '.[{extra}]' in the checkout if you need it"
-        yield _finding(extra, problem, fix, f"{package} is installed, {purpose}", "optional")
     folder = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     # For a few checkpoints; for compiled code; for the data loader's batches.
     yield _free_space("outputs", folder, 5, "free space")
@@ -96,7 +90,7 @@ def _findings_with_torch() -> Iterator[Finding]:
 
     from switchtitan.distributed.dtype import bf16_support
     from switchtitan.distributed.world import unusable_gpu
-    from switchtitan.job.checks import missing_toolchain
+    from switchtitan.job.checks import is_installed, missing_toolchain
 
     has_gpu = torch.cuda.is_available()
     device = "cuda" if has_gpu else "cpu"
@@ -113,6 +107,10 @@ def _findings_with_torch() -> Iterator[Finding]:
     else:
         problem, _, fix = (unusable_gpu() or "").partition("; ")
         yield _finding("GPU", problem, fix, "none: trains on the CPU", "missing")
+    for extra, (package, purpose) in _EXTRAS.items():
+        problem = "" if is_installed(package) else f"{package} is not installed, {purpose}"
+        fix = f"run pip install '.[{extra}]' in the checkout if you need it"
+        yield _finding(extra, problem, fix, f"{package} is installed, {purpose}", "optional")
 
 
 def _finding(name: str, problem: str, fix: str, fine: str, status: Status = "warning") -> Finding:

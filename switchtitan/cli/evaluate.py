@@ -36,7 +36,7 @@ from switchtitan.generation.trained import (
 from switchtitan.job.config import EvaluationConfig, JobConfig
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.log import perplexity_of
-from switchtitan.process import progress_bar
+from switchtitan.progress import progress_bar
 from switchtitan.training.evaluate import Evaluator
 
 _LOCAL_BATCH_SIZE = 8

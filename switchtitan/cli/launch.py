@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
+from switchtitan.cores import num_cores, threads_per_process
 from switchtitan.distributed.world import check_slurm_tasks, raise_file_limit
 from switchtitan.errors import (
     ENDED,
@@ -32,7 +33,6 @@ from switchtitan.errors import (
     recorded_end,
 )
 from switchtitan.job.config import parse_unchecked
-from switchtitan.process import num_cores, threads_per_process
 
 OWN_COMMANDS = ("train", "benchmark")
 """The commands of `switchtitan` that run on several ranks."""

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shlex
-import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -22,8 +21,8 @@ from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from switchtitan import __version__, errors
+from switchtitan.cores import num_cores, set_thread_defaults
 from switchtitan.files import write_atomically
-from switchtitan.process import num_cores, set_thread_defaults
 
 COMMANDS = {
     "train": "Train a model from a TOML configuration, or resume its run. One process is one rank.",
@@ -91,10 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             module.run(words)
         else:
             _run(module, command, words)
-    except errors.UserError as error:
-        errors.exit_for(error)
-    except KeyboardInterrupt as stop:
-        errors.exit_for_stop(stop.args[0] if stop.args else signal.SIGINT)
+    except (errors.UserError, KeyboardInterrupt) as end:
+        errors.exit_for(end)
 
 
 def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:

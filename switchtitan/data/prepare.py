@@ -54,7 +54,7 @@ from switchtitan.data.tokenizer import (
 from switchtitan.distributed.world import World
 from switchtitan.errors import CorpusError
 from switchtitan.files import file_inside, sha256_of_file, sync_folder, write_atomically
-from switchtitan.process import progress_bar
+from switchtitan.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

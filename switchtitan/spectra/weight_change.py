@@ -12,7 +12,7 @@ from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.initial_weights import find_weights, fingerprint, open_weights
 from switchtitan.models import plain_model
-from switchtitan.process import progress_bar
+from switchtitan.progress import progress_bar
 from switchtitan.spectra.spectrum import singular_values
 
 

@@ -47,8 +47,6 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
     key = f"[job] output_dir = {str(output_dir)!r}"
 
     def acquire() -> str:
-        if not world.is_main:
-            return ""
         owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}"
         try:
             created.extend(p for p in (output_dir, *output_dir.parents) if not p.exists())
@@ -68,7 +66,7 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
         return owner
 
     try:
-        owner = world.together(acquire)[0]
+        owner = world.on_main(acquire)
         world.together(lambda: _check_shared(owner_file, owner))
         yield
     finally:
@@ -116,8 +114,6 @@ def start_output(output_dir: Path, resolved: str, world: World, step: int, num_s
     Raises an OutputError on every rank if that fails."""
 
     def start() -> None:
-        if not world.is_main:
-            return
         try:
             configure_logging(is_main=True, log_file=output_dir / "train.log")
             if step < num_steps:
@@ -128,7 +124,7 @@ def start_output(output_dir: Path, resolved: str, world: World, step: int, num_s
                 "or choose another"
             ) from error
 
-    world.together(start)
+    world.on_main(start)
 
 
 def write_config(output_dir: Path, resolved: str, step: int) -> None:

@@ -165,14 +165,10 @@ class Stepper:
         """Resets the gradients, and counts the step or the skipped batch."""
         with region("update"):
             self.optimizer.zero_grad()
-        if result.is_skipped:
-            self._log_skipped(result)
-            self.state.num_skipped += 1
-        else:
+        if not result.is_skipped:
             self.state.step += 1
-
-    def _log_skipped(self, result: StepResult) -> None:
-        loss, norm = float(result.loss), float(result.grad_norm)
+            return
+        loss = float(result.loss)
         # Ranks whose own loss is not finite say so: their data or device may be the cause.
         if self.world.is_main or not math.isfinite(loss):
             logger.warning(
@@ -181,8 +177,9 @@ class Stepper:
                 self.state.step,
                 loss,
                 self.world.rank,
-                norm,
+                float(result.grad_norm),
             )
+        self.state.num_skipped += 1
 
     def close(self) -> None:
         """Ends the processes that read batches."""

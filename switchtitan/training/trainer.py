@@ -45,10 +45,6 @@ class Trainer:
     num_steps: int
     """Optimizer steps of the run."""
     evaluate_interval: int
-    save_interval: int
-    """Steps between two checkpoints. The last step is saved too."""
-    check_interval: int
-    """Steps between two comparisons of all ranks; 0: only before saves."""
     validation: Evaluator
     test: Evaluator | None
     """Evaluates the trained model once; None without a test split."""
@@ -58,7 +54,6 @@ class Trainer:
     reporter: Reporter
     throughput: Throughput
     profiler: "Profiler | None"
-    region_times: RegionTimes
     hooks: "Sequence[RankTelemetry]"
     """What else to do between steps, in order, on all ranks: before evaluations and saves."""
     stop: Stop
@@ -68,6 +63,7 @@ class Trainer:
         self._saved_step = self.stepper.state.step
         self._has_stepped, self._has_evaluated = False, False
         self._running_loss = RunningLoss(self.stepper.world.device)
+        self._region_times = RegionTimes(self.stepper.world.device)
 
     def train(self) -> None:
         """Takes the remaining steps; evaluates, reports and saves when due.
@@ -78,8 +74,36 @@ class Trainer:
             RanksDisagreeError: if ranks no longer train the same model. Nothing more is saved.
             Stopped: by a signal, after the last step done was saved.
         """
+        state, world = self.stepper.state, self.stepper.world
         try:
-            self._run()
+            if state.step >= self.num_steps:
+                logger.info(
+                    "training already complete: step %d, and [training] steps = %d; to continue, "
+                    "start it with a larger --training.steps",
+                    state.step,
+                    self.num_steps,
+                )
+                # All ranks must agree.
+                if world.broadcast(self.reporter.has_results(state.step)):
+                    return
+            elif self.num_steps < self.evaluate_interval and state.evaluated_at is None:
+                logger.info(
+                    "no evaluation: the run is shorter than [evaluation] interval = %d",
+                    self.evaluate_interval,
+                )
+            # At the start, or where a signal has stopped the evaluation.
+            self._evaluate_if_due()
+            group = world.host_group if world.size > 1 else None
+            with self.stop.steps(self._resume_hint, self.checkpointer.config.grace_s, group):
+                self._take_steps()
+            self._finalize()
+        except RanksDisagreeError:
+            # All ranks are alive, and a save in progress has a valid state to resume from.
+            self.checkpointer.finish()
+            raise
+        except Stopped:
+            logger.info("stopped at step %d; %s", state.step, self._resume_hint())
+            raise
         finally:
             self.close()
 
@@ -94,7 +118,7 @@ class Trainer:
         state = self.stepper.state
         with self.throughput.excluded(), region("evaluate"):
             self._set_timeout(is_first=not self._has_evaluated)
-            loss = self.validation(self.stepper.model, self.stop.is_due)
+            loss = self.validation(self.stepper.model, self.stop.raise_if_due)
             self._has_evaluated = True
             self._set_timeout(is_first=False)
         if state.first_validation_loss is None:
@@ -112,8 +136,7 @@ class Trainer:
             # A finite gradient can still overflow a weight.
             if names := self.tensors.non_finite():
                 raise self._divergence(
-                    f"weights are not finite at step {state.step} ({abbreviate(names)})",
-                    "lower [optimizer] lr and resume",
+                    f"weights are not finite at step {state.step} ({abbreviate(names)})"
                 )
             self.checkpointer.save(state.step, tensors, asdict(state))
         self._saved_step = state.step
@@ -137,43 +160,12 @@ class Trainer:
         alike = {name: torch.tensor(number) for name, number in numbers.items()}
         self.tensors.check_state(alike, tensors)
 
-    def _run(self) -> None:
-        state = self.stepper.state
-        if state.step >= self.num_steps:
-            logger.info(
-                "training already complete: step %d, and [training] steps = %d; to continue, start "
-                "it with a larger --training.steps",
-                state.step,
-                self.num_steps,
-            )
-            # All ranks must agree.
-            if self.stepper.world.broadcast(self.reporter.has_results(state.step)):
-                return
-        elif self.num_steps < self.evaluate_interval and state.evaluated_at is None:
-            logger.info(
-                "no evaluation: the run is shorter than [evaluation] interval = %d",
-                self.evaluate_interval,
-            )
-        # At the start, or where a signal has stopped the evaluation.
-        self._evaluate_if_due()
-        try:
-            with self.stop.steps(self._resume_hint):
-                self._run_steps()
-                self._save_last_step()
-        except RanksDisagreeError:
-            # All ranks are alive, and a save in progress has a valid state to resume from.
-            self.checkpointer.finish()
-            raise
-        except Stopped:
-            logger.info("stopped at step %d; %s", state.step, self._resume_hint())
-            raise
-        self._finalize()
-
-    def _run_steps(self) -> None:
+    def _take_steps(self) -> None:
+        """Takes steps until the last one or the stop, and completes the save of that step."""
         state = self.stepper.state
         skipped_in_a_row = 0
         profiler = self.profiler or nullcontext()
-        with self.region_times, profiler, GarbageCollection() as garbage:
+        with self._region_times, profiler, GarbageCollection() as garbage:
             try:
                 while state.step < self.num_steps:
                     result = self.stepper.step()
@@ -182,22 +174,21 @@ class Trainer:
                     if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                         raise self._divergence(
                             f"skipped {skipped_in_a_row} updates in a row at step {state.step}, "
-                            "since losses or gradients were not finite",
-                            "lower [optimizer] lr and resume",
+                            "since losses or gradients were not finite"
                         )
                     if not result.is_skipped:
                         self._after_step(result)
                     if not self._has_stepped:
                         self._has_stepped = True
                         self._set_timeout(is_first=False)
-                    signal_number = self.stop.is_due() if state.step < self.num_steps else None
-                    if signal_number is not None:
-                        raise Stopped(signal_number)
+                    if state.step < self.num_steps:
+                        self.stop.raise_if_due()
             except Stopped:
                 self._save_last_step()
                 raise
         if self.profiler is not None:
             self.stepper.world.together(lambda: None)  # a trace may have been written at the end
+        self._save_last_step()
 
     def _set_timeout(self, is_first: bool) -> None:
         """Lets ranks wait for each other longer in what is done first, which they compile."""
@@ -219,7 +210,8 @@ class Trainer:
                     self.stepper.world.together(lambda: None)  # ranks that write nothing wait
         self.checkpointer.poll()
         self.reporter.advance(step)
-        if self.check_interval and step % self.check_interval == 0:
+        check_interval = self.stepper.parallelism.check_interval
+        if check_interval and step % check_interval == 0:
             with self.throughput.excluded():
                 self.check_ranks()
         if self.reporter.is_due(step):
@@ -232,7 +224,7 @@ class Trainer:
                     hook.after(step)
         # After the hooks: a signal can stop it, and the resumed run then does it alone.
         self._evaluate_if_due()
-        if step == self.num_steps or step % self.save_interval == 0:
+        if step == self.num_steps or step % self.checkpointer.config.interval == 0:
             self.save()
 
     def _evaluate_if_due(self) -> None:
@@ -264,7 +256,7 @@ class Trainer:
             "memory/peak_gib": peak_memory_gib(stepper.world.device),
             "data/tokens_seen": float(stepper.state.tokens_seen),
             "data/batches_skipped": float(stepper.state.num_skipped),
-            **self.region_times.means(),
+            **self._region_times.means(),
         }
         self.reporter.report(stepper.state.step, values)
         self._running_loss.reset()
@@ -293,7 +285,7 @@ class Trainer:
             bits = None if evaluator is None else evaluator.bits_per_byte(loss)
             values |= {f"loss/{split}": loss, f"bits_per_byte/{split}": bits}
         # The times of the last evaluation and save.
-        if last_values := self.region_times.means():
+        if last_values := self._region_times.means():
             self.reporter.report(state.step, last_values)
         trace = None if self.profiler is None else self.profiler.trace
         self.reporter.summary(values, checkpoint=self.checkpointer.latest, trace=trace)
@@ -309,19 +301,19 @@ class Trainer:
 
     def _stop_if_diverged(self) -> None:
         if not self._running_loss.all_finite:
-            raise self._divergence(
-                f"a loss or a gradient was not finite by step {self.stepper.state.step}",
-                "lower [optimizer] lr, increase [lr_schedule] warmup_steps, or set [training] "
-                'on_nonfinite = "skip"',
-            )
+            step = self.stepper.state.step
+            raise self._divergence(f"a loss or a gradient was not finite by step {step}")
 
-    def _divergence(self, reason: str, advice: str) -> TrainingDivergedError:
+    def _divergence(self, reason: str) -> TrainingDivergedError:
         """Writes results, and returns the error to raise. Collective: waits for a save."""
         self.checkpointer.finish()
         self.reporter.report_divergence(self.stepper.state.step, self.stepper.state.num_skipped)
         newest = self.checkpointer.latest
         good = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
-        return TrainingDivergedError(f"{reason}; {good}; {advice}")
+        return TrainingDivergedError(
+            f"{reason}; {good}; lower [optimizer] lr and resume, or increase [lr_schedule] "
+            'warmup_steps, or skip single bad batches: [training] on_nonfinite = "skip"'
+        )
 
 
 class RunningLoss:

@@ -61,19 +61,15 @@ def test_all_ranks_restart_after_one_was_killed_and_stop_after_a_signal(
 
 
 def take_steps_apart(rank):
-    num_steps, number = 0, None
-    with Stop() as stop:
-        stop.configure(dist.group.WORLD, grace_s=60)
-        with suppress(Stopped), stop.steps(str):
-            while number is None and num_steps < 20:
-                # As on GPUs, hosts are not at the same place of a step.
-                time.sleep(0.02 * (rank + 1))
-                num_steps += 1
-                if (rank, num_steps) == (1, 7):
-                    os.kill(os.getpid(), signal.SIGTERM)
-                number = stop.is_due()
-            assert number == signal.SIGTERM
-            raise Stopped(number)
+    num_steps = 0
+    with Stop() as stop, suppress(Stopped), stop.steps(str, 60, dist.group.WORLD):
+        while num_steps < 20:
+            # As on GPUs, hosts are not at the same place of a step.
+            time.sleep(0.02 * (rank + 1))
+            num_steps += 1
+            if (rank, num_steps) == (1, 7):
+                os.kill(os.getpid(), signal.SIGTERM)
+            stop.raise_if_due()
     assert num_steps == 8
 
 

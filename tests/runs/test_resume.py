@@ -21,8 +21,8 @@ from switchtitan.training.describe import completed_identity, run_identity
 from switchtitan.training.output import newest_config_file, write_config
 
 
-def identity(folder, method, *overrides, fingerprint="abc"):
-    return run_identity(tiny_config(folder, method, *overrides), fingerprint)
+def identity(folder, method, *overrides):
+    return run_identity(tiny_config(folder, method, *overrides))
 
 
 DETERMINING = [
@@ -52,8 +52,6 @@ def test_what_determines_the_meaning_of_tensors_and_data_must_be_equal(tmp_path)
     for key, value in DETERMINING:
         with refused(key.removeprefix("--"), value):
             check_same_run(saved, identity(tmp_path, "switchlora", key, value))
-    with refused("corpus.fingerprint", "def"):
-        check_same_run(saved, identity(tmp_path, "switchlora", fingerprint="def"))
 
 
 def test_what_changes_only_the_course_of_a_run_may_change(tmp_path):

@@ -266,10 +266,10 @@ class StopInTheEvaluation(Stop):
         super().__init__()
         self.state, self.num_batches = state, 0
 
-    def is_due(self):
+    def raise_if_due(self):
         self.num_batches += self.state.step == 4 != self.state.evaluated_at
-        is_there = self.num_batches % 5 == 3
-        return signal.SIGTERM if is_there else None
+        if self.num_batches % 5 == 3:
+            raise Stopped(signal.SIGTERM)
 
 
 def curves(folder):
