@@ -12,13 +12,13 @@ from pydantic import AfterValidator, Field
 from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.config import (
     QUICKSTART,
-    Expand,
-    KeyPath,
     Section,
     find_config,
     help_text,
     load_config,
+    parse_toml,
     raise_together,
+    read_with_bases,
     split_arguments,
 )
 from switchtitan.contracts import MethodConfig, ModelConfig, OptimizerConfig
@@ -120,8 +120,17 @@ class SpectrumConfig(Section):
     min(out, in)) time per layer."""
 
 
+def _model_in_folder(folder: str) -> dict[str, object]:
+    # Imported here: most runs do not use it.
+    from switchtitan.hub.initial_weights import read_model_folder
+
+    return read_model_folder(Path(folder).expanduser())
+
+
 class JobConfig(Section):
     """All sections. A registry chooses the class of a section by its key `name`."""
+
+    expansions = {("model", "from_folder"): _model_in_folder}  # noqa: RUF012
 
     job: RunConfig
     model: Annotated[ModelConfig, MODELS]
@@ -179,19 +188,14 @@ def parse_unchecked(argv: Sequence[str], say: Callable[[str], None] = print_note
     file = QUICKSTART if given is None else find_config(given)
     if given not in (None, file):
         say(f"using {file}, which is installed with switchtitan")
-    config = load_config(JobConfig, file, overrides, EXPANSIONS, say)
+    config = load_config(JobConfig, read_with_bases(file), overrides, say)
     if wants_help:
         print(help_text(config, _USAGE))
         raise SystemExit(0)
     return config
 
 
-def _model_in_folder(folder: str) -> dict[str, object]:
-    # Imported here: most runs do not use it.
-    from switchtitan.hub.initial_weights import read_model_folder
-
-    return read_model_folder(Path(folder).expanduser())
-
-
-EXPANSIONS: dict[KeyPath, Expand] = {("model", "from_folder"): _model_in_folder}
-"""Keys that stand for other keys of their section."""
+def parse_saved(text: str) -> JobConfig:
+    """Load the configuration that a run has saved, from its text; see `parse_unchecked`."""
+    name = "the saved configuration"
+    return load_config(JobConfig, [(name, parse_toml(text, name))], {}, print_note)
