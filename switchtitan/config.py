@@ -218,8 +218,8 @@ class _Draft:
                 former = [key for key in self._fields(section) if key in below and key != "name"]
                 for key in former:
                     if key not in fields or not _accepts(fields[key], below[key]):
-                        value = toml_value(below.pop(key))
-                        self._say(f"{origin}: dropped [{section}] {key} = {value}")
+                        dropped = toml_value(below.pop(key))
+                        self._say(f"{origin}: dropped [{section}] {key} = {dropped}")
         below |= keys
         self._origins |= {(section, key): origin for key in keys}
         source, others = self._expanded.get(section, ("", {}))
@@ -248,11 +248,10 @@ class _Draft:
         values, types = self._table[section], self.types[section]
         name = "" if "" in types else str(values.get("name"))
         if name not in types:
-            given, missing = (
-                (f" = {toml_value(name)}", "") if "name" in values else ("", "missing; ")
-            )
-            expected = f"expected one of {', '.join(types)}{_did_you_mean(name, types)}"
-            self.problems.append(f"{self._place(section, 'name', given)}: {missing}{expected}")
+            given = f" = {toml_value(name)}" if "name" in values else ""
+            place = f"{self._place(section, 'name', given)}:{'' if given else ' missing;'}"
+            choices = f"{', '.join(types)}{_did_you_mean(name, types)}"
+            self.problems.append(f"{place} expected one of {choices}")
             return None
         try:
             return _validate(types[name], values)
