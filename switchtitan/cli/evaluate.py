@@ -75,11 +75,8 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         config = saved_config(trained.metadata)
     with temporary_world():
         world = start_world(ParallelismConfig())
-        if config is None:
-            seq_len = min(trained.max_positions or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
-        else:
-            seq_len = config.data.seq_len
-        seq_len = options.seq_len or seq_len
+        longest = min(trained.max_positions or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
+        seq_len = options.seq_len or (longest if config is None else config.data.seq_len)
         batches, size, described = _open_held_out(options, trained, config, seq_len, world)
         dtype = options.dtype
         if dtype == "auto" and config is not None:

@@ -8,6 +8,7 @@ import argparse
 import atexit
 import difflib
 import importlib
+import io
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import shlex
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
@@ -65,8 +66,6 @@ def run(argv: Sequence[str] | None = None) -> None:
         except SystemExit as stop:
             if isinstance(stop.code, int) and stop.code != 0:
                 _exit(stop.code)
-            sys.stdout.flush()
-            raise
         sys.stdout.flush()
     except BrokenPipeError:
         try:
@@ -114,10 +113,7 @@ def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
     if command in _TELLING:
         logging.getLogger("switchtitan").setLevel(logging.INFO)
     errors.interrupt_on_sigterm()
-    with ExitStack() as stack:
-        if options.json == _STDOUT:
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(nowhere))
+    with redirect_stdout(io.StringIO()) if options.json == _STDOUT else nullcontext():
         result: dict[str, Any] | None = module.run(options)
     if result is None:  # on other ranks than the main one
         return
