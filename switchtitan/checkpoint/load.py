@@ -195,14 +195,17 @@ def restore(checkpoint: Path, tensors: CheckpointTensors, world: World) -> None:
     """Loads model and optimizer from a checkpoint of any number of ranks; collective."""
     collected = tensors()
     world.together(lambda: load_tensors_(checkpoint, collected))
-    own = {name: collected[name] for name in collected if name.startswith(OPTIMIZER)}
-    tensors.optimizer.load_state_dict({name.removeprefix(OPTIMIZER): own[name] for name in own})
+    own = {name: tensor for name, tensor in collected.items() if name.startswith(OPTIMIZER)}
+    tensors.optimizer.load_state_dict({name[len(OPTIMIZER) :]: own[name] for name in own})
 
 
 def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fills all of a checkpoint's `tensors` in place; DTensors may be sharded differently. Raises a
     CheckpointError before any tensor changes, if names, shapes or dtypes differ."""
-    saved, expected = _described(saved_tensors(path)), _described(tensors)
+    saved, expected = (
+        {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in given.items()}
+        for given in (saved_tensors(path), tensors)
+    )
     differing = [
         f"{name} (saved: {saved.get(name)}, expected: {expected.get(name)})"
         for name in sorted({*saved, *expected})
@@ -214,10 +217,6 @@ def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
             "configuration it was saved with, or start a new run in another [job] output_dir"
         )
     _read_(path, tensors)
-
-
-def _described(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ TENSOR_FILES = r"__\d+_\d+\.distcp|\.metadata"
 FORMAT_VERSION = 6
 """Earlier ones name their corpus by the times of its files."""
 POLL_INTERVAL = 10
-"""Calls of `Checkpointer.poll` between two in which ranks communicate."""
+"""Steps between two after which ranks ask each other whether they have written."""
 MODEL, OPTIMIZER = "model.", "optimizer."
 """Prefixes of the names of tensors."""
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
@@ -104,33 +104,34 @@ class CheckpointTensors:
         self.optimizer = optimizer
         self._device = next(model.parameters()).device
         state = model.state_dict(keep_vars=True)
-        self._of_model = {f"{MODEL}{name}": tensor.detach() for name, tensor in state.items()}
+        self._model_tensors = {f"{MODEL}{name}": tensor.detach() for name, tensor in state.items()}
 
     def __call__(self) -> dict[str, Tensor]:
         """Returns all tensors by name, with the current optimizer state."""
-        return self._of_model | _of_optimizer(self.optimizer.state_dict())
+        return self._model_tensors | _prefixed(self.optimizer.state_dict())
 
     def held(self, collected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Returns all tensors by name, and values outside the state that every rank computes."""
-        return {**(collected or self()), **_of_optimizer(self.optimizer.replicated())}
-
-    def check_state(
-        self, numbers: Mapping[str, Tensor], collected: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Compares replicas of model and optimizer, and plain tensors on any device.
+        """Returns all tensors by name, and values outside the state that every rank computes.
 
         Args:
             collected: what a call returned, since the state of some optimizers takes time.
         """
+        return {**(collected or self()), **_prefixed(self.optimizer.replicated())}
+
+    def check_state(
+        self, numbers: Mapping[str, float], collected: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Compares replicas of what is `held`, and numbers. Raises a RanksDisagreeError."""
         if dist.is_initialized() and dist.get_world_size() > 1:
-            check_replicas(self.held(collected) | dict(numbers), self._device)
+            alike = {name: torch.tensor(number) for name, number in numbers.items()}
+            check_replicas(self.held(collected) | alike, self._device)
 
     def non_finite(self) -> list[str]:
         """Returns the names of the model's tensors with an inf or nan, see `norms.non_finite`."""
-        return non_finite(self._of_model, self._device)
+        return non_finite(self._model_tensors, self._device)
 
 
-def _of_optimizer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{OPTIMIZER}{name}": tensor for name, tensor in state.items()}
 
 
@@ -161,7 +162,6 @@ class Checkpointer:
         self._described = {"identity": identity, "run": metadata, "versions": versions}
         self._host_copies: dict[str, Tensor] = {}
         self._in_flight: Future[Path] | None = None
-        self._num_polls = 0
         self.latest = latest
         # Newer ones were found damaged by the search for `latest`.
         newest = sys.maxsize if latest is None else step_of(latest.resolve())
@@ -200,7 +200,6 @@ class Checkpointer:
         # Not dcp.async_save: if one rank cannot copy, the others would hang.
         copies: dict[str, Tensor] = {}
         self._world.together(lambda: copies.update(copy_to_host(own, self._host_copies)))
-        self._num_polls = 0
         # The interpreter waits for the thread at its exit, also after Ctrl-C.
         thread = ThreadPoolExecutor(1, thread_name_prefix=_WRITER)
         self._in_flight = thread.submit(self._write, metadata, copies)
@@ -212,16 +211,13 @@ class Checkpointer:
         group = replica_group(tensor) if is_sharded else self._world.host_group
         return group is None or zlib.crc32(name.encode()) % group.size() == group.rank()
 
-    def poll(self) -> None:
-        """Calls `finish` if every rank has written. Call it each step.
+    def poll(self, step: int) -> None:
+        """Calls `finish` if every rank has written. Call it after each step.
 
-        The ranks ask each other only in every `POLL_INTERVAL`-th call, since that makes all hosts
-        wait for the slowest.
+        The ranks ask each other only after every `POLL_INTERVAL`-th step, since that makes all
+        hosts wait for the slowest.
         """
-        if self._in_flight is None:
-            return
-        self._num_polls += 1
-        if self._num_polls % POLL_INTERVAL == 0:
+        if self._in_flight is not None and step % POLL_INTERVAL == 0:
             is_done = torch.tensor(int(self._in_flight.done()))
             dist.all_reduce(is_done, dist.ReduceOp.MIN, group=self._world.host_group)
             if is_done:

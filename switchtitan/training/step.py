@@ -194,7 +194,7 @@ class GarbageCollection:
     """
 
     def __init__(self) -> None:
-        self._num_steps, self._was_enabled = 0, False
+        self._num_steps, self._was_enabled = 0, gc.isenabled()
 
     def __enter__(self) -> "GarbageCollection":
         return self
@@ -203,10 +203,7 @@ class GarbageCollection:
         """Counts a step, and collects if a collection is due."""
         self._num_steps += 1
         if self._num_steps == 1:
-            # Disabled after the first step, which starts the data workers: they inherit this
-            # setting and need their collector.
-            self._was_enabled = gc.isenabled()
-            gc.disable()
+            gc.disable()  # the first step starts the data workers, which inherit this setting
         if self._num_steps == 1 or self._num_steps % FULL_INTERVAL == 0:
             gc.collect()
         elif self._num_steps % YOUNG_INTERVAL == 0:

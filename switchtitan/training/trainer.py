@@ -157,8 +157,7 @@ class Trainer:
             "training.tokens_seen": state.tokens_seen,
             "training.lr_factor": self.stepper.lr_schedule(state.step),
         }
-        alike = {name: torch.tensor(number) for name, number in numbers.items()}
-        self.tensors.check_state(alike, tensors)
+        self.tensors.check_state(numbers, tensors)
 
     def _take_steps(self) -> None:
         """Takes steps until the last one or the stop, and completes the save of that step."""
@@ -208,7 +207,7 @@ class Trainer:
                 self.profiler.step()
                 if is_slow:
                     self.stepper.world.together(lambda: None)  # ranks that write nothing wait
-        self.checkpointer.poll()
+        self.checkpointer.poll(step)
         self.reporter.advance(step)
         check_interval = self.stepper.parallelism.check_interval
         if check_interval and step % check_interval == 0:
