@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from switchtitan.checkpoint.config import RESUME_AUTO
 from switchtitan.checkpoint.save import Checkpointer, CheckpointTensors
 from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
@@ -290,13 +291,11 @@ class Trainer:
         self.reporter.summary(values, checkpoint=self.checkpointer.latest, trace=trace)
 
     def _resume_hint(self) -> str:
-        checkpoint = self.checkpointer.latest
+        checkpoint, resume = self.checkpointer.latest, self.checkpointer.config.resume
         if checkpoint is None:
             return "there is no checkpoint yet; the same command starts from scratch"
-        command = "the same command"
-        if not self.checkpointer.resumes_newest:
-            command += " with --checkpoint.resume auto"
-        return f"{command} resumes from {checkpoint}"
+        option = "" if resume == RESUME_AUTO else " with --checkpoint.resume auto"
+        return f"the same command{option} resumes from {checkpoint}"
 
     def _stop_if_diverged(self) -> None:
         if not self._running_loss.all_finite:
