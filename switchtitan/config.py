@@ -38,13 +38,11 @@ def split_arguments(
     argv: Sequence[str], section: str | None = None
 ) -> tuple[Path | None, bool, dict[KeyPath, list[str]]]:
     """Split a command line into the file of `--config`, whether `--help` is wanted, and the words
-    after each `--section.key`, also of `--section.key=value`.
+    after each `--section.key`, also of `--section.key=value`. Raises a ConfigError if a word is
+    no option's, or an option has no value or is given twice.
 
     Args:
         section: its keys may be given without it, e.g. `--path` for `--data.path`.
-
-    Raises:
-        ConfigError: if a word belongs to no option, or an option has no value or is given twice.
     """
     wants_help = False
     options: dict[str, list[str]] = {}
@@ -121,15 +119,13 @@ def load_config(
     overrides: Mapping[KeyPath, list[str]],
     say: Callable[[str], None],
 ) -> ConfigT:
-    """Merge, override and validate a configuration that consists of sections.
+    """Merge, override and validate a configuration that consists of sections. Raises a ConfigError
+    with all mistakes in one message.
 
     Args:
         tables: those of files, with the files' names for errors; later ones win.
         overrides: the words after each `--section.key`.
         say: called with a note on each key of the tables that the command line drops.
-
-    Raises:
-        ConfigError: with all mistakes in one message.
     """
     draft = _Draft(config_type, say, tables[-1][0] if tables else "command line")
     for file, table in tables:

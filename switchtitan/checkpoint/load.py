@@ -51,15 +51,10 @@ _READABLE = {
 
 # Finding.
 def find_checkpoint(folder: Path, config: CheckpointConfig) -> Path | None:
-    """Returns the checkpoint that a run resumes from; None means a new run.
-
-    Args:
-        folder: the run's own checkpoints; need not exist.
-
-    Raises:
-        CheckpointError: if the given checkpoint or initial weights are missing or damaged, or all
-            own checkpoints are, or the run would mix its checkpoints with those of another.
-    """
+    """Returns the checkpoint that a run resumes from; None means a new run. `folder` has the run's
+    own checkpoints; need not exist. Raises a CheckpointError if the given checkpoint or initial
+    weights are missing or damaged, or all own checkpoints are, or the run would mix its checkpoints
+    with those of another."""
     resume, present, found = config.resume, list_step_folders(folder), None
     continued = {os.path.realpath(path) for path in (folder, folder.parent, *present[:1])}
     key = f"[checkpoint] resume = {resume!r}"
@@ -127,12 +122,8 @@ def find_latest(folder: Path) -> Path | None:
 
 # Verifying.
 def verify(path: Path) -> CheckpointMetadata:
-    """Compares all files with their checksums, which reads the full checkpoint once.
-
-    Raises:
-        CheckpointFormatError: if this version does not read the format.
-        CheckpointError: names the first problem.
-    """
+    """Compares all files with their checksums, which reads the full checkpoint once. Raises a
+    CheckpointError that names the first problem; see `read_metadata`."""
     if not (path / SUMS_FILE).exists():
         read_metadata(path)  # earlier formats have no such file
     with _reading(path / SUMS_FILE):
@@ -153,11 +144,8 @@ def verify(path: Path) -> CheckpointMetadata:
 
 
 def read_metadata(path: Path) -> CheckpointMetadata:
-    """Reads a checkpoint's `metadata.json`, without comparing checksums.
-
-    Raises:
-        CheckpointFormatError: if this version does not read the format.
-        CheckpointError: if it is missing or damaged.
+    """Reads a checkpoint's `metadata.json`, without comparing checksums. Raises a CheckpointError
+    if it is missing or damaged, a CheckpointFormatError if this version does not read the format.
     """
     with _reading(path / METADATA_FILE):
         contents = json.loads((path / METADATA_FILE).read_bytes())

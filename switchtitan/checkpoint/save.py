@@ -173,14 +173,11 @@ class Checkpointer:
         """Writes `<folder>/step-<step>`; waits for an earlier save in progress.
 
         With `async_save`, returns once `tensors` are copied and may change; `poll` or `finish`
-        completes the save.
+        completes the save. Raises a CheckpointError on every rank if this save or the earlier one
+        fails; older checkpoints are untouched.
 
         Args:
             tensors: DTensors, or plain tensors that are the same on every rank.
-
-        Raises:
-            CheckpointError: on every rank, if this save or the earlier one fails; older checkpoints
-                are untouched.
         """
         self.finish()
         described = {"format_version": FORMAT_VERSION, "step": step, "train_state": train_state}

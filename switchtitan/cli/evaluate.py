@@ -60,13 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
-    """Returns loss (nats per token), perplexity, bits per byte, and the data used.
-
-    None on other ranks than the main one.
-
-    Raises:
-        UserError: if weights, model and text do not match, or one of them cannot be read.
-    """
+    """Returns loss (nats per token), perplexity, bits per byte, and the data used; None on other
+    ranks than the main one. Raises a UserError if weights, model and text do not match, or one of
+    them cannot be read."""
     if options.text is not None and options.split is not None:
         raise ConfigError(f"--split {options.split} has no effect with --text; leave it out")
     config = None if options.config is None else load_for_evaluation(options.config)
@@ -115,10 +111,7 @@ def _open_held_out(
     seq_len: int,
     world: World,
 ) -> tuple[ValidationBatches | list[Batch], TextSize, dict[str, Any]]:
-    """Returns what to evaluate on, the size of its text, and its description.
-
-    Each rank gets its own batches of a corpus, or all of a text.
-    """
+    """Returns this rank's batches of a corpus or all of a text, the text's size, and what it is."""
     batch_size = _LOCAL_BATCH_SIZE if config is None else config.training.local_batch_size
     if options.text is not None:
         tokenizer = open_tokenizer(trained, options.tokenizer)

@@ -159,16 +159,13 @@ def print_note(note: str) -> None:
 def parse_arguments(
     argv: Sequence[str], num_ranks: int | None = None, say: Callable[[str], None] = print_note
 ) -> JobConfig:
-    """Load the configuration of a training run, and check that its sections fit together.
+    """Load the configuration of a training run, and check that its sections fit together. Raises a
+    ConfigError with all mistakes in one message; SystemExit after `--help`.
 
     Args:
         argv: `--config FILE --section.key value ...`. The default file is the quickstart.
         num_ranks: number of ranks, which some keys must fit; by default the launcher's.
         say: called with a note on each key that is dropped or has no effect.
-
-    Raises:
-        ConfigError: with all mistakes in one message.
-        SystemExit: with status 0, after `--help`.
     """
     config = parse_unchecked(argv, say)
     num_ranks, device = num_ranks or num_ranks_from_launcher(), device_type()

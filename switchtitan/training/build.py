@@ -61,13 +61,11 @@ logger = logging.getLogger(__name__)
 
 
 def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> Trainer:
-    """Build everything that a run needs; restore its state if it resumes from a checkpoint.
+    """Build everything that a run needs; restore its state if it resumes from a checkpoint. Raises
+    a UserError if configuration, corpus and checkpoints do not fit together.
 
     Args:
         stop: when to stop before the last step; by default never.
-
-    Raises:
-        UserError: if configuration, corpus and checkpoints do not fit together.
     """
     # What it starts from. Only a new run prepares its corpus, which can take hours.
     identity, resolved = run_identity(config), resolved_toml(config)

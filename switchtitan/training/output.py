@@ -32,14 +32,12 @@ _VISIBLE_WITHIN_S, _POLL_S = 10.0, 0.2
 
 @contextmanager
 def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
-    """Creates the folder, and keeps every other process from training there; collective.
+    """Creates the folder, and keeps every other process from training there; collective. Raises a
+    ConfigError on every rank if another process trains there, the folder cannot be written, or some
+    ranks see another one.
 
     The lock ends with the main rank's process. After an error, a background save may continue until
     then, and keeps the lock. A folder that was created is removed if nothing was written there.
-
-    Raises:
-        ConfigError: on every rank, if another process trains there, the folder cannot be written,
-            or some ranks see another one.
     """
     lock = FileLock(output_dir / LOCK_FILE)
     owner_file = output_dir / OWNER_FILE

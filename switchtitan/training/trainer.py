@@ -61,10 +61,11 @@ class Trainer:
     """When to stop before the last step."""
 
     def __post_init__(self) -> None:
-        self._saved_step = self.stepper.state.step
+        self._state, self._world = self.stepper.state, self.stepper.world
+        self._saved_step = self._state.step
         self._has_stepped, self._has_evaluated = False, False
-        self._running_loss = RunningLoss(self.stepper.world.device)
-        self._region_times = RegionTimes(self.stepper.world.device)
+        self._running_loss = RunningLoss(self._world.device)
+        self._region_times = RegionTimes(self._world.device)
 
     def train(self) -> None:
         """Takes the remaining steps; evaluates, reports and saves when due.
@@ -75,7 +76,7 @@ class Trainer:
             RanksDisagreeError: if ranks no longer train the same model. Nothing more is saved.
             Stopped: by a signal, after the last step done was saved.
         """
-        state, world = self.stepper.state, self.stepper.world
+        state = self._state
         try:
             if state.step >= self.num_steps:
                 logger.info(
@@ -85,7 +86,7 @@ class Trainer:
                     self.num_steps,
                 )
                 # All ranks must agree.
-                if world.broadcast(self.reporter.has_results(state.step)):
+                if self._world.broadcast(self.reporter.has_results(state.step)):
                     return
             elif self.num_steps < self.evaluate_interval and state.evaluated_at is None:
                 logger.info(
@@ -94,7 +95,7 @@ class Trainer:
                 )
             # At the start, or where a signal has stopped the evaluation.
             self._evaluate_if_due()
-            group = world.host_group if world.size > 1 else None
+            group = self._world.host_group if self._world.size > 1 else None
             with self.stop.steps(self._resume_hint, self.checkpointer.config.grace_s, group):
                 self._take_steps()
             self._finalize()
@@ -116,7 +117,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Reports the validation loss."""
         self._stop_if_diverged()
-        state = self.stepper.state
+        state = self._state
         with self.throughput.excluded(), region("evaluate"):
             self._set_timeout(is_first=not self._has_evaluated)
             loss = self.validation(self.stepper.model, self.stop.raise_if_due)
@@ -130,7 +131,7 @@ class Trainer:
     def save(self) -> None:
         """Saves a checkpoint, in the background if configured so."""
         self._stop_if_diverged()
-        state = self.stepper.state
+        state = self._state
         with self.throughput.excluded(), region("save"):
             tensors = self.tensors()
             self.check_ranks(tensors)
@@ -144,14 +145,12 @@ class Trainer:
 
     def check_ranks(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Compares all that ranks hold alike, the numbers that determine the next step included.
+        Raises a RanksDisagreeError on every rank if ranks differ.
 
         Args:
             tensors: what `self.tensors` returned.
-
-        Raises:
-            RanksDisagreeError: on every rank, if ranks differ; names tensors.
         """
-        state = self.stepper.state
+        state = self._state
         numbers = {
             "training.step": state.step,
             "training.batches_skipped": state.num_skipped,
@@ -162,7 +161,7 @@ class Trainer:
 
     def _take_steps(self) -> None:
         """Takes steps until the last one or the stop, and completes the save of that step."""
-        state = self.stepper.state
+        state = self._state
         skipped_in_a_row = 0
         profiler = self.profiler or nullcontext()
         with self._region_times, profiler, GarbageCollection() as garbage:
@@ -187,27 +186,26 @@ class Trainer:
                 self._save_last_step()
                 raise
         if self.profiler is not None:
-            self.stepper.world.together(lambda: None)  # a trace may have been written at the end
+            self._world.together(lambda: None)  # a trace may have been written at the end
         self._save_last_step()
 
     def _set_timeout(self, is_first: bool) -> None:
         """Lets ranks wait for each other longer in what is done first, which they compile."""
-        world, keys = self.stepper.world, self.stepper.parallelism
-        is_long = is_first or not self._has_stepped
+        keys, is_long = self.stepper.parallelism, is_first or not self._has_stepped
         timeout_s = keys.timeout_s if is_long else keys.step_timeout_s
-        if timeout_s != world.timeout.total_seconds():
-            world.set_timeout(timeout_s)
+        if timeout_s != self._world.timeout.total_seconds():
+            self._world.set_timeout(timeout_s)
 
     def _after_step(self, result: StepResult) -> None:
         """Does what is due after an update; not after skipped batches: the step did not advance."""
-        step = self.stepper.state.step
+        step = self._state.step
         self._running_loss.add(result)
         if self.profiler is not None:
             is_slow = self.profiler.is_slow_next
             with self.throughput.excluded() if is_slow else nullcontext():
                 self.profiler.step()
                 if is_slow:
-                    self.stepper.world.together(lambda: None)  # ranks that write nothing wait
+                    self._world.together(lambda: None)  # ranks that write nothing wait
         self.checkpointer.poll(step)
         self.reporter.advance(step)
         check_interval = self.stepper.parallelism.check_interval
@@ -229,7 +227,7 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         """Evaluates the weights at the start, every `evaluate_interval` steps and at the end."""
-        state = self.stepper.state
+        state = self._state
         is_due = state.step % self.evaluate_interval == 0 or state.step >= self.num_steps
         # A shorter run is not evaluated, unless it was before: its results would state that loss.
         is_evaluated = self.num_steps >= self.evaluate_interval or state.evaluated_at is not None
@@ -238,32 +236,30 @@ class Trainer:
 
     def _save_last_step(self) -> None:
         """Saves the step at which the run ends, unless it is saved; waits for the save."""
-        self.checkpointer.finish()
-        if self.stepper.state.step != self._saved_step:
+        if self._state.step != self._saved_step:
             self.save()
-            self.checkpointer.finish()
+        self.checkpointer.finish()
 
     def _report(self, grad_norm: Tensor) -> None:
         self._stop_if_diverged()
-        stepper = self.stepper
-        stepper.world.synchronize()
-        loss = stepper.world.mean(self._running_loss.mean()).item()
+        state, world = self._state, self._world
+        world.synchronize()
         values = {
-            "loss/train": loss,
+            "loss/train": world.mean(self._running_loss.mean()).item(),
             "optimizer/grad_norm": grad_norm.item(),
-            **stepper.optimizer.metrics(),
-            **self.throughput.measure(stepper.state.step),
-            "memory/peak_gib": peak_memory_gib(stepper.world.device),
-            "data/tokens_seen": float(stepper.state.tokens_seen),
-            "data/batches_skipped": float(stepper.state.num_skipped),
+            **self.stepper.optimizer.metrics(),
+            **self.throughput.measure(state.step),
+            "memory/peak_gib": peak_memory_gib(world.device),
+            "data/tokens_seen": float(state.tokens_seen),
+            "data/batches_skipped": float(state.num_skipped),
             **self._region_times.means(),
         }
-        self.reporter.report(stepper.state.step, values)
+        self.reporter.report(state.step, values)
         self._running_loss.reset()
 
     def _finalize(self) -> None:
         """Evaluates on the test split and writes the results; again if it was stopped before."""
-        state, device = self.stepper.state, self.stepper.world.device
+        state, device = self._state, self._world.device
         test, test_loss = self.test, None
         if test is not None:
             test_loss = test(self.stepper.model)
@@ -299,13 +295,14 @@ class Trainer:
 
     def _stop_if_diverged(self) -> None:
         if not self._running_loss.all_finite:
-            step = self.stepper.state.step
-            raise self._divergence(f"a loss or a gradient was not finite by step {step}")
+            raise self._divergence(
+                f"a loss or a gradient was not finite by step {self._state.step}"
+            )
 
     def _divergence(self, reason: str) -> TrainingDivergedError:
         """Writes results, and returns the error to raise. Collective: waits for a save."""
         self.checkpointer.finish()
-        self.reporter.report_divergence(self.stepper.state.step, self.stepper.state.num_skipped)
+        self.reporter.report_divergence(self._state.step, self._state.num_skipped)
         newest = self.checkpointer.latest
         good = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
         return TrainingDivergedError(
