@@ -119,7 +119,15 @@ def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
         return
     status = result.pop("exit_status", 0)
     if options.json is not None:
-        _write_json(options.json, {"command": options.command, **result})
+        text = json.dumps({"command": options.command, **result}, indent=2)
+        if options.json == _STDOUT:
+            print(text, flush=True)
+        else:
+            try:
+                write_atomically(Path(options.json), f"{text}\n")
+            except OSError as error:
+                problem = f"--json {options.json}: cannot be written: {error.strerror}"
+                raise errors.ConfigError(problem) from error
     if status != 0:
         raise SystemExit(status)
 
@@ -138,17 +146,6 @@ def _check_json(file: Path) -> None:
             f"--json {file}: exists and is no result of --json, so it is not overwritten; name "
             "another file, or print the result with --json=-"
         )
-
-
-def _write_json(file: str, result: dict[str, Any]) -> None:
-    text = json.dumps(result, indent=2)
-    if file == _STDOUT:
-        print(text, flush=True)
-        return
-    try:
-        write_atomically(Path(file), f"{text}\n")
-    except OSError as error:
-        raise errors.ConfigError(f"--json {file}: cannot be written: {error.strerror}") from error
 
 
 def _exit(status: int) -> NoReturn:

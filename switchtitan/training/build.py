@@ -20,7 +20,7 @@ from switchtitan.checkpoint.save import (
     CheckpointTensors,
 )
 from switchtitan.config import resolved_toml
-from switchtitan.contracts import Batch, Method, SummedLoss
+from switchtitan.contracts import Batch, SummedLoss
 from switchtitan.data.corpus import VERIFIED_BYTES, Corpus, SplitName
 from switchtitan.data.loader import ValidationBatches, build_train_batches
 from switchtitan.data.prepare import open_corpus
@@ -191,7 +191,7 @@ def build_stepper(
         allow_tf32()
     if compute_dtype is None:
         compute_dtype = dtype_on(world.device, config.training.dtype).dtype
-    method = build_method(config)
+    method = METHODS.build(config.method, config.training.steps, config.job.seed)
     model = plain_model(config.model)
     plain_names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     method.prepare_model(model)
@@ -216,10 +216,6 @@ def build_stepper(
         on_nonfinite=config.training.on_nonfinite,
         state=state or TrainState(),
     )
-
-
-def build_method(config: JobConfig) -> Method:
-    return METHODS.build(config.method, config.training.steps, config.job.seed)
 
 
 def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
@@ -339,7 +335,8 @@ def _open_telemetry(
     from switchtitan.spectra.telemetry import SPECTRA_FOLDER, RankTelemetry
     from switchtitan.spectra.weight_change import Origin
 
-    method, source = build_method(config), (state.initial_weights, state.initial_fingerprint)
+    method = METHODS.build(config.method, config.training.steps, config.job.seed)
+    source = state.initial_weights, state.initial_fingerprint
     origin = Origin(config.model, config.job.seed, *source, method)
     if is_restored:
         world.on_main(origin.open)

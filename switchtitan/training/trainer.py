@@ -126,7 +126,8 @@ class Trainer:
         if state.first_validation_loss is None:
             state.first_validation_loss = loss
         state.last_validation_loss, state.evaluated_at = loss, state.step
-        self.reporter.report(state.step, loss_metrics("validation", loss))
+        values = {"loss/validation": loss, "perplexity/validation": perplexity_of(loss)}
+        self.reporter.report(state.step, values)
 
     def save(self) -> None:
         """Saves a checkpoint, in the background if configured so."""
@@ -263,7 +264,8 @@ class Trainer:
         test, test_loss = self.test, None
         if test is not None:
             test_loss = test(self.stepper.model)
-            self.reporter.report(state.step, loss_metrics("test", test_loss))
+            tested = {"loss/test": test_loss, "perplexity/test": perplexity_of(test_loss)}
+            self.reporter.report(state.step, tested)
         values: dict[str, float | None] = {
             "step": state.step,
             "tokens_seen": state.tokens_seen,
@@ -338,8 +340,3 @@ class RunningLoss:
     def reset(self) -> None:
         self._loss_sum.zero_()
         self._num_steps = 0
-
-
-def loss_metrics(split: str, loss: float) -> dict[str, float]:
-    """Returns a split's mean loss per token, in nats, and its perplexity, by TensorBoard tag."""
-    return {f"loss/{split}": loss, f"perplexity/{split}": perplexity_of(loss)}
