@@ -252,9 +252,6 @@ def test_a_crash_at_any_call_leaves_a_whole_checkpoint_and_no_leftovers_for_long
     assert {latest for _, latest, *_ in crashes.values()} == {STEPS[1], STEPS[2]}
 
 
-# A real disk.
-
-
 def test_the_same_command_goes_on_when_space_is_freed(corpora, tmp_path, monkeypatch):
     """Another program fills the disk while tensors are written."""
     (tmp_path / "run.toml").write_text(tiny_toml(corpora / "a", "switchlora"))

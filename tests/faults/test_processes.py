@@ -57,9 +57,6 @@ def test_all_ranks_restart_after_one_was_killed_and_stop_after_a_signal(
     assert not (tmp_path / "run" / OWNER_FILE).exists()
 
 
-# Signals.
-
-
 def take_steps_apart(rank):
     num_steps = 0
     with Stop() as stop, suppress(Stopped), stop.steps(str, 60, dist.group.WORLD):
@@ -75,9 +72,6 @@ def take_steps_apart(rank):
 
 def test_ranks_that_are_steps_apart_stop_after_the_same_step():
     run_on_ranks(3, take_steps_apart)
-
-
-# Hangs.
 
 
 def train_with_a_late_rank(rank, folder):
@@ -101,9 +95,6 @@ def train_with_a_late_rank(rank, folder):
 
 def test_a_rank_that_hangs_after_the_first_step_ends_the_run_soon(corpora):
     run_on_ranks(2, train_with_a_late_rank, corpora / "late")
-
-
-# Locks.
 
 
 def start(function, *args):

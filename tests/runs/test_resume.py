@@ -171,9 +171,6 @@ def test_a_resumed_run_writes_its_configuration_only_if_it_is_another(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["config.toml"]
 
 
-# The corpus of a run
-
-
 @pytest.fixture
 def books(corpora):
     """A saved run on text files; the folder and the keys of its command."""
