@@ -241,30 +241,33 @@ class _Draft:
 
     def validated(self, section: str) -> Section | None:
         """Return a section, or None after adding its problems."""
-        values, types = self._table[section], self.types[section]
-        name = "" if "" in types else str(values.get("name"))
-        if name not in types:
+        values, types, chosen = self._table[section], self.types[section], self._class_of(section)
+        if chosen is None:
+            name = str(values.get("name"))
             given = f" = {toml_value(name)}" if "name" in values else ""
             place = f"{self._place(section, 'name', given)}:{'' if given else ' missing;'}"
             choices = f"{', '.join(types)}{_did_you_mean(name, types)}"
             self.problems.append(f"{place} expected one of {choices}")
             return None
         try:
-            return _validate(types[name], values)
+            return _validate(chosen, values)
         except ValidationError as error:
             for key, given, problem in _mistakes(error):
                 if problem == _UNKNOWN:
-                    expected = f"; expected one of {', '.join(types[name].model_fields)}"
+                    expected = f"; expected one of {', '.join(chosen.model_fields)}"
                     problem += _did_you_mean(f"{section}.{key}", self._known_keys()) or expected
                 place = f"{self._place(section, key, given)}:" if key else f"[{section}]"
                 self.problems.append(f"{place} {problem}")
         return None
 
-    def _fields(self, section: str) -> dict[str, FieldInfo]:
-        """Return the fields of a section's class, none if its name is wrong."""
+    def _class_of(self, section: str) -> type[Section] | None:
+        """Return a section's class, None if its name is wrong."""
         types = self.types[section]
-        name = "" if "" in types else str(self._table[section].get("name"))
-        return types[name].model_fields if name in types else {}
+        return types.get("" if "" in types else str(self._table[section].get("name")))
+
+    def _fields(self, section: str) -> dict[str, FieldInfo]:
+        chosen = self._class_of(section)
+        return {} if chosen is None else chosen.model_fields
 
     def _known_keys(self) -> list[str]:
         return [f"{section}.{key}" for section in self.types for key in self._fields(section)]

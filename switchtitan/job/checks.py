@@ -160,17 +160,17 @@ def _check_optimizer(config: "JobConfig") -> list[str]:
 
 def _check_reports(config: "JobConfig", num_ranks: int) -> list[str]:
     """A tracker's package must be installed, and the ranks to trace must exist."""
-    problems = []
-    for tracker in config.metrics.trackers:
-        if not is_installed(tracker):
-            problems.append(_needs_package(f"[metrics] trackers: {tracker}", tracker))
-    profiler = config.profiler
-    if profiler.ranks == "all" or not (profiler.enabled or profiler.memory_snapshot_step):
-        return problems
-    if not profiler.ranks or max(profiler.ranks) >= num_ranks:
+    problems = [
+        _needs_package(f"[metrics] trackers: {tracker}", tracker)
+        for tracker in config.metrics.trackers
+        if not is_installed(tracker)
+    ]
+    profiler, ranks = config.profiler, config.profiler.ranks
+    observes = profiler.enabled or profiler.memory_snapshot_step is not None
+    if observes and ranks != "all" and (not ranks or max(ranks) >= num_ranks):
         problems.append(
-            f"[profiler] ranks = {toml_value(profiler.ranks)}: expected at least one rank, from 0 "
-            f"to {num_ranks - 1}"
+            f"[profiler] ranks = {toml_value(ranks)}: expected at least one rank, from 0 to "
+            f"{num_ranks - 1}"
         )
     return problems
 
@@ -197,11 +197,8 @@ def _check_compiler(config: "JobConfig", device: str) -> list[str]:
 
 
 def missing_toolchain(device: str) -> str | None:
-    """Return what is missing to compile for a device of this type, and what to install.
-
-    Inductor builds C++ for a CPU, and Triton builds launchers in C for a GPU. None: nothing is
-    missing.
-    """
+    """Return what is missing to compile for a device of this type, and what to install, or None.
+    Inductor builds C++ for a CPU, and Triton builds launchers in C for a GPU."""
     if device == "cpu":
         needs, wanted = "on a CPU it needs", "a C++ compiler; install g++"
         compilers = [os.environ.get("CXX", "g++")]
