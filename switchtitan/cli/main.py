@@ -64,7 +64,9 @@ def run(argv: Sequence[str] | None = None) -> None:
         try:
             main(argv)
         except SystemExit as stop:
-            if isinstance(stop.code, int) and stop.code != 0:
+            if isinstance(stop.code, str):
+                raise
+            if stop.code:
                 _exit(stop.code)
         sys.stdout.flush()
     except BrokenPipeError:

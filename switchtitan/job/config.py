@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -130,7 +130,7 @@ def _model_in_folder(folder: str) -> dict[str, object]:
 class JobConfig(Section):
     """All sections. A registry chooses the class of a section by its key `name`."""
 
-    expansions = {("model", "from_folder"): _model_in_folder}  # noqa: RUF012
+    expansions: ClassVar = {("model", "from_folder"): _model_in_folder}
 
     job: RunConfig
     model: Annotated[ModelConfig, MODELS]

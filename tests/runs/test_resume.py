@@ -228,12 +228,14 @@ def append(file):
     file.write_text(file.read_text() + "more")
 
 
-@pytest.mark.parametrize("change", [replace, append, os.remove])
-def test_a_run_is_refused_if_its_files_have_changed_and_prepares_nothing(books, change):
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [(replace, "has other contents"), (append, "had"), (os.remove, "is missing")],
+)
+def test_a_run_is_refused_if_its_files_have_changed_and_prepares_nothing(books, change, part):
     folder, keys = books
     before = sorted((folder / "corpora").iterdir())
     change(folder / "books" / "3.txt")
-    part = {replace: "has other contents", append: "had", os.remove: "is missing"}[change]
     with pytest.raises(CorpusError, match=rf"\[data\] path = .*books': .*3.txt {part}.*output_dir"):
         tiny_trainer(folder, "lora", *keys)
     with pytest.raises(CheckpointError, match="max_documents: saved with None"):
