@@ -89,8 +89,12 @@ class MethodConfig(NamedSection):
     keeps_initial_weights: ClassVar[bool] = True
     """Whether a run starts from exactly the weights that it is given, up to rounding."""
 
-    def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
-        """Return error messages for linear layers of these (out, in), by name; none by default."""
+    def completed(self, model: "LanguageModel") -> Self:
+        """Return this section with values for keys whose default depends on the plain model."""
+        return self
+
+    def check_model(self, model: "LanguageModel") -> list[str]:
+        """Return error messages for the plain model, on the meta device; none by default."""
         return []
 
     def check_length(self, num_steps: int) -> list[str]:
@@ -294,7 +298,7 @@ class Method(ABC, Generic[MethodConfigT]):
     def __init__(self, config: MethodConfigT, num_steps: int, seed: int) -> None:
         self.config, self.num_steps, self.seed = config, num_steps, seed
 
-    def prepare_model(self, model: nn.Module) -> None:
+    def prepare_model(self, model: LanguageModel) -> None:
         """Replace layers. Called once, on the meta device, before any wrapping. Default: none."""
 
     @abstractmethod
@@ -313,7 +317,7 @@ class Method(ABC, Generic[MethodConfigT]):
         return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
 
     def starting_weight(self, name: str, weight: Tensor) -> Tensor:
-        """Return the dense weight that a run starts from, from the plain model's initial one.
+        """Return the dense weight that a linear layer in a block starts from, from the plain one.
 
         Default: the same. Others set `keeps_initial_weights` to False in their section.
         """

@@ -24,7 +24,7 @@ class Section(BaseModel):
     expansions: ClassVar[Mapping[tuple[str, ...], Callable[[str], Mapping[str, object]]]] = {}
     """Of all sections together: path of a key -> what returns the keys of its section that its
     value stands for, or raises a ConfigError. Other keys must not contradict those."""
-    former_defaults: ClassVar[Mapping[str, float]] = {}
+    former_defaults: ClassVar[Mapping[str, object]] = {}
     """Keys whose default has changed, and what it was: checksums of finished runs rest on it."""
 
     def without_effect(self) -> list[str]:

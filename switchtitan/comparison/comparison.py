@@ -17,6 +17,7 @@ from switchtitan.comparison.runs import (
     read_csv,
     read_folder,
 )
+from switchtitan.config import toml_value
 from switchtitan.data.prepare import open_corpus
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import print_note
@@ -162,10 +163,12 @@ def check_plan(config: ComparisonConfig) -> None:
     for run in _first_runs(config):
         method = run.config.method
         for key, former in method.former_defaults.items():
-            print_note(
-                f"row {run.row}: [method] {key} = {getattr(method, key):g}; its default, which was "
-                f"{former:g}, is now {type(method).model_fields[key].default:g}"
-            )
+            value, default = getattr(method, key), type(method).model_fields[key].default
+            if value != former:
+                print_note(
+                    f"row {run.row}: [method] {key} = {toml_value(value)}; its default, which was "
+                    f"{toml_value(former)}, is now {toml_value(default)}"
+                )
         training, evaluation = run.config.training, run.config.evaluation
         problem = None
         if training.dtype == "auto":

@@ -15,7 +15,7 @@ from switchtitan.distributed.dtype import bf16_support, choose_dtype, gpu_proble
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods import METHODS
-from switchtitan.models import linear_shapes
+from switchtitan.models import plain_model
 
 if TYPE_CHECKING:  # it calls these checks
     from switchtitan.job.config import JobConfig
@@ -29,7 +29,7 @@ def check(config: "JobConfig", num_ranks: int, device: str | None) -> list[str]:
     """
     problems = [
         *_check_ranks(config, num_ranks),
-        *config.method.check_model(linear_shapes(config.model)),
+        *config.method.check_model(plain_model(config.model.on_any_machine())),
         *config.method.check_length(config.training.steps),
         *_check_optimizer(config),
         *check_held_out(config),

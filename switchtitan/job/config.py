@@ -31,7 +31,7 @@ from switchtitan.distributed.config import (
 from switchtitan.distributed.world import device_type, num_ranks_from_launcher
 from switchtitan.job.checks import check, keys_without_effect
 from switchtitan.methods import METHODS
-from switchtitan.models import MODELS
+from switchtitan.models import MODELS, plain_model
 from switchtitan.observability.config import MetricsConfig, ProfilerConfig
 from switchtitan.optim import OPTIMIZERS
 from switchtitan.optim.lr_schedule import LRScheduleConfig
@@ -186,6 +186,8 @@ def parse_unchecked(argv: Sequence[str], say: Callable[[str], None] = print_note
     if given not in (None, file):
         say(f"using {file}, which is installed with switchtitan")
     config = load_config(JobConfig, read_with_bases(file), overrides, say)
+    method = config.method.completed(plain_model(config.model.on_any_machine()))
+    config = config.model_copy(update={"method": method})
     if wants_help:
         print(help_text(config, _USAGE))
         raise SystemExit(0)

@@ -1,7 +1,7 @@
 """The registry of training methods."""
 
 from switchtitan.contracts import Method, MethodConfig
-from switchtitan.methods.factors import PlainProduct, PlainProductConfig
+from switchtitan.methods.factors import PlainProductConfig, ProductMethod
 from switchtitan.methods.full_rank import FullRank, FullRankConfig
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.projected import ApolloConfig, FiraConfig, GaloreConfig, Projected
@@ -18,7 +18,7 @@ METHODS: Registry[MethodConfig, Method] = Registry(
         "full_rank": Component(FullRankConfig, FullRank),
         "galore": Component(GaloreConfig, Projected),
         "lora": Component(LoraConfig, Lora),
-        "low_rank": Component(PlainProductConfig, PlainProduct),
+        "low_rank": Component(PlainProductConfig, ProductMethod),
         "relora": Component(ReloraConfig, Relora),
         "sltrain": Component(SltrainConfig, Sltrain),
         "switchlora": Component(SwitchLoraConfig, SwitchLora),

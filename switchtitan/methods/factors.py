@@ -1,4 +1,4 @@
-"""The method low_rank: without a frozen weight, every adapted layer is a product B A."""
+"""The method low_rank: without a frozen weight, every targeted layer is a product B A."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -8,12 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchtitan.distributed.initial import GeneratorFor
-from switchtitan.methods.lowrank.linear import FACTORS, FactorLinear, take
-from switchtitan.methods.lowrank.method import FactorConfig, FactorSection, ReplacingMethod
+from switchtitan.methods.adapter.linear import take
 from switchtitan.methods.projected import is_right, leading_singular_vectors
+from switchtitan.methods.targets import (
+    FACTORS,
+    FactorLinear,
+    ReplacingMethod,
+    TargetConfig,
+    TargetConfigT,
+)
 
 
-class PlainProductConfig(FactorConfig):
+class PlainProductConfig(TargetConfig):
     """`[method] name = "low_rank"`: W = B A, without the frozen weight of LoRA. B A starts as the
     best approximation of the layer's usual initial weight (truncated SVD; "spectral initialization"
     in arXiv 2105.01029). Ranks share the decompositions, on their CPUs. `[checkpoint]
@@ -41,12 +47,16 @@ class ProductLinear(FactorLinear):
         parts = self.initial_parts(weight)
         return {name: take(part, rows[name]) for name, part in parts.items() if name in rows}
 
+    def dense_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """See `FactorLinear`."""
+        return tensors["lora_b"].t() @ tensors["lora_a"]
+
     def initial_parts(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns its initial parameters by local name, from the plain weight [out, in]."""
         return dict(zip(FACTORS, balanced_factors(weight, self.rank), strict=True))
 
 
-class ProductMethod(ReplacingMethod[FactorSection]):
+class ProductMethod(ReplacingMethod[TargetConfigT]):
     """Linear layers become a `ProductLinear` or a subclass; all parameters train."""
 
     def build_layer(self, name: str, linear: nn.Linear) -> ProductLinear:
@@ -55,19 +65,12 @@ class ProductMethod(ReplacingMethod[FactorSection]):
     def starting_weight(self, name: str, weight: Tensor) -> Tensor:
         """Returns the weight of a layer's initial parts, for layers with factors."""
         layer, _, local_name = name.rpartition(".")
-        if local_name != "weight" or not self.config.adapts(layer):
+        if local_name != "weight" or not self.config.is_target(layer):
             return weight
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        parts = self.build_layer(layer, plain).initial_parts(weight)
-        return self.dense_weight(layer, {f"{layer}.{part}": parts[part] for part in parts})
-
-
-class PlainProduct(ProductMethod[PlainProductConfig]):
-    """The weight of each layer is the product of its factors."""
-
-    def dense_weight(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        lora_a, lora_b = (tensors[f"{layer}.{factor}"] for factor in FACTORS)
-        return lora_b.t() @ lora_a
+        with torch.device("meta"):
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            replacement = self.build_layer(layer, plain)
+        return replacement.dense_weight(replacement.initial_parts(weight))
 
 
 def balanced_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -85,6 +88,7 @@ def balanced_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     scaled = (matrix @ basis).t() if is_right(matrix) else basis.t() @ matrix
     roots = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).sqrt()
     # A weight of a lower rank has singular values of zero.
-    of_basis, of_other = basis.t() * roots, scaled / roots.clamp(min=torch.finfo(roots.dtype).tiny)
-    lora_a, lora_b = (of_basis, of_other) if is_right(matrix) else (of_other, of_basis)
-    return lora_a.to(weight.dtype).contiguous(), lora_b.to(weight.dtype).contiguous()
+    other = scaled / roots.clamp(min=torch.finfo(roots.dtype).tiny)
+    factors = (basis.t() * roots, other) if is_right(matrix) else (other, basis.t() * roots)
+    lora_a, lora_b = (factor.to(weight.dtype).contiguous() for factor in factors)
+    return lora_a, lora_b

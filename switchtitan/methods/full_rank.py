@@ -2,8 +2,6 @@
 
 from typing import Literal
 
-from torch import nn
-
 from switchtitan.contracts import (
     LanguageModel,
     Method,
@@ -11,6 +9,7 @@ from switchtitan.contracts import (
     OptimizerConfig,
     TrainingOptimizer,
 )
+from switchtitan.methods.targets import linear_layers
 from switchtitan.optim import OPTIMIZERS
 from switchtitan.optim.parameters import trained_parameters
 
@@ -28,19 +27,7 @@ class FullRank(Method[FullRankConfig]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        parameters = trained_parameters(model, linear_weights(model))
-        return OPTIMIZERS.build(config, parameters, compile_step)
-
-
-def linear_weights(model: LanguageModel) -> set[str]:
-    """Returns the names of the weights of the linear layers in the model's blocks.
-
-    Low-rank methods change these by default, so that `[optimizer] lr` and `other_lr` apply to the
-    same layers with every method. Found by type: they do not depend on a model's names.
-    """
-    return {
-        f"{block_name}.{name}.weight"
-        for block_name, block in model.blocks().items()
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+        # Those that low-rank methods target by default: `lr` and `other_lr` then apply to the same
+        # layers with every method.
+        targeted = {f"{name}.weight" for name in linear_layers(model)}
+        return OPTIMIZERS.build(config, trained_parameters(model, targeted), compile_step)

@@ -1,17 +1,21 @@
 """LoRA from scratch: low-rank factors next to frozen random weights (arXiv 2106.09685)."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from switchtitan.methods.lowrank.linear import balanced_bounds, lora_bounds
-from switchtitan.methods.lowrank.method import LowRankConfig, LowRankMethod
+from switchtitan.methods.adapter.linear import balanced_bounds, lora_bounds
+from switchtitan.methods.adapter.method import AdapterConfig, AdapterMethod
 
 
-class ZeroStartConfig(LowRankConfig):
+class ZeroStartConfig(AdapterConfig):
     """The keys of methods whose B starts at zero."""
 
-    former_defaults: ClassVar[dict[str, float]] = {"alpha": 1.0}
+    former_defaults: ClassVar[Mapping[str, object]] = {
+        **AdapterConfig.former_defaults,
+        "alpha": 1.0,
+    }
     alpha: float = Field(default=32.0, gt=0)
     """The low-rank update is scaled by alpha / rank; above 0. Of 1, 16 and 32, 32 has the lowest
     test loss at rank 32, each with its best `[optimizer] lr`: 0.04, 0.008 and 0.004 (RESULTS.md).
@@ -38,9 +42,9 @@ class LoraConfig(ZeroStartConfig):
         return self
 
 
-class Lora(LowRankMethod[LoraConfig]):
+class Lora(AdapterMethod[LoraConfig]):
     """Trains low-rank factors and freezes their weights."""
 
     def bounds(self, out_features: int, in_features: int) -> tuple[float, float]:
-        of_init = lora_bounds if self.config.init == "lora" else balanced_bounds
-        return of_init(out_features, in_features, self.config.rank)
+        bounds = lora_bounds if self.config.init == "lora" else balanced_bounds
+        return bounds(out_features, in_features, self.config.rank)

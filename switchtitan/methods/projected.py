@@ -37,7 +37,7 @@ from switchtitan.distributed.shards import (
     rows_per_rank,
     shard_group,
 )
-from switchtitan.methods.lowrank.method import FactorConfig
+from switchtitan.methods.targets import TargetConfig
 from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.parameters import TrainedParameter, trained_parameters
@@ -46,7 +46,7 @@ TINY_NORM = 1e-8
 """Added to norms in denominators, as in the code of Fira's and APOLLO's authors."""
 
 
-class ProjectedConfig(FactorConfig):
+class ProjectedConfig(TargetConfig):
     """The configuration keys of methods that project gradients."""
 
     optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw"})
@@ -462,11 +462,7 @@ class Projected(Method[ProjectedConfig]):
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         assert isinstance(config, AdamWConfig)  # see `ProjectedConfig.optimizers`
-        names = {
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and self.config.adapts(name)
-        }
+        names = {f"{name}.weight" for name in self.config.targeted(model)}
         targeted = {name: p for name, p in model.named_parameters() if name in names}
         others = [p for p in trained_parameters(model, targeted) if p.is_other]
         optimizer = _OPTIMIZERS[type(self.config)]

@@ -12,10 +12,11 @@ from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimi
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.random import draw_vectors, generator_for
 from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, row_range
+from switchtitan.methods.adapter.linear import AdapterLinear, adapter_layers, lora_bounds
+from switchtitan.methods.adapter.method import AdapterMethod
+from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.lora import ZeroStartConfig
-from switchtitan.methods.lowrank.linear import FACTORS, LowRankLinear, lora_bounds, low_rank_layers
-from switchtitan.methods.lowrank.method import LowRankMethod
-from switchtitan.methods.lowrank.rounding import FrozenWeights
+from switchtitan.methods.targets import FACTORS
 from switchtitan.optim.base import SplitOptimizer
 from switchtitan.regions import region
 
@@ -73,14 +74,14 @@ class ReloraConfig(ZeroStartConfig):
         return void
 
 
-class Relora(LowRankMethod[ReloraConfig]):
+class Relora(AdapterMethod[ReloraConfig]):
     """Low-rank factors that are merged into their weights and reinitialized at intervals."""
 
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         inner = super().build_optimizer(model, config, compile_step)
-        layers = low_rank_layers(model)
+        layers = adapter_layers(model)
         return ReloraOptimizer(self.config, layers, inner, self.num_steps, self.seed)
 
 
@@ -96,7 +97,7 @@ class ReloraOptimizer(SplitOptimizer):
     def __init__(
         self,
         config: ReloraConfig,
-        layers: dict[str, LowRankLinear],
+        layers: dict[str, AdapterLinear],
         inner: TrainingOptimizer,
         num_steps: int,
         seed: int,
@@ -171,7 +172,7 @@ class ReloraOptimizer(SplitOptimizer):
 
 @torch.no_grad()
 def merge_and_restart_(
-    layers: Mapping[str, LowRankLinear], weights: FrozenWeights, number: int, seed: int
+    layers: Mapping[str, AdapterLinear], weights: FrozenWeights, number: int, seed: int
 ) -> None:
     """Adds s B A to W, draws A as at initialization, and zeroes B (Algorithm 1). The layers'
     outputs do not change, with weights in bf16 in expectation.

@@ -1,4 +1,4 @@
-"""SLTrain (arXiv 2406.02214): every adapted layer is a product B A plus a sparse matrix."""
+"""SLTrain (arXiv 2406.02214): every targeted layer is a product B A plus a sparse matrix."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from switchtitan.contracts import LanguageModel
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for, splitmix64
 from switchtitan.methods.factors import ProductLinear, ProductMethod
-from switchtitan.methods.lowrank.linear import FACTORS
-from switchtitan.methods.lowrank.method import FactorConfig
-from switchtitan.methods.lowrank.operations import copy_in_backward, define, part_of
+from switchtitan.methods.operations import copy_in_backward, define, part_of
+from switchtitan.methods.targets import FACTORS, TargetConfig
 
 SPARSE = "sparse_values"
 """Local name of the parameter with the values of the sparse matrix."""
@@ -21,7 +21,7 @@ _NUM_BITS = 31
 """Random bits for each column of the support."""
 
 
-class SltrainConfig(FactorConfig):
+class SltrainConfig(TargetConfig):
     """`[method] name = "sltrain"`: W = B A + S (SLTrain, arXiv 2406.02214). S is sparse, with
     random positions that never change. B A starts as the best approximation of the layer's usual
     initial weight (truncated SVD; ranks share these, on their CPUs), and S starts as the residual
@@ -37,11 +37,12 @@ class SltrainConfig(FactorConfig):
     """Number of values in a row of S divided by the length of the row, above 0 and below 1. It is
     rounded to a whole number of values, at least one."""
 
-    def check_model(self, linear_shapes: dict[str, tuple[int, int]]) -> list[str]:
+    def check_model(self, model: LanguageModel) -> list[str]:
         """See `contracts.MethodConfig`."""
-        problems = super().check_model(linear_shapes)
-        for name, (_, in_features) in linear_shapes.items():
-            if self.adapts(name) and _num_per_row(self.density, in_features) >= in_features:
+        problems = super().check_model(model)
+        for name, linear in self.targeted(model).items():
+            in_features = linear.in_features
+            if _num_per_row(self.density, in_features) >= in_features:
                 largest = (in_features - 1) * 1000 // in_features / 1000  # rounded down
                 problems.append(
                     f"[method] density = {self.density:g}: expected fewer values than the "
@@ -87,6 +88,12 @@ class SparseProductLinear(ProductLinear):
             tensors |= super().initial_tensors(weight, generator_for, rows)
         return tensors
 
+    def dense_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """See `FactorLinear`."""
+        lora_a, lora_b, values = (tensors[name] for name in (*FACTORS, SPARSE))
+        seed = torch.tensor([self._seed], device=values.device)
+        return _dense(lora_a, lora_b, values, _columns(lora_a, lora_b, values, seed))
+
     def initial_parts(self, weight: Tensor) -> dict[str, Tensor]:
         """B A is the best approximation by rank; S has the rest of the weight at its positions."""
         parts = super().initial_parts(weight)
@@ -99,19 +106,9 @@ class SparseProductLinear(ProductLinear):
 class Sltrain(ProductMethod[SltrainConfig]):
     """The weight of each layer is the product of its factors plus a sparse matrix."""
 
-    adapted = (*FACTORS, SPARSE)
-
     def build_layer(self, name: str, linear: nn.Linear) -> SparseProductLinear:
-        config = self.config
-        return SparseProductLinear(linear, config.rank, config.density, self._support_seed(name))
-
-    def dense_weight(self, layer: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        lora_a, lora_b, values = (tensors[f"{layer}.{part}"] for part in self.adapted)
-        seed = torch.tensor([self._support_seed(layer)], device=values.device)
-        return _dense(lora_a, lora_b, values, _columns(lora_a, lora_b, values, seed))
-
-    def _support_seed(self, layer: str) -> int:
-        return generator_for(self.seed, f"{layer}.support").initial_seed()
+        config, seed = self.config, generator_for(self.seed, f"{name}.support").initial_seed()
+        return SparseProductLinear(linear, config.rank, config.density, seed)
 
 
 def _num_per_row(density: float, in_features: int) -> int:

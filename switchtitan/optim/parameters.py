@@ -38,11 +38,11 @@ class ParameterGroup(NamedTuple):
     weight_decay: float
 
 
-def trained_parameters(model: LanguageModel, treated: Collection[str]) -> list[TrainedParameter]:
+def trained_parameters(model: LanguageModel, targeted: Collection[str]) -> list[TrainedParameter]:
     """Returns the parameters that require a gradient, in the model's order.
 
     Args:
-        treated: names of the parameters that the method changes.
+        targeted: names of the parameters that the method changes.
     """
     prefixes, head = tuple(f"{block}." for block in model.blocks()), model.output_head()
     # A tied head has no parameter of its own.
@@ -53,7 +53,7 @@ def trained_parameters(model: LanguageModel, treated: Collection[str]) -> list[T
         TrainedParameter(
             name,
             parameter,
-            is_other=name not in treated,
+            is_other=name not in targeted,
             is_in_block=name.startswith(prefixes),
             is_head=parameter in of_head and parameter not in of_embeddings,
             input_dim=0 if parameter in of_embeddings else 1,

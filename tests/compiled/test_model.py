@@ -9,7 +9,7 @@ from switchtitan.models.loss import CrossEntropy
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_block_of_low_rank_layers_and_the_loss_have_the_same_value_and_gradients():
+def test_a_block_of_adapter_layers_and_the_loss_have_the_same_value_and_gradients():
     config = SwitchLoraConfig(rank=5, alpha=3)
     tokens, results = draw_batch(0), []
     for is_compiled in (False, True):

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import parse_arguments
-from switchtitan.methods.lowrank.linear import low_rank_layers
+from switchtitan.methods.adapter.linear import adapter_layers
 from switchtitan.spectra.telemetry import read_spectra
 from switchtitan.training.build import build_trainer
 
@@ -200,7 +200,7 @@ def train(folder, home, name, layout, num_steps):
 
 def check_how_weights_lie(model, is_replicated):
     """Shards between steps, unless they are replicated."""
-    for layer in low_rank_layers(model).values():
+    for layer in adapter_layers(model).values():
         assert isinstance(layer.weight, DTensor) != is_replicated
         assert isinstance(layer.lora_a, DTensor)
 

@@ -11,7 +11,8 @@ from switchtitan.benchmark.estimate import USABLE_SHARE, estimate_step, largest_
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods import METHODS
 from switchtitan.methods.switchlora.plan import Plan
-from switchtitan.models import MODELS, linear_shapes
+from switchtitan.methods.targets import linear_layers
+from switchtitan.models import MODELS, plain_model
 
 NUM_LAYERS = 2
 GIB = 2**30
@@ -201,8 +202,10 @@ def test_an_estimate_counts_candidates_on_the_host_apart(tmp_path):
     keys = ("--method.candidates_device", "host")
     config = tiny_config(tmp_path, "switchlora", *keys, num_ranks=2)
     most = estimate_step(config, 2).memory.most
-    shapes = [shape for name, shape in linear_shapes(config.model).items() if name != "lm_head"]
+    layers = linear_layers(plain_model(config.model)).values()
     # The first of two ranks has half of the rows, rounded up, in fp32.
-    num_elements = sum(-(-min(out, in_) // 2) * (out + in_) for out, in_ in shapes)
+    num_elements = sum(
+        -(-min(layer.weight.shape) // 2) * sum(layer.weight.shape) for layer in layers
+    )
     assert most["host"] == 4 * num_elements
     assert most["buffers"] == 0

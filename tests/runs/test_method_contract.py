@@ -24,9 +24,9 @@ from switchtitan.hub.huggingface import read_dense
 from switchtitan.hub.initial_weights import read_model_folder, without_copies
 from switchtitan.hub.peft_folder import read_adapted
 from switchtitan.methods import METHODS
+from switchtitan.methods.adapter.linear import adapter_layers
+from switchtitan.methods.adapter.method import AdapterConfig, AdapterMethod
 from switchtitan.methods.lora import Lora, LoraConfig
-from switchtitan.methods.lowrank.linear import low_rank_layers
-from switchtitan.methods.lowrank.method import ADAPTED_LINEARS, LowRankConfig, LowRankMethod
 from switchtitan.models import MODELS
 from switchtitan.registry import Component
 from switchtitan.spectra.telemetry import read_spectra
@@ -59,13 +59,13 @@ ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 RANK, ALPHA = 6, 1.5
 
 
-class RootScaledConfig(LowRankConfig):
+class RootScaledConfig(AdapterConfig):
     """A section outside the package."""
 
     name: Literal["root_scaled"] = ROOT_SCALED
 
 
-class RootScaled(LowRankMethod[RootScaledConfig]):
+class RootScaled(AdapterMethod[RootScaledConfig]):
     """LoRA with a scale of alpha / sqrt(rank), and twice that in `down_proj`."""
 
     def scale_of(self, layer_name):
@@ -300,7 +300,7 @@ def test_frozen_weights_in_bf16_change_and_another_dtype_is_refused(trained):
 @pytest.mark.parametrize(
     "name", ["full_rank", "full_rank_on_tied_qwen2", "switchlora_on_tied_qwen2"]
 )
-def test_other_lr_is_the_rate_of_all_but_the_layers_that_low_rank_methods_adapt(corpora, name):
+def test_other_lr_is_the_rate_of_all_but_the_layers_that_low_rank_methods_target(corpora, name):
     trainer = trainer_of(
         corpora / f"contract-other-lr-{name}", name, "--optimizer.other_lr", "1e-30"
     )
@@ -314,8 +314,8 @@ def test_other_lr_is_the_rate_of_all_but_the_layers_that_low_rank_methods_adapt(
         for key in parameters
         if (after[f"model.{key}"] - before[f"model.{key}"]).abs().max() > 1e-28
     }
-    adapted = {key for key in parameters if key.split(".")[-2] in ADAPTED_LINEARS}
-    assert moved == {key for key in adapted if not key.endswith(".bias")}
+    in_linear_layers = {key for key in parameters if "_proj." in key}
+    assert moved == {key for key in in_linear_layers if not key.endswith(".bias")}
 
 
 def test_a_method_outside_the_package_has_its_own_scale_in_every_reader(corpora, trained):
@@ -327,7 +327,7 @@ def test_a_method_outside_the_package_has_its_own_scale_in_every_reader(corpora,
 
     keys = ("--spectrum.interval", "4", "--training.steps", "4", "--checkpoint.interval", "4")
     trainer = trainer_of(corpora / "contract-outside", ROOT_SCALED, *keys)
-    scales = {layer.scale for layer in low_rank_layers(trainer.stepper.model).values()}
+    scales = {layer.scale for layer in adapter_layers(trainer.stepper.model).values()}
     assert scales == {ALPHA / math.sqrt(RANK), 2 * ALPHA / math.sqrt(RANK)}
     trainer.train()
     measured = read_spectra(corpora / "contract-outside" / "run" / "spectra")[4]

@@ -14,7 +14,7 @@ from support.packages import HAS_TORCHAO
 from support.tiny import METHOD_KEYS, MINI
 from switchtitan.benchmark.gpu.record import RecordLaunches, StepOnGpu, record_step
 from switchtitan.job.config import JobConfig, parse_unchecked
-from switchtitan.methods.lowrank.operations import copy_in_backward
+from switchtitan.methods.operations import copy_in_backward
 from switchtitan.models.llama.model import MLP, Attention
 from switchtitan.optim import OPTIMIZERS
 from switchtitan.training.step import Stepper

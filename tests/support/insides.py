@@ -1,7 +1,7 @@
 """Reaches inside the product, where no public name shows what it does."""
 
 from switchtitan.data import sources
-from switchtitan.methods.lowrank import contraction as contractions
+from switchtitan.methods.adapter import contraction as contractions
 from switchtitan.models import loss
 from switchtitan.training import output
 
@@ -50,5 +50,5 @@ def num_flops(contraction, out_features, *rest):
     Args:
         rest: in_features, rank and the number of tokens.
     """
-    products = contractions._products(contraction.__name__, (out_features,), *rest)
+    products = contractions._products(contraction.__name__, out_features, *rest)
     return sum(2 * m * k * n for m, k, n in products)

@@ -11,8 +11,8 @@ from support.tensors import differing
 from switchtitan.distributed import random
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import full_tensor
-from switchtitan.methods.lowrank.linear import balanced_bounds, low_rank_layers
-from switchtitan.methods.lowrank.rounding import FrozenWeights
+from switchtitan.methods.adapter.linear import adapter_layers, balanced_bounds
+from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.switchlora import SwitchLora, update
 from switchtitan.methods.switchlora.candidates import StoredCandidates
 from switchtitan.methods.switchlora.method import SwitchLoraLinear, SwitchLoraOptimizer
@@ -161,7 +161,7 @@ def effective_weight(layer):
 
 def effective_weights(model):
     """Of each layer of a model, by the layer's name."""
-    return {name: effective_weight(layer) for name, layer in low_rank_layers(model).items()}
+    return {name: effective_weight(layer) for name, layer in adapter_layers(model).items()}
 
 
 def relative_change(after, before):
@@ -178,10 +178,9 @@ def requested_and_switched(optimizer, num_steps):
     return np.asarray(requested), plan.num_switched
 
 
-def limit_elements(monkeypatch, per_call=8, in_cache=2**17):
-    """Limits the groups of factors, and the blocks that a CPU updates at a time."""
+def limit_factors(monkeypatch, per_call):
+    """Limits the groups of factors that a compiled update and one on a GPU take."""
     monkeypatch.setattr(update, "_FACTORS_PER_CALL", per_call)
-    monkeypatch.setattr(update, "_ELEMENTS_IN_CACHE", in_cache)
 
 
 def draw_few_at_a_time(monkeypatch, num_elements):

@@ -15,7 +15,7 @@ from support.switchlora_reference import (
     constant_candidates,
     switch_rate,
 )
-from switchtitan.methods.lowrank.linear import low_rank_layers
+from switchtitan.methods.adapter.linear import adapter_layers
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
 from switchtitan.methods.switchlora.method import SwitchLoraLinear
 from switchtitan.optim.adamw import AdamWConfig
@@ -53,7 +53,7 @@ def initial_candidates(config, name, layer):
 
 def build_reference(config):
     """Use the same initial candidates; compute their selection and W independently."""
-    model, drawn = draw_model(), low_rank_layers(build_ours(config)[0])
+    model, drawn = draw_model(), adapter_layers(build_ours(config)[0])
     layers = {}
     for name, ours in drawn.items():
         layers[name] = ReferenceLayer(
@@ -107,7 +107,7 @@ def check_whole_run(config, compile_step=False, num_steps=NUM_STEPS):
         assert loss == pytest.approx(run_step(theirs, reference, step), abs=TOLERANCE)
         state = optimizer.state_dict()
         assert state["switch.num_switched"].tolist() == reference.num_switched
-        for index, (name, layer) in enumerate(low_rank_layers(ours).items()):
+        for index, (name, layer) in enumerate(adapter_layers(ours).items()):
             other = their_layers[name]
             timers = freeze_steps_left(state, config.freeze_steps)[:, index].tolist()
             steps = vector_steps(optimizer)[:, index].tolist()

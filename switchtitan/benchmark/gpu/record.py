@@ -20,7 +20,7 @@ from switchtitan.benchmark.gpu import torch_inside
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.errors import UserError
 from switchtitan.job.config import JobConfig
-from switchtitan.methods.lowrank.operations import IMPLEMENTATIONS
+from switchtitan.methods.operations import IMPLEMENTATIONS
 from switchtitan.regions import observe_regions, stop_observing_regions
 
 NUM_STEPS = 2

@@ -14,7 +14,7 @@ from torch import Tensor
 from switchtitan.distributed.copies import CopyToHost, to_device
 from switchtitan.distributed.random import advance64, as_uniform, splitmix64
 from switchtitan.distributed.rows import RowSpans, ShardedRows, copy_all_, paired_rows
-from switchtitan.methods.lowrank.linear import LowRankLinear
+from switchtitan.methods.adapter.linear import AdapterLinear
 from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, Switch
 
 BUFFERS = ("candidates_a", "candidates_b")
@@ -30,7 +30,7 @@ class DrawnCandidates:
         keys: int64, from which the candidates of A and B of each layer are drawn, [layers, 2].
     """
 
-    def __init__(self, layers: Sequence[LowRankLinear], keys: Tensor) -> None:
+    def __init__(self, layers: Sequence[AdapterLinear], keys: Tensor) -> None:
         self._keys, self._like = keys, layers[0].lora_a
         self._bounds = torch.tensor([layer.bounds for layer in layers], dtype=torch.float32)
         self._widths = np.array([(layer.in_features, layer.out_features) for layer in layers])
@@ -71,7 +71,7 @@ class StoredCandidates:
     """Candidates in the layers' buffers. A vector that is switched out is stored and returns as
     trained (SwitchLoRA, arXiv 2406.06564, Algorithm 1)."""
 
-    def __init__(self, layers: Sequence[LowRankLinear]) -> None:
+    def __init__(self, layers: Sequence[AdapterLinear]) -> None:
         self._buffers = [
             [ShardedRows(layer.get_buffer(name)) for name in BUFFERS] for layer in layers
         ]
@@ -114,7 +114,7 @@ class HostCandidates(StoredCandidates):
     second-to-last step with switches, whose copy has finished by then.
     """
 
-    def __init__(self, layers: Sequence[LowRankLinear]) -> None:
+    def __init__(self, layers: Sequence[AdapterLinear]) -> None:
         super().__init__(layers)
         self._device, self._dtype = layers[0].lora_a.device, layers[0].lora_a.dtype
         self._in_flight: deque[tuple[list[Tensor], CopyToHost]] = deque()

@@ -12,15 +12,14 @@ from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.rows import RowSpans, ShardedRows, copy_all_, gather_rows, paired_rows
 from switchtitan.distributed.shards import shard_group
-from switchtitan.methods.lowrank.linear import (
-    FACTORS,
-    LowRankLinear,
+from switchtitan.methods.adapter.linear import (
+    AdapterLinear,
+    adapter_layers,
     balanced_bounds,
     lora_bounds,
-    low_rank_layers,
 )
-from switchtitan.methods.lowrank.method import LowRankMethod
-from switchtitan.methods.lowrank.rounding import FrozenWeights
+from switchtitan.methods.adapter.method import AdapterMethod
+from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.switchlora.candidates import (
     BUFFERS,
     Candidates,
@@ -30,14 +29,15 @@ from switchtitan.methods.switchlora.candidates import (
 )
 from switchtitan.methods.switchlora.plan import Plan, Switch, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
+from switchtitan.methods.targets import FACTORS
 from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.base import SplitOptimizer
 from switchtitan.optim.muon import MuonConfig, build_muon
 from switchtitan.regions import region
 
 
-class SwitchLoraLinear(LowRankLinear):
-    """A `LowRankLinear` whose vectors are switched.
+class SwitchLoraLinear(AdapterLinear):
+    """A `AdapterLinear` whose vectors are switched.
 
     Candidates are random vectors, as many for each factor as the smaller dimension of the weight. A
     and B start as copies of some. With stored candidates, all are in the buffers `candidates_a` [c,
@@ -70,16 +70,19 @@ class SwitchLoraLinear(LowRankLinear):
         return tensors
 
 
-class SwitchLora(LowRankMethod[SwitchLoraConfig]):
+class SwitchLora(AdapterMethod[SwitchLoraConfig]):
     """Low-rank factors whose vectors are exchanged with candidates throughout training."""
+
+    layer_type = SwitchLoraLinear
 
     def bounds(self, out_features: int, in_features: int) -> tuple[float, float]:
         """Returns the bounds of A's and B's candidates."""
-        of_init = balanced_bounds if self.config.init == "switchlora" else lora_bounds
-        return of_init(out_features, in_features, self.config.rank)
+        bounds = balanced_bounds if self.config.init == "switchlora" else lora_bounds
+        return bounds(out_features, in_features, self.config.rank)
 
     def build_layer(self, name: str, linear: nn.Linear) -> SwitchLoraLinear:
-        layer = self.new_layer(SwitchLoraLinear, name, linear)
+        layer = super().build_layer(name, linear)
+        assert isinstance(layer, SwitchLoraLinear)
         if self.config.candidates == "swap":
             layer.store_candidates(on_host=self.config.candidates_device == "host")
         return layer
@@ -87,7 +90,7 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        layers = low_rank_layers(model)
+        layers = adapter_layers(model)
         num_candidates = np.array([min(layer.plain_shape) for layer in layers.values()])
         plan = Plan(self.config, self.num_steps, num_candidates)
         factors = Factors(layers, model.compute_dtype)
@@ -105,7 +108,7 @@ class SwitchLora(LowRankMethod[SwitchLoraConfig]):
         weights = FrozenWeights(layers, self.seed, compile_step)
         return SwitchLoraOptimizer(layers, plan, rule, dense, self.candidates_of(layers), weights)
 
-    def candidates_of(self, layers: Mapping[str, LowRankLinear]) -> Candidates:
+    def candidates_of(self, layers: Mapping[str, AdapterLinear]) -> Candidates:
         """Returns the candidates of these layers, by qualified name."""
         of_layers = list(layers.values())
         if self.config.candidates == "swap":
@@ -133,7 +136,7 @@ class SwitchLoraOptimizer(SplitOptimizer):
 
     def __init__(
         self,
-        layers: Mapping[str, LowRankLinear],
+        layers: Mapping[str, AdapterLinear],
         plan: Plan,
         rule: VectorAdamW | FactorMuon,
         dense: TrainingOptimizer,

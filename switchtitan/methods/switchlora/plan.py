@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from switchtitan.distributed.rows import Spans
-from switchtitan.methods.lowrank.method import LowRankConfig
+from switchtitan.methods.adapter.method import AdapterConfig
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +20,12 @@ FACTOR_A, FACTOR_B = 0, 1
 """Indices of A and B in tables [2, layers, rank]. Vectors i of A and of B are counterparts."""
 
 
-class SwitchLoraConfig(LowRankConfig):
+class SwitchLoraConfig(AdapterConfig):
     """`[method] name = "switchlora"`: LoRA whose vectors are replaced during training (SwitchLoRA,
     arXiv 2406.06564). A switch puts a candidate in place of a vector of A or B and adds the
     difference to the frozen weight, so the layer's output does not change."""
 
-    resumable_keys: ClassVar[frozenset[str]] = LowRankConfig.resumable_keys | {"candidates_device"}
+    resumable_keys: ClassVar[frozenset[str]] = AdapterConfig.resumable_keys | {"candidates_device"}
     optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw", "muon"})
     name: Literal["switchlora"] = "switchlora"
     """The method."""

@@ -10,8 +10,9 @@ from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.rows import copy_all_
 from switchtitan.distributed.shards import local_shards, row_range
-from switchtitan.methods.lowrank.linear import FACTORS, LowRankLinear
+from switchtitan.methods.adapter.linear import AdapterLinear
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan, vector_spans
+from switchtitan.methods.targets import FACTORS
 from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.base import GroupedOptimizer
 from switchtitan.optim.muon import Muon, MuonConfig
@@ -20,9 +21,6 @@ from switchtitan.optim.parameters import TrainedParameter
 _FACTORS_PER_CALL = 8
 """Factors of one shape that one call updates. It would take minutes to compile it for all of them,
 and a call for each takes the host more time than the update."""
-_ELEMENTS_IN_CACHE = 2**17
-"""Elements that a CPU updates at a time if nothing is compiled: they stay in its cache. For 10
-million elements at a time, an update takes six times as long."""
 
 
 class Factors:
@@ -34,7 +32,7 @@ class Factors:
     """
 
     def __init__(
-        self, layers: Mapping[str, LowRankLinear], compute_dtype: torch.dtype = torch.float32
+        self, layers: Mapping[str, AdapterLinear], compute_dtype: torch.dtype = torch.float32
     ) -> None:
         self.trained = [
             TrainedParameter(f"{name}.{key}", layer.get_parameter(key), compute_dtype=compute_dtype)
@@ -45,16 +43,16 @@ class Factors:
         self.held = row_range(self.parameters[0])
         self._num_layers = len(layers)
 
-    def groups(self) -> list[list[int]]:
-        """Returns indices of a few factors of one width each, A and B of each layer in turn."""
+    def groups(self, size: int) -> list[list[int]]:
+        """Returns indices of `size` factors of one width each, A and B of each layer in turn."""
         of_width: dict[int, list[int]] = {}
         for layer in range(self._num_layers):
             for factor in (layer, self._num_layers + layer):
                 of_width.setdefault(self.parameters[factor].shape[1], []).append(factor)
         return [
-            factors[first : first + _FACTORS_PER_CALL]
+            factors[first : first + size]
             for factors in of_width.values()
-            for first in range(0, len(factors), _FACTORS_PER_CALL)
+            for first in range(0, len(factors), size)
         ]
 
     def gradients(self) -> list[Tensor]:
@@ -97,11 +95,12 @@ class VectorAdamW(GroupedOptimizer):
         for entry, mean, square in zip(factors.trained, self._means, self._squares, strict=True):
             self.state |= {f"{entry.name}.exp_avg": mean, f"{entry.name}.exp_avg_sq": square}
         tables = factors.parameters, self._means, self._squares
-        self._groups, self._shards = factors.groups(), [local_shards(table) for table in tables]
+        self._shards = [local_shards(table) for table in tables]
         first = factors.parameters[0]
-        # Fake tensors stand for those of a GPU.
-        in_blocks = not compile_step and first.device.type == "cpu" and not is_fake(first)
-        self._update = compile_if(compile_step)(update_in_blocks_ if in_blocks else update_)
+        # One after the other stays in a CPU's cache. Fake tensors stand for those of a GPU.
+        is_alone = not compile_step and first.device.type == "cpu" and not is_fake(first)
+        self._groups = factors.groups(1 if is_alone else _FACTORS_PER_CALL)
+        self._update = compile_if(compile_step)(update_)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -169,20 +168,6 @@ def update_(
     torch._foreach_add_(roots, eps)
     torch._foreach_mul_(vectors, decay)
     torch._foreach_addcdiv_(vectors, torch._foreach_mul(means, step_size), roots, -1)
-
-
-def update_in_blocks_(
-    *tables: list[Tensor], coefficients: Tensor, betas: tuple[float, float]
-) -> None:
-    """Does `update_` for a few vectors at a time."""
-    for *factor, of_factor in zip(*tables, coefficients.split(1), strict=True):
-        num_blocks = -(-factor[0].numel() // _ELEMENTS_IN_CACHE)
-        if num_blocks == 1:
-            update_(*([tensor] for tensor in factor), coefficients=of_factor, betas=betas)
-            continue
-        parts = (tensor.chunk(num_blocks) for tensor in factor)
-        for *block, of_block in zip(*parts, of_factor.chunk(num_blocks, dim=2), strict=True):
-            update_(*([part] for part in block), coefficients=of_block, betas=betas)
 
 
 class FactorMuon(Muon):

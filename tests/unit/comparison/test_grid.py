@@ -70,7 +70,7 @@ def test_a_default_that_has_changed_is_noted_and_published_runs_stay_known(capsy
     comparison = load_comparison(COMPARISONS / "lora_alpha_python.toml")
     print_note.cache_clear()
     check_plan(comparison)
-    note = "note: row lora-r32: [method] alpha = 1; its default, which was 1, is now 32\n"
+    note = "row lora-r32-alpha16: [method] alpha = 16.0; its default, which was 1.0, is now 32.0\n"
     assert note in capsys.readouterr().err
     known = read_csv(COMPARISONS.parents[1] / "docs" / "results" / "lora_alpha_python.csv")
     assert follow(comparison, lambda run: known.get(config_sha256(run.config))).due == []

@@ -8,7 +8,7 @@ from support.tensors import draw64
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from switchtitan.methods.lowrank.contraction import (
+from switchtitan.methods.adapter.contraction import (
     dense_gradient,
     factored,
     fastest_contraction,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.observed import saved_besides
-from support.small_llama import draw_model
+from support.small_llama import MODEL, draw_model
 from support.tensors import draw
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -18,6 +18,7 @@ from switchtitan.methods.sltrain import (
     SparseProductLinear,
     support,
 )
+from switchtitan.models import plain_model
 from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.parameters import parameter_groups
 
@@ -179,10 +180,10 @@ def test_rate_and_weight_decay_of_the_factors_are_those_of_the_sparse_values():
 
 @pytest.mark.parametrize("in_features", [2, 20, 1001, 11008])
 def test_a_dense_sparse_matrix_is_refused_with_the_largest_density_that_is_accepted(in_features):
-    shapes = {"q_proj": (in_features, in_features)}
+    model = plain_model(MODEL.model_copy(update={"intermediate_size": in_features}))
 
     def problems(density):
-        return SltrainConfig(rank=1, density=density, targets=("q_proj",)).check_model(shapes)
+        return SltrainConfig(rank=1, density=density, targets=("down_proj",)).check_model(model)
 
     (problem,) = problems(0.99999)
     assert "density = 0.99999" in problem

@@ -10,8 +10,9 @@ from support.switchlora_reference import constant_candidates
 from torch import nn
 
 from switchtitan.distributed.random import generator_for
-from switchtitan.methods.lowrank.linear import FACTORS, LowRankLinear, low_rank_layers
+from switchtitan.methods.adapter.linear import AdapterLinear, adapter_layers
 from switchtitan.methods.relora import Relora, ReloraConfig, ReloraOptimizer, largest
+from switchtitan.methods.targets import FACTORS
 from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.parameters import TrainedParameter
 
@@ -43,7 +44,7 @@ class Reference:
         self.keys = method_keys
         self.model = draw_model(relora(**method_keys))
         self.layers = {
-            name: ReferenceLayer(layer) for name, layer in low_rank_layers(self.model).items()
+            name: ReferenceLayer(layer) for name, layer in adapter_layers(self.model).items()
         }
         for name, layer in self.layers.items():
             self.model.set_submodule(name, layer)
@@ -111,7 +112,7 @@ def test_whole_model_follows_a_plain_reference_through_three_resets(keys):
         lr = reference.optimizer.param_groups[0]["lr"]
         assert optimizer.metrics()["optimizer/lr"] == pytest.approx(lr, rel=1e-12)
     assert optimizer.metrics()["reset/resets_total"] == 3
-    for name, layer in low_rank_layers(model).items():
+    for name, layer in adapter_layers(model).items():
         theirs = reference.layers[name]
         ours = [layer.weight, layer.lora_a, layer.lora_b]
         expected = [theirs.W, theirs.A, theirs.B]
@@ -140,7 +141,7 @@ def run(optimizer, num_steps):
 
 def test_a_run_that_is_made_longer_has_no_reset_where_it_first_ended():
     config = ReloraConfig(rank=3, reset_interval=4, restart_warmup_steps=3)
-    layer = LowRankLinear(5, 7, 3, 0.5, (0.4, 0.0))
+    layer = AdapterLinear(5, 7, 3, 0.5, (0.4, 0.0))
     nn.init.zeros_(layer.weight)
     # It gets no gradients: nothing but resets.
     factors = [TrainedParameter(f"layer.{key}", layer.get_parameter(key)) for key in FACTORS]

@@ -26,7 +26,8 @@ from switchtitan.optim.torch_optimizer import SGDConfig
         ("switchlora", "method.interval 1.5 method.freeze_steps 0",
          ("interval = 1.5", "at least 2,")),
         ("switchlora", "method.interval 6 method.freeze_steps 4", ("interval = 6", "at least 8,")),
-        ("lora", "model.name cola model.rank 5", ("'q_proj'", "factor_a")),
+        ("lora", "method.targets qproj", ("'qproj'", "up_proj")),
+        ("lora", "model.name cola model.rank 5", ("rank = 6", "factor_a", "at most 4")),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_any_work(tmp_path, monkeypatch, method, keys, fragments):

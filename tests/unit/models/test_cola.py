@@ -9,7 +9,7 @@ from support.small_llama import transformers_llama
 from torch import nn
 
 from switchtitan.distributed.fsdp import materialize
-from switchtitan.methods.full_rank import linear_weights
+from switchtitan.methods.targets import linear_layers
 from switchtitan.models import MODELS
 from switchtitan.models.cola import ColaConfig
 from switchtitan.models.llama.config import LlamaConfig
@@ -87,6 +87,6 @@ def test_a_rank_must_be_below_every_width():
 
 def test_lr_is_the_rate_of_both_factors():
     model = MODELS.build(ColaConfig(**KEYS, rank=RANK))
-    factors = {name for name, _ in model.named_parameters() if ".factor_" in name}
-    assert linear_weights(model) == factors
+    factors = [name for name, _ in model.named_modules() if ".factor_" in name]
+    assert list(linear_layers(model)) == factors
     assert len(factors) == 2 * 7 * KEYS["num_layers"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.random import generator_for, splitmix32
 from switchtitan.distributed.rows import ShardedRows
-from switchtitan.methods.lowrank.linear import LowRankLinear
+from switchtitan.methods.adapter.linear import AdapterLinear
 
 _NUM_DROPPED_BITS = 16
 """Bits of fp32 that bf16 lacks."""
@@ -29,7 +29,7 @@ class FrozenWeights:
         layers: by qualified name; their weights have one dtype.
     """
 
-    def __init__(self, layers: Mapping[str, LowRankLinear], seed: int, compile_step: bool) -> None:
+    def __init__(self, layers: Mapping[str, AdapterLinear], seed: int, compile_step: bool) -> None:
         self._weights = [(ShardedRows(layer.weight), layer.scale) for layer in layers.values()]
         self._add: Callable[..., None] = compile_if(compile_step)(add_rounded_)
         self._keys: Tensor | None = None

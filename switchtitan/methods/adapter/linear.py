@@ -1,4 +1,4 @@
-"""Layers that take the place of linear ones, and the initial values of their factors."""
+"""The layer with a frozen weight and factors, and the initial values of its factors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,34 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from switchtitan.contracts import Reparametrized
 from switchtitan.distributed.initial import GeneratorFor, split_blocks
 from switchtitan.distributed.random import draw_vectors
-from switchtitan.methods.lowrank.contraction import (
+from switchtitan.methods.adapter.contraction import (
     Contraction,
     fastest_contraction,
     frozen_linear,
 )
-
-FACTORS = ("lora_a", "lora_b")
-"""Local names of the factors A [rank, in] and B, stored transposed, [rank, out]."""
+from switchtitan.methods.targets import FACTORS, FactorLinear
 
 
-class FactorLinear(Reparametrized):
-    """A layer with factors in place of a linear one.
-
-    B is stored transposed, so that the vectors of both factors are rows.
-    """
-
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
-        super().__init__(in_features, out_features)
-        self.rank = rank
-        self.lora_a = nn.Parameter(torch.empty(rank, in_features))
-        self.lora_b = nn.Parameter(torch.empty(rank, out_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-
-
-class LowRankLinear(FactorLinear):
+class AdapterLinear(FactorLinear):
     """y = x (W + s B A)^T (+ bias) with W, `weight` [out, in], frozen.
 
     Computes in the dtype of x and the factors; W may have another dtype.
@@ -85,7 +68,7 @@ class LowRankLinear(FactorLinear):
             for layer, out in zip(alike, outputs, strict=True)
         )
 
-    def _contract(self, x: Tensor, layers: Sequence["LowRankLinear"]) -> tuple[Tensor, ...]:
+    def _contract(self, x: Tensor, layers: Sequence["AdapterLinear"]) -> tuple[Tensor, ...]:
         contraction = self._contraction
         if contraction is None:
             out_features = tuple(layer.out_features for layer in layers)
@@ -93,10 +76,10 @@ class LowRankLinear(FactorLinear):
         parts = [(layer.weight, layer.lora_a, layer.lora_b) for layer in layers]
         return contraction(x, parts, self.scale)
 
-    def _is_alike(self, other: nn.Module) -> TypeGuard["LowRankLinear"]:
+    def _is_alike(self, other: nn.Module) -> TypeGuard["AdapterLinear"]:
         """Whether this and the other may be computed together."""
         return (
-            isinstance(other, LowRankLinear)
+            isinstance(other, AdapterLinear)
             and (self.rank, self.scale) == (other.rank, other.scale)
             and not (self.training and (self.dropout or other.dropout))
         )
@@ -121,6 +104,11 @@ class LowRankLinear(FactorLinear):
             "lora_b": take(lora_b, rows["lora_b"]),
         }
 
+    def dense_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """See `FactorLinear`."""
+        lora_a, lora_b = tensors["lora_a"], tensors["lora_b"]
+        return torch.addmm(tensors["weight"], lora_b.t(), lora_a, alpha=self.scale)
+
     def draw(self, factor: str, slots: Tensor, generator_for: GeneratorFor) -> Tensor:
         """Returns the factor's random vectors number `slots`, [slots, width] fp32."""
         key = torch.tensor(generator_for(factor).initial_seed())
@@ -128,10 +116,10 @@ class LowRankLinear(FactorLinear):
         return draw_vectors(key, slots, width, bound)
 
 
-def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """Returns the low-rank layers of a model by qualified name, in the model's order."""
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLinear]:
+    """Returns the adapters of a model by qualified name, in the model's order."""
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)
+        name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)
     }
 
 

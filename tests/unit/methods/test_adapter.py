@@ -14,15 +14,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchtitan.distributed.random import generator_for
-from switchtitan.methods.lora import Lora, LoraConfig
-from switchtitan.methods.lowrank.contraction import BY_NAME, fastest_contraction
-from switchtitan.methods.lowrank.linear import (
-    LowRankLinear,
+from switchtitan.methods.adapter.contraction import BY_NAME, fastest_contraction
+from switchtitan.methods.adapter.linear import (
+    AdapterLinear,
+    adapter_layers,
     balanced_bounds,
     lora_bounds,
-    low_rank_layers,
 )
-from switchtitan.methods.lowrank.rounding import FrozenWeights
+from switchtitan.methods.adapter.rounding import FrozenWeights
+from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.models import MODELS
 
 OUT, IN, RANK, SCALE = 7, 5, 3, 0.37
@@ -31,7 +31,7 @@ BOUNDS = (0.4, 0.0)
 
 @torch.no_grad()
 def build_layer(**settings):
-    layer = LowRankLinear(IN, OUT, RANK, SCALE, BOUNDS, **settings).double()
+    layer = AdapterLinear(IN, OUT, RANK, SCALE, BOUNDS, **settings).double()
     for seed, parameter in enumerate(layer.parameters()):
         parameter.copy_(draw64(*parameter.shape, seed=seed))
     return layer
@@ -60,7 +60,7 @@ def test_the_named_linears_are_replaced_where_they_lie_and_the_rest_stays(device
     Lora(LoraConfig(rank=RANK, targets=("down_proj", "q_proj")), 10, 0).prepare_model(model)
     targets = ("self_attn.q_proj", "mlp.down_proj")
     layers = [f"model.layers.{index}.{target}" for index in range(2) for target in targets]
-    assert list(low_rank_layers(model)) == layers
+    assert list(adapter_layers(model)) == layers
     assert {p.device.type for p in model.parameters()} == {device}
     after = {name: p.shape for name, p in model.named_parameters()}
     assert after.items() >= shapes.items()
@@ -111,7 +111,7 @@ LARGE = (90, 70, 30)
 
 def tensors_within(bounds, out=LARGE[0], in_=LARGE[1], rank=LARGE[2]):
     weight = draw64(out, in_, seed=0).float()
-    layer = LowRankLinear(in_, out, rank, SCALE, bounds(out, in_, rank))
+    layer = AdapterLinear(in_, out, rank, SCALE, bounds(out, in_, rank))
     return weight, initial_tensors(layer, weight.clone(), lambda name: generator_for(3, name))
 
 
@@ -146,7 +146,7 @@ def test_balanced_factors_have_the_published_deviations():
 def bf16_layers(start):
     """Two layers with s = 0.5 and equal weights."""
     out, in_ = start.shape
-    made = {name: LowRankLinear(in_, out, RANK, 0.5, BOUNDS) for name in ("first", "second")}
+    made = {name: AdapterLinear(in_, out, RANK, 0.5, BOUNDS) for name in ("first", "second")}
     for layer in made.values():
         layer.weight.data = start.to(torch.bfloat16, copy=True)
     return made

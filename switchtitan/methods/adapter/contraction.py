@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from switchtitan.methods.lowrank.operations import copy_in_backward, input_gradient, merge, part_of
+from switchtitan.methods.operations import copy_in_backward, input_gradient, merge, part_of
 
 Factored = tuple[Tensor, Tensor, Tensor]
 """The weight [out, in], A [rank, in] and B [rank, out] of one layer."""
@@ -68,31 +68,24 @@ def _keeps_merged(out_features: Sequence[int], in_features: int, num_tokens: int
 
 
 def _products(
-    name: str, out_features: Sequence[int], in_features: int, rank: int, num_tokens: int
+    name: str, out_features: int, in_features: int, rank: int, num_tokens: int
 ) -> list[tuple[int, int, int]]:
-    """Returns (m, k, n) of each product of [m, k] and [k, n], forward and backward."""
-    *early, last = out_features
-    num_layers = len(out_features)
-    backward = [(num_tokens, out, in_features) for out in out_features]
-    num_merges = 1 if _keeps_merged(out_features, in_features, num_tokens) else 2
-    merges = num_merges * [(out, rank, in_features) for out in out_features]
-    of_a = num_layers * [(rank, num_tokens, in_features)]
-    of_b = [(rank, num_tokens, out) for out in out_features]
-    narrow = num_layers * [(num_tokens, in_features, rank)]
-    narrow += [(num_tokens, out, rank) for out in out_features]
+    """Returns (m, k, n) of each product of [m, k] and [k, n], forward and backward of one layer."""
+    wide = [(num_tokens, in_features, out_features), (num_tokens, out_features, in_features)]
+    narrow = [
+        (num_tokens, in_features, rank),
+        (num_tokens, out_features, rank),
+        (rank, num_tokens, in_features),
+        (rank, num_tokens, out_features),
+    ]
     if name == "factored":
-        wide = [(num_tokens, rank, out) for out in out_features]
-        wide += num_layers * [(num_tokens, rank, in_features)]
-        forwards = [(num_tokens, in_features, out) for out in out_features]
-        return [*forwards, *backward, *narrow, *wide, *of_a, *of_b]
-    common = [(num_tokens, in_features, width) for width in (sum(early), last) if width]
-    common += [*backward, *merges]
+        return [*wide, *narrow, (num_tokens, rank, out_features), (num_tokens, rank, in_features)]
+    num_merges = 1 if _keeps_merged([out_features], in_features, num_tokens) else 2
+    merges = num_merges * [(out_features, rank, in_features)]
     if name == "merged":
-        return [*common, *narrow, *of_a, *of_b]
-    dense = [(out, num_tokens, in_features) for out in out_features]
-    projections = [(rank, out, in_features) for out in out_features]
-    projections += [(rank, in_features, out) for out in out_features]
-    return [*common, *dense, *projections]
+        return [*wide, *merges, *narrow]
+    projections = [(rank, out_features, in_features), (rank, in_features, out_features)]
+    return [*wide, *merges, (out_features, num_tokens, in_features), *projections]
 
 
 def fastest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) -> Contraction:
@@ -106,8 +99,8 @@ def fastest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) -> 
         out_features: of the layers that are computed together.
     """
     num_tokens, value_size = x.numel() // x.shape[-1], x.element_size()
-    bytes_cost = value_size * (_flops_per_byte(x.device, x.dtype) if x.is_cuda else 0.0)
-    return BY_NAME[_fastest(out_features, x.shape[-1], rank, num_tokens, bytes_cost)]
+    flops_per_value = value_size * (_flops_per_byte(x.device, x.dtype) if x.is_cuda else 0.0)
+    return BY_NAME[_fastest(out_features, x.shape[-1], rank, num_tokens, flops_per_value)]
 
 
 # Evaluated while torch.compile traces, not traced.
@@ -131,9 +124,10 @@ def _fastest_of_shape(
     """
 
     def time(name: str) -> float:
-        products = _products(name, out_features, in_features, rank, num_tokens)
         return sum(
-            max(2 * m * k * n, (m * k + k * n + m * n) * flops_per_value) for m, k, n in products
+            max(2 * m * k * n, (m * k + k * n + m * n) * flops_per_value)
+            for out in out_features
+            for m, k, n in _products(name, out, in_features, rank, num_tokens)
         )
 
     return min(BY_NAME, key=time)
