@@ -281,11 +281,14 @@ class _Draft:
 def _validate(section_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """Validate values from TOML: strictly, since `steps = "8"` is a mistake."""
     fields = section_type.model_fields
-    values = {
-        key: None if value == NONE and key in fields and _admits_none(fields[key]) else value
-        for key, value in values.items()
-    }
+    values = {key: _with_none(value, fields.get(key)) for key, value in values.items()}
     return section_type.model_validate_json(json.dumps(values, default=str), strict=True)
+
+
+def _with_none(value: object, key: FieldInfo | None) -> object:
+    """Return None for `NONE`, if the key accepts it."""
+    admits_none = key is not None and NoneType in get_args(key.annotation)
+    return None if value == NONE and admits_none else value
 
 
 def explain(error: Exception) -> str:
@@ -324,19 +327,15 @@ def _did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
 
 def _accepts(key: FieldInfo, value: object) -> bool:
     try:
-        _adapter(key).validate_json(json.dumps(value, default=str), strict=True)
+        _adapter(key).validate_json(json.dumps(_with_none(value, key), default=str), strict=True)
     except ValidationError:
-        return value == NONE and _admits_none(key)
+        return False
     return True
 
 
 def _adapter(key: FieldInfo) -> TypeAdapter[Any]:
     annotation: Any = Annotated[key.annotation, key]
     return TypeAdapter(annotation)
-
-
-def _admits_none(key: FieldInfo) -> bool:
-    return NoneType in get_args(key.annotation)
 
 
 def _read_words(words: list[str], key: FieldInfo | None) -> object:
