@@ -140,7 +140,7 @@ class Checkpointer:
 
     Args:
         folder: `<output_dir>/checkpoints`, seen by all ranks; created on first use.
-        identity, metadata, versions: see `CheckpointMetadata`; `metadata` becomes its `run`.
+        identity, run, versions: see `CheckpointMetadata`.
         latest: the checkpoint to resume from if the run stopped now; later the newest complete one.
     """
 
@@ -151,7 +151,7 @@ class Checkpointer:
         world: World,
         *,
         identity: Mapping[str, JsonValue],
-        metadata: Mapping[str, JsonValue],
+        run: Mapping[str, JsonValue],
         versions: Mapping[str, str],
         latest: Path | None = None,
     ) -> None:
@@ -159,7 +159,7 @@ class Checkpointer:
         # A thread and the training loop must not share a group, nor its later timeout.
         group = dist.new_group(backend="gloo", timeout=world.timeout)
         self._writers = replace(world, host_group=group)
-        self._described = {"identity": identity, "run": metadata, "versions": versions}
+        self._described = {"identity": identity, "run": run, "versions": versions}
         self._host_copies: dict[str, Tensor] = {}
         self._in_flight: Future[Path] | None = None
         self.latest = latest

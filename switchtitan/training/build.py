@@ -121,7 +121,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         config.checkpoint,
         world,
         identity=identity | {"corpus": {"fingerprint": corpus.fingerprint}},
-        metadata={"config": resolved, "num_ranks": world.size, **record(corpus)},
+        run={"config": resolved, "num_ranks": world.size, **record(corpus)},
         versions=versions(),
         latest=checkpoint,
     )
