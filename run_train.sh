@@ -42,11 +42,8 @@ require_count NNODES "$num_nodes"
     fail "NNODES=$num_nodes: needs RDZV_ENDPOINT=HOST:PORT, the same on every machine;" \
         "HOST is one of them"
 
-case "${NODE_RANK:-0}" in
-    *[!0-9]*) fail "NODE_RANK=$NODE_RANK: expected an integer >= 0" ;;
-esac
-[ "${NODE_RANK:-0}" -lt "$num_nodes" ] ||
-    fail "NODE_RANK=$NODE_RANK: expected an index below NNODES=$num_nodes; machines are counted from 0"
+[[ "${NODE_RANK:-0}" =~ ^[0-9]+$ && "${NODE_RANK:-0}" -lt "$num_nodes" ]] ||
+    fail "NODE_RANK=$NODE_RANK: expected an index from 0 to NNODES - 1 = $((num_nodes - 1))"
 if [ "$num_nodes" != 1 ] && [ -n "${NODE_RANK:-}" ] && [ -n "${RDZV_CONF:-}" ]; then
     # torchrun's static rendezvous ignores other keys.
     [[ "$RDZV_CONF" =~ ^timeout=[1-9][0-9]*$ ]] ||

@@ -28,7 +28,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ -z "${PYTEST_XDIST_AUTO_NUM_WORKERS:-}" ]; then
     # Not in one command with `export`, which would hide a failure.
     PYTEST_XDIST_AUTO_NUM_WORKERS="$(
-        "$PYTHON" -c "from switchtitan.process import num_cores; print(num_cores())"
+        "$PYTHON" -c "from switchtitan.cores import num_cores; print(num_cores())"
     )"
 fi
 export PYTEST_XDIST_AUTO_NUM_WORKERS

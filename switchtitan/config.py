@@ -7,7 +7,6 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path, PurePath
 from types import NoneType
@@ -39,13 +38,11 @@ def split_arguments(
     argv: Sequence[str], section: str | None = None
 ) -> tuple[Path | None, bool, dict[KeyPath, list[str]]]:
     """Split a command line into the file of `--config`, whether `--help` is wanted, and the words
-    after each `--section.key`, also of `--section.key=value`.
+    after each `--section.key`, also of `--section.key=value`. Raises a ConfigError if a word is
+    no option's, or an option has no value or is given twice.
 
     Args:
         section: its keys may be given without it, e.g. `--path` for `--data.path`.
-
-    Raises:
-        ConfigError: if a word belongs to no option, or an option has no value or is given twice.
     """
     wants_help = False
     options: dict[str, list[str]] = {}
@@ -118,30 +115,25 @@ def raise_together(problems: Sequence[str]) -> None:
 
 def load_config(
     config_type: type[ConfigT],
-    file: Path | None,
+    tables: Sequence[tuple[str, dict[str, Any]]],
     overrides: Mapping[KeyPath, list[str]],
-    expansions: Mapping[KeyPath, Expand],
     say: Callable[[str], None],
 ) -> ConfigT:
-    """Read, override and validate a configuration that consists of sections.
+    """Merge, override and validate a configuration that consists of sections. Raises a ConfigError
+    with all mistakes in one message.
 
     Args:
-        file: None for an empty one.
+        tables: those of files, with the files' names for errors; later ones win.
         overrides: the words after each `--section.key`.
-        expansions: keys that stand for other keys of their section. Those replace the keys of a
-            base or, from the command line, of the file.
-        say: called with a note on each key of the file that the command line drops.
-
-    Raises:
-        ConfigError: with all mistakes in one message.
+        say: called with a note on each key of the tables that the command line drops.
     """
-    draft = _Draft(section_types(config_type), expansions, say, str(file))
-    for path, table in [] if file is None else _with_bases(file):
-        draft.add_file(table, str(path))
+    draft = _Draft(config_type, say, tables[-1][0] if tables else "command line")
+    for file, table in tables:
+        draft.add_table(table, file)
     # A section's name decides how the words of its other keys are read.
+    expansions = config_type.expansions
     for key in sorted(overrides, key=lambda key: (key not in expansions, key[-1] != "name")):
         draft.override(key, overrides[key])
-    draft.check_expanded()
     sections = {section: draft.validated(section) for section in draft.types}
     raise_together(draft.problems)
     return config_type(**sections)
@@ -156,15 +148,15 @@ def section_types(config_type: type[Section]) -> dict[str, dict[str, type[Sectio
     return types
 
 
-def _with_bases(file: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the tables of the lowest base up to the file's own."""
+def read_with_bases(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the names and tables of a file's lowest base up to its own; see `load_config`."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     while True:
         table = read_toml(file)
         base = table.pop("base", None)
         chain.insert(0, (file, table))
         if base is None:
-            return chain
+            return [(str(path), table) for path, table in chain]
         place = f"{file}: base = {toml_value(base)}"
         if not isinstance(base, str):
             raise ConfigError(f"{place}: expected the path of a file")
@@ -174,129 +166,129 @@ def _with_bases(file: Path) -> list[tuple[Path, dict[str, Any]]]:
             raise ConfigError(f"{place}: a file cannot be based on itself")
 
 
-@dataclass
 class _Draft:
     """The values that were read so far, where they stand, and what is wrong with them."""
 
-    types: Mapping[str, Mapping[str, type[Section]]]
-    expansions: Mapping[KeyPath, Expand]
-    say: Callable[[str], None]
-    file: str
-    table: dict[str, dict[str, Any]] = field(default_factory=dict)
-    origins: dict[KeyPath, str] = field(default_factory=dict)
-    """The file of each key, or its option with the words after it."""
-    expanded: dict[str, tuple[str, Mapping[str, object]]] = field(default_factory=dict)
-    """Section -> a key that stands for others, with its value, and those others."""
-    problems: list[str] = field(default_factory=list)
+    def __init__(self, config_type: type[Section], say: Callable[[str], None], file: str) -> None:
+        self.types = section_types(config_type)
+        self.problems: list[str] = []
+        self._expansions, self._say, self._file = config_type.expansions, say, file
+        self._table: dict[str, dict[str, Any]] = {section: {} for section in self.types}
+        self._origins: dict[KeyPath, str] = {}
+        """The file of each key, or its option with the words after it."""
+        self._expanded: dict[str, tuple[str, Mapping[str, object]]] = {}
+        """Section -> a key that stands for others, with its value, and those others."""
 
-    def add_file(self, table: Mapping[str, Any], file: str) -> None:
-        """Put a file's values over those of its base. A section of another `name` replaces it."""
+    def add_table(self, table: Mapping[str, Any], file: str) -> None:
+        """Put a file's values over those of its base."""
         for section, keys in table.items():
-            if section not in self.types or not isinstance(keys, dict):
+            if section in self.types and isinstance(keys, dict):
+                self._put(section, keys, file)
+            else:
                 hint = _did_you_mean(section, ["base", *self.types, *self._known_keys()])
                 self.problems.append(f"{file}: {section}: expected a section's table{hint}")
-                continue
-            keys = self._expand(section, keys, file)
-            below = self.table.setdefault(section, {})
-            if "name" in keys and below.get("name", keys["name"]) != keys["name"]:
-                below.clear()
-                if keys.keys().isdisjoint(key for of, key in self.expansions if of == section):
-                    self.expanded.pop(section, None)
-            self._put(section, keys, file)
 
     def override(self, path: KeyPath, words: list[str]) -> None:
-        """Put the value of an option over the file's. Another `name` drops keys of the former."""
+        """Put the value of an option over the file's."""
         option = f"--{'.'.join(path)} {' '.join(words)}"
         if len(path) != 2 or path[0] not in self.types:
             hint = _did_you_mean(".".join(path), ["config", *self._known_keys()], "--")
             self.problems.append(f"{option}: expected --section.key value{hint}")
             return
         section, key = path
-        former, below = self._fields(section), self.table.setdefault(section, {})
-        value = words[0] if key == "name" else _read_words(words, former.get(key))
-        keys = self._expand(section, {key: value}, option)
-        name = str(keys.get("name"))
-        if name in self.types[section] and name != below.get("name"):
-            fields = self.types[section][name].model_fields
-            for other in [other for other in former if other in below and other != "name"]:
-                if other not in fields or not _accepts(fields[other], below[other]):
-                    note = f"dropped [{section}] {other} = {toml_value(below.pop(other))}"
-                    self.say(f"{option}: {note}")
-        self._put(section, keys, option)
+        value = words[0] if key == "name" else _read_words(words, self._fields(section).get(key))
+        self._put(section, {key: value}, option)
 
-    def check_expanded(self) -> None:
-        """Report keys that contradict the key that stands for them."""
-        for section, (source, keys) in self.expanded.items():
-            for key, value in keys.items():
-                found = self.table[section].get(key, value)
-                if found not in (value, NONE if value is None else value):
-                    place = self._place(section, key, f" = {toml_value(found)}")
-                    self.problems.append(f"{place}: contradicts {source}; remove one of the two")
+    def _put(self, section: str, given: dict[str, Any], origin: str) -> None:
+        """Put keys over those below. Of a section with another `name`, a file takes no keys, and an
+        option those that the new class accepts."""
+        keys, below = self._expand(section, given, origin), self._table[section]
+        name = keys.get("name", below.get("name"))
+        if below.get("name", name) != name:
+            if not origin.startswith("--"):
+                below.clear()
+                if keys is given:  # else they are those that another key stands for
+                    self._expanded.pop(section, None)
+            elif name in self.types[section]:
+                fields = self.types[section][name].model_fields
+                former = [key for key in self._fields(section) if key in below and key != "name"]
+                for key in former:
+                    if key not in fields or not _accepts(fields[key], below[key]):
+                        dropped = toml_value(below.pop(key))
+                        self._say(f"{origin}: dropped [{section}] {key} = {dropped}")
+        below |= keys
+        self._origins |= {(section, key): origin for key in keys}
+        source, others = self._expanded.get(section, ("", {}))
+        for key, value in others.items():
+            if keys.get(key, value) not in (value, NONE if value is None else value):
+                place = self._place(section, key, f" = {toml_value(keys[key])}")
+                self.problems.append(f"{place}: contradicts {source}; remove one of the two")
+
+    def _expand(self, section: str, keys: dict[str, Any], origin: str) -> dict[str, Any]:
+        """Return the keys, with those that one of them stands for."""
+        for key, value in keys.items():
+            if (section, key) not in self._expansions or value in (None, NONE):
+                continue
+            source = f"{key} = {toml_value(value)}"
+            try:
+                others = self._expansions[section, key](str(value))
+            except ConfigError as error:
+                # Without those keys, there would be many more problems.
+                raise_together([*self.problems, f"{origin}: {source}: {error}"])
+            self._expanded[section] = (source, others)
+            return {**others, **keys, key: None}
+        return keys
 
     def validated(self, section: str) -> Section | None:
         """Return a section, or None after adding its problems."""
-        values, types = self.table.get(section, {}), self.types[section]
-        name = "" if "" in types else str(values.get("name"))
-        if name not in types:
-            place = self._place(section, "name", f" = {toml_value(name)}")
-            if "name" not in values:
-                place = f"{self._place(section, 'name')}: missing"
-            expected = f"expected one of {', '.join(types)}{_did_you_mean(name, types)}"
-            self.problems.append(f"{place}: {expected}")
+        values, types, chosen = self._table[section], self.types[section], self._class_of(section)
+        if chosen is None:
+            name = str(values.get("name"))
+            given = f" = {toml_value(name)}" if "name" in values else ""
+            place = f"{self._place(section, 'name', given)}:{'' if given else ' missing;'}"
+            choices = f"{', '.join(types)}{_did_you_mean(name, types)}"
+            self.problems.append(f"{place} expected one of {choices}")
             return None
         try:
-            return _validate(types[name], values)
+            return _validate(chosen, values)
         except ValidationError as error:
             for key, given, problem in _mistakes(error):
                 if problem == _UNKNOWN:
-                    expected = f"; expected one of {', '.join(types[name].model_fields)}"
+                    expected = f"; expected one of {', '.join(chosen.model_fields)}"
                     problem += _did_you_mean(f"{section}.{key}", self._known_keys()) or expected
                 place = f"{self._place(section, key, given)}:" if key else f"[{section}]"
                 self.problems.append(f"{place} {problem}")
         return None
 
-    def _expand(self, section: str, keys: dict[str, Any], origin: str) -> dict[str, Any]:
-        """Return the keys, with those that one of them stands for."""
-        for key, value in keys.items():
-            if (section, key) not in self.expansions or value in (None, NONE):
-                continue
-            source = f"{key} = {toml_value(value)}"
-            try:
-                others = self.expansions[section, key](str(value))
-            except ConfigError as error:
-                # Without those keys, there would be many more problems.
-                raise_together([*self.problems, f"{origin}: {source}: {error}"])
-            self.expanded[section] = (source, others)
-            return {**others, **keys, key: None}
-        return keys
-
-    def _put(self, section: str, keys: Mapping[str, Any], origin: str) -> None:
-        self.table.setdefault(section, {}).update(keys)
-        self.origins |= {(section, key): origin for key in keys}
+    def _class_of(self, section: str) -> type[Section] | None:
+        """Return a section's class, None if its name is wrong."""
+        types = self.types[section]
+        return types.get("" if "" in types else str(self._table[section].get("name")))
 
     def _fields(self, section: str) -> dict[str, FieldInfo]:
-        """Return the fields of a section's class, none if its name is wrong."""
-        types = self.types[section]
-        name = "" if "" in types else str(self.table.get(section, {}).get("name"))
-        return types[name].model_fields if name in types else {}
+        chosen = self._class_of(section)
+        return {} if chosen is None else chosen.model_fields
 
     def _known_keys(self) -> list[str]:
         return [f"{section}.{key}" for section in self.types for key in self._fields(section)]
 
     def _place(self, section: str, key: str, given: str = "") -> str:
         """Return where a key stands: `FILE: [section] key = value`, or its option."""
-        origin = self.origins.get((section, key), self.file)
+        origin = self._origins.get((section, key), self._file)
         return origin if origin.startswith("--") else f"{origin}: [{section}] {key}{given}"
 
 
 def _validate(section_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """Validate values from TOML: strictly, since `steps = "8"` is a mistake."""
     fields = section_type.model_fields
-    values = {
-        key: None if value == NONE and key in fields and _admits_none(fields[key]) else value
-        for key, value in values.items()
-    }
+    values = {key: _with_none(value, fields.get(key)) for key, value in values.items()}
     return section_type.model_validate_json(json.dumps(values, default=str), strict=True)
+
+
+def _with_none(value: object, key: FieldInfo | None) -> object:
+    """Return None for `NONE`, if the key accepts it."""
+    admits_none = key is not None and NoneType in get_args(key.annotation)
+    return None if value == NONE and admits_none else value
 
 
 def explain(error: Exception) -> str:
@@ -335,19 +327,15 @@ def _did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
 
 def _accepts(key: FieldInfo, value: object) -> bool:
     try:
-        _adapter(key).validate_json(json.dumps(value, default=str), strict=True)
+        _adapter(key).validate_json(json.dumps(_with_none(value, key), default=str), strict=True)
     except ValidationError:
-        return value == NONE and _admits_none(key)
+        return False
     return True
 
 
 def _adapter(key: FieldInfo) -> TypeAdapter[Any]:
     annotation: Any = Annotated[key.annotation, key]
     return TypeAdapter(annotation)
-
-
-def _admits_none(key: FieldInfo) -> bool:
-    return NoneType in get_args(key.annotation)
 
 
 def _read_words(words: list[str], key: FieldInfo | None) -> object:

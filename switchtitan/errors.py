@@ -56,16 +56,14 @@ class RanksDisagreeError(UserError):
 
 
 # How a command ends.
-def exit_for(error: UserError) -> NoReturn:
-    """Prints the error's message and exits with its status."""
-    record_end(str(error), error.exit_status)
-    raise SystemExit(error.exit_status)
-
-
-def exit_for_stop(signal_number: int) -> NoReturn:
-    """Exits with the status of a run that a signal stopped."""
-    record_end(f"stopped by {signal.Signals(signal_number).name}", 128 + signal_number)
-    raise SystemExit(128 + signal_number)
+def exit_for(end: UserError | KeyboardInterrupt) -> NoReturn:
+    """Leaves the reason, and exits: with the error's status, or 128 + n after signal n."""
+    if isinstance(end, UserError):
+        record_end(str(end), end.exit_status)
+        raise SystemExit(end.exit_status)
+    number = end.args[0] if end.args else signal.SIGINT
+    record_end(f"stopped by {signal.Signals(number).name}", 128 + number)
+    raise SystemExit(128 + number)
 
 
 def end_now(message: str, status: int) -> NoReturn:

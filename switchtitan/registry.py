@@ -21,6 +21,9 @@ class Section(BaseModel):
 
     resumable_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys that do not affect results; they may change on resume."""
+    expansions: ClassVar[Mapping[tuple[str, ...], Callable[[str], Mapping[str, object]]]] = {}
+    """Of all sections together: path of a key -> what returns the keys of its section that its
+    value stands for, or raises a ConfigError. Other keys must not contradict those."""
     former_defaults: ClassVar[Mapping[str, object]] = {}
     """Keys whose default has changed, and what it was: checksums of finished runs rest on it."""
 

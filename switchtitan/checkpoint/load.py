@@ -34,7 +34,7 @@ from switchtitan.config import flatten
 from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError, CheckpointFormatError, abbreviate
 from switchtitan.files import file_inside, sha256_of_file
-from switchtitan.process import progress_bar
+from switchtitan.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +51,10 @@ _READABLE = {
 
 # Finding.
 def find_checkpoint(folder: Path, config: CheckpointConfig) -> Path | None:
-    """Returns the checkpoint that a run resumes from; None means a new run.
-
-    Args:
-        folder: the run's own checkpoints; need not exist.
-
-    Raises:
-        CheckpointError: if the given checkpoint or initial weights are missing or damaged, or all
-            own checkpoints are, or the run would mix its checkpoints with those of another.
-    """
+    """Returns the checkpoint that a run resumes from; None means a new run. `folder` has the run's
+    own checkpoints; need not exist. Raises a CheckpointError if the given checkpoint or initial
+    weights are missing or damaged, or all own checkpoints are, or the run would mix its checkpoints
+    with those of another."""
     resume, present, found = config.resume, list_step_folders(folder), None
     continued = {os.path.realpath(path) for path in (folder, folder.parent, *present[:1])}
     key = f"[checkpoint] resume = {resume!r}"
@@ -127,12 +122,8 @@ def find_latest(folder: Path) -> Path | None:
 
 # Verifying.
 def verify(path: Path) -> CheckpointMetadata:
-    """Compares all files with their checksums, which reads the full checkpoint once.
-
-    Raises:
-        CheckpointFormatError: if this version does not read the format.
-        CheckpointError: names the first problem.
-    """
+    """Compares all files with their checksums, which reads the full checkpoint once. Raises a
+    CheckpointError that names the first problem; see `read_metadata`."""
     if not (path / SUMS_FILE).exists():
         read_metadata(path)  # earlier formats have no such file
     with _reading(path / SUMS_FILE):
@@ -153,11 +144,8 @@ def verify(path: Path) -> CheckpointMetadata:
 
 
 def read_metadata(path: Path) -> CheckpointMetadata:
-    """Reads a checkpoint's `metadata.json`, without comparing checksums.
-
-    Raises:
-        CheckpointFormatError: if this version does not read the format.
-        CheckpointError: if it is missing or damaged.
+    """Reads a checkpoint's `metadata.json`, without comparing checksums. Raises a CheckpointError
+    if it is missing or damaged, a CheckpointFormatError if this version does not read the format.
     """
     with _reading(path / METADATA_FILE):
         contents = json.loads((path / METADATA_FILE).read_bytes())
@@ -195,14 +183,17 @@ def restore(checkpoint: Path, tensors: CheckpointTensors, world: World) -> None:
     """Loads model and optimizer from a checkpoint of any number of ranks; collective."""
     collected = tensors()
     world.together(lambda: load_tensors_(checkpoint, collected))
-    own = {name: collected[name] for name in collected if name.startswith(OPTIMIZER)}
-    tensors.optimizer.load_state_dict({name.removeprefix(OPTIMIZER): own[name] for name in own})
+    own = {name: tensor for name, tensor in collected.items() if name.startswith(OPTIMIZER)}
+    tensors.optimizer.load_state_dict({name[len(OPTIMIZER) :]: own[name] for name in own})
 
 
 def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fills all of a checkpoint's `tensors` in place; DTensors may be sharded differently. Raises a
     CheckpointError before any tensor changes, if names, shapes or dtypes differ."""
-    saved, expected = _described(saved_tensors(path)), _described(tensors)
+    saved, expected = (
+        {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in given.items()}
+        for given in (saved_tensors(path), tensors)
+    )
     differing = [
         f"{name} (saved: {saved.get(name)}, expected: {expected.get(name)})"
         for name in sorted({*saved, *expected})
@@ -214,10 +205,6 @@ def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
             "configuration it was saved with, or start a new run in another [job] output_dir"
         )
     _read_(path, tensors)
-
-
-def _described(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint import CheckpointException, filesystem
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.tensor import DTensor
 
-from switchtitan.checkpoint.config import RESUME_NEVER, CheckpointConfig
+from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.norms import non_finite
 from switchtitan.distributed.replicas import check_replicas
@@ -57,7 +57,7 @@ TENSOR_FILES = r"__\d+_\d+\.distcp|\.metadata"
 FORMAT_VERSION = 6
 """Earlier ones name their corpus by the times of its files."""
 POLL_INTERVAL = 10
-"""Calls of `Checkpointer.poll` between two in which ranks communicate."""
+"""Steps between two after which ranks ask each other whether they have written."""
 MODEL, OPTIMIZER = "model.", "optimizer."
 """Prefixes of the names of tensors."""
 _STEP_FOLDER = re.compile(r"step-(\d{9,})")
@@ -104,33 +104,34 @@ class CheckpointTensors:
         self.optimizer = optimizer
         self._device = next(model.parameters()).device
         state = model.state_dict(keep_vars=True)
-        self._of_model = {f"{MODEL}{name}": tensor.detach() for name, tensor in state.items()}
+        self._model_tensors = {f"{MODEL}{name}": tensor.detach() for name, tensor in state.items()}
 
     def __call__(self) -> dict[str, Tensor]:
         """Returns all tensors by name, with the current optimizer state."""
-        return self._of_model | _of_optimizer(self.optimizer.state_dict())
+        return self._model_tensors | _prefixed(self.optimizer.state_dict())
 
     def held(self, collected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Returns all tensors by name, and values outside the state that every rank computes."""
-        return {**(collected or self()), **_of_optimizer(self.optimizer.replicated())}
-
-    def check_state(
-        self, numbers: Mapping[str, Tensor], collected: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Compares replicas of model and optimizer, and plain tensors on any device.
+        """Returns all tensors by name, and values outside the state that every rank computes.
 
         Args:
             collected: what a call returned, since the state of some optimizers takes time.
         """
+        return {**(collected or self()), **_prefixed(self.optimizer.replicated())}
+
+    def check_state(
+        self, numbers: Mapping[str, float], collected: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Compares replicas of what is `held`, and numbers. Raises a RanksDisagreeError."""
         if dist.is_initialized() and dist.get_world_size() > 1:
-            check_replicas(self.held(collected) | dict(numbers), self._device)
+            alike = {name: torch.tensor(number) for name, number in numbers.items()}
+            check_replicas(self.held(collected) | alike, self._device)
 
     def non_finite(self) -> list[str]:
         """Returns the names of the model's tensors with an inf or nan, see `norms.non_finite`."""
-        return non_finite(self._of_model, self._device)
+        return non_finite(self._model_tensors, self._device)
 
 
-def _of_optimizer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{OPTIMIZER}{name}": tensor for name, tensor in state.items()}
 
 
@@ -139,7 +140,7 @@ class Checkpointer:
 
     Args:
         folder: `<output_dir>/checkpoints`, seen by all ranks; created on first use.
-        identity, metadata, versions: see `CheckpointMetadata`; `metadata` becomes its `run`.
+        identity, run, versions: see `CheckpointMetadata`.
         latest: the checkpoint to resume from if the run stopped now; later the newest complete one.
     """
 
@@ -150,29 +151,21 @@ class Checkpointer:
         world: World,
         *,
         identity: Mapping[str, JsonValue],
-        metadata: Mapping[str, JsonValue],
+        run: Mapping[str, JsonValue],
         versions: Mapping[str, str],
         latest: Path | None = None,
     ) -> None:
-        self._folder, self._config, self._world = folder, config, world
+        self._folder, self.config, self._world = folder, config, world
         # A thread and the training loop must not share a group, nor its later timeout.
         group = dist.new_group(backend="gloo", timeout=world.timeout)
         self._writers = replace(world, host_group=group)
-        self._described = {"identity": identity, "run": metadata, "versions": versions}
+        self._described = {"identity": identity, "run": run, "versions": versions}
         self._host_copies: dict[str, Tensor] = {}
         self._in_flight: Future[Path] | None = None
-        self._num_polls = 0
         self.latest = latest
         # Newer ones were found damaged by the search for `latest`.
         newest = sys.maxsize if latest is None else step_of(latest.resolve())
         self._skipped = {path for path in list_step_folders(folder) if step_of(path) > newest}
-
-    @property
-    def resumes_newest(self) -> bool:
-        """Whether the same command resumes from the newest checkpoint."""
-        given = self._config.resume_path
-        names_own = given is not None and Path(given).parent == self._folder.resolve()
-        return self._config.resume != RESUME_NEVER and not names_own
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]
@@ -180,27 +173,23 @@ class Checkpointer:
         """Writes `<folder>/step-<step>`; waits for an earlier save in progress.
 
         With `async_save`, returns once `tensors` are copied and may change; `poll` or `finish`
-        completes the save.
+        completes the save. Raises a CheckpointError on every rank if this save or the earlier one
+        fails; older checkpoints are untouched.
 
         Args:
             tensors: DTensors, or plain tensors that are the same on every rank.
-
-        Raises:
-            CheckpointError: on every rank, if this save or the earlier one fails; older checkpoints
-                are untouched.
         """
         self.finish()
         described = {"format_version": FORMAT_VERSION, "step": step, "train_state": train_state}
         metadata = CheckpointMetadata.model_validate_json(json.dumps(described | self._described))
         metadata.run["saved_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         own = {name: tensors[name] for name in tensors if self._writes(name, tensors[name])}
-        if not self._config.async_save:
+        if not self.config.async_save:
             self.latest = self._write(metadata, own)
             return
         # Not dcp.async_save: if one rank cannot copy, the others would hang.
         copies: dict[str, Tensor] = {}
         self._world.together(lambda: copies.update(copy_to_host(own, self._host_copies)))
-        self._num_polls = 0
         # The interpreter waits for the thread at its exit, also after Ctrl-C.
         thread = ThreadPoolExecutor(1, thread_name_prefix=_WRITER)
         self._in_flight = thread.submit(self._write, metadata, copies)
@@ -212,16 +201,13 @@ class Checkpointer:
         group = replica_group(tensor) if is_sharded else self._world.host_group
         return group is None or zlib.crc32(name.encode()) % group.size() == group.rank()
 
-    def poll(self) -> None:
-        """Calls `finish` if every rank has written. Call it each step.
+    def poll(self, step: int) -> None:
+        """Calls `finish` if every rank has written. Call it after each step.
 
-        The ranks ask each other only in every `POLL_INTERVAL`-th call, since that makes all hosts
-        wait for the slowest.
+        The ranks ask each other only after every `POLL_INTERVAL`-th step, since that makes all
+        hosts wait for the slowest.
         """
-        if self._in_flight is None:
-            return
-        self._num_polls += 1
-        if self._num_polls % POLL_INTERVAL == 0:
+        if self._in_flight is not None and step % POLL_INTERVAL == 0:
             is_done = torch.tensor(int(self._in_flight.done()))
             dist.all_reduce(is_done, dist.ReduceOp.MIN, group=self._world.host_group)
             if is_done:
@@ -264,9 +250,9 @@ class Checkpointer:
         Those of later steps, of other runs, with unreadable metadata or with files of others, and
         those that the search on resume has found damaged, stay and do not count.
         """
-        num_newest, keep_every = 0, self._config.keep_every
+        num_newest, keep_every = 0, self.config.keep_every
         try:
-            folders = list_step_folders(self._folder) if self._config.keep_latest else []
+            folders = list_step_folders(self._folder) if self.config.keep_latest else []
         except CheckpointError as error:
             logger.warning("could not delete older checkpoints: %s", error)
             return
@@ -279,7 +265,7 @@ class Checkpointer:
                 if is_own and metadata.identity == newest.identity and metadata.step <= newest.step:
                     num_newest += 1
                     is_kept = keep_every is not None and metadata.step % keep_every == 0
-                    if num_newest > self._config.keep_latest and not is_kept:
+                    if num_newest > self.config.keep_latest and not is_kept:
                         # Renamed first: what an interrupted deletion leaves is no checkpoint.
                         _remove(path.rename(_partial_folder(path)))
             except (OSError, ValueError) as error:

@@ -36,11 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Runs the comparisons one after the other; returns their reports."""
+    """Runs the comparisons one after the other; returns their reports. Raises a ConfigError if one
+    is invalid, or two have the same folder."""
     # Spectra for a report must not compete with the runs for cores.
     torch.set_num_threads(1)
     # All files are checked before the first run of any.
-    comparisons = load_all(options.files)
+    comparisons: dict[Path, ComparisonConfig] = {}
+    for file in options.files:
+        config = load_comparison(file)
+        check_plan(config)
+        folder = config.output_dir / "reports" / file.stem
+        if folder in comparisons:
+            raise ConfigError(
+                f"{file}: another of these files has the same name and output_dir, so both would "
+                f"report to {folder}; rename one"
+            )
+        comparisons[folder] = config
     jobs = environments(options.jobs)
     for folder, config in comparisons.items():
         with _lock(folder):
@@ -52,23 +63,6 @@ def run(options: argparse.Namespace) -> dict[str, list[str]]:
             write_report(folder, comparison.state())
         print(folder / "report.md", flush=True)
     return {"reports": [str(folder / "report.md") for folder in comparisons]}
-
-
-def load_all(files: Sequence[Path]) -> dict[Path, ComparisonConfig]:
-    """Reads and checks comparisons; returns them by the folder of their reports. Raises a
-    ConfigError if one is invalid, or two have the same folder."""
-    loaded: dict[Path, ComparisonConfig] = {}
-    for file in files:
-        config = load_comparison(file)
-        check_plan(config)
-        folder = config.output_dir / "reports" / file.stem
-        if folder in loaded:
-            raise ConfigError(
-                f"{file}: another of these files has the same name and output_dir, so both would "
-                f"report to {folder}; rename one"
-            )
-        loaded[folder] = config
-    return loaded
 
 
 def _lock(folder: Path) -> AbstractContextManager[object]:

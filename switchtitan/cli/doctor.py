@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from switchtitan.process import is_installed
-
 Status = Literal["ok", "optional", "warning", "missing"]
 _EXTRAS = {
     "torchao": ("torchao", 'for [optimizer] name = "adamw8bit"'),
@@ -70,17 +68,22 @@ def _findings(output_dir: Path) -> Iterator[Finding]:
     else:
         yield Finding("ok", "torch", torch.__version__)
         yield from _findings_with_torch()
-    for extra, (package, purpose) in _EXTRAS.items():
-        problem = "" if is_installed(package) else f"{package} is not installed, {purpose}"
-        fix = f"run pip install '.[{extra}]' in the checkout if you need it"
-        yield _finding(extra, problem, fix, f"{package} is installed, {purpose}", "optional")
     folder = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    # For a few checkpoints; for compiled code; for the data loader's batches.
-    yield _free_space("outputs", folder, 5, "free space")
-    yield _free_space("temp", Path(tempfile.gettempdir()), 1, "free space")
-    if Path("/dev/shm").is_dir():
-        fix = "start the container with --shm-size 8g, or set [data] num_workers = 0"
-        yield _free_space("shared memory", Path("/dev/shm"), 1, fix)
+    places = {  # for a few checkpoints, compiled code, and the data loader's batches
+        "outputs": (folder, 5, "free space"),
+        "temp": (Path(tempfile.gettempdir()), 1, "free space"),
+        "shared memory": (
+            Path("/dev/shm"),
+            1,
+            "start the container with --shm-size 8g, or set [data] num_workers = 0",
+        ),
+    }
+    for name, (place, least_gib, fix) in places.items():
+        if place.is_dir():
+            free_gib = shutil.disk_usage(place).free / 2**30
+            detail = f"{free_gib:.1f} GiB free for {place}"
+            fix = f"{fix}: less than {least_gib} GiB is short"
+            yield _finding(name, detail if free_gib < least_gib else "", fix, detail)
     problem = ""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -96,32 +99,27 @@ def _findings_with_torch() -> Iterator[Finding]:
 
     from switchtitan.distributed.dtype import bf16_support
     from switchtitan.distributed.world import unusable_gpu
-    from switchtitan.job.checks import missing_toolchain
+    from switchtitan.job.checks import is_installed, missing_toolchain
 
-    has_gpu = torch.cuda.is_available()
-    device = "cuda" if has_gpu else "cpu"
+    num_gpus = torch.cuda.device_count()
+    device = "cuda" if num_gpus else "cpu"
     problem, _, fix = (missing_toolchain(device) or "").partition("; ")
     yield _finding("compiler", problem, f"{fix}; until then, {_EAGER}", "torch.compile builds code")
     support = bf16_support(torch.device(device))
     problem = "" if support.is_native else support.evidence
     yield _finding("bfloat16", problem, 'dtype = "auto" trains in float32', support.evidence)
-    if has_gpu:
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            detail = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
-            yield Finding("ok", f"GPU {index}", detail)
-    else:
+    for index in range(num_gpus):
+        gpu = torch.cuda.get_device_properties(index)
+        yield Finding("ok", f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB")
+    if not num_gpus:
         problem, _, fix = (unusable_gpu() or "").partition("; ")
         yield _finding("GPU", problem, fix, "none: trains on the CPU", "missing")
+    for extra, (package, purpose) in _EXTRAS.items():
+        problem = "" if is_installed(package) else f"{package} is not installed, {purpose}"
+        fix = f"run pip install '.[{extra}]' in the checkout if you need it"
+        yield _finding(extra, problem, fix, f"{package} is installed, {purpose}", "optional")
 
 
 def _finding(name: str, problem: str, fix: str, fine: str, status: Status = "warning") -> Finding:
     """Returns what is fine, or the problem if there is one."""
     return Finding(status, name, problem, fix) if problem else Finding("ok", name, fine)
-
-
-def _free_space(name: str, folder: Path, least_gib: int, fix: str) -> Finding:
-    free_gib = shutil.disk_usage(folder).free / 2**30
-    detail = f"{free_gib:.1f} GiB free for {folder}"
-    fix = f"{fix}: less than {least_gib} GiB is short"
-    return _finding(name, detail if free_gib < least_gib else "", fix, detail)

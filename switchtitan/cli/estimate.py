@@ -13,7 +13,6 @@ prints instead the largest local batch size that fits on devices with 24 and 80 
 import argparse
 import math
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from switchtitan.benchmark import tables
@@ -21,10 +20,7 @@ from switchtitan.benchmark.estimate import estimate_step, largest_batch_sizes
 from switchtitan.benchmark.memory_tracker import KINDS
 from switchtitan.benchmark.sides import load_simulated_sides
 from switchtitan.cli.main import number, positive_int
-from switchtitan.job.config import JobConfig
 from switchtitan.observability.environment import describe_environment
-
-_ASSUMPTIONS = 'assumptions: docs/PERFORMANCE.md, "How good are the estimates?"'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,42 +37,31 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     configs = load_simulated_sides(options.configs, options.keys, num_ranks)
     if sys.stderr.isatty():
         print("estimating: each operation of some steps runs without values", file=sys.stderr)
-    result = {"environment": describe_environment(), "world_size": num_ranks}
     if options.fit:
-        return result | _fit(configs, num_ranks, options.fit)
-    return result | _estimate(configs, num_ranks)
-
-
-def _estimate(configs: Mapping[str, JobConfig], num_ranks: int) -> dict[str, Any]:
-    estimates = {name: estimate_step(config, num_ranks) for name, config in configs.items()}
-    communication = {name: estimate.communication for name, estimate in estimates.items()}
-    lines = [
-        "values that train, that are frozen and in buffers; the run; a checkpoint",
-        *tables.size_table(estimates, configs),
-        f"memory of each of {num_ranks} ranks in a step: the peak, and the maximum of each kind",
-        *tables.memory_table(estimates),
-        *(f"  {kind}: {meaning}" for kind, meaning in KINDS.items()),
-        "sent by each rank in a step with ring algorithms, in MiB (number of collectives)",
-        *tables.communication_table(communication),
-        "floating-point operations of each rank in a step",
-        *tables.flops_table(estimates),
-        _ASSUMPTIONS,
-    ]
-    print("\n".join(lines), flush=True)
-    return {"estimates": tables.estimate_record(estimates)}
-
-
-def _fit(
-    configs: Mapping[str, JobConfig], num_ranks: int, memories_gib: list[float]
-) -> dict[str, Any]:
-    fits = {
-        name: largest_batch_sizes(config, num_ranks, memories_gib)
-        for name, config in configs.items()
-    }
-    lines = [
-        f"largest local_batch_size on each of {num_ranks} ranks that fits and divides their batch",
-        *tables.fit_table(fits),
-        _ASSUMPTIONS,
-    ]
-    print("\n".join(lines), flush=True)
-    return {"fits": tables.fit_record(fits)}
+        fits = {
+            name: largest_batch_sizes(config, num_ranks, options.fit)
+            for name, config in configs.items()
+        }
+        lines = [
+            f"largest local_batch_size on each of {num_ranks} ranks that fits and divides their "
+            "batch",
+            *tables.fit_table(fits),
+        ]
+        found = {"fits": tables.fit_record(fits)}
+    else:
+        estimates = {name: estimate_step(config, num_ranks) for name, config in configs.items()}
+        communication = {name: estimate.communication for name, estimate in estimates.items()}
+        lines = [
+            "values that train, that are frozen and in buffers; the run; a checkpoint",
+            *tables.size_table(estimates, configs),
+            f"memory of each of {num_ranks} ranks in a step: the peak, and each kind's maximum",
+            *tables.memory_table(estimates),
+            *(f"  {kind}: {meaning}" for kind, meaning in KINDS.items()),
+            "sent by each rank in a step with ring algorithms, in MiB (number of collectives)",
+            *tables.communication_table(communication),
+            "floating-point operations of each rank in a step",
+            *tables.flops_table(estimates),
+        ]
+        found = {"estimates": tables.estimate_record(estimates)}
+    print("\n".join([*lines, 'assumptions: docs/PERFORMANCE.md, "How good are the estimates?"']))
+    return {"environment": describe_environment(), "world_size": num_ranks, **found}

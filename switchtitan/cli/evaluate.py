@@ -36,7 +36,7 @@ from switchtitan.generation.trained import (
 from switchtitan.job.config import EvaluationConfig, JobConfig
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.log import perplexity_of
-from switchtitan.process import progress_bar
+from switchtitan.progress import progress_bar
 from switchtitan.training.evaluate import Evaluator
 
 _LOCAL_BATCH_SIZE = 8
@@ -60,13 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
-    """Returns loss (nats per token), perplexity, bits per byte, and the data used.
-
-    None on other ranks than the main one.
-
-    Raises:
-        UserError: if weights, model and text do not match, or one of them cannot be read.
-    """
+    """Returns loss (nats per token), perplexity, bits per byte, and the data used; None on other
+    ranks than the main one. Raises a UserError if weights, model and text do not match, or one of
+    them cannot be read."""
     if options.text is not None and options.split is not None:
         raise ConfigError(f"--split {options.split} has no effect with --text; leave it out")
     config = None if options.config is None else load_for_evaluation(options.config)
@@ -75,11 +71,8 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         config = saved_config(trained.metadata)
     with temporary_world():
         world = start_world(ParallelismConfig())
-        if config is None:
-            seq_len = min(trained.max_positions or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
-        else:
-            seq_len = config.data.seq_len
-        seq_len = options.seq_len or seq_len
+        longest = min(trained.max_positions or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
+        seq_len = options.seq_len or (longest if config is None else config.data.seq_len)
         batches, size, described = _open_held_out(options, trained, config, seq_len, world)
         dtype = options.dtype
         if dtype == "auto" and config is not None:
@@ -118,10 +111,7 @@ def _open_held_out(
     seq_len: int,
     world: World,
 ) -> tuple[ValidationBatches | list[Batch], TextSize, dict[str, Any]]:
-    """Returns what to evaluate on, the size of its text, and its description.
-
-    Each rank gets its own batches of a corpus, or all of a text.
-    """
+    """Returns this rank's batches of a corpus or all of a text, the text's size, and what it is."""
     batch_size = _LOCAL_BATCH_SIZE if config is None else config.training.local_batch_size
     if options.text is not None:
         tokenizer = open_tokenizer(trained, options.tokenizer)

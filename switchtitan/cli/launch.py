@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
+from switchtitan.cores import num_cores, threads_per_process
 from switchtitan.distributed.world import check_slurm_tasks, raise_file_limit
 from switchtitan.errors import (
     ENDED,
@@ -32,19 +33,15 @@ from switchtitan.errors import (
     recorded_end,
 )
 from switchtitan.job.config import parse_unchecked
-from switchtitan.process import num_cores, threads_per_process
 
 OWN_COMMANDS = ("train", "benchmark")
 """The commands of `switchtitan` that run on several ranks."""
 
 
 def run(words: Sequence[str]) -> None:
-    """Checks rendezvous and configuration, then runs torchrun.
-
-    Raises:
-        UserError: for a mistake, before any rank starts.
-        SystemExit: with the status that the first process to end has recorded; 1 after a crash.
-    """
+    """Checks rendezvous and configuration, then runs torchrun. Raises a UserError for a mistake
+    before any rank starts; SystemExit with the status that the first process to end has recorded, 1
+    after a crash."""
     parser = torchrun.get_args_parser()
     parser.prog = "switchtitan launch"
     parser.description = "Starts one process per rank: of `train`, `benchmark`, or your script."
@@ -64,8 +61,8 @@ def run(words: Sequence[str]) -> None:
     check_slurm_tasks(most_nodes)
     if options.rdzv_backend == "static" and not options.rdzv_endpoint:  # torchrun's older options
         options.rdzv_endpoint = f"{options.master_addr}:{options.master_port}"
-    if least_nodes == most_nodes and options.rdzv_backend in ("static", "c10d"):
-        check_rendezvous(options.rdzv_endpoint, least_nodes)
+    if 1 < least_nodes == most_nodes and options.rdzv_backend in ("static", "c10d"):
+        check_rendezvous(options.rdzv_endpoint)
     # Other scripts may have other keys. The first rank prints notes.
     keys = options.training_script_args if script == "train" else []
     config = parse_unchecked(keys, lambda note: None)
@@ -106,17 +103,9 @@ def run(words: Sequence[str]) -> None:
         raise SystemExit(status)
 
 
-def check_rendezvous(endpoint: str, num_nodes: int) -> None:
-    """Checks what would let machines wait for each other in vain.
-
-    Args:
-        endpoint: HOST:PORT; not checked for a single machine.
-
-    Raises:
-        EnvironmentMismatchError: if the machines cannot meet.
-    """
-    if num_nodes == 1:
-        return
+def check_rendezvous(endpoint: str) -> None:
+    """Checks HOST:PORT, where machines would wait for each other in vain. Raises an
+    EnvironmentMismatchError if they cannot meet there."""
     host, _, port = endpoint.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")  # an IPv6 address
     problem = "expected HOST:PORT"

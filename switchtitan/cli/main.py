@@ -8,22 +8,22 @@ import argparse
 import atexit
 import difflib
 import importlib
+import io
 import json
 import logging
 import os
 import shlex
-import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from switchtitan import __version__, errors
+from switchtitan.cores import num_cores, set_thread_defaults
 from switchtitan.files import write_atomically
-from switchtitan.process import num_cores, set_thread_defaults
 
 COMMANDS = {
     "train": "Train a model from a TOML configuration, or resume its run. One process is one rank.",
@@ -64,10 +64,10 @@ def run(argv: Sequence[str] | None = None) -> None:
         try:
             main(argv)
         except SystemExit as stop:
-            if isinstance(stop.code, int) and stop.code != 0:
+            if isinstance(stop.code, str):
+                raise
+            if stop.code:
                 _exit(stop.code)
-            sys.stdout.flush()
-            raise
         sys.stdout.flush()
     except BrokenPipeError:
         try:
@@ -91,10 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             module.run(words)
         else:
             _run(module, command, words)
-    except errors.UserError as error:
-        errors.exit_for(error)
-    except KeyboardInterrupt as stop:
-        errors.exit_for_stop(stop.args[0] if stop.args else signal.SIGINT)
+    except (errors.UserError, KeyboardInterrupt) as end:
+        errors.exit_for(end)
 
 
 def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
@@ -117,16 +115,21 @@ def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
     if command in _TELLING:
         logging.getLogger("switchtitan").setLevel(logging.INFO)
     errors.interrupt_on_sigterm()
-    with ExitStack() as stack:
-        if options.json == _STDOUT:
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(nowhere))
+    with redirect_stdout(io.StringIO()) if options.json == _STDOUT else nullcontext():
         result: dict[str, Any] | None = module.run(options)
     if result is None:  # on other ranks than the main one
         return
     status = result.pop("exit_status", 0)
     if options.json is not None:
-        _write_json(options.json, {"command": options.command, **result})
+        text = json.dumps({"command": options.command, **result}, indent=2)
+        if options.json == _STDOUT:
+            print(text, flush=True)
+        else:
+            try:
+                write_atomically(Path(options.json), f"{text}\n")
+            except OSError as error:
+                problem = f"--json {options.json}: cannot be written: {error.strerror}"
+                raise errors.ConfigError(problem) from error
     if status != 0:
         raise SystemExit(status)
 
@@ -145,17 +148,6 @@ def _check_json(file: Path) -> None:
             f"--json {file}: exists and is no result of --json, so it is not overwritten; name "
             "another file, or print the result with --json=-"
         )
-
-
-def _write_json(file: str, result: dict[str, Any]) -> None:
-    text = json.dumps(result, indent=2)
-    if file == _STDOUT:
-        print(text, flush=True)
-        return
-    try:
-        write_atomically(Path(file), f"{text}\n")
-    except OSError as error:
-        raise errors.ConfigError(f"--json {file}: cannot be written: {error.strerror}") from error
 
 
 def _exit(status: int) -> NoReturn:

@@ -18,13 +18,13 @@ import numpy as np
 from torch import Tensor
 
 from switchtitan.cli.main import positive_int
-from switchtitan.config import find_config, load_config, split_arguments
+from switchtitan.config import find_config, load_config, read_with_bases, split_arguments
 from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import INDEX_FILE, Corpus, SplitName, open_prepared
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.sequences import document_ids
 from switchtitan.errors import ConfigError
-from switchtitan.job.config import EXPANSIONS, JobConfig, print_note
+from switchtitan.job.config import JobConfig, print_note
 from switchtitan.registry import Section
 
 _SEQ_LEN = 128
@@ -83,9 +83,10 @@ def read_data_config(words: list[str]) -> DataConfig:
     if wants_help:
         raise ConfigError("--help-all: `switchtitan train --help-all` describes the keys of [data]")
     if file is None:
-        config = load_config(DataJobConfig, None, overrides, {}, print_note).data
+        config = load_config(DataJobConfig, [], overrides, print_note).data
     else:
-        config = load_config(JobConfig, find_config(file), overrides, EXPANSIONS, print_note).data
+        tables = read_with_bases(find_config(file))
+        config = load_config(JobConfig, tables, overrides, print_note).data
     for message in config.without_effect():
         print_note(f"[data] {message}; remove it")
     return config

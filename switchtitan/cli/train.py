@@ -1,11 +1,11 @@
 """Trains: `switchtitan train [--config FILE] [--section.key value ...]`, one rank per process."""
 
-import logging
 import signal
 from collections.abc import Sequence
 
 import torch
 
+from switchtitan.cores import OtherLoad, num_cores
 from switchtitan.distributed.world import (
     check_slurm_tasks,
     is_launched,
@@ -13,15 +13,12 @@ from switchtitan.distributed.world import (
     stop_world,
     stop_world_if_single,
 )
-from switchtitan.errors import UserError, exit_for, exit_for_stop, recorded_end
+from switchtitan.errors import UserError, exit_for, recorded_end
 from switchtitan.job.config import parse_arguments
 from switchtitan.observability.log import configure_logging
-from switchtitan.process import OtherLoad, num_cores
 from switchtitan.training.build import build_memory_snapshots, build_trainer
 from switchtitan.training.output import lock_output_dir
 from switchtitan.training.stop import Stop, Stopped
-
-logger = logging.getLogger(__name__)
 
 
 def run(words: Sequence[str]) -> None:
@@ -29,26 +26,25 @@ def run(words: Sequence[str]) -> None:
     after signal n; docs/USAGE.md has all statuses."""
     if (end := recorded_end()) is not None:
         raise SystemExit(end[0])  # torchrun restarts ranks after a mistake as after a crash
-    load = OtherLoad()
     # Ends inside: a second signal, from a launcher, must not end this process by itself.
     with Stop(is_launched()) as stop:
         try:
-            _train(words, load, stop)
+            _train(words, stop)
         except UserError as error:
             stop_world_if_single()
             exit_for(error)
         except Stopped as stopped:
             stop_world()
-            exit_for_stop(stopped.signal_number)
+            exit_for(stopped)
         except KeyboardInterrupt as interrupt:
             stop_world_if_single()
-            number = interrupt.args[0] if interrupt.args else signal.SIGINT
             if is_launched():  # torchrun sends SIGTERM after a crash of another rank, too
-                raise SystemExit(128 + number) from None
-            exit_for_stop(number)
+                raise SystemExit(128 + interrupt.args[0]) from None
+            exit_for(interrupt)
 
 
-def _train(words: Sequence[str], load: OtherLoad, stop: Stop) -> None:
+def _train(words: Sequence[str], stop: Stop) -> None:
+    load = OtherLoad()
     if not is_launched():
         check_slurm_tasks(num_nodes=1)
     config = parse_arguments(words)
@@ -56,16 +52,10 @@ def _train(words: Sequence[str], load: OtherLoad, stop: Stop) -> None:
         stop.add(signal.Signals[config.job.stop_signal])
     world = start_world(config.parallelism)
     configure_logging(is_main=world.is_main, rank=world.rank)
-    stop.configure(world.host_group if world.size > 1 else None, config.checkpoint.grace_s)
-    with (
-        lock_output_dir(config.job.output_dir, world),
-        build_memory_snapshots(config, world),
-    ):
+    with lock_output_dir(config.job.output_dir, world), build_memory_snapshots(config, world):
         trainer = build_trainer(config, world, stop=stop)
         if world.size == 1 and world.device.type == "cpu":
-            warning = load.warning(torch.get_num_threads(), num_cores())
-            if warning is not None:
-                logger.warning(warning)
+            load.warn(torch.get_num_threads(), num_cores())
         trainer.train()
     # Not after other errors: leaving the process group waits for the other ranks. If they wait
     # for this one, its traceback would never be printed.

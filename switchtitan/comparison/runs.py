@@ -169,7 +169,7 @@ def read_folder(run: Run) -> RunResult | None:
     if result.diverged:
         return result
     with suppress(CheckpointError):  # its checkpoints are gone
-        spectra = checkpoint_spectra(find_given(run.folder))
+        _, spectra = checkpoint_spectra(find_given(run.folder))
         result = result.model_copy(update={"effective_rank": summarize(spectra).effective})
     return result
 

@@ -20,7 +20,7 @@ from switchtitan.data.sources import DATASETS, FileState, Source, hub_error
 from switchtitan.data.tokenizer import DocumentTokenizer, check_vocabulary, read_tokenizer
 from switchtitan.errors import CorpusError
 from switchtitan.files import checksum_line, file_inside, sha256_of_file, write_atomically
-from switchtitan.process import progress_bar
+from switchtitan.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

@@ -53,7 +53,7 @@ from switchtitan.files import (
     write_atomically,
     write_flushed,
 )
-from switchtitan.process import progress_bar
+from switchtitan.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

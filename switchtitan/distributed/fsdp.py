@@ -25,7 +25,7 @@ from switchtitan.distributed.shards import (
     row_range,
     shard_buffer,
 )
-from switchtitan.process import progress_bar
+from switchtitan.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

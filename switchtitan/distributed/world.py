@@ -95,6 +95,10 @@ class World:
             raise error_type(message) from error
         return [cast(T, outcome) for outcome, _ in outcomes]
 
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Calls `function` on the main rank; returns its result on every rank, like `together`."""
+        return cast(T, self.together(lambda: function() if self.is_main else None)[0])
+
     def set_timeout(self, timeout_s: float) -> None:
         """Changes the timeout of later collectives in the groups of this world; collective."""
         # First all ranks complete what they have begun with the earlier one.

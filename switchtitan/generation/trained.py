@@ -1,6 +1,5 @@
 """Opens a trained model: its configuration, architecture, dense weights and tokenizer."""
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from switchtitan.hub.huggingface import CONFIG_NAME, read_config
 from switchtitan.hub.initial_weights import read_initial_weights, read_model_folder
 from switchtitan.hub.peft_folder import folders_of
 from switchtitan.job.checks import check_device, check_held_out
-from switchtitan.job.config import JobConfig, parse_unchecked
+from switchtitan.job.config import JobConfig, parse_saved, parse_unchecked
 from switchtitan.models import MODELS, plain_model
 
 
@@ -102,21 +101,16 @@ def open_trained_model(path: Path, config: ModelConfig | None = None) -> Trained
 def saved_config(metadata: CheckpointMetadata) -> JobConfig:
     """Returns the configuration of the run that saved a checkpoint. Raises a ConfigError if this
     version does not accept it."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.toml"
-        file.write_text(metadata.config, encoding="utf-8", errors="replace")
-        return load_for_evaluation(str(file))
+    return _for_evaluation(parse_saved(metadata.config))
 
 
 def load_for_evaluation(file: str) -> JobConfig:
-    """Loads a configuration and checks only what an evaluation needs.
+    """Loads a configuration. Raises a ConfigError if it is invalid."""
+    return _for_evaluation(parse_unchecked(["--config", file]))
 
-    Its model has kernels that this machine has; see `ModelConfig.on_any_machine`.
 
-    Raises:
-        ConfigError: if it is invalid.
-    """
-    config = parse_unchecked(["--config", file])
+def _for_evaluation(config: JobConfig) -> JobConfig:
+    """Checks only what an evaluation needs, and chooses kernels that this machine has."""
     config = config.model_copy(update={"model": config.model.on_any_machine()})
     raise_together([*check_device(config, device_type()), *check_held_out(config)])
     return config

@@ -21,7 +21,7 @@ from switchtitan.errors import CheckpointError, OutputError
 from switchtitan.files import make_folder, rename_complete, sync_tree
 from switchtitan.hub.dense_checkpoint import module_of
 from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, parameter_shapes, write_json
-from switchtitan.process import progress_bar
+from switchtitan.progress import progress_bar
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Larger weights are split over several files."""

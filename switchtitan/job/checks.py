@@ -3,6 +3,7 @@
 import os
 import shutil
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods import METHODS
 from switchtitan.models import plain_model
-from switchtitan.process import is_installed
 
 if TYPE_CHECKING:  # it calls these checks
     from switchtitan.job.config import JobConfig
@@ -160,19 +160,26 @@ def _check_optimizer(config: "JobConfig") -> list[str]:
 
 def _check_reports(config: "JobConfig", num_ranks: int) -> list[str]:
     """A tracker's package must be installed, and the ranks to trace must exist."""
-    problems = []
-    for tracker in config.metrics.trackers:
-        if not is_installed(tracker):
-            problems.append(_needs_package(f"[metrics] trackers: {tracker}", tracker))
-    profiler = config.profiler
-    if profiler.ranks == "all" or not (profiler.enabled or profiler.memory_snapshot_step):
-        return problems
-    if not profiler.ranks or max(profiler.ranks) >= num_ranks:
+    problems = [
+        _needs_package(f"[metrics] trackers: {tracker}", tracker)
+        for tracker in config.metrics.trackers
+        if not is_installed(tracker)
+    ]
+    profiler, ranks = config.profiler, config.profiler.ranks
+    observes = profiler.enabled or profiler.memory_snapshot_step is not None
+    if observes and ranks != "all" and (not ranks or max(ranks) >= num_ranks):
         problems.append(
-            f"[profiler] ranks = {toml_value(profiler.ranks)}: expected at least one rank, from 0 "
-            f"to {num_ranks - 1}"
+            f"[profiler] ranks = {toml_value(ranks)}: expected at least one rank, from 0 to "
+            f"{num_ranks - 1}"
         )
     return problems
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported."""
+    spec = find_spec(package)
+    # A folder of this name in the working directory has no origin: wandb writes one.
+    return spec is not None and spec.origin is not None
 
 
 def _needs_package(place: str, package: str) -> str:
@@ -190,11 +197,8 @@ def _check_compiler(config: "JobConfig", device: str) -> list[str]:
 
 
 def missing_toolchain(device: str) -> str | None:
-    """Return what is missing to compile for a device of this type, and what to install.
-
-    Inductor builds C++ for a CPU, and Triton builds launchers in C for a GPU. None: nothing is
-    missing.
-    """
+    """Return what is missing to compile for a device of this type, and what to install, or None.
+    Inductor builds C++ for a CPU, and Triton builds launchers in C for a GPU."""
     if device == "cpu":
         needs, wanted = "on a CPU it needs", "a C++ compiler; install g++"
         compilers = [os.environ.get("CXX", "g++")]

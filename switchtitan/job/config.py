@@ -5,20 +5,20 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
 from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.config import (
     QUICKSTART,
-    Expand,
-    KeyPath,
     Section,
     find_config,
     help_text,
     load_config,
+    parse_toml,
     raise_together,
+    read_with_bases,
     split_arguments,
 )
 from switchtitan.contracts import MethodConfig, ModelConfig, OptimizerConfig
@@ -120,8 +120,17 @@ class SpectrumConfig(Section):
     min(out, in)) time per layer."""
 
 
+def _model_in_folder(folder: str) -> dict[str, object]:
+    # Imported here: most runs do not use it.
+    from switchtitan.hub.initial_weights import read_model_folder
+
+    return read_model_folder(Path(folder).expanduser())
+
+
 class JobConfig(Section):
     """All sections. A registry chooses the class of a section by its key `name`."""
+
+    expansions: ClassVar = {("model", "from_folder"): _model_in_folder}
 
     job: RunConfig
     model: Annotated[ModelConfig, MODELS]
@@ -150,16 +159,13 @@ def print_note(note: str) -> None:
 def parse_arguments(
     argv: Sequence[str], num_ranks: int | None = None, say: Callable[[str], None] = print_note
 ) -> JobConfig:
-    """Load the configuration of a training run, and check that its sections fit together.
+    """Load the configuration of a training run, and check that its sections fit together. Raises a
+    ConfigError with all mistakes in one message; SystemExit after `--help`.
 
     Args:
         argv: `--config FILE --section.key value ...`. The default file is the quickstart.
         num_ranks: number of ranks, which some keys must fit; by default the launcher's.
         say: called with a note on each key that is dropped or has no effect.
-
-    Raises:
-        ConfigError: with all mistakes in one message.
-        SystemExit: with status 0, after `--help`.
     """
     config = parse_unchecked(argv, say)
     num_ranks, device = num_ranks or num_ranks_from_launcher(), device_type()
@@ -179,7 +185,7 @@ def parse_unchecked(argv: Sequence[str], say: Callable[[str], None] = print_note
     file = QUICKSTART if given is None else find_config(given)
     if given not in (None, file):
         say(f"using {file}, which is installed with switchtitan")
-    config = load_config(JobConfig, file, overrides, EXPANSIONS, say)
+    config = load_config(JobConfig, read_with_bases(file), overrides, say)
     method = config.method.completed(plain_model(config.model.on_any_machine()))
     config = config.model_copy(update={"method": method})
     if wants_help:
@@ -188,12 +194,7 @@ def parse_unchecked(argv: Sequence[str], say: Callable[[str], None] = print_note
     return config
 
 
-def _model_in_folder(folder: str) -> dict[str, object]:
-    # Imported here: most runs do not use it.
-    from switchtitan.hub.initial_weights import read_model_folder
-
-    return read_model_folder(Path(folder).expanduser())
-
-
-EXPANSIONS: dict[KeyPath, Expand] = {("model", "from_folder"): _model_in_folder}
-"""Keys that stand for other keys of their section."""
+def parse_saved(text: str) -> JobConfig:
+    """Load the configuration that a run has saved, from its text; see `parse_unchecked`."""
+    name = "the saved configuration"
+    return load_config(JobConfig, [(name, parse_toml(text, name))], {}, print_note)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 import switchtitan
+from switchtitan.cores import num_cores
 from switchtitan.distributed.dtype import bf16_support
 from switchtitan.distributed.world import device_name, device_type
-from switchtitan.process import num_cores
 
 
 def describe_environment() -> dict[str, str | int | None]:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from switchtitan.checkpoint.load import find_given, read_metadata
+from switchtitan.checkpoint.load import find_given
 from switchtitan.spectra.spectrum import (
     NUMERICAL_RANK_THRESHOLD,
     RankSummary,
@@ -81,7 +81,7 @@ def draw(runs: Mapping[str, RunSpectra]) -> Figure:
 
 
 def _measure(checkpoint: Path) -> RunSpectra:
-    step, spectra = read_metadata(checkpoint).step, checkpoint_spectra(checkpoint)
+    step, spectra = checkpoint_spectra(checkpoint)
     ranks = summarize(spectra)
     measured = read_spectra(checkpoint.resolve().parents[1] / SPECTRA_FOLDER)
     return RunSpectra(

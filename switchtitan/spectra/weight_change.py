@@ -12,7 +12,7 @@ from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.initial_weights import checksum, find_weights, open_weights
 from switchtitan.models import plain_model
-from switchtitan.process import progress_bar
+from switchtitan.progress import progress_bar
 from switchtitan.spectra.spectrum import singular_values
 
 
@@ -86,8 +86,8 @@ class Origin:
         return start
 
 
-def checkpoint_spectra(checkpoint: Path) -> dict[str, Tensor]:
-    """Returns the singular values of the linear layers' change since step 0, by name.
+def checkpoint_spectra(checkpoint: Path) -> tuple[int, dict[str, Tensor]]:
+    """Returns the step, and the singular values of the linear layers' change until then, by name.
 
     Raises:
         CheckpointError: if the checkpoint is not complete, or the run's initial weights are no
@@ -103,4 +103,4 @@ def checkpoint_spectra(checkpoint: Path) -> dict[str, Tensor]:
     origin = Origin(dense.config, seed, path, checksum, dense.method)
     changes = origin.changes(dense.read())
     progress = progress_bar(str(checkpoint), changes, total=len(origin.layers), unit="layers")
-    return {layer: singular_values(change) for layer, change in progress}
+    return metadata.step, {layer: singular_values(change) for layer, change in progress}

@@ -4,10 +4,11 @@ What most runs do not use is imported where it is built.
 """
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,18 +20,14 @@ from switchtitan.checkpoint.save import (
     CheckpointTensors,
 )
 from switchtitan.config import resolved_toml
-from switchtitan.contracts import Batch, Method, SummedLoss
-from switchtitan.data.corpus import VERIFIED_BYTES, Corpus
+from switchtitan.contracts import Batch, SummedLoss
+from switchtitan.data.corpus import VERIFIED_BYTES, Corpus, SplitName
 from switchtitan.data.loader import ValidationBatches, build_train_batches
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.recorded import check_unchanged, find_recorded, record
 from switchtitan.distributed.blocks import checkpoint_activations, compile_blocks
-from switchtitan.distributed.dtype import ComputeDtype, agree_on_dtype, dtype_on
-from switchtitan.distributed.fsdp import (
-    cast_frozen_weights,
-    materialize,
-    shard_model,
-)
+from switchtitan.distributed.dtype import agree_on_dtype, dtype_on
+from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard_model
 from switchtitan.distributed.initial import ReadRows, check_replaced
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
 from switchtitan.distributed.world import World, device_name
@@ -39,11 +36,11 @@ from switchtitan.methods import METHODS
 from switchtitan.models import plain_model
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.environment import versions
-from switchtitan.observability.region_times import RegionTimes
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput, peak_flops_per_s
 from switchtitan.optim.lr_schedule import build_lr_schedule
 from switchtitan.training.describe import (
+    changed_keys,
     compared_values,
     describe_run,
     read_run,
@@ -59,45 +56,48 @@ from switchtitan.training.trainer import Trainer
 if TYPE_CHECKING:
     from switchtitan.observability.profiler import Profiler
     from switchtitan.spectra.telemetry import RankTelemetry
-    from switchtitan.spectra.weight_change import Origin
 
 logger = logging.getLogger(__name__)
 
 
 def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> Trainer:
-    """Build everything that a run needs; restore its state if it resumes from a checkpoint.
+    """Build everything that a run needs; restore its state if it resumes from a checkpoint. Raises
+    a UserError if configuration, corpus and checkpoints do not fit together.
 
     Args:
         stop: when to stop before the last step; by default never.
-
-    Raises:
-        UserError: if configuration, corpus and checkpoints do not fit together.
     """
     # What it starts from. Only a new run prepares its corpus, which can take hours.
+    identity, resolved = run_identity(config), resolved_toml(config)
     checkpoints = config.job.output_dir / CHECKPOINTS_FOLDER
-    checkpoint = world.together(
-        lambda: find_checkpoint(checkpoints, config.checkpoint) if world.is_main else None
-    )[0]
+    checkpoint = world.on_main(lambda: find_checkpoint(checkpoints, config.checkpoint))
     state, changes = TrainState(), list[str]()
     if checkpoint is None:
         corpus = open_checked_corpus(config, world)
     else:
-        metadata, state, changes = read_run(checkpoint, config)
-        corpus = reopen_corpus(checkpoint, metadata, config, world)
+        metadata, state = read_run(checkpoint, config, identity)
+        changes = changed_keys(metadata.config, resolved)
+        corpus = _reopen_corpus(checkpoint, metadata, config, world)
         if checkpoint.resolve().parent != checkpoints.resolve():
             state.forked_from = config.checkpoint.resume_path
-    identity, resolved = run_identity(config, corpus.fingerprint), resolved_toml(config)
 
     # What it reads. Before the model, because this rejects a corpus that is too small.
     batches = build_batches(config, corpus, world, state)
     loss = CrossEntropy(config.compile.loss)
-    validation, test = build_evaluators(config, corpus, loss, world)
+    build_evaluator = partial(_build_evaluator, config, corpus, loss, world)
+    validation, test = build_evaluator("validation", config.evaluation.tokens), None
+    if config.evaluation.test_tokens is not None:
+        test = build_evaluator("test", config.evaluation.test_tokens)
 
     # The model and what updates it.
-    compute_dtype = _choose_dtype(config, world, state, changes)
-    initial_weights = None
-    if checkpoint is None and config.checkpoint.initial_weights is not None:
-        initial_weights = open_initial_weights(config, state, world)
+    compute_dtype = agree_on_dtype(config.training.dtype, world, state.compute_dtype)
+    config.model.check_device(world.device.type, compute_dtype.dtype)
+    if state.compute_dtype not in (None, compute_dtype.name):
+        changes.append(f"compute dtype: {state.compute_dtype} -> {compute_dtype.name}")
+    state.compute_dtype = compute_dtype.name
+    initial_weights, given = None, config.checkpoint.initial_weights
+    if checkpoint is None and given is not None:
+        initial_weights = _open_initial_weights(config, given, state, world)
     stepper = build_stepper(
         config,
         world,
@@ -111,7 +111,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)
     if checkpoint is not None:
         restore(checkpoint, tensors, world)
-    origin = _open_origin(config, state, world, is_restored=checkpoint is not None)
+    telemetry = _open_telemetry(config, state, world, is_restored=checkpoint is not None)
 
     # What it writes: first here, after the checks.
     start_output(config.job.output_dir, resolved, world, state.step, config.training.steps)
@@ -120,10 +120,22 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         checkpoints,
         config.checkpoint,
         world,
-        identity=identity,
-        metadata={"config": resolved, "num_ranks": world.size, **record(corpus)},
+        identity=identity | {"corpus": {"fingerprint": corpus.fingerprint}},
+        run={"config": resolved, "num_ranks": world.size, **record(corpus)},
         versions=versions(),
         latest=checkpoint,
+    )
+    seq_len = config.data.seq_len
+    # Only the bf16 peaks are known.
+    has_peak = compute_dtype.dtype == torch.bfloat16
+    throughput = Throughput(
+        tokens_per_step=config.training.global_batch_size * seq_len,
+        flops_per_token=stepper.model.num_flops_per_token(seq_len),
+        num_devices=world.size,
+        peak_flops_per_s=peak_flops_per_s(device_name(world.device)) if has_peak else None,
+        num_steps=config.training.steps,
+        synchronize=world.synchronize,
+        start_step=state.step,
     )
     reporter = Reporter(
         config.metrics,
@@ -141,17 +153,14 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         stepper=stepper,
         num_steps=config.training.steps,
         evaluate_interval=config.evaluation.interval,
-        save_interval=config.checkpoint.interval,
-        check_interval=config.parallelism.check_interval,
         validation=validation,
         test=test,
         checkpointer=checkpointer,
         tensors=tensors,
         reporter=reporter,
-        throughput=_build_throughput(config, stepper, compute_dtype.dtype),
+        throughput=throughput,
         profiler=_build_profiler(config, world, state, reporter),
-        region_times=RegionTimes(world.device),
-        hooks=_build_hooks(config, stepper, reporter, origin),
+        hooks=[telemetry(model=stepper.model, reporter=reporter)] if telemetry else [],
         stop=stop or Stop(),
     )
 
@@ -182,7 +191,7 @@ def build_stepper(
         allow_tf32()
     if compute_dtype is None:
         compute_dtype = dtype_on(world.device, config.training.dtype).dtype
-    method = build_method(config)
+    method = METHODS.build(config.method, config.training.steps, config.job.seed)
     model = plain_model(config.model)
     plain_names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     method.prepare_model(model)
@@ -209,16 +218,12 @@ def build_stepper(
     )
 
 
-def build_method(config: JobConfig) -> Method:
-    return METHODS.build(config.method, config.training.steps, config.job.seed)
-
-
 def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
     """Open the corpus, preparing it if necessary, and check that its token ids fit the model."""
     return open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
 
 
-def reopen_corpus(
+def _reopen_corpus(
     checkpoint: Path, metadata: CheckpointMetadata, config: JobConfig, world: World
 ) -> Corpus:
     """Open the corpus that a run has recorded, on every rank; prepares nothing. Raises a
@@ -251,50 +256,43 @@ def build_batches(
     )
 
 
-def build_evaluators(
-    config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World
-) -> tuple[Evaluator, Evaluator | None]:
-    """Build what evaluates the model on the validation and the test split. Raises a CorpusError if
-    a split is shorter than one sequence."""
+def _build_evaluator(
+    config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World, split: SplitName, num: int
+) -> Evaluator:
+    """Build what evaluates the model on `num` tokens of a split. Raises a CorpusError if the split
+    is shorter than one sequence."""
     seq_len = config.data.seq_len
-
-    def evaluator_on(split: Literal["validation", "test"], num_tokens: int) -> Evaluator:
-        batches = ValidationBatches(
-            corpus.split(split, seq_len),
-            num_sequences=num_tokens // seq_len,
-            local_batch_size=config.training.local_batch_size,
-            rank=world.rank,
-            num_ranks=world.size,
-        )
-        return Evaluator(batches, loss, world, lambda: batches.text_size(corpus.tokenizer()))
-
-    keys = config.evaluation
-    test = None if keys.test_tokens is None else evaluator_on("test", keys.test_tokens)
-    return evaluator_on("validation", keys.tokens), test
+    batches = ValidationBatches(
+        corpus.split(split, seq_len),
+        num_sequences=num // seq_len,
+        local_batch_size=config.training.local_batch_size,
+        rank=world.rank,
+        num_ranks=world.size,
+    )
+    return Evaluator(batches, loss, world, lambda: batches.text_size(corpus.tokenizer()))
 
 
-def open_initial_weights(config: JobConfig, state: TrainState, world: World) -> ReadRows:
+def _open_initial_weights(
+    config: JobConfig, given: str, state: TrainState, world: World
+) -> ReadRows:
     """Open the weights that a new run starts from, and record in `state` which ones; collective.
     Raises a CheckpointError if the weights cannot be read, or belong to another model."""
-    from switchtitan.hub import initial_weights
+    from switchtitan.hub.initial_weights import checksum, find_weights, open_weights
 
     def find() -> tuple[Path, str]:
-        given = Path(str(config.checkpoint.initial_weights))
-        source = initial_weights.find_weights(given)
-        return source, initial_weights.checksum(source)
+        source = find_weights(Path(given))
+        return source, checksum(source)
 
     # Checksums read all bytes: once. Other ranks read only the rows that they hold.
-    found = world.together(lambda: find() if world.is_main else None)[0]
-    assert found is not None
-    source, state.initial_fingerprint = found
-    read_rows = initial_weights.open_weights(source, config.model)
+    source, state.initial_fingerprint = world.on_main(find)
+    state.initial_weights = str(source)
+    read_rows = open_weights(source, config.model)
     logger.info("initial weights: %s", source)
     if not config.method.keeps_initial_weights:
         logger.warning(
             "[method] name = %r starts from an approximation of the initial weights",
             config.method.name,
         )
-    state.initial_weights = str(source)
     return read_rows
 
 
@@ -306,33 +304,6 @@ def build_memory_snapshots(config: JobConfig, world: World) -> AbstractContextMa
 
     has_history = config.profiler.memory_snapshot_step is not None
     return snapshot_if_memory_runs_out(config.job.output_dir, world.rank, has_history)
-
-
-def _choose_dtype(
-    config: JobConfig, world: World, state: TrainState, changes: list[str]
-) -> ComputeDtype:
-    """Choose the dtype of activations and gradients, and record it in `state`."""
-    chosen = agree_on_dtype(config.training.dtype, world, state.compute_dtype)
-    config.model.check_device(world.device.type, chosen.dtype)
-    if state.compute_dtype not in (None, chosen.name):
-        changes.append(f"compute dtype: {state.compute_dtype} -> {chosen.name}")
-    state.compute_dtype = chosen.name
-    return chosen
-
-
-def _build_throughput(config: JobConfig, stepper: Stepper, dtype: torch.dtype) -> Throughput:
-    world, seq_len = stepper.world, config.data.seq_len
-    # Only the bf16 peaks are known.
-    peak = peak_flops_per_s(device_name(world.device)) if dtype == torch.bfloat16 else None
-    return Throughput(
-        tokens_per_step=config.training.global_batch_size * seq_len,
-        flops_per_token=stepper.model.num_flops_per_token(seq_len),
-        num_devices=world.size,
-        peak_flops_per_s=peak,
-        num_steps=config.training.steps,
-        synchronize=world.synchronize,
-        start_step=stepper.state.step,
-    )
 
 
 def _build_profiler(
@@ -354,38 +325,27 @@ def _build_profiler(
     )
 
 
-def _open_origin(
+def _open_telemetry(
     config: JobConfig, state: TrainState, world: World, is_restored: bool
-) -> "Origin | None":
-    """Open the weights that spectra are compared with, if the run reports any. Raises a
-    CheckpointError if the weights that a resumed run started from are missing."""
+) -> "Callable[..., RankTelemetry] | None":
+    """Return what builds the telemetry of spectra from a model and a reporter, if the run has any.
+    Raises a CheckpointError if the weights that a resumed run started from are missing."""
     if config.spectrum.interval is None:
         return None
+    from switchtitan.spectra.telemetry import SPECTRA_FOLDER, RankTelemetry
     from switchtitan.spectra.weight_change import Origin
 
+    method = METHODS.build(config.method, config.training.steps, config.job.seed)
     source = state.initial_weights, state.initial_fingerprint
-    origin = Origin(config.model, config.job.seed, *source, build_method(config))
+    origin = Origin(config.model, config.job.seed, *source, method)
     if is_restored:
-        world.together(origin.open if world.is_main else lambda: None)
-    return origin
-
-
-def _build_hooks(
-    config: JobConfig, stepper: Stepper, reporter: Reporter, origin: "Origin | None"
-) -> "list[RankTelemetry]":
-    """Build what a run does between steps."""
-    if config.spectrum.interval is None or origin is None:
-        return []
-    from switchtitan.spectra.telemetry import SPECTRA_FOLDER, RankTelemetry
-
-    telemetry = RankTelemetry(
-        model=stepper.model,
-        dense_weights=build_method(config).dense_weights,
+        world.on_main(origin.open)
+    return partial(
+        RankTelemetry,
+        dense_weights=method.dense_weights,
         origin=origin,
         folder=config.job.output_dir / SPECTRA_FOLDER,
-        reporter=reporter,
-        world=stepper.world,
+        world=world,
         interval=config.spectrum.interval,
         num_steps=config.training.steps,
     )
-    return [telemetry]

@@ -11,7 +11,7 @@ from torch import nn
 
 from switchtitan.checkpoint.load import check_same_run, read_metadata
 from switchtitan.checkpoint.save import CheckpointMetadata
-from switchtitan.config import explain, flatten, parse_toml, resolved_toml, toml_value
+from switchtitan.config import explain, flatten, parse_toml, toml_value
 from switchtitan.data.corpus import Corpus
 from switchtitan.distributed.dtype import ComputeDtype
 from switchtitan.distributed.world import World, device_name
@@ -23,16 +23,17 @@ from switchtitan.training.step import Stepper, TrainState
 
 logger = logging.getLogger(__name__)
 
-_COMPARED_SECTIONS = ("model", "method", "optimizer", "lr_schedule", "training", "parallelism")
+_COMPARED_SECTIONS = {"model", "method", "optimizer", "lr_schedule", "training", "parallelism"}
 _UNLISTED_KEYS = (
     *("job.", "data.cache_dir", "data.offline_dataset", "checkpoint.resume", "training.dtype"),
 )
 """Starts of keys whose changes are not listed on resume; what `dtype` chose is compared apart."""
 
 
-def run_identity(config: JobConfig, fingerprint: str) -> dict:
+def run_identity(config: JobConfig) -> dict[str, dict]:
     """Returns what must be equal in a run and a checkpoint that it resumes from: what determines
-    the meaning of the tensors and of the position in the data, whose corpus has `fingerprint`."""
+    the meaning of the tensors and of the position in the data. A checkpoint's also has its corpus.
+    """
     return {
         "model": _without_resumable_keys(config.model),
         "method": _without_resumable_keys(config.method),
@@ -40,37 +41,34 @@ def run_identity(config: JobConfig, fingerprint: str) -> dict:
         "data": config.data.identity(),
         "training": config.training.model_dump(include={"global_batch_size", "frozen_dtype"}),
         "job": {"seed": config.job.seed},
-        "corpus": {"fingerprint": fingerprint},
     }
 
 
 def read_run(
-    checkpoint: Path, config: JobConfig
-) -> tuple[CheckpointMetadata, TrainState, list[str]]:
-    """Reads a checkpoint's metadata and training state, and lists the keys that have changed since.
-    Raises a CheckpointError if the checkpoint belongs to another run, or its state is damaged."""
+    checkpoint: Path, config: JobConfig, identity: Mapping[str, object]
+) -> tuple[CheckpointMetadata, TrainState]:
+    """Reads a checkpoint's metadata and training state. Raises a CheckpointError if the checkpoint
+    does not belong to the run of this identity, or its state is damaged."""
     metadata = read_metadata(checkpoint)
-    fingerprint = metadata.identity_value("corpus", "fingerprint", str)
-    identity = run_identity(config, fingerprint)
     check_same_run(completed_identity(metadata.identity, config), identity)
     try:
-        state = TypeAdapter(TrainState).validate_json(json.dumps(metadata.train_state))
+        return metadata, TypeAdapter(TrainState).validate_json(json.dumps(metadata.train_state))
     except ValidationError as error:
         raise CheckpointError(
             f"{checkpoint}: train_state in metadata.json is damaged, or of a newer version of "
             f"switchtitan ({explain(error)})"
         ) from error
-    return metadata, state, changed_keys(metadata.config, resolved_toml(config))
 
 
-def completed_identity(saved: Mapping[str, object], config: JobConfig) -> dict[str, object]:
-    """Returns a checkpoint's identity with the defaults of keys that are newer than it."""
-    completed = dict(saved)
-    sections: dict[str, Section] = {"model": config.model, "method": config.method}
-    for name, section in sections.items():
-        if isinstance(values := saved.get(name), Mapping):
-            defaults = _without_resumable_keys(type(section).model_construct())
-            completed[name] = {**defaults, **values}
+def completed_identity(
+    saved: Mapping[str, Mapping[str, object]], config: JobConfig
+) -> dict[str, dict[str, object]]:
+    """Returns a checkpoint's identity without its corpus, which is looked for by content, and with
+    the defaults of keys that are newer than it."""
+    completed = {name: dict(saved[name]) for name in saved if name != "corpus"}
+    for name in completed.keys() & {"model", "method"}:
+        defaults = _without_resumable_keys(type(getattr(config, name)).model_construct())
+        completed[name] = defaults | completed[name]
     return completed
 
 
@@ -113,17 +111,13 @@ def run_facts(
 
 def compared_values(config: JobConfig, num_ranks: int) -> dict[str, bool | int | float | str]:
     """Returns the values of a configuration by which runs are compared, by dotted key."""
-    values: dict[str, object] = {
-        f"{section}.{key}": value
-        for section in _COMPARED_SECTIONS
-        for key, value in getattr(config, section).model_dump(mode="json").items()
-        if value is not None
-    }
+    values = flatten(config.model_dump(mode="json", include=_COMPARED_SECTIONS))
     values |= {"data.dataset": config.data.dataset, "data.seq_len": config.data.seq_len}
     values |= {"job.seed": config.job.seed, "ranks": num_ranks}
     return {
         key: value if isinstance(value, int | float | str) else toml_value(value)
         for key, value in values.items()
+        if value is not None
     }
 
 

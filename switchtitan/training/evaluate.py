@@ -10,7 +10,6 @@ from switchtitan.contracts import IGNORED_TARGET, Batch, SummedLoss
 from switchtitan.data.tokenizer import TextSize
 from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.world import World
-from switchtitan.training.stop import Stopped
 
 
 class Evaluator:
@@ -42,16 +41,11 @@ class Evaluator:
         return self._read_size().bits_per_byte(loss)
 
     @torch.no_grad()
-    def __call__(
-        self, model: nn.Module, stop_is_due: Callable[[], int | None] = lambda: None
-    ) -> float:
+    def __call__(self, model: nn.Module, after_batch: Callable[[], object] = lambda: None) -> float:
         """Returns the mean loss per held-out token over all ranks, in nats.
 
         Args:
-            stop_is_due: see `Stop.is_due`; called between two batches.
-
-        Raises:
-            Stopped: if a stop is due; the model is as before.
+            after_batch: may raise, e.g. to stop; the model is as before.
         """
         device = self._world.device
         # [sum of losses, number of targets]. fp64 keeps long sums of fp32 numbers exact enough.
@@ -64,8 +58,7 @@ class Evaluator:
                 summed_loss = partial(self._summed_loss, targets=targets)
                 totals[0] += model(tokens, document_ids, summed_loss)
                 totals[1] += (targets != IGNORED_TARGET).sum()
-                if (number := stop_is_due()) is not None:
-                    raise Stopped(number)
+                after_batch()
         finally:
             model.train(was_training)
             free_gathered_weights(model)

@@ -22,7 +22,7 @@ LOCK_FILE, OWNER_FILE = "run.lock", "run.owner"
 """In a run's folder: what is locked while the run trains, and the name of its process."""
 CONFIG_FILE = "config.toml"
 """File in a run's folder with the configuration that the run started with."""
-_RESUMED_CONFIG = re.compile(r"config-from-step-\d+\.toml")
+_RESUMED_CONFIG = re.compile(r"config-from-step-(\d+)\.toml")
 _ENDS_WITHIN_S, _WRITER_ENDS_WITHIN_S = 10.0, 1.0
 """After a kill: workers of the process, as a network file system sees it. After a save: its
 thread."""
@@ -32,14 +32,12 @@ _VISIBLE_WITHIN_S, _POLL_S = 10.0, 0.2
 
 @contextmanager
 def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
-    """Creates the folder, and keeps every other process from training there; collective.
+    """Creates the folder, and keeps every other process from training there; collective. Raises a
+    ConfigError on every rank if another process trains there, the folder cannot be written, or some
+    ranks see another one.
 
     The lock ends with the main rank's process. After an error, a background save may continue until
     then, and keeps the lock. A folder that was created is removed if nothing was written there.
-
-    Raises:
-        ConfigError: on every rank, if another process trains there, the folder cannot be written,
-            or some ranks see another one.
     """
     lock = FileLock(output_dir / LOCK_FILE)
     owner_file = output_dir / OWNER_FILE
@@ -47,8 +45,6 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
     key = f"[job] output_dir = {str(output_dir)!r}"
 
     def acquire() -> str:
-        if not world.is_main:
-            return ""
         owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}"
         try:
             created.extend(p for p in (output_dir, *output_dir.parents) if not p.exists())
@@ -68,7 +64,7 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
         return owner
 
     try:
-        owner = world.together(acquire)[0]
+        owner = world.on_main(acquire)
         world.together(lambda: _check_shared(owner_file, owner))
         yield
     finally:
@@ -116,8 +112,6 @@ def start_output(output_dir: Path, resolved: str, world: World, step: int, num_s
     Raises an OutputError on every rank if that fails."""
 
     def start() -> None:
-        if not world.is_main:
-            return
         try:
             configure_logging(is_main=True, log_file=output_dir / "train.log")
             if step < num_steps:
@@ -128,13 +122,13 @@ def start_output(output_dir: Path, resolved: str, world: World, step: int, num_s
                 "or choose another"
             ) from error
 
-    world.together(start)
+    world.on_main(start)
 
 
 def write_config(output_dir: Path, resolved: str, step: int) -> None:
     """Writes the configuration that a run has from `step` on, if it is another than before."""
-    for file in _resumed_configs(output_dir):
-        if _step_of(file) > step:  # of checkpoints that are gone
+    for resumed_at, file in _resumed_configs(output_dir).items():
+        if resumed_at > step:  # of checkpoints that are gone
             file.unlink()
     if step == 0:
         write_atomically(output_dir / CONFIG_FILE, resolved)
@@ -146,12 +140,11 @@ def write_config(output_dir: Path, resolved: str, step: int) -> None:
 
 def newest_config_file(output_dir: Path) -> Path:
     """Returns the file with the configuration of a run's last part."""
-    return max(_resumed_configs(output_dir), key=_step_of, default=output_dir / CONFIG_FILE)
+    _, newest = max(_resumed_configs(output_dir).items(), default=(0, output_dir / CONFIG_FILE))
+    return newest
 
 
-def _resumed_configs(output_dir: Path) -> list[Path]:
-    return [file for file in output_dir.iterdir() if _RESUMED_CONFIG.fullmatch(file.name)]
-
-
-def _step_of(resumed_config: Path) -> int:
-    return int(resumed_config.stem.rpartition("-")[2])
+def _resumed_configs(output_dir: Path) -> dict[int, Path]:
+    """Returns the files of resumed parts by the step before them."""
+    files = ((_RESUMED_CONFIG.fullmatch(file.name), file) for file in output_dir.iterdir())
+    return {int(match[1]): file for match, file in files if match}

@@ -165,14 +165,10 @@ class Stepper:
         """Resets the gradients, and counts the step or the skipped batch."""
         with region("update"):
             self.optimizer.zero_grad()
-        if result.is_skipped:
-            self._log_skipped(result)
-            self.state.num_skipped += 1
-        else:
+        if not result.is_skipped:
             self.state.step += 1
-
-    def _log_skipped(self, result: StepResult) -> None:
-        loss, norm = float(result.loss), float(result.grad_norm)
+            return
+        loss = float(result.loss)
         # Ranks whose own loss is not finite say so: their data or device may be the cause.
         if self.world.is_main or not math.isfinite(loss):
             logger.warning(
@@ -181,8 +177,9 @@ class Stepper:
                 self.state.step,
                 loss,
                 self.world.rank,
-                norm,
+                float(result.grad_norm),
             )
+        self.state.num_skipped += 1
 
     def close(self) -> None:
         """Ends the processes that read batches."""
@@ -197,7 +194,7 @@ class GarbageCollection:
     """
 
     def __init__(self) -> None:
-        self._num_steps, self._was_enabled = 0, False
+        self._num_steps, self._was_enabled = 0, gc.isenabled()
 
     def __enter__(self) -> "GarbageCollection":
         return self
@@ -206,10 +203,7 @@ class GarbageCollection:
         """Counts a step, and collects if a collection is due."""
         self._num_steps += 1
         if self._num_steps == 1:
-            # Disabled after the first step, which starts the data workers: they inherit this
-            # setting and need their collector.
-            self._was_enabled = gc.isenabled()
-            gc.disable()
+            gc.disable()  # the first step starts the data workers, which inherit this setting
         if self._num_steps == 1 or self._num_steps % FULL_INTERVAL == 0:
             gc.collect()
         elif self._num_steps % YOUNG_INTERVAL == 0:

@@ -22,33 +22,31 @@ SAME_ACTION_S = 2.0
 and the launcher then signals the ranks."""
 
 
-class Stopped(Exception):  # noqa: N818
-    """A signal stopped the run; its last step is saved."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.signal_number = signal_number
+class Stopped(KeyboardInterrupt):
+    """A signal, `args[0]`, stopped the run; its last step is saved."""
 
 
 class Stop:
     """A context that receives SIGTERM, SIGINT, SIGHUP and added signals, in the main thread.
 
-    During `steps`, `is_due` returns the first signal. Before and after, nothing can be lost: the
-    signal raises KeyboardInterrupt(number). A second signal, 2 s after the first or later, ends the
-    process. Ignored signals stay ignored, as `nohup` asks for, unless a launcher passes them on.
+    During `steps`, `raise_if_due` raises Stopped for the first signal. Before and after, nothing
+    can be lost: the signal raises KeyboardInterrupt(number). A second signal, 2 s after the first
+    or later, ends the process. Ignored signals stay ignored, as `nohup` asks for, unless a launcher
+    passes them on.
     """
 
     def __init__(self, is_launched: bool = False) -> None:
         self._is_launched = is_launched
-        self._group: dist.ProcessGroup | None = None
-        self._grace_s = 0.0
         self._process = os.getpid()
         self._previous: dict[int, Any] = {}
-        self._number, self._received_at = 0, 0.0
-        self._is_of_another_rank = False
+        self._number = 0
+        self._received_at: float | None = None
+        """None until this rank has received a signal itself."""
+        self._deadline: threading.Timer | None = None
         self._is_in_steps = False
         self._describe_checkpoint: Callable[[], str] = str
-        self._deadline: threading.Timer | None = None
+        self._grace_s = 0.0
+        self._group: dist.ProcessGroup | None = None
         self._flag = torch.zeros((), dtype=torch.int64, device="cpu")
         self._agreement: dist.Work | None = None
 
@@ -67,30 +65,33 @@ class Stop:
         if number not in self._previous and not is_ignored:
             self._previous[number] = signal.signal(number, self._handle)
 
-    def configure(self, group: dist.ProcessGroup | None, grace_s: float) -> None:
-        """Sets the ranks to stop together, over gloo (None: a single one), and the seconds from the
-        signal to the end of the last save."""
-        self._group, self._grace_s = group, grace_s
-
     @contextmanager
-    def steps(self, describe_checkpoint: Callable[[], str]) -> Iterator[None]:
+    def steps(
+        self,
+        describe_checkpoint: Callable[[], str],
+        grace_s: float,
+        group: dist.ProcessGroup | None = None,
+    ) -> Iterator[None]:
         """Returns a context for the steps of a run and its last save; raises Stopped on every rank
-        for a signal after the last `is_due`.
+        for a signal after the last `raise_if_due`.
 
         Args:
             describe_checkpoint: returns what the run resumes from if it stops now.
+            grace_s: seconds from the signal to the end of the last save.
+            group: the ranks to stop together, over gloo; None: a single one.
         """
-        self._describe_checkpoint, self._is_in_steps = describe_checkpoint, True
+        self._describe_checkpoint, self._grace_s, self._group = describe_checkpoint, grace_s, group
+        self._is_in_steps = True
         try:
             if self._number:  # a destructor has swallowed the interrupt
                 raise KeyboardInterrupt(self._number)
             yield
-            for _ in range(1 if self._group is None else 2):
-                if (number := self.is_due()) is not None:
-                    raise Stopped(number)
+            for _ in range(1 if group is None else 2):
+                self.raise_if_due()
         except Stopped:
-            # A launcher sends SIGTERM when the first of several ranks has ended.
-            self._received_at = time.monotonic()
+            if self._received_at is not None:
+                # A launcher sends SIGTERM when the first of several ranks has ended.
+                self._received_at = time.monotonic()
             raise
         finally:
             self._is_in_steps = False
@@ -99,18 +100,16 @@ class Stop:
         if self._number:
             raise KeyboardInterrupt(self._number)
 
-    def is_due(self) -> int | None:
-        """Returns the signal to save and stop for, the same on every rank, or None; collective."""
+    def raise_if_due(self) -> None:
+        """Raises Stopped if a rank has received a signal, on every rank; collective."""
         if not self._is_in_steps:
-            return None
+            return
         number = self._number if self._group is None else self._agree()
-        if number == 0:
-            return None
-        if not self._number:
+        if number:
             self._receive(number)
-            self._is_of_another_rank = True
-        logger.info("%s: stopping here; another signal exits at once", signal.Signals(number).name)
-        return number
+            name = signal.Signals(number).name
+            logger.info("%s: stopping here; another signal exits at once", name)
+            raise Stopped(number)
 
     def _agree(self) -> int:
         """Returns a signal of any rank at the last boundary; shares the one at this boundary. So no
@@ -127,20 +126,21 @@ class Stop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker has its own signals
             raise SystemExit(128 + number)
-        if not self._number:
+        is_first, now = not self._number, time.monotonic()
+        if self._received_at is None:
+            # Perhaps after another rank's, of the same action: schedulers are not in step.
+            self._received_at = now
             self._receive(number)
-            if not self._is_in_steps:
-                raise KeyboardInterrupt(number)
-        elif self._is_of_another_rank:
-            # This rank's own first signal, of the same action: schedulers are not in step.
-            self._is_of_another_rank = False
-        elif time.monotonic() - self._received_at >= SAME_ACTION_S:
+        elif now - self._received_at >= SAME_ACTION_S:
             end_now(f"stopped at once by {signal.Signals(number).name}", 128 + number)
+        if is_first and not self._is_in_steps:
+            raise KeyboardInterrupt(number)
 
     def _receive(self, number: int) -> None:
-        if self._deadline is not None:
+        """Begins the stop, unless it has begun."""
+        if self._number:
             return
-        self._number, self._received_at = number, time.monotonic()
+        self._number = number
         # The loader's workers may end too. torch's handler would raise for them during the save.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if self._is_in_steps:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from switchtitan.checkpoint.config import RESUME_AUTO
 from switchtitan.checkpoint.save import Checkpointer, CheckpointTensors
 from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
@@ -45,10 +46,6 @@ class Trainer:
     num_steps: int
     """Optimizer steps of the run."""
     evaluate_interval: int
-    save_interval: int
-    """Steps between two checkpoints. The last step is saved too."""
-    check_interval: int
-    """Steps between two comparisons of all ranks; 0: only before saves."""
     validation: Evaluator
     test: Evaluator | None
     """Evaluates the trained model once; None without a test split."""
@@ -58,16 +55,17 @@ class Trainer:
     reporter: Reporter
     throughput: Throughput
     profiler: "Profiler | None"
-    region_times: RegionTimes
     hooks: "Sequence[RankTelemetry]"
     """What else to do between steps, in order, on all ranks: before evaluations and saves."""
     stop: Stop
     """When to stop before the last step."""
 
     def __post_init__(self) -> None:
-        self._saved_step = self.stepper.state.step
+        self._state, self._world = self.stepper.state, self.stepper.world
+        self._saved_step = self._state.step
         self._has_stepped, self._has_evaluated = False, False
-        self._running_loss = RunningLoss(self.stepper.world.device)
+        self._running_loss = RunningLoss(self._world.device)
+        self._region_times = RegionTimes(self._world.device)
 
     def train(self) -> None:
         """Takes the remaining steps; evaluates, reports and saves when due.
@@ -78,8 +76,36 @@ class Trainer:
             RanksDisagreeError: if ranks no longer train the same model. Nothing more is saved.
             Stopped: by a signal, after the last step done was saved.
         """
+        state = self._state
         try:
-            self._run()
+            if state.step >= self.num_steps:
+                logger.info(
+                    "training already complete: step %d, and [training] steps = %d; to continue, "
+                    "start it with a larger --training.steps",
+                    state.step,
+                    self.num_steps,
+                )
+                # All ranks must agree.
+                if self._world.broadcast(self.reporter.has_results(state.step)):
+                    return
+            elif self.num_steps < self.evaluate_interval and state.evaluated_at is None:
+                logger.info(
+                    "no evaluation: the run is shorter than [evaluation] interval = %d",
+                    self.evaluate_interval,
+                )
+            # At the start, or where a signal has stopped the evaluation.
+            self._evaluate_if_due()
+            group = self._world.host_group if self._world.size > 1 else None
+            with self.stop.steps(self._resume_hint, self.checkpointer.config.grace_s, group):
+                self._take_steps()
+            self._finalize()
+        except RanksDisagreeError:
+            # All ranks are alive, and a save in progress has a valid state to resume from.
+            self.checkpointer.finish()
+            raise
+        except Stopped:
+            logger.info("stopped at step %d; %s", state.step, self._resume_hint())
+            raise
         finally:
             self.close()
 
@@ -91,89 +117,55 @@ class Trainer:
     def evaluate(self) -> None:
         """Reports the validation loss."""
         self._stop_if_diverged()
-        state = self.stepper.state
+        state = self._state
         with self.throughput.excluded(), region("evaluate"):
             self._set_timeout(is_first=not self._has_evaluated)
-            loss = self.validation(self.stepper.model, self.stop.is_due)
+            loss = self.validation(self.stepper.model, self.stop.raise_if_due)
             self._has_evaluated = True
             self._set_timeout(is_first=False)
         if state.first_validation_loss is None:
             state.first_validation_loss = loss
         state.last_validation_loss, state.evaluated_at = loss, state.step
-        self.reporter.report(state.step, loss_metrics("validation", loss))
+        values = {"loss/validation": loss, "perplexity/validation": perplexity_of(loss)}
+        self.reporter.report(state.step, values)
 
     def save(self) -> None:
         """Saves a checkpoint, in the background if configured so."""
         self._stop_if_diverged()
-        state = self.stepper.state
+        state = self._state
         with self.throughput.excluded(), region("save"):
             tensors = self.tensors()
             self.check_ranks(tensors)
             # A finite gradient can still overflow a weight.
             if names := self.tensors.non_finite():
                 raise self._divergence(
-                    f"weights are not finite at step {state.step} ({abbreviate(names)})",
-                    "lower [optimizer] lr and resume",
+                    f"weights are not finite at step {state.step} ({abbreviate(names)})"
                 )
             self.checkpointer.save(state.step, tensors, asdict(state))
         self._saved_step = state.step
 
     def check_ranks(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Compares all that ranks hold alike, the numbers that determine the next step included.
+        Raises a RanksDisagreeError on every rank if ranks differ.
 
         Args:
             tensors: what `self.tensors` returned.
-
-        Raises:
-            RanksDisagreeError: on every rank, if ranks differ; names tensors.
         """
-        state = self.stepper.state
+        state = self._state
         numbers = {
             "training.step": state.step,
             "training.batches_skipped": state.num_skipped,
             "training.tokens_seen": state.tokens_seen,
             "training.lr_factor": self.stepper.lr_schedule(state.step),
         }
-        alike = {name: torch.tensor(number) for name, number in numbers.items()}
-        self.tensors.check_state(alike, tensors)
+        self.tensors.check_state(numbers, tensors)
 
-    def _run(self) -> None:
-        state = self.stepper.state
-        if state.step >= self.num_steps:
-            logger.info(
-                "training already complete: step %d, and [training] steps = %d; to continue, start "
-                "it with a larger --training.steps",
-                state.step,
-                self.num_steps,
-            )
-            # All ranks must agree.
-            if self.stepper.world.broadcast(self.reporter.has_results(state.step)):
-                return
-        elif self.num_steps < self.evaluate_interval and state.evaluated_at is None:
-            logger.info(
-                "no evaluation: the run is shorter than [evaluation] interval = %d",
-                self.evaluate_interval,
-            )
-        # At the start, or where a signal has stopped the evaluation.
-        self._evaluate_if_due()
-        try:
-            with self.stop.steps(self._resume_hint):
-                self._run_steps()
-                self._save_last_step()
-        except RanksDisagreeError:
-            # All ranks are alive, and a save in progress has a valid state to resume from.
-            self.checkpointer.finish()
-            raise
-        except Stopped:
-            logger.info("stopped at step %d; %s", state.step, self._resume_hint())
-            raise
-        self._finalize()
-
-    def _run_steps(self) -> None:
-        state = self.stepper.state
+    def _take_steps(self) -> None:
+        """Takes steps until the last one or the stop, and completes the save of that step."""
+        state = self._state
         skipped_in_a_row = 0
         profiler = self.profiler or nullcontext()
-        with self.region_times, profiler, GarbageCollection() as garbage:
+        with self._region_times, profiler, GarbageCollection() as garbage:
             try:
                 while state.step < self.num_steps:
                     result = self.stepper.step()
@@ -182,44 +174,43 @@ class Trainer:
                     if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                         raise self._divergence(
                             f"skipped {skipped_in_a_row} updates in a row at step {state.step}, "
-                            "since losses or gradients were not finite",
-                            "lower [optimizer] lr and resume",
+                            "since losses or gradients were not finite"
                         )
                     if not result.is_skipped:
                         self._after_step(result)
                     if not self._has_stepped:
                         self._has_stepped = True
                         self._set_timeout(is_first=False)
-                    signal_number = self.stop.is_due() if state.step < self.num_steps else None
-                    if signal_number is not None:
-                        raise Stopped(signal_number)
+                    if state.step < self.num_steps:
+                        self.stop.raise_if_due()
             except Stopped:
                 self._save_last_step()
                 raise
         if self.profiler is not None:
-            self.stepper.world.together(lambda: None)  # a trace may have been written at the end
+            self._world.together(lambda: None)  # a trace may have been written at the end
+        self._save_last_step()
 
     def _set_timeout(self, is_first: bool) -> None:
         """Lets ranks wait for each other longer in what is done first, which they compile."""
-        world, keys = self.stepper.world, self.stepper.parallelism
-        is_long = is_first or not self._has_stepped
+        keys, is_long = self.stepper.parallelism, is_first or not self._has_stepped
         timeout_s = keys.timeout_s if is_long else keys.step_timeout_s
-        if timeout_s != world.timeout.total_seconds():
-            world.set_timeout(timeout_s)
+        if timeout_s != self._world.timeout.total_seconds():
+            self._world.set_timeout(timeout_s)
 
     def _after_step(self, result: StepResult) -> None:
         """Does what is due after an update; not after skipped batches: the step did not advance."""
-        step = self.stepper.state.step
+        step = self._state.step
         self._running_loss.add(result)
         if self.profiler is not None:
             is_slow = self.profiler.is_slow_next
             with self.throughput.excluded() if is_slow else nullcontext():
                 self.profiler.step()
                 if is_slow:
-                    self.stepper.world.together(lambda: None)  # ranks that write nothing wait
-        self.checkpointer.poll()
+                    self._world.together(lambda: None)  # ranks that write nothing wait
+        self.checkpointer.poll(step)
         self.reporter.advance(step)
-        if self.check_interval and step % self.check_interval == 0:
+        check_interval = self.stepper.parallelism.check_interval
+        if check_interval and step % check_interval == 0:
             with self.throughput.excluded():
                 self.check_ranks()
         if self.reporter.is_due(step):
@@ -232,12 +223,12 @@ class Trainer:
                     hook.after(step)
         # After the hooks: a signal can stop it, and the resumed run then does it alone.
         self._evaluate_if_due()
-        if step == self.num_steps or step % self.save_interval == 0:
+        if step == self.num_steps or step % self.checkpointer.config.interval == 0:
             self.save()
 
     def _evaluate_if_due(self) -> None:
         """Evaluates the weights at the start, every `evaluate_interval` steps and at the end."""
-        state = self.stepper.state
+        state = self._state
         is_due = state.step % self.evaluate_interval == 0 or state.step >= self.num_steps
         # A shorter run is not evaluated, unless it was before: its results would state that loss.
         is_evaluated = self.num_steps >= self.evaluate_interval or state.evaluated_at is not None
@@ -246,36 +237,35 @@ class Trainer:
 
     def _save_last_step(self) -> None:
         """Saves the step at which the run ends, unless it is saved; waits for the save."""
-        self.checkpointer.finish()
-        if self.stepper.state.step != self._saved_step:
+        if self._state.step != self._saved_step:
             self.save()
-            self.checkpointer.finish()
+        self.checkpointer.finish()
 
     def _report(self, grad_norm: Tensor) -> None:
         self._stop_if_diverged()
-        stepper = self.stepper
-        stepper.world.synchronize()
-        loss = stepper.world.mean(self._running_loss.mean()).item()
+        state, world = self._state, self._world
+        world.synchronize()
         values = {
-            "loss/train": loss,
+            "loss/train": world.mean(self._running_loss.mean()).item(),
             "optimizer/grad_norm": grad_norm.item(),
-            **stepper.optimizer.metrics(),
-            **self.throughput.measure(stepper.state.step),
-            "memory/peak_gib": peak_memory_gib(stepper.world.device),
-            "data/tokens_seen": float(stepper.state.tokens_seen),
-            "data/batches_skipped": float(stepper.state.num_skipped),
-            **self.region_times.means(),
+            **self.stepper.optimizer.metrics(),
+            **self.throughput.measure(state.step),
+            "memory/peak_gib": peak_memory_gib(world.device),
+            "data/tokens_seen": float(state.tokens_seen),
+            "data/batches_skipped": float(state.num_skipped),
+            **self._region_times.means(),
         }
-        self.reporter.report(stepper.state.step, values)
+        self.reporter.report(state.step, values)
         self._running_loss.reset()
 
     def _finalize(self) -> None:
         """Evaluates on the test split and writes the results; again if it was stopped before."""
-        state, device = self.stepper.state, self.stepper.world.device
+        state, device = self._state, self._world.device
         test, test_loss = self.test, None
         if test is not None:
             test_loss = test(self.stepper.model)
-            self.reporter.report(state.step, loss_metrics("test", test_loss))
+            tested = {"loss/test": test_loss, "perplexity/test": perplexity_of(test_loss)}
+            self.reporter.report(state.step, tested)
         values: dict[str, float | None] = {
             "step": state.step,
             "tokens_seen": state.tokens_seen,
@@ -293,35 +283,34 @@ class Trainer:
             bits = None if evaluator is None else evaluator.bits_per_byte(loss)
             values |= {f"loss/{split}": loss, f"bits_per_byte/{split}": bits}
         # The times of the last evaluation and save.
-        if last_values := self.region_times.means():
+        if last_values := self._region_times.means():
             self.reporter.report(state.step, last_values)
         trace = None if self.profiler is None else self.profiler.trace
         self.reporter.summary(values, checkpoint=self.checkpointer.latest, trace=trace)
 
     def _resume_hint(self) -> str:
-        checkpoint = self.checkpointer.latest
+        checkpoint, resume = self.checkpointer.latest, self.checkpointer.config.resume
         if checkpoint is None:
             return "there is no checkpoint yet; the same command starts from scratch"
-        command = "the same command"
-        if not self.checkpointer.resumes_newest:
-            command += " with --checkpoint.resume auto"
-        return f"{command} resumes from {checkpoint}"
+        option = "" if resume == RESUME_AUTO else " with --checkpoint.resume auto"
+        return f"the same command{option} resumes from {checkpoint}"
 
     def _stop_if_diverged(self) -> None:
         if not self._running_loss.all_finite:
             raise self._divergence(
-                f"a loss or a gradient was not finite by step {self.stepper.state.step}",
-                "lower [optimizer] lr, increase [lr_schedule] warmup_steps, or set [training] "
-                'on_nonfinite = "skip"',
+                f"a loss or a gradient was not finite by step {self._state.step}"
             )
 
-    def _divergence(self, reason: str, advice: str) -> TrainingDivergedError:
+    def _divergence(self, reason: str) -> TrainingDivergedError:
         """Writes results, and returns the error to raise. Collective: waits for a save."""
         self.checkpointer.finish()
-        self.reporter.report_divergence(self.stepper.state.step, self.stepper.state.num_skipped)
+        self.reporter.report_divergence(self._state.step, self._state.num_skipped)
         newest = self.checkpointer.latest
         good = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
-        return TrainingDivergedError(f"{reason}; {good}; {advice}")
+        return TrainingDivergedError(
+            f"{reason}; {good}; lower [optimizer] lr and resume, or increase [lr_schedule] "
+            'warmup_steps, or skip single bad batches: [training] on_nonfinite = "skip"'
+        )
 
 
 class RunningLoss:
@@ -351,8 +340,3 @@ class RunningLoss:
     def reset(self) -> None:
         self._loss_sum.zero_()
         self._num_steps = 0
-
-
-def loss_metrics(split: str, loss: float) -> dict[str, float]:
-    """Returns a split's mean loss per token, in nats, and its perplexity, by TensorBoard tag."""
-    return {f"loss/{split}": loss, f"perplexity/{split}": perplexity_of(loss)}

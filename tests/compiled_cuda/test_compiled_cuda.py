@@ -90,7 +90,7 @@ def spills(step):
     return {kernel.name: kernel.spilled_bytes for kernel in step.kernels if kernel.spilled_bytes}
 
 
-def of_blocks(step):
+def cost_of_blocks(step):
     """Launches of the compiled code of all blocks, and their bytes."""
     launches = [
         (launch, number)
@@ -102,7 +102,7 @@ def of_blocks(step):
 
 
 def measured(step):
-    num_launches, num_bytes = of_blocks(step)
+    num_launches, num_bytes = cost_of_blocks(step)
     return Limits(
         -(-num_launches // NUM_BLOCKS),
         -(-num_bytes // (NUM_BLOCKS * 10**6)),
@@ -151,7 +151,7 @@ def test_planted_faults_are_found(found, planted):
     assert plants.keys() == PLANTS.keys()
     copying, spilling, recompiling = plants.values()
     num_copied = 2 * 2 * 72 * 512 * 512  # q is read and written, in bf16
-    assert of_blocks(copying)[1] >= of_blocks(right)[1] + NUM_BLOCKS * num_copied
+    assert cost_of_blocks(copying)[1] >= cost_of_blocks(right)[1] + NUM_BLOCKS * num_copied
     assert beyond(copying, LIMITS["full rank"]).keys() == set(Limits._fields)
     assert spills(spilling)
     assert late_compilations(recompiling)

@@ -217,8 +217,6 @@ def test_starts_that_save_nothing_are_not_repeated_for_ever(run_job):
     assert "3 starts in a row have saved no checkpoint" in ends[-1][0][0]
 
 
-# Commands
-
 ABORTS_AT_THE_END = """
 import atexit, os, sys
 from switchtitan.cli import main

@@ -123,9 +123,6 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
         assert steps_in(log.read_text()) == list(range(1, NUM_STEPS + 1))
 
 
-# The preparation of a corpus.
-
-
 def test_two_processes_prepare_one_corpus_once(tmp_path):
     write_json_lines(tmp_path / "in" / "a.jsonl", make_documents(120))
     keys = {"dataset": "jsonl", "path": tmp_path / "in", "vocab_size": 300}

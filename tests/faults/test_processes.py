@@ -57,31 +57,21 @@ def test_all_ranks_restart_after_one_was_killed_and_stop_after_a_signal(
     assert not (tmp_path / "run" / OWNER_FILE).exists()
 
 
-# Signals.
-
-
 def take_steps_apart(rank):
-    num_steps, number = 0, None
-    with Stop() as stop:
-        stop.configure(dist.group.WORLD, grace_s=60)
-        with suppress(Stopped), stop.steps(str):
-            while number is None and num_steps < 20:
-                # As on GPUs, hosts are not at the same place of a step.
-                time.sleep(0.02 * (rank + 1))
-                num_steps += 1
-                if (rank, num_steps) == (1, 7):
-                    os.kill(os.getpid(), signal.SIGTERM)
-                number = stop.is_due()
-            assert number == signal.SIGTERM
-            raise Stopped(number)
+    num_steps = 0
+    with Stop() as stop, suppress(Stopped), stop.steps(str, 60, dist.group.WORLD):
+        while num_steps < 20:
+            # As on GPUs, hosts are not at the same place of a step.
+            time.sleep(0.02 * (rank + 1))
+            num_steps += 1
+            if (rank, num_steps) == (1, 7):
+                os.kill(os.getpid(), signal.SIGTERM)
+            stop.raise_if_due()
     assert num_steps == 8
 
 
 def test_ranks_that_are_steps_apart_stop_after_the_same_step():
     run_on_ranks(3, take_steps_apart)
-
-
-# Hangs.
 
 
 def train_with_a_late_rank(rank, folder):
@@ -105,9 +95,6 @@ def train_with_a_late_rank(rank, folder):
 
 def test_a_rank_that_hangs_after_the_first_step_ends_the_run_soon(corpora):
     run_on_ranks(2, train_with_a_late_rank, corpora / "late")
-
-
-# Locks.
 
 
 def start(function, *args):

@@ -55,7 +55,7 @@ def shard(values, layout="split"):
     return {name: distribute(name, value) for name, value in values.items()}
 
 
-def of_all_ranks(value):
+def gathered(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -69,7 +69,7 @@ def save_and_change(folder, layout):
     for tensor in tensors.values():
         local(tensor).fill_(-1)
     while checkpointer.latest is None:
-        checkpointer.poll()
+        checkpointer.poll(POLL_INTERVAL)
     assert checkpointer.latest.name == "step-000000003"
 
 
@@ -105,8 +105,8 @@ def poll_a_long_save(folder):
         write_when(may_write, patched)
         checkpointer.save(1, shard(full_values()), {})
         with CountCommunication() as communication:
-            for _ in range(3 * POLL_INTERVAL):
-                checkpointer.poll()
+            for step in range(3 * POLL_INTERVAL):
+                checkpointer.poll(step)
         counts = communication.counts
         assert counts["all_reduce"].num_calls == 3
         assert sum(count.num_calls for count in counts.values()) == 3
@@ -116,8 +116,7 @@ def poll_a_long_save(folder):
             time.sleep(0.1)
         may_write.set()
         wait_until_written(checkpointer)
-    for _ in range(POLL_INTERVAL):
-        checkpointer.poll()
+    checkpointer.poll(POLL_INTERVAL)
     assert checkpointer.latest is not None
 
 
@@ -133,7 +132,7 @@ def fail_on_last_rank(folder):
     def save_and_poll():
         checkpointer.save(2, tensors, {})
         while True:
-            polls.append(checkpointer.poll())
+            polls.append(checkpointer.poll(len(polls)))
             time.sleep(0.001)
 
     with pytest.MonkeyPatch.context() as patched:
@@ -142,7 +141,7 @@ def fail_on_last_rank(folder):
         with pytest.raises(CheckpointError) as error:
             save_and_poll()
     assert "on rank 1: [Errno 28] No space left on device" in str(error.value)
-    assert len(set(of_all_ranks(len(polls)))) == 1
+    assert len(set(gathered(len(polls)))) == 1
     assert checkpointer.latest.name == "step-000000001"
     assert not (folder / "step-000000002").exists()
 

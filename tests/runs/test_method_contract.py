@@ -290,7 +290,7 @@ def test_frozen_weights_in_bf16_change_and_another_dtype_is_refused(trained):
         frozen = [key for key, tensor in after.items() if tensor.dtype == torch.bfloat16]
         assert len(frozen) == 14
         assert not [key for key in frozen if torch.equal(before[key], after[key])]
-        spectra = checkpoint_spectra(one.checkpoint)
+        _, spectra = checkpoint_spectra(one.checkpoint)
         assert len(spectra) == 14
         assert all(values.isfinite().all() and values[0] > 0 for values in spectra.values())
         with pytest.raises(CheckpointError, match=r"frozen_dtype.*bfloat16.*float32"):
@@ -331,6 +331,6 @@ def test_a_method_outside_the_package_has_its_own_scale_in_every_reader(corpora,
     assert scales == {ALPHA / math.sqrt(RANK), 2 * ALPHA / math.sqrt(RANK)}
     trainer.train()
     measured = read_spectra(corpora / "contract-outside" / "run" / "spectra")[4]
-    from_checkpoint = checkpoint_spectra(trainer.checkpointer.latest)
+    _, from_checkpoint = checkpoint_spectra(trainer.checkpointer.latest)
     assert len(measured) == 14
     assert not differing(from_checkpoint, measured)

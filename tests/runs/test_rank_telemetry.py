@@ -197,7 +197,7 @@ def test_the_effective_rank_is_that_of_the_last_checkpoint(corpora, tmp_path):
     words = ("--config", str(folder / "config.toml"), "--job.output_dir", str(folder))
     run = Run("lora", {}, 1, words, parse_arguments(words, 1))
     finish(run, 3.0, step=run.config.training.steps)
-    spectra = checkpoint_spectra(folder / "checkpoints" / "step-000000007")
+    _, spectra = checkpoint_spectra(folder / "checkpoints" / "step-000000007")
     # Spectra are in fp32.
     assert read_folder(run).effective_rank == pytest.approx(expected_mean(spectra), rel=1e-5)
     shutil.rmtree(folder / "checkpoints")

@@ -75,6 +75,9 @@ def test_a_run_with_a_skipped_update_takes_all_its_steps_and_reports_finite_loss
     assert list(losses) == [1, 4, 6]
     assert all(map(math.isfinite, losses.values()))
     assert finished.reported[6]["data/batches_skipped"] == 1
+    # Python's collector is disabled while training.
+    assert finished.may_collect == [True, *[False] * 6]
+    assert gc.isenabled()
 
 
 def test_the_trained_model_is_evaluated_on_the_test_split(finished):
@@ -104,11 +107,6 @@ def test_results_state_the_loss_of_the_last_step_and_the_size_of_the_state(finis
     # Weights and two moments in fp32, and a step count for each tensor.
     num_bytes = 4 * (3 * num_trained + len(parameters))
     assert finished.results["memory/state_gib"] * 2**30 == num_bytes
-
-
-def test_python_s_collector_is_disabled_while_training(finished):
-    assert finished.may_collect == [True, *[False] * 6]
-    assert gc.isenabled()
 
 
 def test_times_of_all_regions_are_reported_at_the_interval(finished):
@@ -167,11 +165,6 @@ def test_validation_loss_is_the_mean_over_the_first_held_out_tokens(corpora, loc
     assert ours == pytest.approx(statistics.mean(losses), rel=1e-6)
 
 
-def spoil_steps(trainer, first, last, spoil):
-    """Spoils what is computed for the steps after `first` to `last` done."""
-    before_each_step(trainer, lambda step: first <= step <= last and spoil(trainer.stepper))
-
-
 @pytest.mark.parametrize(
     ("spoil", "first", "keys", "words"),
     [
@@ -188,7 +181,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_are_not_saved(
     monkeypatch.setattr(trainer_module, "MAX_SKIPPED_IN_A_ROW", 3)
     folder = corpora / f"diverged-{request.node.callspec.id}"
     trainer = tiny_trainer(folder, "switchlora", *SAVE_OFTEN, *keys)
-    spoil_steps(trainer, first, 99, spoil)
+    before_each_step(trainer, lambda step: step >= first and spoil(trainer.stepper))
     with pytest.raises(TrainingDivergedError) as caught:
         trainer.train()
     assert all(word in str(caught.value) for word in words), caught.value
@@ -266,10 +259,10 @@ class StopInTheEvaluation(Stop):
         super().__init__()
         self.state, self.num_batches = state, 0
 
-    def is_due(self):
+    def raise_if_due(self):
         self.num_batches += self.state.step == 4 != self.state.evaluated_at
-        is_there = self.num_batches % 5 == 3
-        return signal.SIGTERM if is_there else None
+        if self.num_batches % 5 == 3:
+            raise Stopped(signal.SIGTERM)
 
 
 def curves(folder):

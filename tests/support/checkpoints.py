@@ -40,7 +40,7 @@ def make_checkpointer(folder, latest=None, **config):
         CheckpointConfig(**config),
         start_world(ParallelismConfig()),
         identity={"model": {"size": "9m", "betas": (0.9, 0.99)}},
-        metadata={"corpus": "a stand-in"},
+        run={"corpus": "a stand-in"},
         versions={"torch": "2.0"},
         latest=latest,
     )

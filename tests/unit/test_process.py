@@ -1,4 +1,4 @@
-"""This process: the cores it may use, and the regions of its work."""
+"""The cores of this process, the regions of its work, and signals to it."""
 
 import os
 import signal
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from switchtitan.cores import OtherLoad, num_cores, set_thread_defaults, threads_per_process
 from switchtitan.errors import interrupt_on_sigterm
-from switchtitan.process import OtherLoad, num_cores, set_thread_defaults, threads_per_process
 from switchtitan.regions import observe_regions, region, stop_observing_regions
 
 
@@ -25,7 +25,6 @@ def eight_cores(monkeypatch):
     [
         pytest.param("0::/\n", {}, 8, id="no quota"),
         pytest.param("0::/\n", {"cpu.max": "max 100000"}, 8, id="unlimited"),
-        pytest.param("0::/\n", {"cpu.max": "300000 100000"}, 3, id="in a container"),
         pytest.param("0::/\n", {"cpu.max": "3200000 100000"}, 8, id="more than the affinity"),
         pytest.param("0::/\n", {"cpu.max": "250000 100000"}, 2, id="rounded down"),
         pytest.param("0::/\n", {"cpu.max": "20000 100000"}, 1, id="less than one"),
@@ -90,7 +89,7 @@ def stat_lines(busy_s):
     ],
 )
 def test_threads_that_share_cores_with_other_processes_are_advised_against(
-    eight_cores, tmp_path, monkeypatch, busy_s, own_s, num_threads, advised
+    eight_cores, tmp_path, monkeypatch, caplog, busy_s, own_s, num_threads, advised
 ):
     stat, began, own = tmp_path / "stat", time.monotonic(), os.times()
     stat.write_text(stat_lines(dict.fromkeys(busy_s, 0.0)))
@@ -101,50 +100,39 @@ def test_threads_that_share_cores_with_other_processes_are_advised_against(
     monkeypatch.setattr(time, "monotonic", lambda: began + 10)
     used = os.times_result((own.user + own_s, *own[1:]))
     monkeypatch.setattr(os, "times", lambda: used)
-    warning = load.warning(num_threads, 8)
-    assert (warning is None) == (advised is None)
-    assert advised is None or f"OMP_NUM_THREADS={advised} " in warning
+    load.warn(num_threads, 8)
+    assert caplog.text.count("OMP_NUM_THREADS") == (advised is not None)
+    assert advised is None or f"OMP_NUM_THREADS={advised} " in caplog.text
 
 
-class Record:
-    def __init__(self):
-        self.calls = []
-
+def observer_of(calls):
     @contextmanager
-    def __call__(self, name):
-        self.calls.append(name)
+    def observe(name):
+        calls.append(name)
         try:
             yield
         finally:
-            self.calls.append("end")
+            calls.append("end")
+
+    return observe
 
 
-@pytest.fixture
-def record():
-    observer = Record()
-    observe_regions(observer)
-    yield observer
-    stop_observing_regions(observer)
-
-
-def test_an_observer_sees_the_begin_and_the_end_of_nested_regions(record):
+def test_an_observer_sees_begin_and_end_of_regions_also_if_it_starts_or_stops_inside_one():
+    calls, late_calls = [], []
+    first, late = observer_of(calls), observer_of(late_calls)
+    observe_regions(first)
     with region("outer"), region("inner"):
-        record.calls.append("work")
+        calls.append("work")
     with pytest.raises(ValueError, match="within"), region("fails"):
         raise ValueError("within")
-    assert record.calls == ["outer", "inner", "work", "end", "end", "fails", "end"]
-
-
-def test_an_observer_that_starts_or_stops_inside_a_region_sees_pairs(record):
-    late = Record()
-    with region("first"):
+    with region("last"):
         observe_regions(late)
-        stop_observing_regions(record)
+        stop_observing_regions(first)
         with region("second"):
             pass
     stop_observing_regions(late)
-    assert record.calls == ["first", "end"]
-    assert late.calls == ["second", "end"]
+    assert calls == ["outer", "inner", "work", "end", "end", "fails", "end", "last", "end"]
+    assert late_calls == ["second", "end"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

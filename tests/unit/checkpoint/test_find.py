@@ -31,9 +31,6 @@ def save_steps(checkpointer, tensors, *steps):
         checkpointer.save(step, tensors, {})
 
 
-# The checkpoint to resume from.
-
-
 def test_resume_finds_the_newest_checkpoint_or_none(saved, tmp_path):
     (saved / ".step-000000099.partial").mkdir()
     (saved / "step-000000099").write_text("a file")
@@ -60,9 +57,6 @@ def test_a_path_can_be_a_checkpoint_a_folder_or_a_run(saved):
     for path, parts in (("nowhere", ["nowhere"]), ("step-000000002", [".metadata", "checksum"])):
         with refused(*parts):
             find_given(saved / path)
-
-
-# Damage.
 
 
 def test_sha256sum_checks_all_other_files(saved):
@@ -117,9 +111,6 @@ def test_an_error_of_the_disk_is_not_an_empty_folder_and_fails_no_save(
     assert "could not delete older checkpoints" in caplog.text
 
 
-# Other runs and formats.
-
-
 def test_a_run_may_not_mix_its_checkpoints_with_others(saved, tmp_path):
     other = shutil.copytree(saved / "step-000000001", tmp_path / "other" / "step-000000001")
     for resume in ("never", str(other), str(saved / "step-000000002")):
@@ -166,9 +157,6 @@ def test_a_checkpoint_of_another_format_is_refused_and_untouched(
             find_checkpoint(folder, CheckpointConfig(resume=resume))
     save_steps(checkpointer, tensors, 3)
     assert before.items() <= contents(folder).items()
-
-
-# Those to delete.
 
 
 @pytest.mark.parametrize(

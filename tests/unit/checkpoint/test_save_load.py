@@ -29,9 +29,6 @@ def loaded(checkpoint, like):
     return found
 
 
-# Saves.
-
-
 @pytest.mark.parametrize("async_save", [False, True])
 def test_saved_state_loads_bitwise(make_checkpointer, tensors, tmp_path, async_save):
     checkpointer = make_checkpointer(async_save=async_save)
@@ -93,9 +90,6 @@ def test_a_checkpoint_skipped_on_resume_is_set_aside_when_its_step_is_saved(
     verify(folder / "step-000000002")
     (aside,) = (path for path in folder.iterdir() if ".replaced-" in path.name)
     assert (aside / "__0_0.distcp").read_bytes() == rotten
-
-
-# Loads.
 
 
 def test_tensors_that_do_not_fit_are_named_before_anything_changes(saved, tensors):

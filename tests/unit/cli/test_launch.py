@@ -50,9 +50,8 @@ def test_commands_refuse_to_be_one_of_slurms_tasks_unless_it_is_a_rank(set_slurm
 
 
 def test_an_endpoint_is_a_host_and_a_port():
-    launch.check_rendezvous("localhost:65535", num_nodes=2)
-    launch.check_rendezvous("[::1]:29500", num_nodes=2)
-    launch.check_rendezvous("localhost:0", num_nodes=1)  # a single machine needs no address
+    launch.check_rendezvous("localhost:65535")
+    launch.check_rendezvous("[::1]:29500")
 
 
 def test_the_first_process_on_any_machine_tells_the_batch_script_why_it_ends(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 import tomli
@@ -15,6 +15,7 @@ from switchtitan.config import (
     find_config,
     help_text,
     load_config,
+    read_with_bases,
     split_arguments,
     toml_value,
 )
@@ -63,11 +64,6 @@ METHODS: Registry = Registry(
 )
 
 
-class Job(Section):
-    training: Training
-    method: Annotated[NamedSection, METHODS]
-
-
 def keys_of(source):
     """What `[method] source` stands for."""
     keys = {"switch.txt": {"name": "switch", "width": 4}, "lora.txt": {"name": "lora", "rank": 8}}
@@ -76,9 +72,17 @@ def keys_of(source):
     return keys[source]
 
 
+class Job(Section):
+    expansions: ClassVar = {("method", "source"): keys_of}
+
+    training: Training
+    method: Annotated[NamedSection, METHODS]
+
+
 def load_file(file, words=(), config_type=Job, say=pytest.fail):
     _, _, overrides = split_arguments(words)
-    return load_config(config_type, file, overrides, {("method", "source"): keys_of}, say)
+    tables = [] if file is None else read_with_bases(file)
+    return load_config(config_type, tables, overrides, say)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import refused
+from support.tiny import tiny_config, tiny_toml
 
 from switchtitan.config import FOLDER, QUICKSTART, resolved_toml
 from switchtitan.distributed.dtype import Bf16Support
@@ -26,39 +27,13 @@ PUBLISHED_SIZES = {
     "7b": (4096, 11008, 32),
 }
 """Hidden size, intermediate size and layers of the published runs (arXiv 2406.06564)."""
-TINY = """\
-[job]
-name = "tiny"
-output_dir = "outputs/tiny"
-[model]
-name = "llama"
-size = "9m"
-vocab_size = 4096
-[method]
-name = "switchlora"
-rank = 16
-[optimizer]
-name = "adamw"
-lr = 0.02
-[training]
-steps = 40
-global_batch_size = 12
-local_batch_size = 2
-[evaluation]
-tokens = 1024
-"""
 
 
 @pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "tiny.toml"
-    path.write_text(TINY)
-    return path
-
-
-@pytest.fixture
-def parse(file):
-    return lambda *words, num_ranks=1: parse_arguments(["--config", str(file), *words], num_ranks)
+def parse(tmp_path):
+    return lambda *words, num_ranks=1: tiny_config(
+        tmp_path, "switchlora", *words, num_ranks=num_ranks
+    )
 
 
 def count_on_meta(config):
@@ -108,17 +83,17 @@ def test_without_a_file_the_quickstart_is_read_at_the_launchers_number_of_ranks(
     ("words", "num_ranks", "fragments"),
     [
         (("--training.global_batch_size", "7"), 2, ("global_batch_size = 7", "write 4 or 8")),
-        (("--parallelism.replicate", "4"), 6, ("[parallelism] replicate = 4",)),
-        (("--method.rank", "128"), 1, ("[method] rank = 128", "q_proj is [128, 128]")),
+        (("--parallelism.replicate", "3"), 4, ("[parallelism] replicate = 3",)),
+        (("--method.rank", "20"), 1, ("[method] rank = 20", "k_proj is [10, 20]")),
         (("--method.name", "relora", "--method.reset_interval", "200"), 1,
          ("[method] reset_interval = 200", "[training] steps = 40")),
         (("--method.targets", "q_prj"), 1, ("q_prj",)),
         (("--optimizer.name", "scale"), 1, ('[optimizer] name = "scale"', "adamw or muon")),
-        (("--evaluation.tokens", "511"), 1, ("[evaluation] tokens = 511", "seq_len = 512")),
+        (("--evaluation.tokens", "15"), 1, ("[evaluation] tokens = 15", "seq_len = 16")),
         (("--evaluation.test_tokens", "2000"), 1, ("test_tokens = 2000", "test_fraction")),
         (("--evaluation.test_tokens", "3", "--data.test_fraction", "0.1"), 1,
          ("[evaluation] test_tokens = 3",)),
-        (("--data.vocab_size", "5000"), 1, ("[data] vocab_size = 5000", "vocab_size = 4096")),
+        (("--data.vocab_size", "272"), 1, ("[data] vocab_size = 272", "vocab_size = 271")),
         (("--profiler.enabled", "true", "--profiler.ranks", "0,3"), 2, ("ranks = [0, 3]", "to 1")),
         (("--metrics.trackers", "wandb"), 1, ("[metrics] trackers", ".[wandb]")),
     ],
@@ -127,7 +102,7 @@ def test_values_that_do_not_fit_together_are_refused(
     parse, monkeypatch, words, num_ranks, fragments
 ):
     monkeypatch.setattr("switchtitan.job.config.device_type", lambda: "cpu")
-    monkeypatch.setattr("switchtitan.process.find_spec", lambda name: None)
+    monkeypatch.setattr("switchtitan.job.checks.find_spec", lambda name: None)
     with refused("(1 error)", *fragments, error=ConfigError):
         parse(*words, num_ranks=num_ranks)
 
@@ -139,8 +114,9 @@ SNAPSHOT = ("--profiler.memory_snapshot_step", "50")
     ("device", "num_ranks", "words", "void"),
     [
         ("cpu", 1, (), None),
-        ("cuda", 1, ("--training.tf32", "true"), "[training] tf32 = true"),
-        ("cuda", 1, ("--training.tf32", "true", "--training.dtype", "float32"), None),
+        ("cuda", 1, ("--training.tf32", "true", "--training.dtype", "auto"),
+         "[training] tf32 = true"),
+        ("cuda", 1, ("--training.tf32", "true"), None),
         ("cuda", 1, ("--training.deterministic", "true"), None),
         ("cpu", 2, ("--parallelism.frozen_weights", "replicate"), None),
         ("cpu", 2, ("--method.name", "galore", "--parallelism.frozen_weights", "replicate"),
@@ -156,7 +132,7 @@ SNAPSHOT = ("--profiler.memory_snapshot_step", "50")
         ("cpu", 1, ("--parallelism.accumulate_gradients", "sharded"),
          '[parallelism] accumulate_gradients = "sharded"'),
         ("cpu", 2, ("--parallelism.accumulate_gradients", "sharded"), None),
-        ("cpu", 6, ("--parallelism.accumulate_gradients", "sharded"),
+        ("cpu", 4, ("--parallelism.accumulate_gradients", "sharded"),
          '[parallelism] accumulate_gradients = "sharded"'),
         # By keys of the same section.
         ("cpu", 1, ("--lr_schedule.decay", "constant", "--lr_schedule.min_factor", "0.5"),
@@ -173,7 +149,9 @@ SNAPSHOT = ("--profiler.memory_snapshot_step", "50")
         ("cpu", 1, ("--lr_schedule.warmup_steps", "49", "--training.steps", "50"), None),
     ],
 )  # fmt: skip
-def test_a_key_that_misleads_is_named_in_a_note(file, device, num_ranks, words, void):
+def test_a_key_that_misleads_is_named_in_a_note(tmp_path, device, num_ranks, words, void):
+    file = tmp_path / "tiny.toml"
+    file.write_text(tiny_toml(tmp_path, "switchlora", {'size = "9m"\n': ""}))
     config = parse_unchecked(["--config", str(file), *words], say=str)
     notes = keys_without_effect(config, num_ranks, device)
     assert [note.startswith(f"{void} ") for note in notes] == [True] * bool(void)

@@ -35,7 +35,7 @@ def draw(dtype, shape=(3, 5)):
     return hidden.to(dtype).requires_grad_(), head.to(dtype), targets
 
 
-def of_all_logits(hidden, head, targets):
+def reference_loss(hidden, head, targets):
     """Loss and gradients by torch's operations, in float64."""
     hidden = hidden.detach().double().requires_grad_()
     weight = head.weight.detach().double().requires_grad_()
@@ -51,7 +51,7 @@ def test_loss_and_gradients_equal_those_of_all_logits(monkeypatch, tokens_per_ch
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * tokens_per_chunk * VOCABULARY)
     # 21 tokens in at most 16 chunks: 11 chunks of 2.
     hidden, head, targets = draw(torch.float64, (3, 7))
-    expected, grad_hidden, grad_weight = of_all_logits(hidden, head, targets)
+    expected, grad_hidden, grad_weight = reference_loss(hidden, head, targets)
     loss = EAGER(hidden, head, targets, DIVISOR)
     # Scaled, since callers may scale the loss.
     (3 * loss).backward()
@@ -97,7 +97,7 @@ def test_bfloat16_gradients_are_about_as_good_as_those_of_all_logits():
     hidden = torch.randn(1, 200, DIM, generator=generator).bfloat16().requires_grad_()
     head = draw(torch.bfloat16)[1]
     targets = torch.randint(VOCABULARY, (1, 200), generator=generator)
-    _, *exact = of_all_logits(hidden, head, targets)
+    _, *exact = reference_loss(hidden, head, targets)
 
     def errors(loss):
         grads = torch.autograd.grad(loss, (hidden, head.weight))

@@ -35,9 +35,7 @@ def ends(monkeypatch):
 
 @pytest.fixture
 def stop():
-    """One for a single rank, with a long grace period."""
     with Stop() as stop:
-        stop.configure(None, grace_s=60)
         yield stop
 
 
@@ -52,16 +50,13 @@ def wait_until(claim):
         time.sleep(0.01)
 
 
-def take_steps(stop, during, num_steps=100):
+def take_steps(stop, during, grace_s=60):
     """Takes steps until the stop; returns their number."""
     step = 0
-    with suppress(Stopped), stop.steps(lambda: "resumes from there"):
-        for step in range(num_steps):
+    with suppress(Stopped), stop.steps(lambda: "resumes from there", grace_s):
+        for step in range(100):
             during(step)
-            number = stop.is_due()
-            if number is not None:
-                assert number == signal.SIGTERM
-                raise Stopped(number)
+            stop.raise_if_due()
     return step + 1
 
 
@@ -87,7 +82,7 @@ def test_an_ignored_signal_stays_ignored_unless_a_launcher_sends_it():
 
 
 def test_a_forked_process_has_its_own_signals(stop):
-    with stop.steps(str):
+    with stop.steps(str, 60):
         child = os.fork()
         if child == 0:
             with suppress(SystemExit):
@@ -95,7 +90,7 @@ def test_a_forked_process_has_its_own_signals(stop):
                 os._exit(4)
             os._exit(3)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
-        assert stop.is_due() is None
+        stop.raise_if_due()
 
 
 def test_the_step_under_way_is_the_last_one(stop):
@@ -103,31 +98,29 @@ def test_the_step_under_way_is_the_last_one(stop):
 
 
 def test_a_signal_after_the_last_step_stops_too(stop):
-    with pytest.raises(Stopped), stop.steps(str):
+    with pytest.raises(Stopped) as stopped, stop.steps(str, 60):
         send()
+    assert stopped.value.args == (signal.SIGTERM,)
 
 
 def test_an_interrupt_before_the_steps_that_was_swallowed_is_raised_at_their_start(stop):
     with suppress(KeyboardInterrupt):
         send()
-    with pytest.raises(KeyboardInterrupt), stop.steps(str):
+    with pytest.raises(KeyboardInterrupt), stop.steps(str, 60):
         pytest.fail("takes steps")
 
 
 def test_the_end_of_the_grace_period_abandons_the_save(stop, ends):
-    stop.configure(None, grace_s=0.2)
-    take_steps(stop, lambda step: (send(), wait_until(lambda: ends)))
+    take_steps(stop, lambda step: (send(), wait_until(lambda: ends)), grace_s=0.2)
     ((message, status),) = ends
     assert message.startswith("[checkpoint] grace_s = 0.2: ")
     assert message.endswith("resumes from there")
     assert status == 5
 
 
-def test_a_save_within_the_grace_period_is_not_abandoned(ends):
-    with Stop() as stop:
-        stop.configure(None, grace_s=0.2)
-        take_steps(stop, lambda step: send())
-        time.sleep(0.5)
+def test_a_save_within_the_grace_period_is_not_abandoned(stop, ends):
+    take_steps(stop, lambda step: send(), grace_s=0.2)
+    time.sleep(0.5)
     assert ends == []
 
 
@@ -146,16 +139,15 @@ def test_a_second_signal_exits_at_once_unless_it_is_of_the_same_action(stop, mon
 
 
 def test_the_first_signal_of_a_rank_that_another_rank_has_stopped_is_not_a_second_one(
-    monkeypatch, ends
+    stop, monkeypatch, ends
 ):
     """Schedulers reach the machines of a run at different times."""
     monkeypatch.setattr(stop_module, "SAME_ACTION_S", 0.0)
-    with Stop() as stop, suppress(Stopped), stop.steps(str):
-        agree_on(monkeypatch, stop, signal.SIGTERM)
-        stop.configure("a group", grace_s=60)
-        assert stop.is_due() == signal.SIGTERM
+    agree_on(monkeypatch, stop, signal.SIGTERM)
+    with suppress(Stopped), stop.steps(str, 60, "a group"):
+        with pytest.raises(Stopped):
+            stop.raise_if_due()
         send()
         assert ends == []
         send(signal.SIGINT)
         assert ends == [("stopped at once by SIGINT", 130)]
-        raise Stopped(signal.SIGTERM)

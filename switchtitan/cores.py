@@ -1,17 +1,13 @@
-"""This process: its cores, threads and packages, and the progress bars that it shows."""
+"""The cores that this process may use, its threads on them, and how busy others keep them."""
 
+import logging
 import os
-import sys
 import time
-from collections.abc import Iterable, MutableMapping
-from importlib.util import find_spec
+from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
+logger = logging.getLogger(__name__)
 
-PROGRESS_DELAY_S = 3.0
-"""Shorter work has no bar."""
 _BUSY = (0, 1, 2, 5, 6)
 """Columns of /proc/stat: user, nice, system, irq, softirq; the others are idle and iowait."""
 
@@ -66,18 +62,20 @@ class OtherLoad:
         self._stat = stat
         self._began_at, self._began_with = time.monotonic(), self._used_by_others_s()
 
-    def warning(self, num_threads: int, num_cores: int) -> str | None:
-        """Returns advice if threads must share a core with other processes; one slows down all."""
+    def warn(self, num_threads: int, num_cores: int) -> None:
+        """Warns if threads must share a core with other processes; one slows down all."""
         used_s = self._used_by_others_s() - self._began_with
         busy = max(0.0, used_s / max(time.monotonic() - self._began_at, 1e-3))
-        if num_threads == 1 or num_threads + busy < num_cores + 0.5:
-            return None
-        return (
-            f"other processes keep about {busy:.1f} of {num_cores} cores busy, and all threads "
-            f"wait for the slowest: OMP_NUM_THREADS={max(1, round(num_cores - busy))} is probably "
-            f"faster than {num_threads} threads; to change it, stop this run and start it again "
-            "with that variable set"
-        )
+        if num_threads > 1 and num_threads + busy >= num_cores + 0.5:
+            logger.warning(
+                "other processes keep about %.1f of %d cores busy, and all threads wait for the "
+                "slowest: OMP_NUM_THREADS=%d is probably faster than %d threads; to change it, "
+                "stop this run and start it again with that variable set",
+                busy,
+                num_cores,
+                max(1, round(num_cores - busy)),
+                num_threads,
+            )
 
     def _used_by_others_s(self) -> float:
         """Busy seconds of the cores of the affinity mask, without this process and its children."""
@@ -94,34 +92,3 @@ def _num_cores_by_affinity() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # macOS
-
-
-def is_installed(package: str) -> bool:
-    """Returns whether a package can be imported."""
-    spec = find_spec(package)
-    # A folder of this name in the working directory has no origin: wandb writes one.
-    return spec is not None and spec.origin is not None
-
-
-def progress_bar(
-    description: str, items: Iterable[Any] | None = None, *, total: float | None, unit: str
-) -> "tqdm[Any]":
-    """Returns a bar on the first rank's standard error if that is a terminal; removed at its end.
-
-    Args:
-        items: iterating over the bar yields them and advances it; else `update` advances it.
-        unit: of what is counted, e.g. `"tensors"`; "B" counts bytes.
-    """
-    return tqdm(
-        items,
-        desc=description,
-        total=total,
-        unit=unit if unit == "B" else f" {unit}",
-        unit_scale=unit == "B",
-        unit_divisor=1024 if unit == "B" else 1000,
-        delay=PROGRESS_DELAY_S,
-        leave=False,
-        dynamic_ncols=True,
-        file=sys.stderr,
-        disable=os.environ.get("RANK", "0") != "0" or None,
-    )
