@@ -9,9 +9,10 @@ from tqdm import tqdm
 from switchtitan.benchmark.counters import CommunicationCounts
 from switchtitan.benchmark.estimate import MAX_BATCH_SIZE, Fit, StepEstimate
 from switchtitan.benchmark.gpu.record import StepOnGpu
-from switchtitan.benchmark.gpu.roofline import bounds_s, card_of, costs_by
+from switchtitan.benchmark.gpu.roofline import bounds_s, costs_by
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
 from switchtitan.benchmark.step_times import StepTimes, ratio_of_steps
+from switchtitan.distributed.gpus import card_of
 from switchtitan.job.config import JobConfig
 
 _MIB, _GIB = 2**20, 2**30

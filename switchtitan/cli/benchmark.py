@@ -16,8 +16,9 @@ import sys
 from functools import partial
 from typing import Any
 
-from switchtitan.benchmark.gpu.device import ARCHS, call_with_gpus
+from switchtitan.benchmark.gpu.device import call_with_gpus
 from switchtitan.cli.main import add_json, positive_int
+from switchtitan.distributed.gpus import ARCHS, card_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +80,6 @@ def _run_step(options: argparse.Namespace) -> dict[str, Any] | None:
 def _run_gpu(options: argparse.Namespace) -> dict[str, Any]:
     from switchtitan.benchmark import tables
     from switchtitan.benchmark.gpu.record import record_steps
-    from switchtitan.benchmark.gpu.roofline import card_of
     from switchtitan.benchmark.sides import load_simulated_sides
     from switchtitan.observability.environment import describe_environment
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, median, stdev
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from switchtitan.comparison.comparison import RUNS_FILE, State, best_value
@@ -14,6 +15,7 @@ from switchtitan.comparison.runs import RunResult, short_name, write_csv
 from switchtitan.comparison.statistics import Difference, adjusted, difference, verdict
 from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
+from switchtitan.observability import PLOT_STYLE
 from switchtitan.observability.tensorboard import read_curves
 
 UNKNOWN = "-"
@@ -161,9 +163,10 @@ def _facts(state: State) -> list[str]:
     return [sentence] if results else []
 
 
+@rc_context(PLOT_STYLE)
 def draw_curves(state: State) -> Figure:
     """Plots validation loss over training: a line for each reported run with a folder here."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5))
     axes = figure.subplots()
     drawn: list[float] = []
     for place, row in enumerate(state.config.rows):
@@ -182,7 +185,5 @@ def draw_curves(state: State) -> Figure:
     axes.set(title=state.config.name, xlabel="M tokens", ylabel="validation loss (nats per token)")
     if drawn:
         axes.set_ylim(min(drawn) * 0.98, max(drawn) * 1.02)
-        axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+        axes.legend()
     return figure

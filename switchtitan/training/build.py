@@ -31,6 +31,7 @@ from switchtitan.distributed.fsdp import (
     materialize,
     shard_model,
 )
+from switchtitan.distributed.gpus import peak_flops_per_s
 from switchtitan.distributed.initial import ReadRows, check_replaced
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
 from switchtitan.distributed.world import World, device_name
@@ -41,7 +42,7 @@ from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.environment import versions
 from switchtitan.observability.region_times import RegionTimes
 from switchtitan.observability.reporter import Reporter
-from switchtitan.observability.throughput import Throughput, peak_flops_per_s
+from switchtitan.observability.throughput import Throughput
 from switchtitan.optim.lr_schedule import build_lr_schedule
 from switchtitan.training.describe import (
     compared_values,

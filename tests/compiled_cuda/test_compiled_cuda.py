@@ -27,7 +27,8 @@ from support.compiled_cuda import (
 
 from switchtitan.benchmark.gpu import device, torch_inside
 from switchtitan.benchmark.gpu.record import Launch, StepOnGpu, num_bytes_of
-from switchtitan.benchmark.gpu.roofline import CARDS, bounds_s
+from switchtitan.benchmark.gpu.roofline import bounds_s
+from switchtitan.distributed.gpus import CARDS
 from switchtitan.errors import EnvironmentMismatchError
 
 REASON = device.unusable()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from switchtitan.benchmark.gpu.device import ARCHS
+from switchtitan.distributed.gpus import ARCHS, card_of
 from switchtitan.errors import EnvironmentMismatchError
 
 _INDUCTOR = "torch._inductor"
@@ -73,7 +73,7 @@ def _install_device(arch: str) -> None:
     given = ARCHS[arch]
     major, minor = divmod(int(arch.removeprefix("sm_")), 10)
     properties = SimpleNamespace(
-        name=given.card,
+        name=card_of(arch).device_name,
         major=major,
         minor=minor,
         multi_processor_count=given.num_processors,
