@@ -58,18 +58,18 @@ def _run_step(options: argparse.Namespace) -> dict[str, Any] | None:
     from switchtitan.benchmark.sides import load_sides
     from switchtitan.benchmark.step_times import WARM_UP_STEPS, time_steps_side_by_side
     from switchtitan.benchmark.tables import step_record, step_table
-    from switchtitan.distributed.world import num_ranks_from_launcher, rank_from_launcher
+    from switchtitan.distributed.world import place_from_launcher
     from switchtitan.observability.environment import describe_environment
 
-    is_main = rank_from_launcher() == 0
+    rank, num_ranks, _ = place_from_launcher()
     configs = load_sides(options.configs, options.keys)
     times = time_steps_side_by_side(configs, options.rounds, options.steps_per_round)
-    if not is_main:
+    if rank != 0:
         return None
     print("\n".join(step_table(times)), flush=True)
     return {
         "environment": describe_environment(),
-        "num_ranks": num_ranks_from_launcher(),
+        "num_ranks": num_ranks,
         "rounds": options.rounds,
         "steps_per_round": options.steps_per_round,
         "warm_up_steps": WARM_UP_STEPS,

@@ -19,8 +19,8 @@ from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.replicas import compute_in_turns
 from switchtitan.distributed.shards import (
     all_ranks_group,
+    as_shard_of,
     copy_from_full_,
-    empty_on_host_like,
     local,
     row_range,
     shard_buffer,
@@ -216,7 +216,7 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
     def allocate(tensor: Tensor) -> Tensor:
         if tensor in on_host:
-            return empty_on_host_like(tensor)
+            return as_shard_of(torch.empty_like(local(tensor), device="cpu"), tensor)
         return torch.empty_like(tensor, device=device)
 
     for module, name, _ in replicated:

@@ -25,7 +25,7 @@ from switchtitan.data.loader import ValidationBatches, build_train_batches
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.recorded import check_unchanged, find_recorded, record
 from switchtitan.distributed.blocks import checkpoint_activations, compile_blocks
-from switchtitan.distributed.dtype import ComputeDtype, agree_on_dtype, dtype_on
+from switchtitan.distributed.dtype import ComputeDtype, dtype_on
 from switchtitan.distributed.fsdp import (
     cast_frozen_weights,
     materialize,
@@ -313,7 +313,7 @@ def _choose_dtype(
     config: JobConfig, world: World, state: TrainState, changes: list[str]
 ) -> ComputeDtype:
     """Choose the dtype of activations and gradients, and record it in `state`."""
-    chosen = agree_on_dtype(config.training.dtype, world, state.compute_dtype)
+    chosen = dtype_on(world.device, config.training.dtype, state.compute_dtype, world)
     config.model.check_device(world.device.type, chosen.dtype)
     if state.compute_dtype not in (None, chosen.name):
         changes.append(f"compute dtype: {state.compute_dtype} -> {chosen.name}")

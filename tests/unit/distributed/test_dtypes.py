@@ -16,9 +16,9 @@ from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import (
     Bf16Support,
     ComputeDtype,
-    agree_on_dtype,
     bf16_support,
     choose_dtype,
+    dtype_on,
 )
 from switchtitan.distributed.precision import (
     allow_tf32,
@@ -94,15 +94,15 @@ def test_emulation_is_a_warning_on_a_cpu_and_an_error_on_a_gpu(monkeypatch, capl
     monkeypatch.setattr(compute_dtype, "bf16_support", lambda device: EMULATED)
     world = start_world(ParallelismConfig())
     with caplog.at_level("WARNING"):
-        assert agree_on_dtype("auto", world).name == "float32"
+        assert dtype_on(world.device, "auto", world=world).name == "float32"
         assert caplog.text == ""
-        assert agree_on_dtype("auto", world, saved="bfloat16").name == "bfloat16"
+        assert dtype_on(world.device, "auto", "bfloat16", world).name == "bfloat16"
     assert "it lacks bf16" in caplog.text
     on_gpu = replace(world, device=torch.device("cuda", 0))  # nothing is computed on it
     for key, saved in (("bfloat16", None), ("auto", "bfloat16")):
         with pytest.raises(EnvironmentMismatchError, match=r"\[training\] dtype = .*it lacks bf16"):
-            agree_on_dtype(key, on_gpu, saved)
-    assert agree_on_dtype("auto", on_gpu).name == "float32"
+            dtype_on(on_gpu.device, key, saved, on_gpu)
+    assert dtype_on(on_gpu.device, "auto", world=on_gpu).name == "float32"
 
 
 # The precision of products.
