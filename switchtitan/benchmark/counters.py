@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
 
@@ -40,6 +40,17 @@ class CountingMode(TorchDispatchMode, ABC):
         result = func(*args, **(kwargs or {}))
         self.count(func, args, kwargs or {}, result)
         return result
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Returns the tensors in nested sequences and mappings; faster than torch's pytrees."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [tensor for part in tree for tensor in tensors_in(part)]
 
 
 class CountFlops(CountingMode):
@@ -119,7 +130,7 @@ class CountCommunication(CountingMode):
         if name not in _COLLECTIVES:
             raise NotImplementedError(f"no rule for counting the bytes of {func}")
         kind, counted = _COLLECTIVES[name]
-        tensors = tree_leaves(result if counted is None else args[counted])
+        tensors = tensors_in(result if counted is None else args[counted])
         num_bytes = sum(tensor.nbytes for tensor in tensors)
         num_ranks = group_of(args).size()
         # An all_reduce is a reduce_scatter and an all_gather (Patarasu and Yuan 2009, "Bandwidth

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 import switchtitan
-from switchtitan.benchmark.counters import CountingMode
+from switchtitan.benchmark.counters import CountingMode, tensors_in
 from switchtitan.contracts import Batch
 from switchtitan.distributed.fsdp import host_buffers
 from switchtitan.distributed.shards import local
@@ -100,9 +99,8 @@ class TrackMemory(CountingMode):
         self._clean_up.close()
 
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._hold(tensor, OTHER)
+        for tensor in tensors_in(result):
+            self._hold(tensor, OTHER)
         self._measure()
 
     def _hold(self, tensor: Tensor, kind: str) -> None:
@@ -154,7 +152,7 @@ class TrackMemory(CountingMode):
 
     def _without_batches(self, steps: Iterable[list[Batch]]) -> Generator[list[Batch], None, None]:
         for batches in steps:
-            for tensor in tree_leaves(batches):
+            for tensor in tensors_in(batches):
                 self._hold(tensor, _BATCH)
             yield batches
 

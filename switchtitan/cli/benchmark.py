@@ -95,8 +95,8 @@ def _run_gpu(options: argparse.Namespace) -> dict[str, Any]:
         for arch, step in by_arch.items():
             late = [function for functions in step.compiled[1:] for function in functions]
             lines += [
-                f"{name}, {arch}, rank 0 of {options.num_ranks}: {len(step.graph_breaks)} graph "
-                f"breaks; compiled after the first step: {', '.join(late) or 'nothing'}",
+                f"{name}, {arch}, rank 0 of {options.num_ranks}; compiled after the first step: "
+                f"{', '.join(late) or 'nothing'}",
                 "Triton kernels: registers and spilled bytes per thread, shared bytes per block",
                 *tables.kernel_table(step),
                 f"a step by region, and its bound on {card_of(arch).device_name}",

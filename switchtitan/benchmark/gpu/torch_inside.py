@@ -147,17 +147,12 @@ def _install_inductor() -> None:
     # Constants of one element are computed on the device.
     for name in (f"{_FOLDER}._deduce_value", f"{_FOLDER}._add_peephole_patterns"):
         _replace(name, _on_cpu(_private(name)))
-    # Processes that compile lack these changes.
-    _replace(f"{_INDUCTOR}.config.compile_threads", 1)
-    # Cached graphs have no kernels to read.
-    _replace(f"{_INDUCTOR}.config.fx_graph_cache", False)
-    _replace("torch._functorch.config.enable_autograd_cache", False)
-    # It loads kernels on the device.
-    _replace(f"{_INDUCTOR}.config.use_static_triton_launcher", False)
-    # Lets Inductor note the bytes of each kernel.
-    _replace(f"{_INDUCTOR}.config.benchmark_kernel", True)
-    # It times padded products of odd sizes, as in LLaMA 1B.
-    _replace(f"{_INDUCTOR}.config.shape_padding", False)
+    torch.compiler.config.force_disable_caches = True  # cached graphs have no kernels to read
+    config = _private(f"{_INDUCTOR}.config")
+    config.compile_threads = 1  # processes that compile lack these changes
+    config.use_static_triton_launcher = False  # it loads kernels on the device
+    config.benchmark_kernel = True  # lets Inductor note the bytes of each kernel
+    config.shape_padding = False  # it times padded products of odd sizes, as in LLaMA 1B
     _replace(f"{_GUARDS}._empty_strided_cuda", _empty_strided)
     _replace(f"{_GUARDS}._reinterpret_tensor", _reinterpret)
     _replace(f"{_GUARDS}.assert_alignment", lambda *args: None)
@@ -267,8 +262,7 @@ def value_error() -> type[Exception]:
 
 def forget_compiled() -> None:
     """Lets the next configuration compile from scratch."""
-    torch._dynamo.reset()
-    _private("torch._dynamo.utils.counters").clear()
+    torch.compiler.reset()
     _private(f"{_INDUCTOR}.codecache.PyCodeCache.cache_clear")()
     newly_compiled()
     tuners.clear()
@@ -279,11 +273,6 @@ def newly_compiled() -> list[str]:
     metrics = _private("torch._dynamo.utils.get_compilation_metrics")()
     _private("torch._dynamo.utils.clear_compilation_metrics")()
     return [str(entry.co_name) for entry in metrics]
-
-
-def graph_breaks() -> dict[str, int]:
-    """Returns the number of graph breaks by reason."""
-    return dict(_private("torch._dynamo.utils.counters")["graph_break"])
 
 
 def let_random_pass(mode: type[TorchDispatchMode]) -> None:

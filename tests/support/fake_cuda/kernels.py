@@ -3,13 +3,12 @@
 from collections import Counter
 
 from support.fake_cuda.operations import is_on_cuda
-from switchtitan.benchmark.counters import CountingMode
+from switchtitan.benchmark.counters import CountingMode, tensors_in
 from switchtitan.benchmark.gpu.record import (
     NO_KERNEL,
     lists_in,
     num_launches_of_lists,
     takes_fast_path,
-    tensors_in,
 )
 
 
