@@ -41,9 +41,9 @@ class Throughput:
         self._synchronize = synchronize
         self._began_at = self._window_began_at = time.perf_counter()
         self._excluded_s = 0.0
-        self._first: tuple[int, float] | None = None
-        """Step and time of the first call of `measure`."""
-        self._steady_steps, self._steady_s = 0, 0.0
+        self._first_step, self._first_at = 0, 0.0
+        """Step and time of the first call of `measure`, from which means are taken."""
+        self._steady_s = 0.0
         self._tokens_per_s = 0.0
 
     @contextmanager
@@ -68,29 +68,23 @@ class Throughput:
         elapsed_s = max(now - self._window_began_at - self._excluded_s, 1e-9)
         self._tokens_per_s = num_steps * self._tokens_per_step / elapsed_s
         self._step, self._window_began_at, self._excluded_s = step, now, 0.0
-        if self._first is None:
-            self._first = (step, now)
+        if self._first_at == 0.0:
+            self._first_step, self._first_at = step, now
             if step < self._num_steps:
                 return {}
         else:
-            self._steady_steps += num_steps
             self._steady_s += elapsed_s
         flops_per_s = self._tokens_per_s * self._flops_per_token_and_device
+        # With what is excluded from the speed.
+        s_per_step = (now - self._first_at) / max(1, step - self._first_step)
         values = {
             "throughput/tokens_per_s": self._tokens_per_s,
             "throughput/tflop_per_s_per_device": flops_per_s / 1e12,
-            "throughput/eta_s": self._time_left_s(*self._first),
+            "throughput/eta_s": (self._num_steps - step) * s_per_step,
         }
         if self._peak is not None:
             values["throughput/mfu"] = flops_per_s / self._peak
         return values
-
-    def _time_left_s(self, first_step: int, began_at: float) -> float:
-        """At the mean speed since the first window, with what is excluded from the speed."""
-        if self._step == self._num_steps:
-            return 0.0
-        s_per_step = (self._window_began_at - began_at) / (self._step - first_step)
-        return (self._num_steps - self._step) * s_per_step
 
     @property
     def wall_time_s(self) -> float:
@@ -100,9 +94,9 @@ class Throughput:
     @property
     def mean_tokens_per_s(self) -> float:
         """Mean without the first window, which includes compilation, unless it is the only one."""
-        if self._steady_steps == 0:
+        if self._steady_s == 0.0:
             return self._tokens_per_s
-        return self._steady_steps * self._tokens_per_step / self._steady_s
+        return (self._step - self._first_step) * self._tokens_per_step / self._steady_s
 
     @property
     def mean_mfu(self) -> float | None:
