@@ -8,9 +8,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from support.fake_cuda.cases import NUM_RANKS
-from support.fake_cuda.kernels import CountKernels
 from support.fake_cuda.steps import fake_cuda_stepper
 from support.tiny import tiny_config
+from switchtitan.benchmark.gpu.record import Launch, RecordLaunches
 from switchtitan.distributed.config import CompileConfig
 from switchtitan.job.config import parse_arguments
 from switchtitan.models.loss import CrossEntropy, Head
@@ -36,9 +36,9 @@ def kernels_of_switches(rank):
         with fake_cuda_stepper(parse_arguments(words, NUM_RANKS), NUM_RANKS, rank) as stepper:
             # This step takes none of the vectors that the previous one puts back.
             stepper.optimizer.switch()
-            with CountKernels() as kernels:
+            with RecordLaunches() as kernels:
                 stepper.optimizer.switch()
-        results[name] = dict(kernels.counts)
+        results[name] = by_operation(kernels)
     return results
 
 
@@ -59,19 +59,19 @@ def kernels_of_updates(folder, rank):
             stepper.compute_gradients()
             rule = stepper.optimizer._rule
             stepper.optimizer.switch()
-            with CountKernels() as kernels:
+            with RecordLaunches() as kernels:
                 if is_compiled:
                     rule._update = _as_one_kernel(rule._update, kernels)
                 rule.step()
-        results[name] = dict(kernels.counts)
+        results[name] = by_operation(kernels)
     return results
 
 
 def _as_one_kernel(region, kernels):
     def call(*args, **kwargs):
-        counts = kernels.counts.copy()
+        launches = kernels.launches.copy()
         result = region(*args, **kwargs)
-        kernels.counts = counts + Counter(compiled=1)
+        kernels.launches = launches + Counter([Launch("", "triton", "compiled", 1, 0)])
         return result
 
     return call
@@ -82,7 +82,7 @@ def kernels_of_loss(vocabulary):
     strides of the logits of each chunk."""
     strides = []
 
-    class Count(CountKernels):
+    class RecordStrides(RecordLaunches):
         def count(self, func, args, kwargs, result):
             super().count(func, args, kwargs, result)
             if func is torch.ops.aten.mm.out and kwargs["out"].shape[1] == vocabulary:
@@ -93,6 +93,14 @@ def kernels_of_loss(vocabulary):
         head = Head(DIM, vocabulary)
         head.weight = nn.Parameter(torch.empty(vocabulary, DIM, dtype=torch.bfloat16))
         targets = torch.zeros(1, NUM_TOKENS, dtype=torch.int64)
-        with Count() as kernels:
+        with RecordStrides() as kernels:
             CrossEntropy(compile_regions=False)(hidden, head, targets, NUM_TOKENS).backward()
-    return dict(kernels.counts), strides
+    return by_operation(kernels), strides
+
+
+def by_operation(kernels):
+    """Returns the number of kernels by operation, collectives and copies included."""
+    counts = Counter()
+    for launch, number in kernels.launches.items():
+        counts[launch.name] += number * launch.num_launches
+    return dict(counts)
