@@ -81,14 +81,12 @@ for in_place, product in ((_aten.addmm_, _aten.addmm), (_aten.baddbmm_, _aten.ba
     register_flop_formula(in_place, get_raw=True)(flop_registry[product])
 
 
-@register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)
-def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-@register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu_backward)
-def _attention_backward(grad: torch.Size, *forward: Any, **_: Any) -> int:
-    return 2 * sdpa_flop_count(*forward[:3])
+register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)(
+    lambda *shapes, **_: sdpa_flop_count(*shapes[:3])
+)
+register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu_backward)(
+    lambda grad, *shapes, **_: 2 * sdpa_flop_count(*shapes[:3])
+)
 
 
 # Collectives.

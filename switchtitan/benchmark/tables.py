@@ -96,16 +96,10 @@ def fit_table(fits: Mapping[str, Fit]) -> list[str]:
     memories_gib = next(iter(fits.values())).batch_size
     rows = [(*(f"in {gib} GiB" for gib in memories_gib), "peak with 1, GiB", "")]
     for name, fit in fits.items():
-        cells = map(batch_size_cell, fit.local_batch_size.values())
+        special = {0: "no", MAX_BATCH_SIZE: f"{MAX_BATCH_SIZE}+"}  # none; all that are tried
+        cells = [special.get(size, str(size)) for size in fit.local_batch_size.values()]
         rows.append((*cells, _gib(fit.peak[1]), name))
     return _aligned(rows)
-
-
-def batch_size_cell(batch_size: int) -> str:
-    """Formats a micro-batch that fits: "no" for none, "64+" for the largest that is tried."""
-    if batch_size == 0:
-        return "no"
-    return f"{batch_size}+" if batch_size == MAX_BATCH_SIZE else str(batch_size)
 
 
 def fit_record(fits: Mapping[str, Fit]) -> dict[str, Any]:

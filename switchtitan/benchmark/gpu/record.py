@@ -150,8 +150,10 @@ class RecordLaunches(CountingMode):
         # "prim" asks a tensor for its device.
         if namespace == "prim" or name in NO_KERNEL:
             return
-        if func.is_view and is_view_of(result, args[0]):
-            return
+        if func.is_view:  # `to`, a view, may copy
+            storage = args[0].untyped_storage()
+            if all(part.untyped_storage() is storage for part in tensors_in(result)):
+                return
         if name == "copy_" and args[0] is args[1]:  # nor has a copy to itself
             return
         if func in IMPLEMENTATIONS:
@@ -188,12 +190,6 @@ class RecordLaunches(CountingMode):
 
 
 torch_inside.let_random_pass(RecordLaunches)
-
-
-def is_view_of(result: Any, tensor: Tensor) -> bool:
-    """Whether an operation's result has the memory of a tensor: `to`, a view, may copy."""
-    storage = tensor.untyped_storage()
-    return all(part.untyped_storage() is storage for part in tensors_in(result))
 
 
 def num_bytes_of(name: str, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
@@ -272,24 +268,18 @@ def lists_in(args: tuple) -> list[list[Tensor]]:
     return [[*part] for part in args if isinstance(part, list | tuple) and tensors_in(part[:1])]
 
 
-def takes_fast_path(lists: list[list[Tensor]]) -> bool:
-    """Whether each list has one dtype, all tensors are dense, and entries of a position match.
+def num_launches_of_lists(lists: list[list[Tensor]]) -> int:
+    """Returns the kernels of an operation on lists: one for each entry without the fast path.
 
+    That needs one dtype in each list, dense tensors, and entries of a position that match.
     (aten/src/ATen/native/ForeachUtils.h)
     """
-    return (
-        all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in lists)
-        and all(tensor.is_contiguous() for tensors in lists for tensor in tensors)
-        and all(
-            len({(tensor.shape, tensor.stride()) for tensor in entries}) == 1
-            for entries in zip(*lists, strict=True)
-        )
+    is_fast = all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in lists) and all(
+        tensor.is_contiguous() and (tensor.shape, tensor.stride()) == (first.shape, first.stride())
+        for first, *others in zip(*lists, strict=True)
+        for tensor in (first, *others)
     )
-
-
-def num_launches_of_lists(lists: list[list[Tensor]]) -> int:
-    """Returns the kernels of an operation on lists: one for each entry without the fast path."""
-    return _num_launches_of_alike(lists) if takes_fast_path(lists) else len(lists[0])
+    return _num_launches_of_alike(lists) if is_fast else len(lists[0])
 
 
 def _num_launches_of_alike(lists: list[list[Tensor]]) -> int:

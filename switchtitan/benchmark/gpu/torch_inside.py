@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchtitan.distributed.gpus import ARCHS, card_of
@@ -153,8 +152,14 @@ def _install_inductor() -> None:
     config.use_static_triton_launcher = False  # it loads kernels on the device
     config.benchmark_kernel = True  # lets Inductor note the bytes of each kernel
     config.shape_padding = False  # it times padded products of odd sizes, as in LLaMA 1B
-    _replace(f"{_GUARDS}._empty_strided_cuda", _empty_strided)
-    _replace(f"{_GUARDS}._reinterpret_tensor", _reinterpret)
+    _replace(
+        f"{_GUARDS}._empty_strided_cuda",
+        lambda *layout: torch.empty_strided(*layout[:2], dtype=layout[2], device="cuda"),
+    )
+    _replace(
+        f"{_GUARDS}._reinterpret_tensor",
+        lambda t, size, stride, offset=0: t.as_strided(size, stride, t.storage_offset() + offset),
+    )
     _replace(f"{_GUARDS}.assert_alignment", lambda *args: None)
     _replace(f"{_INDUCTOR}.codegen.simd.SIMDKernel.estimate_kernel_num_bytes", num_bytes_of_kernel)
     name = f"{_INDUCTOR}.output_code.CompiledFxGraph.__call__"
@@ -168,14 +173,6 @@ def _install_inductor() -> None:
             running_graphs.pop()
 
     _replace(name, call_and_tell)
-
-
-def _empty_strided(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
-
-
-def _reinterpret(tensor: Tensor, size: Any, stride: Any, offset: int = 0) -> Tensor:
-    return torch.as_strided(tensor, size, stride, tensor.storage_offset() + offset)
 
 
 def num_bytes_of_kernel(kernel: Any) -> int:
