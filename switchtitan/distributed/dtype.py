@@ -63,10 +63,7 @@ def choose_dtype(
 
 
 def dtype_on(
-    device: torch.device,
-    key: DtypeKey,
-    saved: DtypeName | None = None,
-    world: World | None = None,
+    device: torch.device, key: DtypeKey, saved: DtypeName | None = None, world: World | None = None
 ) -> ComputeDtype:
     """Returns `choose_dtype` for a device, or for those of all ranks of `world`, the same on every
     rank; collective. Warns if this device emulates bf16.

@@ -27,10 +27,7 @@ HELD = {
         "optimizer.model.norm.weight.exp_avg_sq",
         "optimizer.model.norm.weight.step",
     ],
-    ("switchlora", *WHOLE): [
-        WEIGHT,
-        "optimizer.lm_head.weight.step",
-    ],
+    ("switchlora", *WHOLE): [WEIGHT, "optimizer.lm_head.weight.step"],
     ("switchlora", *CONSTANT): ["optimizer.switch.candidate_keys"],
     ("relora", *BF16): ["optimizer.reset.rounding_keys"],
     ("galore",): [BASIS],

@@ -9,12 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from support.fake_cuda import kernel_checks, python_api
 from support.fake_cuda.cases import CASES, NUM_RANKS, ON_CPU, UNEVEN
-from support.fake_cuda.steps import (
-    collectives_on_cpu,
-    observe,
-    observed_stepper,
-    steps_of,
-)
+from support.fake_cuda.steps import collectives_on_cpu, observe, observed_stepper, steps_of
 from switchtitan.checkpoint.save import CheckpointTensors, copy_to_host
 from switchtitan.distributed.shards import local
 from switchtitan.observability.region_times import RegionTimes

@@ -20,11 +20,7 @@ from switchtitan.distributed.dtype import (
     choose_dtype,
     dtype_on,
 )
-from switchtitan.distributed.precision import (
-    allow_tf32,
-    full_precision,
-    use_full_precision,
-)
+from switchtitan.distributed.precision import allow_tf32, full_precision, use_full_precision
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods.lowrank.rounding import random_bits, round_to_bf16
