@@ -15,5 +15,5 @@ torch looks up the device once per process, so checks run in a new process; see 
 - `waits`, `races`, `collectives`: observe a step
 - `cases`: every method, and every option that a step depends on
 - `steps`: steps of cases, and reads and waits that are documented
-- `kernel_checks`, `checks`: what tests run in a new process
+- `checks`: what tests run in a new process
 """
