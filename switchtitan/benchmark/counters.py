@@ -117,7 +117,7 @@ class CountCommunication(CountingMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = {kind: CollectiveCount(0, 0.0) for kind, _ in _OPERATIONS}
+        self.counts = {kind: CollectiveCount(0, 0.0) for kind, _ in _COLLECTIVES.values()}
 
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
         if not isinstance(func, torch._ops.OpOverload) or func.namespace not in _NAMESPACES:
@@ -150,24 +150,24 @@ def group_of(args: tuple) -> dist.ProcessGroup:
 _NAMESPACES = ("c10d", "_c10d_functional", "_dtensor")
 _SEND_NOTHING = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")
 # Those of c10d, in place, end with "_"; DTensors use the others.
-_OPERATIONS: dict[tuple[str, int | None], str] = {
-    ("all_gather", 0): "_allgather_base_ allgather_ allgather_into_tensor_coalesced_",
-    ("all_gather", None): "all_gather_into_tensor all_gather_into_tensor_out"
-    " all_gather_into_tensor_coalesced",
-    ("reduce_scatter", 1): "_reduce_scatter_base_ reduce_scatter_ reduce_scatter_tensor_coalesced_",
-    ("reduce_scatter", 0): "reduce_scatter_tensor reduce_scatter_tensor_out"
-    " reduce_scatter_tensor_coalesced",
-    ("all_reduce", 0): "allreduce_ allreduce_coalesced_ all_reduce all_reduce_"
-    " all_reduce_coalesced all_reduce_coalesced_",
-    ("broadcast", 0): "broadcast_ broadcast",
-    ("gather", 1): "gather_",
-    ("scatter", 0): "scatter_",
-    ("all_to_all", 1): "alltoall_base_",
-}
-"""(kind, which argument counts; None: the result) -> operations. What counts is the full tensor,
-but for gather and scatter a shard, and for all_to_all a rank's input."""
 _COLLECTIVES = {
-    name: kind_and_argument
-    for kind_and_argument, names in _OPERATIONS.items()
+    name: (kind, counted)
+    for kind, counted, names in (
+        ("all_gather", 0, "_allgather_base_ allgather_ allgather_into_tensor_coalesced_"),
+        ("all_gather", None, "all_gather_into_tensor all_gather_into_tensor_out"),
+        ("all_gather", None, "all_gather_into_tensor_coalesced"),
+        ("reduce_scatter", 1, "_reduce_scatter_base_ reduce_scatter_"),
+        ("reduce_scatter", 1, "reduce_scatter_tensor_coalesced_"),
+        ("reduce_scatter", 0, "reduce_scatter_tensor reduce_scatter_tensor_out"),
+        ("reduce_scatter", 0, "reduce_scatter_tensor_coalesced"),
+        ("all_reduce", 0, "allreduce_ allreduce_coalesced_ all_reduce all_reduce_"),
+        ("all_reduce", 0, "all_reduce_coalesced all_reduce_coalesced_"),
+        ("broadcast", 0, "broadcast_ broadcast"),
+        ("gather", 1, "gather_"),
+        ("scatter", 0, "scatter_"),
+        ("all_to_all", 1, "alltoall_base_"),
+    )
     for name in names.split()
 }
+"""Operation -> its kind, and which argument counts; None: the result. What counts is the full
+tensor, but for gather and scatter a shard, and for all_to_all a rank's input."""

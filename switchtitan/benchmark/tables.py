@@ -25,7 +25,7 @@ def step_table(times: Mapping[str, StepTimes]) -> list[str]:
     rows = [("ms/step", "tokens/s", "ratio", "95 % interval", "")]
     reference = next(iter(times.values()))
     for name, side_times in times.items():
-        speed = _milliseconds(side_times.median_s), tqdm.format_sizeof(side_times.tokens_per_s)
+        speed = _four_digits(1e3 * side_times.median_s), tqdm.format_sizeof(side_times.tokens_per_s)
         ratio = ratio_of_steps(side_times, reference)
         interval = "" if side_times is reference else f"{ratio.low:.3f}-{ratio.high:.3f}"
         rows.append((*speed, f"{ratio.value:.3f}", interval, name))
@@ -137,7 +137,7 @@ def bound_table(steps: Mapping[str, Mapping[str, StepOnGpu]]) -> list[str]:
     for name, by_arch in steps.items():
         row: list[str] = []
         for card, seconds in bounds_s(by_arch).items():
-            row += [_milliseconds(seconds), f"{seconds / reference[card]:.3f}"]
+            row += [_four_digits(1e3 * seconds), f"{seconds / reference[card]:.3f}"]
         rows.append((*row, name))
     return _aligned(rows)
 
@@ -183,11 +183,6 @@ def gpu_record(steps: Mapping[str, Mapping[str, StepOnGpu]]) -> dict[str, Any]:
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / _GIB:.2f}"
-
-
-def _milliseconds(seconds: float) -> str:
-    """Formats seconds as milliseconds with four digits, without the unit."""
-    return _four_digits(1e3 * seconds)
 
 
 def _four_digits(value: float) -> str:

@@ -36,8 +36,7 @@ class ComputeDtype:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.name)
-        return dtype
+        return torch.bfloat16 if self.name == "bfloat16" else torch.float32
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
