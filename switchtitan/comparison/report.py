@@ -1,7 +1,7 @@
 """The report of a comparison: Markdown tables, a CSV file of its runs, and a picture."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -45,7 +45,7 @@ def markdown(state: State) -> str:
     parts = [
         f"# {config.name}",
         f"{len(state.finished)} of {config.num_runs} runs are finished.",
-        *_facts(state),
+        *_facts([result for result in state.finished.values() if not result.diverged]),
         f"{', '.join(map(short_name, config.axes))}: given, or chosen by the validation loss after "
         f"the last step, with seed {config.selection_seed}. Losses are on the test split: mean ± "
         f"standard deviation over seeds {', '.join(map(str, config.report_seeds))}. Differences to "
@@ -146,21 +146,19 @@ def _tried(losses: Mapping[float, float]) -> str:
     return ", ".join(cells)
 
 
-def _facts(state: State) -> list[str]:
-    """Returns a sentence about tokens, corpus, versions and hardware of the finished runs."""
-    results = [result for result in state.finished.values() if not result.diverged]
+def _facts(results: Sequence[RunResult]) -> Iterator[str]:
+    """Yields a sentence about tokens, corpus, versions and hardware of runs, if there are any."""
 
     def distinct(figure: str) -> str:
-        found = {str(getattr(result, figure) or "unknown") for result in results}
-        return " and ".join(sorted(found))
+        return " and ".join(sorted({str(getattr(of, figure) or "unknown") for of in results}))
 
-    sentence = (
-        f"{distinct('tokens')} tokens per run of corpus {distinct('corpus')} (fingerprint "
-        f"{distinct('corpus_fingerprint')}), torch {distinct('torch')}, {distinct('device')}, CPU "
-        f"capability {distinct('cpu_capability')}, {distinct('num_threads')} thread(s), commit "
-        f"{distinct('commit')}."
-    )
-    return [sentence] if results else []
+    if results:
+        yield (
+            f"{distinct('tokens')} tokens per run of corpus {distinct('corpus')} (fingerprint "
+            f"{distinct('corpus_fingerprint')}), torch {distinct('torch')}, {distinct('device')}, CPU "
+            f"capability {distinct('cpu_capability')}, {distinct('num_threads')} thread(s), commit "
+            f"{distinct('commit')}."
+        )
 
 
 @rc_context(PLOT_STYLE)
