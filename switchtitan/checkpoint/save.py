@@ -40,7 +40,7 @@ from switchtitan.checkpoint.config import RESUME_NEVER, CheckpointConfig
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.norms import non_finite
 from switchtitan.distributed.replicas import check_replicas
-from switchtitan.distributed.shards import as_shard_of, local, replica_group
+from switchtitan.distributed.shards import local, replica_group, with_local
 from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError
 from switchtitan.files import make_folder, named_errors, sync_folder
@@ -311,7 +311,7 @@ def copy_to_host(tensors: Mapping[str, Tensor], reused: dict[str, Tensor]) -> di
         reused[name].copy_(shard, non_blocking=True)
     if any(shard.is_cuda for shard in shards.values()):
         torch.cuda.current_stream().synchronize()
-    return {name: as_shard_of(reused[name], tensor) for name, tensor in tensors.items()}
+    return {name: with_local(tensor, reused[name]) for name, tensor in tensors.items()}
 
 
 # Writing.

@@ -155,9 +155,9 @@ def _facts(results: Sequence[RunResult]) -> Iterator[str]:
     if results:
         yield (
             f"{distinct('tokens')} tokens per run of corpus {distinct('corpus')} (fingerprint "
-            f"{distinct('corpus_fingerprint')}), torch {distinct('torch')}, {distinct('device')}, CPU "
-            f"capability {distinct('cpu_capability')}, {distinct('num_threads')} thread(s), commit "
-            f"{distinct('commit')}."
+            f"{distinct('corpus_fingerprint')}), torch {distinct('torch')}, {distinct('device')}, "
+            f"CPU capability {distinct('cpu_capability')}, {distinct('num_threads')} thread(s), "
+            f"commit {distinct('commit')}."
         )
 
 

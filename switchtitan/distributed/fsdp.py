@@ -19,11 +19,11 @@ from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.replicas import compute_in_turns
 from switchtitan.distributed.shards import (
     all_ranks_group,
-    as_shard_of,
     copy_from_full_,
     local,
     row_range,
     shard_buffer,
+    with_local,
 )
 from switchtitan.process import progress_bar
 
@@ -216,7 +216,7 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
     def allocate(tensor: Tensor) -> Tensor:
         if tensor in on_host:
-            return as_shard_of(torch.empty_like(local(tensor), device="cpu"), tensor)
+            return with_local(tensor, torch.empty_like(local(tensor), device="cpu"))
         return torch.empty_like(tensor, device=device)
 
     for module, name, _ in replicated:

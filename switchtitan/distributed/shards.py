@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -102,11 +101,18 @@ def shard_buffer(buffer: Tensor, mesh: DeviceMesh) -> DTensor:
 
 
 def _sharded(part: Tensor, num_rows: int, mesh: DeviceMesh) -> DTensor:
-    placements = (*[Replicate()] * (mesh.ndim - 1), Shard(0))
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
     layout = torch.empty(num_rows, *part.shape[1:], device="meta")
-    meta = TensorMeta(layout.shape, layout.stride(), part.dtype)
-    # As FSDP2 does it: `from_local` would move a shard in host memory to the mesh's device.
-    return DTensor(part, DTensorSpec(mesh, placements, meta), requires_grad=False)
+    shape, stride = layout.shape, layout.stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def with_local(tensor: Tensor, part: Tensor) -> Tensor:
+    """Returns a tensor of the shape and placement of `tensor`, with local shard `part`."""
+    if not isinstance(tensor, DTensor):
+        return part
+    # As FSDP2 does it: `from_local` would move the shard to the mesh's device.
+    return DTensor(part, tensor._spec, requires_grad=False)
 
 
 def _held_rows(num_rows: int, mesh: DeviceMesh) -> range:
