@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.nonfinite import NOT_FINITE
 from support.tiny import tiny_trainer, train_steps
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from switchtitan.benchmark.counters import CountingMode
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import (
@@ -144,19 +144,16 @@ def test_full_precision_restores_what_was_set_outside(precision):
     assert MATMUL.allow_tf32
 
 
-class RecordProducts(TorchDispatchMode):
+class RecordProducts(CountingMode):
     """The precision that is set at each product of matrices."""
-
-    PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
 
     def __init__(self):
         super().__init__()
         self.precisions = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in self.PRODUCTS:
+    def count(self, func, args, kwargs, result):
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
             self.precisions.append(torch.get_float32_matmul_precision())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", ["switchlora", "relora", "galore", "fira", "apollo"])
