@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from switchtitan.distributed.shards import local_shards, row_range
+from switchtitan.distributed.shards import local, row_range
 
 Spans = tuple[range, ...]
 """Rows as spans of neighbouring indices, in order, which are cheap to slice."""
@@ -25,7 +25,7 @@ class ShardedRows:
 
     def __init__(self, matrix: Tensor) -> None:
         self.width, self.held = matrix.shape[1], row_range(matrix)
-        (self.shard,) = local_shards([matrix])
+        self.shard = local(matrix)
 
 
 class RowSpans(NamedTuple):
