@@ -89,8 +89,8 @@ def _products(
     return [*wide, *merges, (out_features, num_tokens, in_features), *projections]
 
 
-def fastest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) -> Contraction:
-    """Returns the contraction with the least time by a roofline like that of the device of x.
+def cheapest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) -> Contraction:
+    """Returns the contraction that takes the least time by a roofline of the device of x.
 
     Of equal ones, the first in the table. On a CPU operations decide: measured, its narrow products
     are as fast as others.
@@ -101,24 +101,24 @@ def fastest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) -> 
     """
     num_tokens, value_size = x.numel() // x.shape[-1], x.element_size()
     flops_per_value = value_size * (_flops_per_byte(x.device, x.dtype) if x.is_cuda else 0.0)
-    return BY_NAME[_fastest(out_features, x.shape[-1], rank, num_tokens, flops_per_value)]
+    return BY_NAME[_cheapest(out_features, x.shape[-1], rank, num_tokens, flops_per_value)]
 
 
 # Evaluated while torch.compile traces, not traced; the mark has no effect on a cached function.
 @torch.compiler.assume_constant_result
-def _fastest(*args: Any) -> str:
-    return _fastest_of_shape(*args)
+def _cheapest(*args: Any) -> str:
+    return _cheapest_of_shape(*args)
 
 
 @functools.lru_cache
-def _fastest_of_shape(
+def _cheapest_of_shape(
     out_features: tuple[int, ...],
     in_features: int,
     rank: int,
     num_tokens: int,
     flops_per_value: float,
 ) -> str:
-    """See `fastest_contraction`.
+    """See `cheapest_contraction`.
 
     Args:
         flops_per_value: operations in the time that a value of a matrix takes.

@@ -12,7 +12,7 @@ from switchtitan.distributed.initial import GeneratorFor, split_blocks
 from switchtitan.distributed.random import draw_vectors
 from switchtitan.methods.adapter.contraction import (
     Contraction,
-    fastest_contraction,
+    cheapest_contraction,
     frozen_linear,
 )
 from switchtitan.methods.targets import FACTORS, FactorLinear
@@ -27,7 +27,7 @@ class AdapterLinear(FactorLinear):
         scale: s.
         bounds: of the uniform distributions that A and B are drawn from at the start.
         dropout: dropout probability for the input of A.
-        contraction: how to compute the layer without dropout; by default the fastest for x.
+        contraction: how to compute the layer without dropout; by default the cheapest for x.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class AdapterLinear(FactorLinear):
         contraction = self._contraction
         if contraction is None:
             out_features = tuple(layer.out_features for layer in layers)
-            contraction = fastest_contraction(x, out_features, self.rank)
+            contraction = cheapest_contraction(x, out_features, self.rank)
         parts = [(layer.weight, layer.lora_a, layer.lora_b) for layer in layers]
         outputs = contraction(x, parts, self.scale)
         return tuple(

@@ -44,7 +44,7 @@ class FrozenWeights:
         """Adds s B A to the weights of some layers.
 
         Args:
-            event: below 2^31; two events that round must not share a number.
+            event: a number below 2^31, such as a step's, of this addition alone.
             products: index of the layer, A [k, in] and B transposed, [k, out], both unsharded.
         """
         keys: tuple[Tensor, ...] = ()

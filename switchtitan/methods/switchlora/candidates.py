@@ -70,7 +70,7 @@ class DrawnCandidates(Candidates):
     def take(self, switches: list[Switch], gathered: list[Tensor]) -> list[Tensor]:
         pairs = [(switch, factor) for switch in switches for factor in (FACTOR_A, FACTOR_B)]
         slots = [slot for switch, _ in pairs for span in switch.slots_in for slot in span]
-        owners = np.array([(switch.layer, factor) for switch, factor in pairs])
+        owners = np.array([(switch.layer, factor) for switch, factor in pairs])  # indices of tables
         counts = np.array([switch.num_vectors for switch, _ in pairs])
         widths = self._widths[tuple(owners.T)]
         of_vector = tuple(torch.from_numpy(owners.repeat(counts, axis=0).T))
@@ -133,6 +133,7 @@ class HostCandidates(StoredCandidates):
         self._most_in_flight = 1 if spare >= layers[0].rank else 0
 
     def row_requests(self, switches: list[Switch]) -> list[RowSpans]:
+        """Copies them to the device, after vectors that are due are in the buffers."""
         self._write_back_all_but(self._most_in_flight)
         # Rows of other ranks are zeros: the exchange sums over ranks.
         packed, wanted = pack_rows(super().row_requests(switches))
