@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchtitan.methods.adapter.contraction import (
+    cheapest_contraction,
     dense_gradient,
     factored,
-    cheapest_contraction,
     merged,
 )
 
