@@ -8,12 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import refused
-from support.folders import (
-    KINDS,
-    change_json,
-    reader_of,
-    save_random_model,
-)
+from support.folders import KINDS, change_json, reader_of, save_random_model
 from support.tensors import differing
 
 from switchtitan.errors import CheckpointError, ConfigError
