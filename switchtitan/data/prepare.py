@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -65,8 +65,6 @@ TRAINING_SAMPLE_BYTES = 1 << 25
 """A tokenizer is trained on the first training documents: a few seconds."""
 CHUNK_BYTES = 1 << 21
 CHUNK_DOCUMENTS = 4096
-
-T = TypeVar("T")
 
 
 def open_corpus(
@@ -487,13 +485,13 @@ def tokenized(
         yield Chunk(segment, num_bytes, position)
 
 
-def read_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yields the same items and makes the next one in a thread meanwhile."""
+def read_ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Yields the same chunks, and reads the next one in a thread meanwhile."""
     with ThreadPoolExecutor(max_workers=1) as reader:
-        pending = reader.submit(next, items, None)
-        while (item := pending.result()) is not None:
-            pending = reader.submit(next, items, None)
-            yield item
+        pending = reader.submit(next, chunks, None)
+        while (chunk := pending.result()) is not None:
+            pending = reader.submit(next, chunks, None)
+            yield chunk
 
 
 def write_shard(

@@ -52,7 +52,7 @@ Documents = Iterator[tuple[str | NDArray[Any], Position]]
 Read = Callable[[str | None, Position | None, DocumentTokenizer | None], Documents]
 """Yields the documents of a split, or all (None), from the start (None) or a position. Token ids
 need the tokenizer that made them. Errors are CorpusErrors that name file and record."""
-_FilesOfSplits = Mapping[str | None, Sequence[Path]]
+_FilesBySplit = Mapping[str | None, Sequence[Path]]
 _ReadFile = Callable[[Path, DocumentTokenizer | None], Iterator[Any]]
 """Yields the documents of a file; a ValueError says where it is malformed."""
 
@@ -84,10 +84,10 @@ def _files_source(
     commit: str | None,
 ) -> Source:
     """The documents of a single file, or of all files of a folder that have one of `patterns`.
-    `read_file` gets the column with the text of records, and is else a `_ReadFile`."""
+    `read_file` gets a file and the column with the text of records; see `_ReadFile`."""
     kind, column = config.dataset, config.column
     identity = {"kind": kind, "text_column": None if kind == "text" else column}
-    files: _FilesOfSplits = {None: _find_files(config, *patterns)}
+    files: _FilesBySplit = {None: _find_files(config, *patterns)}
     return _own_files(config, kind, identity, files, lambda file, _: read_file(file, column))
 
 
@@ -95,7 +95,7 @@ def _own_files(
     config: "SourceConfig",
     kind: str,
     identity: Mapping[str, object],
-    files: _FilesOfSplits,
+    files: _FilesBySplit,
     read_file: _ReadFile,
 ) -> Source:
     """The documents of a user's own files, by split (None: all)."""
@@ -114,7 +114,7 @@ def _own_files(
     )
 
 
-def _reader_of(files: _FilesOfSplits, read_file: _ReadFile) -> Read:
+def _reader_of(files: _FilesBySplit, read_file: _ReadFile) -> Read:
     """Reads the files of each split; a position counts the files and the documents of one."""
 
     def read(
@@ -357,7 +357,7 @@ def _nanogpt(config: "SourceConfig", commit: str | None) -> Source:
     """Token files in nanoGPT's layout: little-endian, no header. `train.bin` and `val.bin` in a
     folder are its own splits; otherwise all `*.bin` files are read."""
     path = config.folder
-    files: _FilesOfSplits = {"train": [path / "train.bin"], "validation": [path / "val.bin"]}
+    files: _FilesBySplit = {"train": [path / "train.bin"], "validation": [path / "val.bin"]}
     if not all(file.is_file() for (file,) in files.values()):
         files = {None: _find_files(config, "*.bin")}
     return _own_files(config, "nanoGPT", {"kind": "nanogpt"}, files, _read_ids)
