@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -405,13 +406,16 @@ def _split_of(document: int, stream: str | None, config: DataConfig) -> str:
     return "test" if is_test else "train"
 
 
+_period_of = cache(lambda fraction: 1 / Fraction(str(fraction)))
+
+
 def is_held_out(document: int, fraction: float, first: int = 0) -> bool:
     """Whether a document is held out: number `first`, and one of each later 1 / fraction documents,
     chosen by a hash that is salted with `first`.
 
     The held-out fraction is exact, as written in decimals. Blocks of documents are those of the
     period: 1 / 0.4 = 5/2 has blocks of 3 and 2 documents in turn."""
-    period = 1 / Fraction(str(fraction))
+    period = _period_of(fraction)
     num_documents, num_blocks = period.numerator, period.denominator
     block = document * num_blocks // num_documents
     if block == 0:
