@@ -21,7 +21,7 @@ from typing import Any
 
 import generate_docs
 
-from switchtitan.benchmark.gpu.roofline import CARDS
+from switchtitan.distributed.gpus import CARDS
 from switchtitan.job.config import parse_unchecked
 from switchtitan.models.llama.config import SIZES
 from switchtitan.observability.environment import commit

@@ -19,16 +19,32 @@ def write_atomically(file: Path, contents: str | bytes) -> None:
     # A name that nobody can know: a link in its place would lead the write elsewhere.
     partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.new")
     try:
-        with named_errors(file), partial.open("xb") as stream:
-            stream.write(contents.encode("utf-8") if isinstance(contents, str) else contents)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with named_errors(file):
+            write_flushed(partial, contents.encode() if isinstance(contents, str) else contents)
         os.replace(partial, file)
     except BaseException:
         with suppress(OSError):
             partial.unlink()
         raise
     sync_folder(file.parent)
+
+
+def write_flushed(file: Path, contents: bytes | memoryview) -> None:
+    """Create a file and flush it to disk; an error if it exists."""
+    with file.open("xb") as stream:
+        stream.write(contents)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def rename_complete(partial: Path, folder: Path) -> None:
+    """Give a folder whose files are flushed its final name, durably.
+
+    So whoever finds a folder of that name finds it complete, whenever process or power fail.
+    """
+    sync_folder(partial)
+    os.rename(partial, folder)
+    sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

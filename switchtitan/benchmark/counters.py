@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
 
@@ -42,6 +42,17 @@ class CountingMode(TorchDispatchMode, ABC):
         return result
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Returns the tensors in nested sequences and mappings; faster than torch's pytrees."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [tensor for part in tree for tensor in tensors_in(part)]
+
+
 class CountFlops(CountingMode):
     """A context that counts this rank's FLOPs, including backward passes.
 
@@ -70,14 +81,12 @@ for in_place, product in ((_aten.addmm_, _aten.addmm), (_aten.baddbmm_, _aten.ba
     register_flop_formula(in_place, get_raw=True)(flop_registry[product])
 
 
-@register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)
-def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-@register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu_backward)
-def _attention_backward(grad: torch.Size, *forward: Any, **_: Any) -> int:
-    return 2 * sdpa_flop_count(*forward[:3])
+register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)(
+    lambda *shapes, **_: sdpa_flop_count(*shapes[:3])
+)
+register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu_backward)(
+    lambda grad, *shapes, **_: 2 * sdpa_flop_count(*shapes[:3])
+)
 
 
 # Collectives.
@@ -108,7 +117,7 @@ class CountCommunication(CountingMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = {kind: CollectiveCount(0, 0.0) for kind, _ in _OPERATIONS}
+        self.counts = {kind: CollectiveCount(0, 0.0) for kind, _ in _COLLECTIVES.values()}
 
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
         if not isinstance(func, torch._ops.OpOverload) or func.namespace not in _NAMESPACES:
@@ -119,7 +128,7 @@ class CountCommunication(CountingMode):
         if name not in _COLLECTIVES:
             raise NotImplementedError(f"no rule for counting the bytes of {func}")
         kind, counted = _COLLECTIVES[name]
-        tensors = tree_leaves(result if counted is None else args[counted])
+        tensors = tensors_in(result if counted is None else args[counted])
         num_bytes = sum(tensor.nbytes for tensor in tensors)
         num_ranks = group_of(args).size()
         # An all_reduce is a reduce_scatter and an all_gather (Patarasu and Yuan 2009, "Bandwidth
@@ -141,24 +150,24 @@ def group_of(args: tuple) -> dist.ProcessGroup:
 _NAMESPACES = ("c10d", "_c10d_functional", "_dtensor")
 _SEND_NOTHING = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")
 # Those of c10d, in place, end with "_"; DTensors use the others.
-_OPERATIONS: dict[tuple[str, int | None], str] = {
-    ("all_gather", 0): "_allgather_base_ allgather_ allgather_into_tensor_coalesced_",
-    ("all_gather", None): "all_gather_into_tensor all_gather_into_tensor_out"
-    " all_gather_into_tensor_coalesced",
-    ("reduce_scatter", 1): "_reduce_scatter_base_ reduce_scatter_ reduce_scatter_tensor_coalesced_",
-    ("reduce_scatter", 0): "reduce_scatter_tensor reduce_scatter_tensor_out"
-    " reduce_scatter_tensor_coalesced",
-    ("all_reduce", 0): "allreduce_ allreduce_coalesced_ all_reduce all_reduce_"
-    " all_reduce_coalesced all_reduce_coalesced_",
-    ("broadcast", 0): "broadcast_ broadcast",
-    ("gather", 1): "gather_",
-    ("scatter", 0): "scatter_",
-    ("all_to_all", 1): "alltoall_base_",
-}
-"""(kind, which argument counts; None: the result) -> operations. What counts is the full tensor,
-but for gather and scatter a shard, and for all_to_all a rank's input."""
 _COLLECTIVES = {
-    name: kind_and_argument
-    for kind_and_argument, names in _OPERATIONS.items()
+    name: (kind, counted)
+    for kind, counted, names in (
+        ("all_gather", 0, "_allgather_base_ allgather_ allgather_into_tensor_coalesced_"),
+        ("all_gather", None, "all_gather_into_tensor all_gather_into_tensor_out"),
+        ("all_gather", None, "all_gather_into_tensor_coalesced"),
+        ("reduce_scatter", 1, "_reduce_scatter_base_ reduce_scatter_"),
+        ("reduce_scatter", 1, "reduce_scatter_tensor_coalesced_"),
+        ("reduce_scatter", 0, "reduce_scatter_tensor reduce_scatter_tensor_out"),
+        ("reduce_scatter", 0, "reduce_scatter_tensor_coalesced"),
+        ("all_reduce", 0, "allreduce_ allreduce_coalesced_ all_reduce all_reduce_"),
+        ("all_reduce", 0, "all_reduce_coalesced all_reduce_coalesced_"),
+        ("broadcast", 0, "broadcast_ broadcast"),
+        ("gather", 1, "gather_"),
+        ("scatter", 0, "scatter_"),
+        ("all_to_all", 1, "alltoall_base_"),
+    )
     for name in names.split()
 }
+"""Operation -> its kind, and which argument counts; None: the result. What counts is the full
+tensor, but for gather and scatter a shard, and for all_to_all a rank's input."""

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
-import switchtitan
-from switchtitan.benchmark.counters import CountingMode
+from switchtitan.benchmark.counters import CountingMode, tensors_in
 from switchtitan.contracts import Batch
 from switchtitan.distributed.fsdp import host_buffers
 from switchtitan.distributed.shards import local
@@ -80,7 +78,9 @@ class TrackMemory(CountingMode):
             self._hold(parameter, TRAINED if parameter.requires_grad else FROZEN)
             if parameter.requires_grad:
                 # FSDP calls it when the shard's gradient is set.
-                hook = parameter.register_post_accumulate_grad_hook(self._hold_grad)
+                hook = parameter.register_post_accumulate_grad_hook(
+                    lambda parameter: self._hold(parameter.grad, GRADIENTS)
+                )
                 self._clean_up.callback(hook.remove)
         for buffer in host_buffers(model).values():
             self._hold(buffer, HOST)
@@ -100,9 +100,8 @@ class TrackMemory(CountingMode):
         self._clean_up.close()
 
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._hold(tensor, OTHER)
+        for tensor in tensors_in(result):
+            self._hold(tensor, OTHER)
         self._measure()
 
     def _hold(self, tensor: Tensor, kind: str) -> None:
@@ -125,10 +124,6 @@ class TrackMemory(CountingMode):
             held.kind = kind
         held.num_bytes = 0 if held.kind == _BATCH else storage.nbytes()
         self._now[held.kind] += held.num_bytes
-
-    def _hold_grad(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self._hold(parameter.grad, GRADIENTS)
 
     def _release(self, key: int, reference: object) -> None:
         held = self._held.pop(key)
@@ -154,7 +149,7 @@ class TrackMemory(CountingMode):
 
     def _without_batches(self, steps: Iterable[list[Batch]]) -> Generator[list[Batch], None, None]:
         for batches in steps:
-            for tensor in tree_leaves(batches):
+            for tensor in tensors_in(batches):
                 self._hold(tensor, _BATCH)
             yield batches
 
@@ -185,10 +180,8 @@ def _tensors_within(part: object) -> Iterator[Tensor]:
         children = part.values()
     elif isinstance(part, list | tuple | set):
         children = part
-    elif isinstance(part, torch.optim.Optimizer):
-        children = (part.state, part.param_groups)
-    elif type(part).__module__.startswith(f"{switchtitan.__name__}.") and not isinstance(
-        part, nn.Module
+    elif isinstance(part, torch.optim.Optimizer) or (
+        type(part).__module__.startswith("switchtitan.") and not isinstance(part, nn.Module)
     ):
         children = vars(part).values()
     for child in children:

@@ -18,9 +18,6 @@ from switchtitan.training.step import GarbageCollection, Stepper
 
 WARM_UP_STEPS = 3
 """Untimed steps of each configuration: they compile, allocate and fill caches."""
-_NUM_RESAMPLES = 2000
-_PROCESS_KEYS = ("tf32", "deterministic")
-"""Keys of `[training]` that set torch's behavior for the process."""
 _RECOMPILE_LIMIT = 256
 """Graphs that torch.compile may keep per function. The default, 8, suits one model; here several
 share their functions."""
@@ -64,7 +61,7 @@ def ratio_of_steps(times: StepTimes, reference: StepTimes) -> Ratio:
     is rough for few rounds.
     """
     ratios = times.step_s / reference.step_s
-    draws = np.random.default_rng(0).integers(len(ratios), size=(_NUM_RESAMPLES, len(ratios)))
+    draws = np.random.default_rng(0).integers(len(ratios), size=(2000, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
@@ -90,8 +87,7 @@ def time_steps_side_by_side(
         UserError: if a stepper cannot be built, or skips an update.
         torch._dynamo.exc.RecompileError: if a timed step compiles, which invalidates its time.
     """
-    _check_lengths(configs, WARM_UP_STEPS + rounds * steps_per_round)
-    _check_process_keys(configs)
+    _check(configs, WARM_UP_STEPS + rounds * steps_per_round)
     step_s: dict[str, list[float]] = {name: [] for name in configs}
     with (
         temporary_world(),
@@ -135,7 +131,7 @@ def _take_steps(name: str, stepper: Stepper, num_steps: int) -> float:
     return (time.perf_counter() - start_s) / num_steps
 
 
-def _check_lengths(configs: Mapping[str, JobConfig], num_steps: int) -> None:
+def _check(configs: Mapping[str, JobConfig], num_steps: int) -> None:
     for name, config in configs.items():
         if config.training.steps < num_steps:
             raise ConfigError(
@@ -143,10 +139,7 @@ def _check_lengths(configs: Mapping[str, JobConfig], num_steps: int) -> None:
                 f"{num_steps}: {WARM_UP_STEPS} warm-up steps and the timed ones; increase it, or "
                 "time fewer rounds or steps"
             )
-
-
-def _check_process_keys(configs: Mapping[str, JobConfig]) -> None:
-    for key in _PROCESS_KEYS:
+    for key in ("tf32", "deterministic"):  # they set torch's behavior for the process
         values = {name: getattr(config.training, key) for name, config in configs.items()}
         if len(set(values.values())) > 1:
             found = ", ".join(f"{toml_value(value)} in {name}" for name, value in values.items())

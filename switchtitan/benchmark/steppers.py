@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from switchtitan.contracts import Batch
 from switchtitan.distributed.config import CompileConfig
-from switchtitan.distributed.dtype import agree_on_dtype
+from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.world import World, mesh_shape, start_world, stop_world
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.log import configure_logging
@@ -25,7 +25,7 @@ def real_stepper(config: JobConfig) -> Iterator[Stepper]:
     world = start_world(config.parallelism)
     configure_logging(is_main=world.is_main, rank=world.rank)
     batches = build_batches(config, open_checked_corpus(config, world), world, TrainState())
-    dtype = agree_on_dtype(config.training.dtype, world).dtype
+    dtype = dtype_on(world.device, config.training.dtype, world=world).dtype
     stepper = build_stepper(config, world, batches, compute_dtype=dtype)
     try:
         yield stepper

@@ -9,9 +9,10 @@ from tqdm import tqdm
 from switchtitan.benchmark.counters import CommunicationCounts
 from switchtitan.benchmark.estimate import MAX_BATCH_SIZE, Fit, StepEstimate
 from switchtitan.benchmark.gpu.record import StepOnGpu
-from switchtitan.benchmark.gpu.roofline import bounds_s, card_of, costs_by
+from switchtitan.benchmark.gpu.roofline import bounds_s, costs_by
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
 from switchtitan.benchmark.step_times import StepTimes, ratio_of_steps
+from switchtitan.distributed.gpus import card_of
 from switchtitan.job.config import JobConfig
 
 _MIB, _GIB = 2**20, 2**30
@@ -24,7 +25,7 @@ def step_table(times: Mapping[str, StepTimes]) -> list[str]:
     rows = [("ms/step", "tokens/s", "ratio", "95 % interval", "")]
     reference = next(iter(times.values()))
     for name, side_times in times.items():
-        speed = _milliseconds(side_times.median_s), tqdm.format_sizeof(side_times.tokens_per_s)
+        speed = _four_digits(1e3 * side_times.median_s), tqdm.format_sizeof(side_times.tokens_per_s)
         ratio = ratio_of_steps(side_times, reference)
         interval = "" if side_times is reference else f"{ratio.low:.3f}-{ratio.high:.3f}"
         rows.append((*speed, f"{ratio.value:.3f}", interval, name))
@@ -95,16 +96,10 @@ def fit_table(fits: Mapping[str, Fit]) -> list[str]:
     memories_gib = next(iter(fits.values())).batch_size
     rows = [(*(f"in {gib} GiB" for gib in memories_gib), "peak with 1, GiB", "")]
     for name, fit in fits.items():
-        cells = map(batch_size_cell, fit.local_batch_size.values())
+        special = {0: "no", MAX_BATCH_SIZE: f"{MAX_BATCH_SIZE}+"}  # none; all that are tried
+        cells = [special.get(size, str(size)) for size in fit.local_batch_size.values()]
         rows.append((*cells, _gib(fit.peak[1]), name))
     return _aligned(rows)
-
-
-def batch_size_cell(batch_size: int) -> str:
-    """Formats a micro-batch that fits: "no" for none, "64+" for the largest that is tried."""
-    if batch_size == 0:
-        return "no"
-    return f"{batch_size}+" if batch_size == MAX_BATCH_SIZE else str(batch_size)
 
 
 def fit_record(fits: Mapping[str, Fit]) -> dict[str, Any]:
@@ -142,7 +137,7 @@ def bound_table(steps: Mapping[str, Mapping[str, StepOnGpu]]) -> list[str]:
     for name, by_arch in steps.items():
         row: list[str] = []
         for card, seconds in bounds_s(by_arch).items():
-            row += [_milliseconds(seconds), f"{seconds / reference[card]:.3f}"]
+            row += [_four_digits(1e3 * seconds), f"{seconds / reference[card]:.3f}"]
         rows.append((*row, name))
     return _aligned(rows)
 
@@ -188,11 +183,6 @@ def gpu_record(steps: Mapping[str, Mapping[str, StepOnGpu]]) -> dict[str, Any]:
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / _GIB:.2f}"
-
-
-def _milliseconds(seconds: float) -> str:
-    """Formats seconds as milliseconds with four digits, without the unit."""
-    return _four_digits(1e3 * seconds)
 
 
 def _four_digits(value: float) -> str:

@@ -43,7 +43,7 @@ from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.shards import local, replica_group, with_local
 from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError
-from switchtitan.files import make_folder, named_errors, sync_folder
+from switchtitan.files import make_folder, named_errors, rename_complete, write_flushed
 
 logger = logging.getLogger(__name__)
 
@@ -348,13 +348,9 @@ def _seal(final: Path, metadata: CheckpointMetadata, of_ranks: list[dict[str, st
         sums |= of_rank
     for name, contents in ((METADATA_FILE, text), (SUMS_FILE, sums_text(sums))):
         file = partial / name
-        with named_errors(file), file.open("x", encoding="utf-8") as stream:
-            stream.write(contents)
-            stream.flush()
-            os.fsync(stream.fileno())
-    sync_folder(partial)
-    partial.rename(final)
-    sync_folder(final.parent)
+        with named_errors(file):
+            write_flushed(file, contents.encode())
+    rename_complete(partial, final)
 
 
 def sums_text(sums: Mapping[str, str]) -> str:

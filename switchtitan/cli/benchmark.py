@@ -16,8 +16,9 @@ import sys
 from functools import partial
 from typing import Any
 
-from switchtitan.benchmark.gpu.device import ARCHS, call_with_gpus
+from switchtitan.benchmark.gpu.device import call_with_gpus
 from switchtitan.cli.main import add_json, positive_int
+from switchtitan.distributed.gpus import ARCHS, card_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,18 +58,18 @@ def _run_step(options: argparse.Namespace) -> dict[str, Any] | None:
     from switchtitan.benchmark.sides import load_sides
     from switchtitan.benchmark.step_times import WARM_UP_STEPS, time_steps_side_by_side
     from switchtitan.benchmark.tables import step_record, step_table
-    from switchtitan.distributed.world import num_ranks_from_launcher, rank_from_launcher
+    from switchtitan.distributed.world import place_from_launcher
     from switchtitan.observability.environment import describe_environment
 
-    is_main = rank_from_launcher() == 0
+    rank, num_ranks, _ = place_from_launcher()
     configs = load_sides(options.configs, options.keys)
     times = time_steps_side_by_side(configs, options.rounds, options.steps_per_round)
-    if not is_main:
+    if rank != 0:
         return None
     print("\n".join(step_table(times)), flush=True)
     return {
         "environment": describe_environment(),
-        "num_ranks": num_ranks_from_launcher(),
+        "num_ranks": num_ranks,
         "rounds": options.rounds,
         "steps_per_round": options.steps_per_round,
         "warm_up_steps": WARM_UP_STEPS,
@@ -79,7 +80,6 @@ def _run_step(options: argparse.Namespace) -> dict[str, Any] | None:
 def _run_gpu(options: argparse.Namespace) -> dict[str, Any]:
     from switchtitan.benchmark import tables
     from switchtitan.benchmark.gpu.record import record_steps
-    from switchtitan.benchmark.gpu.roofline import card_of
     from switchtitan.benchmark.sides import load_simulated_sides
     from switchtitan.observability.environment import describe_environment
 
@@ -95,8 +95,8 @@ def _run_gpu(options: argparse.Namespace) -> dict[str, Any]:
         for arch, step in by_arch.items():
             late = [function for functions in step.compiled[1:] for function in functions]
             lines += [
-                f"{name}, {arch}, rank 0 of {options.num_ranks}: {len(step.graph_breaks)} graph "
-                f"breaks; compiled after the first step: {', '.join(late) or 'nothing'}",
+                f"{name}, {arch}, rank 0 of {options.num_ranks}; compiled after the first step: "
+                f"{', '.join(late) or 'nothing'}",
                 "Triton kernels: registers and spilled bytes per thread, shared bytes per block",
                 *tables.kernel_table(step),
                 f"a step by region, and its bound on {card_of(arch).device_name}",

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from switchtitan.cli.main import positive_int
 from switchtitan.config import find_config, load_config, read_with_bases, split_arguments
 from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import INDEX_FILE, Corpus, SplitName, open_prepared
 from switchtitan.data.prepare import open_corpus
-from switchtitan.data.sequences import TokenSequence
+from switchtitan.data.sequences import document_ids
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, print_note
 from switchtitan.registry import Section
@@ -128,7 +129,7 @@ def _show_sequences(
     sequences, shown = corpus.split(split, seq_len), []
     total = len(sequences) if split == "train" else sequences.num_unshuffled
     for index in sequences.ordered(seed, np.arange(min(num_sequences, total))).tolist():
-        pieces = _documents(corpus, sequences[index])
+        pieces = _documents(corpus, sequences[index][:-1])
         shown.append({"index": index, "documents": pieces})
         print(
             f"\n--- sequence {index:,} of {total:,} in the {split} split: {seq_len} tokens, "
@@ -139,12 +140,12 @@ def _show_sequences(
     return {"split": split, "seq_len": seq_len, "num_sequences": total, "sequences": shown}
 
 
-def _documents(corpus: Corpus, sequence: TokenSequence) -> list[dict[str, Any]]:
-    """Returns the inputs of a sequence, by document."""
-    tokens, ids = sequence.tokens[:-1].numpy(), sequence.document_ids.numpy()
+def _documents(corpus: Corpus, tokens: Tensor) -> list[dict[str, Any]]:
+    """Returns the tokens [seq] of a sequence, by document."""
+    ids = document_ids(tokens, corpus.eos_id)
     tokenizer = corpus.tokenizer().tokenizer
     pieces = []
-    for number in np.unique(ids):
+    for number in ids.unique():
         own = tokens[ids == number].tolist()
         ends = own[-1] == corpus.eos_id
         text = tokenizer.decode(own[:-1] if ends else own, skip_special_tokens=False)

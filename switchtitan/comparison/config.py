@@ -104,46 +104,44 @@ class ComparisonConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ComparisonConfig":
-        mistakes = list(self._mistakes_of_fairness())
-        names = [row.name for row in self.rows]
-        tuning = {row.name: row.values for row in self.rows if row.values}
-        if len(names) < 2:
-            mistakes.append(f"rows: {len(names)}: expected at least 2")
-        if self.baseline not in names:
-            mistakes.append(f"baseline = {self.baseline!r}: expected one of {', '.join(names)}")
-        for row in self.rows:
-            if names.count(row.name) > 1:
-                mistakes.append(f"rows.{row.name}: another row has this name")
-            if row.learning_rate_of not in (None, *tuning):
-                mistakes.append(
-                    f"rows.{row.name}.learning_rate_of = {row.learning_rate_of!r}: expected a row "
-                    f"that chooses values: {', '.join(tuning)}"
-                )
-            tuned = tuning.get(row.learning_rate_of or row.name, {}).keys()
-            if unknown := ", ".join(tuned - set(self.axes)):
-                mistakes.append(f"rows.{row.name}: tunes {unknown}, which axes does not have")
-            if given := ", ".join(tuned & row.given_values.keys()):
-                mistakes.append(f"rows.{row.name}.set: {given} has no effect, because it is tuned")
-        if mistakes:
+        if mistakes := list(self._mistakes()):
             raise ValueError("; ".join(mistakes))
         return self
 
-    def _mistakes_of_fairness(self) -> Iterator[str]:
+    def _mistakes(self) -> Iterator[str]:
         seeds = (self.selection_seed, *self.report_seeds)
         if len(set(seeds)) < len(seeds):
             yield (
                 f"selection_seed and report_seeds = {', '.join(map(str, seeds))}: expected "
                 "different seeds; values chosen on a seed fit that seed"
             )
+        tuning = {row.name: row.values for row in self.rows if row.values}
         for key in self.axes:
-            counts = {row.name: len(row.values[key]) for row in self.rows if key in row.values}
+            counts = {row: len(values[key]) for row, values in tuning.items() if key in values}
             if len(set(counts.values())) > 1:
                 listed = ", ".join(f"{row} has {count}" for row, count in counts.items())
                 yield f"{key}: expected the same number of values in all rows: {listed}"
+        names = [row.name for row in self.rows]
+        if len(names) < 2:
+            yield f"rows: {len(names)}: expected at least 2"
+        if self.baseline not in names:
+            yield f"baseline = {self.baseline!r}: expected one of {', '.join(names)}"
         for row in self.rows:
+            if names.count(row.name) > 1:
+                yield f"rows.{row.name}: another row has this name"
             if sections := {"model", "training"} & row.set.keys() - set(self.differ_in):
                 listed = ", ".join(sorted(sections))
                 yield f"rows.{row.name}.set.{listed}: add it to differ_in, or remove it"
+            if row.learning_rate_of not in (None, *tuning):
+                yield (
+                    f"rows.{row.name}.learning_rate_of = {row.learning_rate_of!r}: expected a row "
+                    f"that chooses values: {', '.join(tuning)}"
+                )
+            tuned = tuning.get(row.learning_rate_of or row.name, {}).keys()
+            if unknown := ", ".join(tuned - set(self.axes)):
+                yield f"rows.{row.name}: tunes {unknown}, which axes does not have"
+            if given := ", ".join(tuned & row.given_values.keys()):
+                yield f"rows.{row.name}.set: {given} has no effect, because it is tuned"
 
     @property
     def num_runs(self) -> int:

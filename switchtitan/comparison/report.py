@@ -1,11 +1,12 @@
 """The report of a comparison: Markdown tables, a CSV file of its runs, and a picture."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, median, stdev
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from switchtitan.comparison.comparison import RUNS_FILE, State, best_value
@@ -14,6 +15,7 @@ from switchtitan.comparison.runs import RunResult, short_name, write_csv
 from switchtitan.comparison.statistics import Difference, adjusted, difference, verdict
 from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
+from switchtitan.observability import PLOT_STYLE
 from switchtitan.observability.tensorboard import read_curves
 
 UNKNOWN = "-"
@@ -43,7 +45,7 @@ def markdown(state: State) -> str:
     parts = [
         f"# {config.name}",
         f"{len(state.finished)} of {config.num_runs} runs are finished.",
-        *_facts(state),
+        *_facts([result for result in state.finished.values() if not result.diverged]),
         f"{', '.join(map(short_name, config.axes))}: given, or chosen by the validation loss after "
         f"the last step, with seed {config.selection_seed}. Losses are on the test split: mean ± "
         f"standard deviation over seeds {', '.join(map(str, config.report_seeds))}. Differences to "
@@ -144,26 +146,25 @@ def _tried(losses: Mapping[float, float]) -> str:
     return ", ".join(cells)
 
 
-def _facts(state: State) -> list[str]:
-    """Returns a sentence about tokens, corpus, versions and hardware of the finished runs."""
-    results = [result for result in state.finished.values() if not result.diverged]
+def _facts(results: Sequence[RunResult]) -> Iterator[str]:
+    """Yields a sentence about tokens, corpus, versions and hardware of runs, if there are any."""
 
     def distinct(figure: str) -> str:
-        found = {str(getattr(result, figure) or "unknown") for result in results}
-        return " and ".join(sorted(found))
+        return " and ".join(sorted({str(getattr(of, figure) or "unknown") for of in results}))
 
-    sentence = (
-        f"{distinct('tokens')} tokens per run of corpus {distinct('corpus')} (fingerprint "
-        f"{distinct('corpus_fingerprint')}), torch {distinct('torch')}, {distinct('device')}, CPU "
-        f"capability {distinct('cpu_capability')}, {distinct('num_threads')} thread(s), commit "
-        f"{distinct('commit')}."
-    )
-    return [sentence] if results else []
+    if results:
+        yield (
+            f"{distinct('tokens')} tokens per run of corpus {distinct('corpus')} (fingerprint "
+            f"{distinct('corpus_fingerprint')}), torch {distinct('torch')}, {distinct('device')}, "
+            f"CPU capability {distinct('cpu_capability')}, {distinct('num_threads')} thread(s), "
+            f"commit {distinct('commit')}."
+        )
 
 
+@rc_context(PLOT_STYLE)
 def draw_curves(state: State) -> Figure:
     """Plots validation loss over training: a line for each reported run with a folder here."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5))
     axes = figure.subplots()
     drawn: list[float] = []
     for place, row in enumerate(state.config.rows):
@@ -182,7 +183,5 @@ def draw_curves(state: State) -> Figure:
     axes.set(title=state.config.name, xlabel="M tokens", ylabel="validation loss (nats per token)")
     if drawn:
         axes.set_ylim(min(drawn) * 0.98, max(drawn) * 1.02)
-        axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+        axes.legend()
     return figure

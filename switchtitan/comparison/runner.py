@@ -17,7 +17,6 @@ OUTPUT_FILE = "output.txt"
 _TERMINATION_S, _POLL_S = 30, 0.2
 
 Environment = dict[str, str]
-_Active = tuple[Run, subprocess.Popen[bytes]]
 
 
 def environments(num_jobs: int) -> list[Environment]:
@@ -51,39 +50,34 @@ def train_all(
     Raises:
         UserError: if a run has no result. The active runs are stopped and can be resumed.
     """
-    waiting = list(runs)
-    slots: list[_Active | None] = [None] * len(jobs)
+    waiting, free = list(runs), list(jobs)
+    active: list[tuple[Run, Environment, subprocess.Popen[bytes]]] = []
     try:
-        while waiting or any(slots):
-            ended: list[_Active] = []
-            for place, active in enumerate(slots):
-                if active is not None and active[1].poll() is None:
-                    continue
-                if active is not None:
-                    ended.append(active)
-                # At once: reports take time, and devices should not wait for them.
-                slots[place] = _start(waiting.pop(0), jobs[place]) if waiting else None
-            for run, process in ended:
+        while waiting or active:
+            ended = [entry for entry in active if entry[2].poll() is not None]
+            active = [entry for entry in active if entry not in ended]
+            free += [job for _, job, _ in ended]
+            # First: reports take time, and devices should not wait for them.
+            while waiting and free:
+                run, job = waiting.pop(0), free.pop(0)
+                active.append((run, job, _start(run, job)))
+            for run, _, process in ended:
                 if not report(run):
-                    raise UserError(_failure(run, process.returncode))
+                    output = run.folder / OUTPUT_FILE
+                    tail = output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+                    raise UserError(
+                        f"training exited with status {process.returncode} and without a result; "
+                        f"its output is in {output} and ends with\n" + "\n".join(tail)
+                    )
             time.sleep(_POLL_S)
     finally:
-        _stop([active[1] for active in slots if active is not None])
+        _stop([process for _, _, process in active])
 
 
-def _failure(run: Run, status: int) -> str:
-    output = run.folder / OUTPUT_FILE
-    tail = output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-    return (
-        f"training exited with status {status} and without a result; its output is in {output} and "
-        "ends with\n" + "\n".join(tail)
-    )
-
-
-def _start(run: Run, environment: Environment) -> _Active:
+def _start(run: Run, environment: Environment) -> "subprocess.Popen[bytes]":
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / OUTPUT_FILE).open("ab") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "switchtitan", "train", *run.arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -92,7 +86,6 @@ def _start(run: Run, environment: Environment) -> _Active:
             # Ctrl-C must reach only the comparison, which stops its runs itself.
             start_new_session=True,
         )
-    return run, process
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

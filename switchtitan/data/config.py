@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from switchtitan.config import toml_value
 from switchtitan.data.sources import DATASETS, HUB_KEYS
-from switchtitan.data.tokenizer import read_tokenizer
+from switchtitan.data.tokenizer import is_cached, read_tokenizer
 from switchtitan.registry import Section
 
 if TYPE_CHECKING:
@@ -173,6 +173,12 @@ class DataConfig(SourceConfig):
         is_local = self.tokenizer == TRAINED_TOKENIZER or self.tokenizer_path is not None
         return None if is_local else self.tokenizer
 
+    @property
+    def needs_hub(self) -> bool:
+        """Whether a preparation asks the hub for the dataset or the tokenizer."""
+        name = self.hub_tokenizer
+        return self.needs_hub_dataset or (name is not None and not is_cached(name))
+
     def identity(self) -> dict[str, object]:
         """Returns the keys that determine tokens and splits, wherever their files are."""
         keys = {"bos", "seq_len", "test_fraction", "max_documents", "max_bytes"}
@@ -184,11 +190,11 @@ class DataConfig(SourceConfig):
             **self.model_dump(mode="json", include=keys),
         }
 
-    def source_config(self, number: int, tokenizer: str) -> "DataConfig":
-        """The configuration of one source of a mixture."""
-        keys = self.sources[number].model_dump(exclude={"weight"})
-        of_mixture = {"sources": (), "tokenizer": tokenizer, "offline_dataset": None}
-        return self.model_copy(update=keys | of_mixture)
+    def source_configs(self) -> "list[DataConfig]":
+        """The configuration of each source of a mixture, or this one."""
+        of_sources = [source.model_dump(exclude={"weight"}) for source in self.sources]
+        of_mixture = {"sources": (), "offline_dataset": None}
+        return [self.model_copy(update=keys | of_mixture) for keys in of_sources] or [self]
 
     def fallback_config(self) -> "DataConfig":
         """The configuration to use if the hub cannot be reached."""

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -13,15 +14,10 @@ from pydantic import BaseModel, ConfigDict
 
 from switchtitan.config import explain
 from switchtitan.data.config import DataConfig
-from switchtitan.data.mixture import ONE_SOURCE, PERIOD, Schedule, Sequences
-from switchtitan.data.sequences import TokenSequences
+from switchtitan.data.order import ONE_SOURCE, PERIOD, Schedule
+from switchtitan.data.sequences import Sequences, TokenSequences
 from switchtitan.data.sources import DATASETS, FileState, Source, hub_error
-from switchtitan.data.tokenizer import (
-    DocumentTokenizer,
-    check_vocabulary,
-    is_cached,
-    read_tokenizer,
-)
+from switchtitan.data.tokenizer import DocumentTokenizer, check_vocabulary, read_tokenizer
 from switchtitan.errors import CorpusError
 from switchtitan.files import checksum_line, file_inside, sha256_of_file, write_atomically
 from switchtitan.progress import progress_bar
@@ -62,12 +58,9 @@ def plan_corpus(config: DataConfig) -> CorpusPlan:
     """Plans the corpus that `config` names, or the offline one if that is not prepared and the hub
     cannot be reached. Raises a CorpusError if a file is missing, or there is no offline one."""
     plan = plan_from_name(config)
-    needs_hub = config.needs_hub_dataset or (
-        config.hub_tokenizer is not None and not is_cached(config.hub_tokenizer)
-    )
-    if plan.is_prepared or not needs_hub or (reason := hub_error()) is None:
+    if plan.is_prepared or not config.needs_hub or (reason := hub_error()) is None:
         return plan
-    path = f"path = {str(config.path)!r}, " if config.path is not None else ""
+    path = "" if config.path is None else f"path = {str(config.path)!r}, "
     problem = (
         f"dataset = {config.dataset!r}, {path}tokenizer = {config.tokenizer!r}: the Hugging Face "
         f"hub cannot be reached ({reason})"
@@ -92,6 +85,8 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
     assert not config.sources, "each source of a mixture is a corpus"
     row = DATASETS[config.dataset]
     source = row.open(config, None)
+    # A hub dataset's splits are known only when the hub has been asked.
+    is_split = row.has_own_splits if row.comes_from_hub else source.splits()
     identity: dict[str, object] = {
         "format_version": FORMAT_VERSION,
         "source": dict(source.identity),
@@ -100,15 +95,13 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
         "max_documents": config.max_documents,
         "max_bytes": config.max_bytes,
     }
-    # A hub dataset's splits are known only when the hub has been asked.
-    if not (row.has_own_splits if row.comes_from_hub else source.splits):
+    if not is_split:
         identity["validation_fraction"] = config.held_out_fraction
         identity["test_fraction"] = config.test_fraction
         identity["held_out_document_tokens"] = HELD_OUT_DOCUMENT_TOKENS
     if config.bos is not None:
         identity["bos"] = config.bos
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    folder = config.cache_dir.expanduser() / f"{config.dataset}-{digest}"
+    folder = config.cache_dir.expanduser() / f"{config.dataset}-{_digest(identity)[:12]}"
     return CorpusPlan(config, source, identity, folder, fallback_for)
 
 
@@ -159,9 +152,10 @@ class CorpusIndex(Record):
     fingerprint: str
 
     @property
-    def shards(self) -> list[ShardRecord]:
-        """Those of all splits."""
-        return [shard for split in self.splits.values() for shard in split]
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of the tokenizer and of the token files of all splits, by name."""
+        shards = {shard.file: shard.sha256 for shard in chain(*self.splits.values())}
+        return {TOKENIZER_FILE: self.tokenizer.sha256, **shards}
 
     def num_tokens(self, split: str) -> int:
         return sum(shard.tokens for shard in self.splits[split])
@@ -181,7 +175,11 @@ def fingerprint_of(tokenizer_sha256: str, dtype: str, splits: dict[str, list[Sha
             for split, shards in splits.items()
         },
     }
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:32]
+    return _digest(contents)[:32]
+
+
+def _digest(contents: object) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def write_index(folder: Path, index: CorpusIndex) -> None:
@@ -205,32 +203,12 @@ def read_index(folder: Path) -> CorpusIndex:
         checksum = file_inside(folder, _INDEX_CHECKSUM_FILE)
         if checksum.exists() and checksum.read_bytes() != checksum_line(contents, INDEX_FILE):
             raise ValueError(f"it does not match its checksum in {_INDEX_CHECKSUM_FILE}")
-        for name in (TOKENIZER_FILE, *(shard.file for shard in index.shards)):
+        for name in index.checksums:
             file_inside(folder, name)
     except (OSError, ValueError) as error:
         problem = f"the index is damaged ({explain(error)})"
         raise _damage(folder / INDEX_FILE, problem) from error
     return index
-
-
-def _verify_files(folder: Path, index: CorpusIndex, max_bytes: float) -> None:
-    token_bytes, num_bytes = np.dtype(index.dtype).itemsize, 0
-    checksums = {TOKENIZER_FILE: index.tokenizer.sha256}
-    try:
-        for shard in index.shards:
-            found, expected = (folder / shard.file).stat().st_size, token_bytes * shard.tokens
-            if found != expected:
-                raise _damage(folder / shard.file, f"it has {found:,} bytes, expected {expected:,}")
-            num_bytes += expected
-            checksums[shard.file] = shard.sha256
-        if num_bytes > max_bytes:
-            return
-        with progress_bar(f"verifying {folder.name}", total=num_bytes, unit="B") as bar:
-            for name, checksum in checksums.items():
-                if sha256_of_file(folder / name, bar.update) != checksum:
-                    raise _damage(folder / name, "it does not match its checksum")
-    except OSError as error:
-        raise _damage(Path(error.filename), f"it cannot be read ({error.strerror})") from error
 
 
 def _damage(file: Path, what: str) -> CorpusError:
@@ -251,26 +229,28 @@ class Corpus:
     parts: tuple["Corpus", ...] = ()
     """Of a mixture: all sources. Folder and index are those of the first one, whose tokenizer all
     have."""
-    schedule: Schedule | None = None
-    """Of a mixture."""
+    schedule: Schedule = ONE_SOURCE
 
     @property
     def name(self) -> str:
         return self.index.name
 
     @property
-    def fingerprint(self) -> str:
-        """32 hexadecimal digits that identify the tokens and the tokenizer on any machine."""
-        if self.schedule is None:
-            return self.index.fingerprint
-        pairs = zip(self.parts, self.schedule.counts, strict=True)
-        contents = [[part.fingerprint, count] for part, count in pairs]
-        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]
-
-    @property
     def sources(self) -> "tuple[Corpus, ...]":
         """The corpora that were prepared: all of a mixture, or this one."""
         return self.parts or (self,)
+
+    @property
+    def shares(self) -> "list[tuple[Corpus, int]]":
+        """The sources and their counts, see `Schedule`."""
+        return list(zip(self.sources, self.schedule.counts, strict=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that identify the tokens and the tokenizer on any machine."""
+        if not self.parts:
+            return self.index.fingerprint
+        return _digest([[source.fingerprint, count] for source, count in self.shares])[:32]
 
     @property
     def eos_id(self) -> int:
@@ -280,9 +260,8 @@ class Corpus:
     @property
     def description(self) -> str:
         """The documents, for people and for a run's metadata, and the fallback if there was one."""
-        if self.schedule is not None:
-            pairs = zip(self.parts, self.schedule.counts, strict=True)
-            shares = (f"{count / PERIOD:.2%} {part.description}" for part, count in pairs)
+        if self.parts:
+            shares = (f"{count / PERIOD:.2%} {part.description}" for part, count in self.shares)
             return f"mixture of {' + '.join(shares)}"
         fallback = f" (fallback for {self.fallback_for})" if self.fallback_for else ""
         return self.index.source + fallback
@@ -297,7 +276,7 @@ class Corpus:
         no such split, or it is shorter than one sequence."""
         parts = [source._own_split(name, seq_len) for source in self.sources]
         names = [source.name for source in self.sources]
-        return Sequences(parts, names, self.schedule or ONE_SOURCE)
+        return Sequences(parts, names, self.schedule)
 
     def _own_split(self, name: str, seq_len: int) -> TokenSequences:
         if name not in self.index.splits:
@@ -326,7 +305,25 @@ class Corpus:
         """Compares the sizes of all token files, and all files with their checksums if the tokens
         of a source are not more than `max_bytes`. Raises a CorpusError for the first difference."""
         for source in self.sources:
-            _verify_files(source.folder, source.index, max_bytes)
+            try:
+                source._verify_files(max_bytes)
+            except OSError as error:
+                problem = f"it cannot be read ({error.strerror})"
+                raise _damage(Path(error.filename), problem) from error
+
+    def _verify_files(self, max_bytes: float) -> None:
+        index, num_bytes = self.index, 0
+        for shard in chain(*index.splits.values()):
+            file, expected = self.folder / shard.file, np.dtype(index.dtype).itemsize * shard.tokens
+            if (found := file.stat().st_size) != expected:
+                raise _damage(file, f"it has {found:,} bytes, expected {expected:,}")
+            num_bytes += expected
+        if num_bytes > max_bytes:
+            return
+        with progress_bar(f"verifying {self.folder.name}", total=num_bytes, unit="B") as bar:
+            for name, checksum in index.checksums.items():
+                if sha256_of_file(self.folder / name, bar.update) != checksum:
+                    raise _damage(self.folder / name, "it does not match its checksum")
 
     def check_vocabulary(self, model_vocab_size: int) -> None:
         check_vocabulary(
@@ -334,19 +331,16 @@ class Corpus:
         )
 
 
-def open_prepared(
-    folder: Path, fallback_for: str | None = None, *, verifies: bool = True
-) -> Corpus:
-    """Opens the prepared corpus in a folder. Raises a CorpusError if a file is missing or damaged.
-
-    Args:
-        verifies: whether checksums are compared, if it is not larger than `VERIFIED_BYTES`.
-    """
-    corpus = Corpus(folder, read_index(folder), fallback_for)
-    corpus.verify(VERIFIED_BYTES if verifies else 0)
+def open_prepared(folder: Path) -> Corpus:
+    """Opens the prepared corpus in a folder. Raises a CorpusError if a file is missing or damaged;
+    checksums of more than `VERIFIED_BYTES` are not compared."""
+    corpus = Corpus(folder, read_index(folder))
+    corpus.verify(VERIFIED_BYTES)
     return corpus
 
 
 def join_sources(parts: Sequence[Corpus], schedule: Schedule) -> Corpus:
-    """Returns the mixture of prepared corpora."""
+    """Returns the mixture of prepared corpora, or the only one."""
+    if len(parts) == 1:
+        return parts[0]
     return Corpus(parts[0].folder, parts[0].index, None, tuple(parts), schedule)

@@ -4,15 +4,16 @@ import logging
 import signal
 import warnings
 from collections.abc import Generator, Iterator
+from functools import partial
 from itertools import count
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from switchtitan.contracts import IGNORED_TARGET, Batch
-from switchtitan.data.mixture import Sequences
-from switchtitan.data.sequences import TokenSequence
+from switchtitan.data.sequences import Sequences, document_ids
 from switchtitan.data.tokenizer import DocumentTokenizer, TextSize, num_text_bytes
 from switchtitan.errors import CorpusError
 
@@ -74,7 +75,7 @@ def build_train_batches(
             sequences,
             batch_sampler=micro_batches(),
             num_workers=num_workers,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, sequences.eos_id),
             pin_memory=pin_memory,
             # Otherwise the loader draws its workers' seed from the global generator.
             generator=torch.Generator(),
@@ -151,18 +152,16 @@ class ValidationBatches:
             first = (batch * self._num_ranks + self._rank) * self._local_batch_size
             positions = first + np.arange(self._local_batch_size)
             chosen = self._sequences.ordered(None, positions.clip(max=self.num_sequences - 1))
-            stacked = _collate([self._sequences[index] for index in chosen.tolist()])
+            samples = [self._sequences[index] for index in chosen.tolist()]
+            stacked = _collate(self._sequences.eos_id, samples)
             is_padding = torch.from_numpy(positions >= self.num_sequences)
             # Not in place: the targets of a single sequence are a view of its tokens' memory.
             targets = stacked.targets.masked_fill(is_padding[:, None], IGNORED_TARGET)
             yield stacked._replace(targets=targets)
 
 
-def _collate(samples: list[TokenSequence]) -> Batch:
-    """Stacks sequences into a batch; targets are the tokens shifted by one."""
-    tokens = torch.stack([sample.tokens for sample in samples])
-    return Batch(
-        tokens=tokens[:, :-1].contiguous(),
-        targets=tokens[:, 1:].contiguous(),
-        document_ids=torch.stack([sample.document_ids for sample in samples]),
-    )
+def _collate(eos_id: int, samples: list[Tensor]) -> Batch:
+    """Stacks sequences [seq + 1] into a batch; targets are the tokens shifted by one."""
+    stacked = torch.stack(samples)
+    tokens, targets = stacked[:, :-1].contiguous(), stacked[:, 1:].contiguous()
+    return Batch(tokens=tokens, targets=targets, document_ids=document_ids(tokens, eos_id))

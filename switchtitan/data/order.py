@@ -1,13 +1,22 @@
-"""The order of sequences: each epoch is a permutation that can be evaluated at any position."""
+"""The global order: which source has the sequence at a position, and which one of it that is."""
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from switchtitan.errors import ConfigError
+
 _ROUNDS = 8
 """Four rounds make a Feistel network with wide halves a strong pseudo-random permutation (Luby and
 Rackoff 1988). Small corpora have narrow halves, which need more rounds."""
+PERIOD = 10_000
+"""Positions after which the choice of sources repeats, not that of their sequences; weights are
+rounded to multiples of one in 10 000."""
 
 
 def sequence_index(seed: int, position: NDArray[np.int64], num_sequences: int) -> NDArray[np.int64]:
@@ -35,28 +44,18 @@ def permute(offsets: NDArray[np.int64], size: int, *, seed: int, epoch: int) -> 
     (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 3). The
     range is below 4 * size, so few values need many passes."""
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    keys = _round_keys(seed, epoch)
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+    keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
     values = offsets.astype(np.uint64).reshape(-1)
     outside = np.arange(values.size)
     while outside.size:
-        values[outside] = _feistel(values[outside], half_bits, keys)
+        left, right = values[outside] >> shift, values[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        values[outside] = (left << shift) | right
         outside = outside[values[outside] >= size]
     return values.astype(np.int64).reshape(offsets.shape)
-
-
-def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:
-    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
-    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
-
-
-def _feistel(
-    values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    left, right = values >> shift, values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << shift) | right
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -65,3 +64,77 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Sources by position. Of the first p positions, source k has `counts[k] / PERIOD * p` of them,
+    within one.
+
+    Args:
+        counts: [sources], positions of each source in a period; they add up to `PERIOD`.
+    """
+
+    counts: tuple[int, ...]
+
+    @cached_property
+    def _sources(self) -> NDArray[np.int64]:
+        """[PERIOD], the source at each position.
+
+        R. Tijdeman, "The chairman assignment problem" (1980): of the sources that are behind, the
+        one whose next turn is due first. With exact integers, so that all machines agree.
+        """
+        slack = max(2 * len(self.counts) - 2, 1)
+        given, chosen = [0] * len(self.counts), list[int]()
+        for position in range(1, PERIOD + 1):
+            due = dict[int, Fraction]()
+            for source, count in enumerate(self.counts):
+                # Its share less what it was given, times PERIOD.
+                behind = count * position - PERIOD * given[source]
+                if slack * behind >= PERIOD:
+                    due[source] = Fraction(PERIOD * (slack - 1) - slack * behind, count)
+            chosen.append(min(due, key=due.__getitem__))
+            given[chosen[-1]] += 1
+        return np.array(chosen)
+
+    @cached_property
+    def _counts_before(self) -> NDArray[np.int64]:
+        """[PERIOD + 1, sources], positions of each source before a position."""
+        is_of = self._sources[:, None] == np.arange(len(self.counts))
+        return np.concatenate([np.zeros((1, len(self.counts)), np.int64), np.cumsum(is_of, axis=0)])
+
+    def places(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns the source of each position, and the position in that source's own order."""
+        periods, offsets = np.divmod(positions, PERIOD)
+        sources = self._sources[offsets]
+        within = self._counts_before[offsets, sources]
+        return sources, periods * np.asarray(self.counts)[sources] + within
+
+    def num_given(self, position: int) -> list[int]:
+        """Returns how many of the positions below `position` each source has."""
+        periods, offset = divmod(position, PERIOD)
+        return (periods * np.asarray(self.counts) + self._counts_before[offset]).tolist()
+
+    def position_of(self, source: int, number: int) -> int:
+        """Returns the position of a source's sequence `number`, counted from 0."""
+        periods, rest = divmod(number, self.counts[source])
+        return periods * PERIOD + int(np.flatnonzero(self._sources == source)[rest])
+
+
+def schedule_of(weights: Sequence[float]) -> Schedule:
+    """Returns the schedule whose shares are the weights, rounded to multiples of one in 10 000.
+    Raises a ConfigError if a weight would be rounded to nothing."""
+    shares = np.asarray(weights, dtype=np.float64) / sum(weights) * PERIOD
+    counts = np.floor(shares).astype(int)
+    remainders = np.argsort(-(shares - counts), kind="stable")
+    counts[remainders[: PERIOD - int(counts.sum())]] += 1
+    if not counts.all():
+        small = int(np.argmin(counts))
+        raise ConfigError(
+            f"[data] sources[{small}].weight = {weights[small]}: expected at least one part in "
+            f"{PERIOD:,} of all weights; increase it, or leave the source out"
+        )
+    return Schedule(tuple(counts.tolist()))
+
+
+ONE_SOURCE = Schedule((PERIOD,))

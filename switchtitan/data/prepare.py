@@ -3,12 +3,10 @@
 import hashlib
 import logging
 import math
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +21,7 @@ from switchtitan.data.corpus import (
     FORMAT_VERSION,
     HELD_OUT_DOCUMENT_TOKENS,
     TOKENIZER_FILE,
+    VERIFIED_BYTES,
     Corpus,
     CorpusIndex,
     CorpusPlan,
@@ -30,20 +29,14 @@ from switchtitan.data.corpus import (
     TokenizerRecord,
     fingerprint_of,
     join_sources,
-    open_prepared,
     plan_corpus,
     plan_from_name,
+    read_index,
     write_index,
 )
-from switchtitan.data.mixture import schedule_of
-from switchtitan.data.sources import (
-    DATASETS,
-    Documents,
-    FileState,
-    Position,
-    Source,
-    newest_commit,
-)
+from switchtitan.data.order import schedule_of
+from switchtitan.data.recorded import check_files
+from switchtitan.data.sources import DATASETS, Documents, FileState, Position, newest_commit
 from switchtitan.data.tokenizer import (
     DocumentTokenizer,
     check_vocabulary,
@@ -53,7 +46,13 @@ from switchtitan.data.tokenizer import (
 )
 from switchtitan.distributed.world import World
 from switchtitan.errors import CorpusError
-from switchtitan.files import file_inside, sha256_of_file, sync_folder, write_atomically
+from switchtitan.files import (
+    file_inside,
+    rename_complete,
+    sha256_of_file,
+    write_atomically,
+    write_flushed,
+)
 from switchtitan.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -64,8 +63,8 @@ SEGMENT_TOKENS = 1 << 26
 a minute of tokenizing on 2 cores."""
 TRAINING_SAMPLE_BYTES = 1 << 25
 """A tokenizer is trained on the first training documents: a few seconds."""
-BATCH_BYTES = 1 << 21
-BATCH_DOCUMENTS = 4096
+CHUNK_BYTES = 1 << 21
+CHUNK_DOCUMENTS = 4096
 
 T = TypeVar("T")
 
@@ -94,28 +93,22 @@ def open_corpus(
     """
 
     def open_one(own: DataConfig) -> Corpus:
-        if ranks is None:
-            plan = plan_corpus(own) if prepares else plan_from_name(own)
-            return _open(plan, model_vocab_size, prepares=prepares)
-        return _open_on_ranks(own, ranks, model_vocab_size)
+        if ranks is not None:
+            return _open_on_ranks(own, ranks, model_vocab_size)
+        plan = plan_corpus(own) if prepares else plan_from_name(own)
+        return _open(plan, model_vocab_size, prepares=prepares)
 
-    if not config.sources:
-        return open_one(config)
-    schedule = schedule_of([source.weight for source in config.sources])
-    tokenizer, parts = config.tokenizer, list[Corpus]()
-    for number in range(len(config.sources)):
-        parts.append(open_one(config.source_config(number, tokenizer)))
-        if tokenizer == TRAINED_TOKENIZER:
-            tokenizer = str(parts[0].folder)
+    schedule = schedule_of([source.weight for source in config.sources] or [1.0])
+    parts = list[Corpus]()
+    for own in config.source_configs():
+        if parts and own.tokenizer == TRAINED_TOKENIZER:
+            own = own.model_copy(update={"tokenizer": str(parts[0].folder)})
+        parts.append(open_one(own))
     return join_sources(parts, schedule)
 
 
 def _open(
-    plan: CorpusPlan,
-    model_vocab_size: int | None,
-    *,
-    prepares: bool = True,
-    verifies: bool = True,
+    plan: CorpusPlan, model_vocab_size: int | None, *, prepares: bool = True, verifies: bool = True
 ) -> Corpus:
     if not prepares and not plan.is_prepared:
         raise CorpusError(
@@ -123,7 +116,8 @@ def _open(
             "configuration first"
         )
     prepare_corpus(plan, model_vocab_size)
-    corpus = open_prepared(plan.folder, plan.fallback_for, verifies=verifies)
+    corpus = Corpus(plan.folder, read_index(plan.folder), plan.fallback_for)
+    corpus.verify(VERIFIED_BYTES if verifies else 0)
     remedy = f"delete {plan.folder} to prepare it again, or set another [data] cache_dir"
     if verifies:
         check_files(plan.config, plan.source, corpus, remedy)
@@ -143,9 +137,9 @@ def _open_on_ranks(config: DataConfig, ranks: World, model_vocab_size: int | Non
         return _open(plan_corpus(config), model_vocab_size) if ranks.is_main else None
 
     main = ranks.together(open_main)[0]
+    assert main is not None
 
     def open_same() -> Corpus:
-        assert main is not None
         if ranks.is_main:
             return main
         own = config if main.fallback_for is None else config.fallback_config()
@@ -166,39 +160,6 @@ def _open_on_ranks(config: DataConfig, ranks: World, model_vocab_size: int | Non
         return corpus
 
     return ranks.together(open_same)[ranks.rank]
-
-
-def check_files(config: DataConfig, source: Source, corpus: Corpus, remedy: str) -> None:
-    """Checks that a user's own files are those that a corpus was prepared from.
-
-    Compares names, sizes and times, and reads a file only if its time differs.
-
-    Raises:
-        CorpusError: if they are not; names the first one that differs, and the remedy.
-    """
-    before = {file.name: file for file in corpus.index.files}
-    now = {file.name: file for file in source.files}
-    touched = 0
-    for name in sorted({*before, *now}):
-        was, found = before.get(name), now.get(name)
-        problem = None
-        if was is None or found is None:
-            problem = "is missing" if found is None else "is new"
-        elif was.num_bytes != found.num_bytes:
-            problem = f"had {was.num_bytes} bytes, now {found.num_bytes}"
-        elif was.changed_ns != found.changed_ns:
-            touched += 1
-            if was.sha256 not in (None, sha256_of_file(source.folder / name)):
-                problem = "has other contents"
-        if problem is not None:
-            raise CorpusError(
-                f"[data] path = {str(config.path)!r}: not what {corpus.folder} was prepared from: "
-                f"{name} {problem}; restore it, or {remedy}"
-            )
-    if touched:
-        logger.info(
-            "%d file(s) in %s have other times, but the same contents", touched, source.folder
-        )
 
 
 def prepare_corpus(plan: CorpusPlan, model_vocab_size: int | None = None) -> None:
@@ -260,32 +221,31 @@ class _Preparation:
     """A preparation from its start, or from where another one was stopped."""
 
     def __init__(self, plan: CorpusPlan) -> None:
-        self._plan = plan
-        self._config = plan.config
-        self._source = plan.source
+        self._plan, self._config, self._source = plan, plan.config, plan.source
         self._folder = plan.folder.with_name(plan.folder.name + ".partial")
         self._progress = _read_progress(self._folder, list(plan.source.files))
 
     def run(self, model_vocab_size: int | None) -> None:
-        progress, row = self._progress, DATASETS[self._config.dataset]
+        config, progress, row = self._config, self._progress, DATASETS[self._config.dataset]
         if self._source.repository is not None:
             progress.revision = progress.revision or newest_commit(self._source.repository)
-            self._source = row.open(self._config, progress.revision)
+            self._source = row.open(config, progress.revision)
             logger.info("reading commit %s of the dataset", progress.revision)
         logger.info("preparing corpus: %s -> %s", self._source.description, self._plan.folder)
+        own_splits = self._source.splits()
         for key in ("validation_fraction", "test_fraction"):
             # Where a dataset always has its own splits, the keys are for other sources.
-            is_void = self._source.splits and not row.has_own_splits
-            if is_void and (value := getattr(self._config, key)) is not None:
+            is_void = own_splits and not row.has_own_splits
+            if is_void and (value := getattr(config, key)) is not None:
                 raise CorpusError(
                     f"[data] {key} = {value} has no effect: {self._source.description} has its own "
                     "splits; leave it out"
                 )
         # The splits to read; None is all documents, of which we hold some out.
-        streams = self._source.splits or (None,)
+        streams = own_splits or (None,)
         tokenizer = self._tokenizer(streams[0])
         if model_vocab_size is not None:
-            name = f"the tokenizer ([data] tokenizer = {self._config.tokenizer!r})"
+            name = f"the tokenizer ([data] tokenizer = {config.tokenizer!r})"
             check_vocabulary(tokenizer.vocab_size, model_vocab_size, name)
         self._folder.mkdir(exist_ok=True)
         if progress.eos_token is None:
@@ -294,7 +254,8 @@ class _Preparation:
             self._save_progress()
         for stream in streams[progress.stream :]:
             self._write_stream(stream, tokenizer)
-        self._finish(tokenizer)
+        has_test = config.test_fraction is not None and not own_splits
+        self._finish(tokenizer, ["train", "validation", "test"][: 3 if has_test else 2])
 
     def _tokenizer(self, stream: str | None) -> DocumentTokenizer:
         """The tokenizer saved by the preparation being resumed, or a new one."""
@@ -311,15 +272,15 @@ class _Preparation:
         logger.info("training a byte-level BPE tokenizer of %d tokens on the corpus", vocab_size)
         max_bytes = min(config.max_bytes or TRAINING_SAMPLE_BYTES, TRAINING_SAMPLE_BYTES)
         documents = self._source.read(stream, None, None)
-        batches = read_batches(documents, config.max_documents, max_bytes)
-        texts = enumerate(chain.from_iterable(batch.documents for batch in batches))
+        chunks = read_chunks(documents, config.max_documents, max_bytes)
+        texts = enumerate(chain.from_iterable(chunk.documents for chunk in chunks))
         sample = (text for number, text in texts if _split_of(number, stream, config) == "train")
         return train_tokenizer(sample, vocab_size, bos)
 
     def _write_stream(self, stream: str | None, tokenizer: DocumentTokenizer) -> None:
         """Writes the segments of a stream that are left, and the progress after each."""
         config, progress = self._config, self._progress
-        read = read_batches(
+        chunks = read_chunks(
             self._source.read(stream, progress.position, tokenizer),
             config.max_documents,
             config.max_bytes,
@@ -327,40 +288,31 @@ class _Preparation:
             progress.bytes_of_text,
         )
         total = config.max_bytes or self._source.num_bytes
-        segment, num_tokens = list[Batch](), 0
         with progress_bar(f"tokenizing {stream or ''}".rstrip(), total=total, unit="B") as bar:
             bar.update(progress.bytes_of_text)
-            # Three threads: one reads, one tokenizes with all cores, this one writes.
-            for batch in read_ahead(tokenized(read_ahead(read), tokenizer)):
-                bar.update(batch.num_bytes)
-                segment.append(batch)
-                num_tokens += sum(map(len, batch.documents)) + len(batch.documents)
-                if num_tokens >= SEGMENT_TOKENS:
-                    self._write_segment(segment, stream, tokenizer)
-                    segment, num_tokens = [], 0
-            if segment:
+            for segment in tokenized(read_ahead(chunks), tokenizer, bar.update):
                 self._write_segment(segment, stream, tokenizer)
         progress.stream += 1
         progress.position, progress.documents, progress.bytes_of_text = None, 0, 0
         self._save_progress()
 
     def _write_segment(
-        self, segment: "list[Batch]", stream: str | None, tokenizer: DocumentTokenizer
+        self, segment: "Chunk", stream: str | None, tokenizer: DocumentTokenizer
     ) -> None:
         """Writes one shard for each split, and the progress after it."""
         progress, documents = self._progress, dict[str, list[NDArray[Any]]]()
-        for ids in chain.from_iterable(batch.documents for batch in segment):
+        for ids in segment.documents:
             split = _split_of(progress.documents, stream, self._config)
-            is_cut = stream is None and split != "train"
-            kept = ids[: HELD_OUT_DOCUMENT_TOKENS - 1] if is_cut else ids
+            is_whole = split in (stream, "train")
+            kept = ids if is_whole else ids[: HELD_OUT_DOCUMENT_TOKENS - 1]
             documents.setdefault(split, []).append(kept)
             progress.documents += 1
         for split, own in documents.items():
             file = self._folder / f"{split}-{progress.segments:05d}.bin"
             progress.splits.setdefault(split, []).append(write_shard(file, own, tokenizer))
-        progress.position = segment[-1].position
-        progress.num_files_read = progress.position.get("file", 0) + 1
-        progress.bytes_of_text += sum(batch.num_bytes for batch in segment)
+        progress.position = segment.position
+        progress.num_files_read = segment.position.get("file", 0) + 1
+        progress.bytes_of_text += segment.num_bytes
         progress.segments += 1
         self._save_progress()
         logger.info("finished segment %d", progress.segments)
@@ -368,11 +320,9 @@ class _Preparation:
     def _save_progress(self) -> None:
         write_atomically(self._folder / PROGRESS_FILE, self._progress.model_dump_json())
 
-    def _finish(self, tokenizer: DocumentTokenizer) -> None:
-        """Writes the index, and gives the folder its name."""
+    def _finish(self, tokenizer: DocumentTokenizer, names: Sequence[str]) -> None:
+        """Writes the index of these splits, and gives the folder its name."""
         plan, splits = self._plan, self._progress.splits
-        has_test = self._config.test_fraction is not None and not self._source.splits
-        names = ("train", "validation", "test") if has_test else ("train", "validation")
         for split in names:
             if split not in splits:
                 found = sum(shard.documents for shards in splits.values() for shard in shards)
@@ -401,8 +351,7 @@ class _Preparation:
             fingerprint=fingerprint_of(sha256, tokenizer.dtype, splits),
         )
         write_index(self._folder, index)
-        os.rename(self._folder, plan.folder)
-        sync_folder(plan.folder.parent)
+        rename_complete(self._folder, plan.folder)
         # Only now: a preparation killed before the rename resumes from it.
         (plan.folder / PROGRESS_FILE).unlink()
         counts = ", ".join(f"{index.num_tokens(split)} {split}" for split in splits)
@@ -411,7 +360,7 @@ class _Preparation:
     def _hashed_files(self) -> list[FileState]:
         """Returns the source's files, with checksums of those that were read."""
         source, files = self._source, list[FileState]()
-        num_read = len(source.files) if source.splits else self._progress.num_files_read
+        num_read = len(source.files) if source.splits() else self._progress.num_files_read
         with progress_bar("hashing source", total=source.num_bytes, unit="B") as bar:
             for number, file in enumerate(source.files):
                 path = source.folder / file.name
@@ -464,7 +413,7 @@ def is_held_out(document: int, fraction: float, first: int = 0) -> bool:
 
     The held-out fraction is exact, as written in decimals. Blocks of documents are those of the
     period: 1 / 0.4 = 5/2 has blocks of 3 and 2 documents in turn."""
-    period = _period_of(fraction)
+    period = 1 / Fraction(str(fraction))
     num_documents, num_blocks = period.numerator, period.denominator
     block = document * num_blocks // num_documents
     if block == 0:
@@ -475,12 +424,7 @@ def is_held_out(document: int, fraction: float, first: int = 0) -> bool:
     return document - start == int.from_bytes(chosen, "little") % (end - start)
 
 
-@cache
-def _period_of(fraction: float) -> Fraction:
-    return 1 / Fraction(str(fraction))
-
-
-class Batch(NamedTuple):
+class Chunk(NamedTuple):
     """Documents to tokenize together."""
 
     documents: list[Any]
@@ -491,16 +435,16 @@ class Batch(NamedTuple):
     """The stream's, after them."""
 
 
-def read_batches(
+def read_chunks(
     documents: Documents,
     max_documents: int | None,
     max_bytes: int | None,
     num_documents: int = 0,
     num_bytes: int = 0,
-) -> Iterator[Batch]:
-    """Yields the non-empty documents of a stream in batches, up to the limits. The stream is after
+) -> Iterator[Chunk]:
+    """Yields the non-empty documents of a stream in chunks, up to the limits. The stream is after
     `num_documents` documents of `num_bytes` bytes. The one that crosses `max_bytes` is the last."""
-    batch, before, position = list[Any](), num_bytes, Position()
+    chunk, before, position = list[Any](), num_bytes, Position()
     while num_documents < (max_documents or math.inf) and num_bytes < (max_bytes or math.inf):
         document, position = next(documents, (None, position))
         if document is None:
@@ -512,24 +456,35 @@ def read_batches(
         else:
             size = document.nbytes
         if size:
-            batch.append(document)
+            chunk.append(document)
             num_documents, num_bytes = num_documents + 1, num_bytes + size
-        if num_bytes - before >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
-            yield Batch(batch, num_bytes - before, position)
-            batch, before = [], num_bytes
-    if batch:
-        yield Batch(batch, num_bytes - before, position)
+        if num_bytes - before >= CHUNK_BYTES or len(chunk) >= CHUNK_DOCUMENTS:
+            yield Chunk(chunk, num_bytes - before, position)
+            chunk, before = [], num_bytes
+    if chunk:
+        yield Chunk(chunk, num_bytes - before, position)
 
 
-def tokenized(batches: Iterator[Batch], tokenizer: DocumentTokenizer) -> Iterator[Batch]:
-    """Yields the batches with token ids in place of texts."""
-    for batch in batches:
-        if isinstance(batch.documents[0], str):
-            encoded = tokenizer.encode_documents(batch.documents)
+def tokenized(
+    chunks: Iterator[Chunk], tokenizer: DocumentTokenizer, on_bytes: Callable[[int], object]
+) -> Iterator[Chunk]:
+    """Yields segments of `SEGMENT_TOKENS` or more: chunks, joined, of token ids in place of texts.
+    `on_bytes` gets the size of each chunk."""
+    segment, num_bytes, num_tokens = list[NDArray[Any]](), 0, 0
+    for documents, size, position in chunks:
+        if isinstance(documents[0], str):
+            encoded = tokenizer.encode_documents(documents)
             # Arrays take 2 or 4 bytes per token, Python's numbers up to 40.
-            ids = [np.array(token_ids, dtype=tokenizer.dtype) for token_ids in encoded]
-            batch = batch._replace(documents=ids)
-        yield batch
+            documents = [np.array(token_ids, dtype=tokenizer.dtype) for token_ids in encoded]
+        segment += documents
+        num_bytes += size
+        num_tokens += sum(map(len, documents)) + len(documents)
+        on_bytes(size)
+        if num_tokens >= SEGMENT_TOKENS:
+            yield Chunk(segment, num_bytes, position)
+            segment, num_bytes, num_tokens = [], 0, 0
+    if segment:
+        yield Chunk(segment, num_bytes, position)
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
@@ -549,9 +504,7 @@ def write_shard(
     parts = [part for ids in documents for part in (ids, end)]
     dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
     tokens = np.concatenate(parts, dtype=dtype, casting="unsafe")
-    with file.open("wb") as stream:
-        stream.write(tokens.data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    file.unlink(missing_ok=True)  # of a segment that was not finished
+    write_flushed(file, tokens.data)
     sha256 = hashlib.sha256(tokens.data).hexdigest()
     return ShardRecord(file=file.name, documents=len(documents), tokens=len(tokens), sha256=sha256)

@@ -16,10 +16,10 @@ from switchtitan.data.corpus import (
     join_sources,
     read_index,
 )
-from switchtitan.data.mixture import ONE_SOURCE, Schedule
-from switchtitan.data.prepare import check_files
-from switchtitan.data.sources import DATASETS
+from switchtitan.data.order import ONE_SOURCE, Schedule
+from switchtitan.data.sources import DATASETS, Source
 from switchtitan.errors import CorpusError
+from switchtitan.files import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,6 @@ class RecordedSource(Record):
 
 def record(corpus: Corpus) -> dict[str, JsonValue]:
     """Returns what a run's checkpoints record of its corpus, for `find_recorded`."""
-    counts = (corpus.schedule or ONE_SOURCE).counts
     recorded: list[JsonValue] = [
         RecordedSource(
             folder=str(source.folder.absolute()),
@@ -53,7 +52,7 @@ def record(corpus: Corpus) -> dict[str, JsonValue]:
             fallback_for=source.fallback_for,
             bos=bool(source.index.tokenizer.bos),
         ).model_dump()
-        for source, count in zip(corpus.sources, counts, strict=True)
+        for source, count in corpus.shares
     ]
     return {"corpus": corpus.description, _KEY: recorded}
 
@@ -71,8 +70,6 @@ def find_recorded(run: Mapping[str, object], cache_dir: Path, checkpoint: Path) 
     """
     sources = recorded_sources(run, checkpoint)
     parts = [_find(source, cache_dir, checkpoint) for source in sources]
-    if len(parts) == 1:
-        return parts[0]
     return join_sources(parts, Schedule(tuple(source.count for source in sources)))
 
 
@@ -98,17 +95,15 @@ def _find(source: RecordedSource, cache_dir: Path, checkpoint: Path) -> Corpus:
             continue
         try:
             index = read_index(folder)
-        except CorpusError as error:
-            problems += [str(error)] if folder in expected else []
-            continue
-        if index.fingerprint == source.fingerprint:
-            return Corpus(folder, index, source.fallback_for)
-        if folder in expected:
-            problems.append(
+            if index.fingerprint == source.fingerprint:
+                return Corpus(folder, index, source.fallback_for)
+            raise CorpusError(
                 f"{folder}: its fingerprint is {index.fingerprint}, but the run trained on "
                 f"{source.fingerprint}; its documents have changed: restore them and delete this "
                 "folder to prepare it again, or copy the run's corpus"
             )
+        except CorpusError as error:
+            problems += [str(error)] if folder in expected else []
     keys = " --dataset pystdlib --tokenizer train" if source.fallback_for else ""
     config_file = checkpoint.absolute().parents[1] / "config.toml"
     raise CorpusError(
@@ -123,15 +118,42 @@ def _find(source: RecordedSource, cache_dir: Path, checkpoint: Path) -> Corpus:
 def check_unchanged(config: DataConfig, corpus: Corpus) -> None:
     """Checks that a user's own files, where they still are, are those of the recorded corpus; see
     `check_files`."""
-    sources = config.sources and [
-        config.source_config(number, config.tokenizer) for number in range(len(config.sources))
-    ]
-    for own, prepared in zip(sources or [config], corpus.sources, strict=True):
+    for own, prepared in zip(config.source_configs(), corpus.sources, strict=True):
         if not prepared.index.files:
             continue
         try:
             source = DATASETS[own.dataset].open(own, None)
         except CorpusError as error:
             logger.info("training on %s without its source: %s", prepared.folder, error)
-            continue
-        check_files(own, source, prepared, "start a new run in another [job] output_dir")
+        else:
+            check_files(own, source, prepared, "start a new run in another [job] output_dir")
+
+
+def check_files(config: DataConfig, source: Source, corpus: Corpus, remedy: str) -> None:
+    """Checks that a user's own files are those that a corpus was prepared from.
+
+    Compares names, sizes and times, and reads a file only if its time differs.
+
+    Raises:
+        CorpusError: if they are not; names the first one that differs, and the remedy.
+    """
+    before = {file.name: file for file in corpus.index.files}
+    now = {file.name: file for file in source.files}
+    num_touched = 0
+    for name in sorted(before.keys() | now.keys()):
+        was, found, problem = before.get(name), now.get(name), ""
+        if was is None or found is None:
+            problem = "is missing" if found is None else "is new"
+        elif was.num_bytes != found.num_bytes:
+            problem = f"had {was.num_bytes} bytes, now {found.num_bytes}"
+        elif was.changed_ns != found.changed_ns:
+            num_touched += 1
+            if was.sha256 not in (None, sha256_of_file(source.folder / name)):
+                problem = "has other contents"
+        if problem:
+            raise CorpusError(
+                f"[data] path = {str(config.path)!r}: not what {corpus.folder} was prepared from: "
+                f"{name} {problem}; restore it, or {remedy}"
+            )
+    if num_touched:
+        logger.info("%d file(s) have other times, but the same contents", num_touched)

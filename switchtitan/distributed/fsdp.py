@@ -20,10 +20,10 @@ from switchtitan.distributed.replicas import compute_in_turns
 from switchtitan.distributed.shards import (
     all_ranks_group,
     copy_from_full_,
-    empty_on_host_like,
     local,
     row_range,
     shard_buffer,
+    with_local,
 )
 from switchtitan.progress import progress_bar
 
@@ -216,7 +216,7 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
     def allocate(tensor: Tensor) -> Tensor:
         if tensor in on_host:
-            return empty_on_host_like(tensor)
+            return with_local(tensor, torch.empty_like(local(tensor), device="cpu"))
         return torch.empty_like(tensor, device=device)
 
     for module, name, _ in replicated:

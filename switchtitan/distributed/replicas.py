@@ -77,7 +77,7 @@ def check_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> None:
         part, num_parts = _part(tensor)
         own_places.append(len(names) + part)
         names += [name] * num_parts
-    own = torch.stack([fingerprint(local(tensor)).to(device) for tensor in held_alike.values()])
+    own = torch.stack([digest(local(tensor)).to(device) for tensor in held_alike.values()])
     # The maximum, and the complement of the minimum.
     extremes = torch.full((2, len(names)), torch.iinfo(torch.int64).min, device=device)
     extremes[:, torch.tensor(own_places, device=device)] = torch.stack([own, ~own])
@@ -101,7 +101,7 @@ def _part(tensor: Tensor) -> tuple[int, int]:
     return mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
 
 
-def fingerprint(tensor: Tensor) -> Tensor:
+def digest(tensor: Tensor) -> Tensor:
     """Returns a 0-dim int64 that any change of one value changes.
 
     Almost surely so does any other change, such as a permutation.

@@ -1,12 +1,14 @@
 """Rows of sharded matrices: local views of them, and one collective that gathers those of many."""
 
+from collections.abc import Iterable
+from math import prod
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from switchtitan.distributed.shards import local_shards, row_range
+from switchtitan.distributed.shards import local, row_range
 
 Spans = tuple[range, ...]
 """Rows as spans of neighbouring indices, in order, which are cheap to slice."""
@@ -23,21 +25,7 @@ class ShardedRows:
 
     def __init__(self, matrix: Tensor) -> None:
         self.width, self.held = matrix.shape[1], row_range(matrix)
-        (self.shard,) = local_shards([matrix])
-
-    def paired(self, spans: Spans, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Returns (view of the shard, view of `rows` [wanted, width]) for local rows of `spans`."""
-        first, end = self.held.start, self.held.stop
-        pairs = []
-        position = 0
-        for span in spans:
-            start, stop = max(span.start, first), min(span.stop, end)
-            if start < stop:  # most spans are on other ranks
-                held = self.shard.narrow(0, start - first, stop - start)
-                wanted = rows.narrow(0, position + start - span.start, stop - start)
-                pairs.append((held, wanted))
-            position += len(span)
-        return pairs
+        self.shard = local(matrix)
 
 
 class RowSpans(NamedTuple):
@@ -48,13 +36,19 @@ class RowSpans(NamedTuple):
     """Equal on every rank."""
 
 
-def paired_rows(spans: list[RowSpans], rows: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Returns (view of a shard, view of `rows[i]` [wanted, width]) for local rows of `spans[i]`."""
-    return [
-        pair
-        for (matrix, wanted), values in zip(spans, rows, strict=True)
-        for pair in matrix.paired(wanted, values)
-    ]
+def paired_rows(requests: list[RowSpans], rows: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Returns (view of a shard, view of `rows[i]` [wanted, width]) for local rows of request i."""
+    pairs = []
+    for (matrix, spans), values in zip(requests, rows, strict=True):
+        first, end, position = matrix.held.start, matrix.held.stop, 0
+        for span in spans:
+            start, stop = max(span.start, first), min(span.stop, end)
+            if start < stop:  # most spans are on other ranks
+                held = matrix.shard.narrow(0, start - first, stop - start)
+                wanted = values.narrow(0, position + start - span.start, stop - start)
+                pairs.append((held, wanted))
+            position += len(span)
+    return pairs
 
 
 def copy_all_(pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -74,15 +68,28 @@ def gather_rows(requests: list[RowSpans], group: dist.ProcessGroup | None) -> li
     patterns is exact.
 
     Args:
-        requests: at least one, of sharded matrices of one dtype on one device; or of plain ones,
-            whose value is the sum of all ranks' bit patterns.
+        requests: at least one, of matrices of one dtype on one device. A plain matrix counts as the
+            sum of all ranks' bit patterns.
     """
-    shapes = [(sum(map(len, spans)), matrix.width) for matrix, spans in requests]
-    sizes = [num_rows * width for num_rows, width in shapes]
-    packed = requests[0].matrix.shard.new_zeros(sum(sizes))
-    rows = [piece.view(shape) for piece, shape in zip(packed.split(sizes), shapes, strict=True)]
-    copy_all_([(into, held) for held, into in paired_rows(requests, rows)])
+    packed, rows = pack_rows(requests)
     if group is not None:
         bits = packed.view(torch.int64 if packed.itemsize == 8 else torch.int32)
         dist.all_reduce(bits, group=group)
     return rows
+
+
+def pack_rows(requests: list[RowSpans]) -> tuple[Tensor, list[Tensor]]:
+    """Returns a flat tensor of local rows, with zeros for those of other ranks, and its view
+    [wanted, width] for each request."""
+    shapes = [(sum(map(len, spans)), matrix.width) for matrix, spans in requests]
+    packed = requests[0].matrix.shard.new_zeros(sum(map(prod, shapes)))
+    rows = cut(packed, shapes)
+    copy_all_([(into, held) for held, into in paired_rows(requests, rows)])
+    return packed, rows
+
+
+def cut(packed: Tensor, shapes: Iterable[tuple[int, ...]]) -> list[Tensor]:
+    """Splits a flat tensor into views of these shapes."""
+    shapes = list(shapes)
+    pieces = packed.split([prod(shape) for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]

@@ -86,7 +86,13 @@ class World:
             result = function()
         except Exception as caught:
             error = caught
-        outcomes = self.gather((result, None if error is None else _reason(error, self.rank)))
+        reason = None
+        if error is not None:
+            where = f"rank {self.rank} on {socket.gethostname()}: " if self.rank else ""
+            reason = type(error), f"{where}{error}"
+            if not isinstance(error, UserError):
+                reason = RuntimeError, f"{where or 'rank 0: '}{type(error).__name__}: {error}"
+        outcomes = self.gather((result, reason))
         if error is not None and not isinstance(error, UserError):
             raise error
         first = next((reason for _, reason in outcomes if reason is not None), None)
@@ -113,20 +119,11 @@ class World:
             torch.cuda.synchronize(self.device)
 
 
-def _reason(error: Exception, rank: int) -> tuple[type[Exception], str]:
-    """What other ranks raise for `error`."""
-    where = "" if rank == 0 else f"rank {rank} on {socket.gethostname()}: "
-    if isinstance(error, UserError):
-        return type(error), f"{where}{error}"
-    return RuntimeError, f"{where or 'rank 0: '}{type(error).__name__}: {error}"
-
-
 def start_world(config: ParallelismConfig) -> World:
     """Joins the process group of the launcher's environment, or creates one of a single rank.
     Raises an EnvironmentMismatchError if launcher, machine and configuration do not fit each
     other."""
-    num_ranks, rank = num_ranks_from_launcher(), rank_from_launcher()
-    local_rank = _from_launcher("LOCAL_RANK", 0)
+    rank, num_ranks, local_rank = place_from_launcher()
     shape = mesh_shape(config, num_ranks)
     is_cuda = device_type() == "cuda"
     device = own_gpu(local_rank) if is_cuda else torch.device("cpu")
@@ -215,28 +212,27 @@ def is_launched() -> bool:
 
 def num_ranks_from_launcher() -> int:
     """Returns the number of ranks that the launcher started; 1 without a launcher."""
-    return _from_launcher("WORLD_SIZE", 1)
+    return place_from_launcher()[1]
 
 
-def rank_from_launcher() -> int:
-    """Returns this process's rank; 0 without a launcher."""
-    num_ranks = num_ranks_from_launcher()
-    if num_ranks > 1 and not os.environ.get("RANK"):
-        raise EnvironmentMismatchError(f"WORLD_SIZE={num_ranks}, and RANK is not set; {_LAUNCHED}")
-    rank = _from_launcher("RANK", 0)
-    if not 0 <= rank < num_ranks:
-        raise EnvironmentMismatchError(
-            f"RANK={rank}: expected a rank below WORLD_SIZE={num_ranks}; {_LAUNCHED}"
-        )
-    return rank
-
-
-def _from_launcher(name: str, default: int) -> int:
-    given = os.environ.get(name) or default
+def place_from_launcher() -> tuple[int, int, int]:
+    """Returns this process's rank, the number of ranks, and its rank on this machine, as its
+    launcher says: (0, 1, 0) without one."""
+    given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     try:
-        return int(given)
-    except ValueError as error:
-        raise EnvironmentMismatchError(f"{name}={given}: not an integer; {_LAUNCHED}") from error
+        num_ranks = int(given["WORLD_SIZE"] or 1)
+        # One of several ranks must know which.
+        rank = int(given["RANK"] or ("" if num_ranks > 1 else 0))
+        local_rank = int(given["LOCAL_RANK"] or 0)
+        is_place = 0 <= rank < num_ranks
+    except ValueError:
+        is_place = False
+    if not is_place:
+        named = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise EnvironmentMismatchError(
+            f"{named}: expected integers, and a RANK from 0 to WORLD_SIZE - 1; {_LAUNCHED}"
+        )
+    return rank, num_ranks, local_rank
 
 
 _LAUNCHED = (

@@ -99,6 +99,6 @@ def text_batches(
     inputs.view(-1)[: len(tokens) - 1] = stream[:-1]
     targets.view(-1)[num_context - 1 : len(tokens) - 1] = stream[num_context:]
     return [
-        Batch(rows, wanted, torch.stack([document_ids(row, eos_id) for row in rows]))
+        Batch(rows, wanted, document_ids(rows, eos_id))
         for rows, wanted in zip(inputs, targets, strict=True)
     ]

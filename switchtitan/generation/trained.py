@@ -19,7 +19,7 @@ from switchtitan.errors import CheckpointError, CheckpointFormatError, ConfigErr
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.huggingface import CONFIG_NAME, read_config
 from switchtitan.hub.initial_weights import read_initial_weights, read_model_folder
-from switchtitan.hub.peft_folder import folder_of_model
+from switchtitan.hub.peft_folder import folders_of
 from switchtitan.job.checks import check_device, check_held_out
 from switchtitan.job.config import JobConfig, parse_saved, parse_unchecked
 from switchtitan.models import MODELS, plain_model
@@ -61,18 +61,15 @@ class TrainedModel:
         Takes the weights out of `tensors`, one at a time, so that memory does not hold the model in
         both dtypes.
         """
-        model = plain_model(self.config)
-        names = list(self.tensors)
+        model, names = plain_model(self.config), list(self.tensors)
         weights = {name: self.tensors.pop(name).to(device, dtype) for name in names}
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(False).eval()
 
 
 def open_trained_model(path: Path, config: ModelConfig | None = None) -> TrainedModel:
-    """Reads a run's newest checkpoint, a given checkpoint, or other weights.
-
-    Other weights are a folder in Hugging Face's layout, a LoRA adapter's folder or a safetensors
-    file.
+    """Reads a run's newest checkpoint, a given checkpoint, or other weights: a folder in Hugging
+    Face's layout, a LoRA adapter's folder or a safetensors file.
 
     Args:
         config: the plain model's section; by default the checkpoint's, or the one that a
@@ -82,10 +79,9 @@ def open_trained_model(path: Path, config: ModelConfig | None = None) -> Trained
         CheckpointError: if the weights cannot be read or do not match the model.
         ConfigError: if a `config.json` describes no model that is supported.
     """
-    folder = folder_of_model(path) if path.is_dir() else path.parent
-    file = folder / CONFIG_NAME
+    file = folders_of(path)[-1] / CONFIG_NAME
     if config is None and (path.suffix == ".safetensors" or file.is_file()):
-        config = MODELS.restore(read_model_folder(folder))
+        config = MODELS.restore(read_model_folder(file.parent))
     if config is not None:
         source, tensors = read_initial_weights(path, config)
         found_config = read_config(file) if file.is_file() else {}
@@ -132,7 +128,7 @@ def open_tokenizer(trained: TrainedModel, given: Path | None = None) -> Document
     """
     tokenizer = find_tokenizer(trained, given)
     if tokenizer is None:
-        where = " or ".join(map(str, _folders_of(trained.source)))
+        where = " or ".join(map(str, folders_of(trained.source)))
         raise CorpusError(
             f"no tokenizer of {trained.source}: there is none in {where}; pass --tokenizer FILE, a "
             "tokenizer.json or a folder with one, such as a prepared corpus"
@@ -187,15 +183,5 @@ def check_tokens(trained: TrainedModel, tokens: list[int]) -> None:
 
 
 def _find_beside(source: Path, name: str) -> Path | None:
-    files = (folder / name for folder in _folders_of(source))
+    files = (folder / name for folder in folders_of(source))
     return next((file for file in files if file.is_file()), None)
-
-
-def _folders_of(source: Path) -> list[Path]:
-    """Returns the folder of the weights, and of an adapter also that of its base.
-
-    PEFT does not copy the base's tokenizer.
-    """
-    if not source.is_dir():
-        return [source.parent]
-    return list(dict.fromkeys([source, folder_of_model(source)]))

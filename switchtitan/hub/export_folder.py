@@ -18,7 +18,7 @@ from switchtitan.checkpoint.save import CheckpointMetadata
 from switchtitan.contracts import ModelConfig
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CheckpointError, OutputError
-from switchtitan.files import make_folder, sync_folder, sync_tree
+from switchtitan.files import make_folder, rename_complete, sync_tree
 from switchtitan.hub.dense_checkpoint import module_of
 from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, parameter_shapes, write_json
 from switchtitan.progress import progress_bar
@@ -86,14 +86,12 @@ def export_dense(
         )
     eos_id = None if tokenizer is None else tokenizer.eos_id
     bos_id = next(iter(() if tokenizer is None else tokenizer.bos_ids), None)
-    tokens = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    tokens = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": None}
     dtype_name = str(dtype).removeprefix("torch.")
     dtypes = {"torch_dtype": dtype_name, "dtype": dtype_name}  # of transformers 4 and 5
     in_generation = {"do_sample": True, **tokens, "pad_token_id": eos_id}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / CONFIG_NAME, {**huggingface_config, **dtypes, **tokens, "pad_token_id": None}
-    )
+    write_json(folder / CONFIG_NAME, {**huggingface_config, **dtypes, **tokens})
     write_json(folder / "generation_config.json", in_generation)
     if tokenizer is not None:
         (folder / "tokenizer.json").write_text(tokenizer.serialized, encoding="utf-8")
@@ -110,15 +108,11 @@ def export_dense(
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields the folder `.NAME.partial`, flushed and renamed to `folder` if the block succeeds.
-
-    If the block fails, or is interrupted, nothing is left but the folders above it.
-
-    Args:
-        folder: absent or empty. Folders above it are created.
+    """Yields the folder `.NAME.partial`, flushed and renamed to `folder` if the block succeeds. If
+    it fails, or is interrupted, nothing is left but the folders above it.
 
     Raises:
-        CheckpointError: if the folder is not empty.
+        CheckpointError: if the folder exists and is not empty.
         OutputError: if it cannot be written, or its partial folder exists.
     """
     try:
@@ -133,11 +127,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
         try:
             yield partial
             sync_tree(partial)
-            partial.replace(folder)
+            rename_complete(partial, folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"{folder} cannot be written ({error}); choose another folder, free space on its disk, "

@@ -1,6 +1,7 @@
 """Read the dense weights that a new run starts from, and the model that their folder describes."""
 
 import hashlib
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -13,18 +14,13 @@ from switchtitan.distributed.initial import ReadRows
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import sha256_of_file
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.huggingface import (
-    CONFIG_NAME,
-    check_shapes,
-    parameter_shapes,
-    read_config,
-    read_dense,
-)
+from switchtitan.hub.huggingface import CONFIG_NAME, check_shapes, parameter_shapes, read_config
 from switchtitan.hub.peft_folder import (
     ADAPTER_CONFIG_NAME,
     folder_of_model,
+    folders_of,
     is_adapter,
-    read_adapted,
+    read_merged,
 )
 from switchtitan.models import MODELS
 
@@ -60,11 +56,10 @@ def open_weights(source: Path, config: ModelConfig) -> ReadRows:
         dense = DenseCheckpoint(source)
         _check_same_model(dense.config, config, source)
         return dense.read_rows
-    file = (folder_of_model(source) if source.is_dir() else source.parent) / CONFIG_NAME
+    file = folders_of(source)[-1] / CONFIG_NAME
     if file.is_file():
         _check_same_model(MODELS.restore(read_model_folder(file.parent)), config, file)
-    weights = read_adapted(source) if is_adapter(source) else read_dense(source)
-    weights = without_copies(weights, config, source)
+    weights = without_copies(read_merged(source), config, source)
     check_shapes(weights, config, f"[checkpoint] initial_weights = {str(source)!r}")
     # Memory-mapped, unless an adapter was merged.
     return lambda name, rows: weights[name][rows.start : rows.stop]
@@ -88,15 +83,15 @@ def _check_same_model(theirs: ModelConfig, ours: ModelConfig, source: Path) -> N
         )
 
 
-def fingerprint(source: Path) -> str:
+def checksum(source: Path) -> str:
     """Returns a checksum of the weight files at `source`, or of a checkpoint's checksums."""
     if source.is_file():
         files = [source]
     elif (source / SUMS_FILE).is_file():
         files = [source / SUMS_FILE]
     else:
-        folders = dict.fromkeys([source, folder_of_model(source)])  # an ordered set
-        files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+        shards = (sorted(folder.glob("*.safetensors")) for folder in folders_of(source))
+        files = list(chain.from_iterable(shards))
         if is_adapter(source):  # the scale of its factors
             files.append(source / ADAPTER_CONFIG_NAME)
     return hashlib.sha256("".join(map(sha256_of_file, files)).encode()).hexdigest()

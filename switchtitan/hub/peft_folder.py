@@ -146,31 +146,41 @@ def folder_of_model(path: Path) -> Path:
     )
 
 
-def read_adapted(folder: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Returns weights of an adapter's base, by default all, with the adapter merged, by name.
+def folders_of(path: Path) -> list[Path]:
+    """Returns the folder of weights, and after an adapter's that of its base, whose tokenizer and
+    config.json PEFT does not copy; see `folder_of_model`."""
+    if not path.is_dir():
+        return [path.parent]
+    return list(dict.fromkeys([path, folder_of_model(path)]))
 
-    Merged weights are fp32; the others are memory-mapped.
+
+def read_merged(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Returns weights of a folder or file, by default all, by name; an adapter's are those of its
+    base with the adapter merged. Merged weights are fp32; the others are memory-mapped.
 
     Raises:
         CheckpointError: as `folder_of_model`, if a file is missing or damaged, or if factors do not
             fit the base or the configuration.
     """
-    config, file = read_adapter_config(folder), folder / ADAPTER_NAME
+    base = folder_of_model(path)
+    weights = read_dense(base)
+    names = weights if names is None else names
+    if not is_adapter(path):
+        return {name: weights[name] for name in names}
+    config, file = read_adapter_config(path), path / ADAPTER_NAME
     factors: dict[str, dict[str, Tensor]] = {}
-    for name, factor in read_dense(folder, ADAPTER_NAME).items():
+    for name, factor in read_dense(path, ADAPTER_NAME).items():
         match = _FACTOR.fullmatch(name)
         if match is None:
             raise CheckpointError(f"{file}: {name}: expected a factor of a layer")
         factors.setdefault(f"{match[1]}.weight", {})[match[2]] = factor
-    base = folder_of_model(folder)
-    weights = read_dense(base)
     if missing := sorted(factors.keys() - weights.keys()):
-        raise CheckpointError(f"{base} lacks {abbreviate(missing)}, which {folder} updates")
+        raise CheckpointError(f"{base} lacks {abbreviate(missing)}, which {path} updates")
     return {
         name: _merged(weights[name], factors[name], config, f"{file}: {name}")
         if name in factors
         else weights[name]
-        for name in (weights if names is None else names)
+        for name in names
     }
 
 

@@ -13,9 +13,8 @@ from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.export_folder import ReadWeights
-from switchtitan.hub.huggingface import read_dense
 from switchtitan.hub.initial_weights import read_model_folder
-from switchtitan.hub.peft_folder import is_adapter, read_adapted
+from switchtitan.hub.peft_folder import is_adapter, read_merged
 from switchtitan.models import MODELS, plain_model
 
 _NUM_TOKENS = 64
@@ -37,22 +36,15 @@ def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype)
     Raises:
         CheckpointError: if the folder cannot be read, or computes other logits.
     """
-    has_factors = is_adapter(folder)
 
     def read_rounded(names: Iterable[str]) -> Mapping[str, Tensor]:
         return {name: value.to(dtype) for name, value in checkpoint.read(names).items()}
 
-    def read_stored(names: Iterable[str]) -> Mapping[str, Tensor]:
-        if has_factors:
-            return read_adapted(folder, names)
-        stored = read_dense(folder)
-        return {name: stored[name] for name in names}
-
     expected = _logits(checkpoint.config, read_rounded)
-    found = _logits(MODELS.restore(read_model_folder(folder)), read_stored)
+    found = _logits(MODELS.restore(read_model_folder(folder)), partial(read_merged, folder))
     error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
     # Sums in fp32 are rounded in another order; factors in bf16 are rounded by up to 2^-9 each.
-    limit = 3e-2 if has_factors and dtype != torch.float32 else 1e-4
+    limit = 3e-2 if is_adapter(folder) and dtype != torch.float32 else 1e-4
     if not error <= limit:  # also if it is NaN
         raise CheckpointError(
             f"the exported model computes other logits than the checkpoint: relative error "

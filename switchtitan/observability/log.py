@@ -85,8 +85,6 @@ def perplexity_of(loss: float) -> float:
 
 def format_duration(seconds: float) -> str:
     """Formats with the two largest units: 45s, 3m07s, 2h05m, 4d11h."""
-    if not math.isfinite(seconds):
-        return "?"
     minutes, rest_s = divmod(round(seconds), 60)
     hours, rest_min = divmod(minutes, 60)
     days, rest_h = divmod(hours, 24)

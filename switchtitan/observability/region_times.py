@@ -4,7 +4,6 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 
@@ -12,13 +11,6 @@ from switchtitan.regions import OUTSIDE_STEP, STEP, observe_regions, stop_observ
 
 _Mark = float | torch.cuda.Event
 """A moment: seconds of the host's clock, or an event on the device's current stream."""
-
-
-class _Span(NamedTuple):
-    name: str
-    outer: str | None
-    began: _Mark
-    ended: _Mark
 
 
 class RegionTimes:
@@ -32,7 +24,8 @@ class RegionTimes:
     def __init__(self, device: torch.device) -> None:
         self._is_on_gpu = device.type == "cuda"
         self._inside: str | None = None
-        self._ended: deque[_Span] = deque()
+        self._ended = deque[tuple[str, str | None, _Mark, _Mark]]()
+        """Name, region around it, beginning and end."""
         self._free_events: list[torch.cuda.Event] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._num_calls: Counter[str] = Counter()
@@ -53,7 +46,7 @@ class RegionTimes:
             yield
         finally:
             self._inside = outer
-            self._ended.append(_Span(name, outer, began, self._mark()))
+            self._ended.append((name, outer, began, self._mark()))
             if outer is None:
                 self._add_passed()
 
@@ -86,20 +79,18 @@ class RegionTimes:
 
     def _add_passed(self) -> None:
         """Adds up the spans that have ended, in the order in which they did."""
-        while self._ended and (seconds := self._seconds_of(self._ended[0])) is not None:
-            span = self._ended.popleft()
-            self._seconds[span.name] += seconds
-            self._num_calls[span.name] += 1
+        while self._ended:
+            name, outer, began, ended = self._ended[0]
+            if isinstance(began, float) or isinstance(ended, float):
+                seconds = ended - began  # type: ignore[operator]
+            elif not ended.query():
+                return  # does not wait for the device
+            else:
+                seconds = began.elapsed_time(ended) / 1000
+                self._free_events += [began, ended]
+            self._ended.popleft()
+            self._seconds[name] += seconds
+            self._num_calls[name] += 1
             # A region in an evaluation, say, does not belong to a step.
-            if span.outer is not None:
-                self._seconds[span.outer] -= seconds
-
-    def _seconds_of(self, span: _Span) -> float | None:
-        """Returns None until the device has passed the span's end; does not wait for it."""
-        began, ended = span.began, span.ended
-        if isinstance(began, float) or isinstance(ended, float):
-            return ended - began  # type: ignore[operator]
-        if not ended.query():
-            return None
-        self._free_events += [began, ended]
-        return began.elapsed_time(ended) / 1000
+            if outer is not None:
+                self._seconds[outer] -= seconds

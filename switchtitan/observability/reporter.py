@@ -143,33 +143,32 @@ class Reporter:
         self._bar.close()
         self._is_finished = True
         failure = self._write_results(values)
-        rows = []
-        if losses := self._validation_losses:
-            shown = [losses[0], losses[-1]] if len(losses) > 1 else losses
-            rows.append(("validation loss", " -> ".join(f"{loss:.4f}" for loss in shown)))
-            perplexities = (f"{perplexity_of(loss):.2f}" for loss in shown)
-            rows.append(("perplexity", " -> ".join(perplexities)))
+        rows = dict[str, str]()
+        if losses := [*self._validation_losses[:1], *self._validation_losses[1:][-1:]]:
+            rows["validation loss"] = " -> ".join(f"{loss:.4f}" for loss in losses)
+            rows["perplexity"] = " -> ".join(f"{perplexity_of(loss):.2f}" for loss in losses)
         elif self._train_loss is not None:
-            rows.append(("training loss", f"{self._train_loss:.4f}"))
+            rows["training loss"] = f"{self._train_loss:.4f}"
         if (test_loss := values.get("loss/test")) is not None:
-            rows.append(("test loss", f"{test_loss:.4f}"))
-        since = f" since step {self._start_step}" if self._start_step > 0 else ""
+            rows["test loss"] = f"{test_loss:.4f}"
         if num_skipped := values.get("batches_skipped"):
-            rows.append(("batches skipped", f"{num_skipped:.0f}, not finite"))
-        if (speed := values.get("throughput/tokens_per_s")) is not None:
-            rows.append(("tokens/s", tqdm.format_sizeof(speed) + since))
-        if (wall_time_s := values.get("throughput/wall_time_s")) is not None:
-            rows.append(("wall time", format_duration(wall_time_s) + since))
+            rows["batches skipped"] = f"{num_skipped:.0f}, not finite"
+        since = f" since step {self._start_step}" if self._start_step > 0 else ""
+        if speed := values.get("throughput/tokens_per_s"):
+            rows["tokens/s"] = tqdm.format_sizeof(speed) + since
+        if wall_time_s := values.get("throughput/wall_time_s"):
+            rows["wall time"] = format_duration(wall_time_s) + since
         if checkpoint is not None:
-            rows.append(("checkpoint", str(checkpoint)))
-        rows.append(("results", "not written" if failure else str(self._results)))
+            rows["checkpoint"] = str(checkpoint)
+        rows["results"] = "not written" if failure else str(self._results)
         if trace is not None:
-            rows.append(("profile trace", str(trace)))
+            rows["profile trace"] = str(trace)
         if self._tensorboard is not None or trace is not None:
-            rows.append(("logs", str(self._folder)))
-            rows.append(("view with", f"tensorboard --host localhost --logdir {self._folder}"))
-        width = max(len(name) for name, _ in rows)
-        for line in ("-" * 80, *(f"{name:<{width}}  {value}" for name, value in rows), "-" * 80):
+            rows["logs"] = str(self._folder)
+            rows["view with"] = f"tensorboard --host localhost --logdir {self._folder}"
+        width = max(map(len, rows))
+        lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
+        for line in ("-" * 80, *lines, "-" * 80):
             logger.info("%s", line)
         if failure:
             raise OutputError(

@@ -1,6 +1,5 @@
 """Training speed, MFU and peak memory."""
 
-import re
 import resource
 import sys
 import time
@@ -42,9 +41,9 @@ class Throughput:
         self._synchronize = synchronize
         self._began_at = self._window_began_at = time.perf_counter()
         self._excluded_s = 0.0
-        self._first: tuple[int, float] | None = None
-        """Step and time of the first call of `measure`."""
-        self._steady_steps, self._steady_s = 0, 0.0
+        self._first_step, self._first_at = 0, 0.0
+        """Step and time of the first call of `measure`, from which means are taken."""
+        self._steady_s = 0.0
         self._tokens_per_s = 0.0
 
     @contextmanager
@@ -69,29 +68,23 @@ class Throughput:
         elapsed_s = max(now - self._window_began_at - self._excluded_s, 1e-9)
         self._tokens_per_s = num_steps * self._tokens_per_step / elapsed_s
         self._step, self._window_began_at, self._excluded_s = step, now, 0.0
-        if self._first is None:
-            self._first = (step, now)
+        if self._first_at == 0.0:
+            self._first_step, self._first_at = step, now
             if step < self._num_steps:
                 return {}
         else:
-            self._steady_steps += num_steps
             self._steady_s += elapsed_s
         flops_per_s = self._tokens_per_s * self._flops_per_token_and_device
+        # With what is excluded from the speed.
+        s_per_step = (now - self._first_at) / max(1, step - self._first_step)
         values = {
             "throughput/tokens_per_s": self._tokens_per_s,
             "throughput/tflop_per_s_per_device": flops_per_s / 1e12,
-            "throughput/eta_s": self._time_left_s(*self._first),
+            "throughput/eta_s": (self._num_steps - step) * s_per_step,
         }
         if self._peak is not None:
             values["throughput/mfu"] = flops_per_s / self._peak
         return values
-
-    def _time_left_s(self, first_step: int, began_at: float) -> float:
-        """At the mean speed since the first window, with what is excluded from the speed."""
-        if self._step == self._num_steps:
-            return 0.0
-        s_per_step = (self._window_began_at - began_at) / (self._step - first_step)
-        return (self._num_steps - self._step) * s_per_step
 
     @property
     def wall_time_s(self) -> float:
@@ -101,9 +94,9 @@ class Throughput:
     @property
     def mean_tokens_per_s(self) -> float:
         """Mean without the first window, which includes compilation, unless it is the only one."""
-        if self._steady_steps == 0:
+        if self._steady_s == 0.0:
             return self._tokens_per_s
-        return self._steady_steps * self._tokens_per_step / self._steady_s
+        return (self._step - self._first_step) * self._tokens_per_step / self._steady_s
 
     @property
     def mean_mfu(self) -> float | None:
@@ -124,45 +117,3 @@ def peak_memory_gib(device: torch.device) -> float:
     # getrusage(2): KiB on Linux, bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-# Dense bf16 FLOP/s with fp32 accumulation, per torch device, by a pattern that must match the full
-# torch.cuda.get_device_name(). Rates that a data sheet states with 2:4 sparsity are halved.
-_PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    # Data sheets of NVIDIA: A100 2021; H100 2023 (SXM and NVL, with sparsity) and 2022 (PCIe);
-    # GH200 2023; H200 2024; HGX B200 2025 (36 PFLOP/s with sparsity for 8 GPUs); GB200 NVL72 2024
-    # (360 PFLOP/s with sparsity for 72). A800 and H800 differ in NVLink and fp64; H20 2023.
-    (r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe|NVIDIA A100-SXM-\d+GB", 312e12),
-    (r"NVIDIA A800-SXM4-\d+GB|NVIDIA A800 80GB PCIe", 312e12),
-    (r"NVIDIA H100 PCIe", 756.5e12),
-    (r"NVIDIA (H100 80GB HBM3|H800|H200|GH200 (480GB|120GB))", 989.5e12),
-    (r"NVIDIA (H100|H200) NVL", 835.5e12),
-    (r"NVIDIA H20", 148e12),
-    (r"NVIDIA B200", 2250e12),
-    (r"NVIDIA GB200", 2500e12),
-    # Data sheets: L40S, L4 and L40 (with sparsity) 2023; A10, A30 and A40 2021; A10G, Amazon EC2
-    # G5, 2022.
-    (r"NVIDIA L40S", 362.05e12),
-    (r"NVIDIA L40", 181.05e12),
-    (r"NVIDIA L4", 121e12),
-    (r"NVIDIA A10", 125e12),
-    (r"NVIDIA A30", 165e12),
-    (r"NVIDIA A40", 149.7e12),
-    (r"NVIDIA A10G", 70e12),
-    # White papers with bf16 and fp32 accumulation: Ampere GA102 2021, Ada 2023.
-    (r"NVIDIA RTX A6000", 154.8e12),
-    (r"NVIDIA GeForce RTX 3090", 71e12),
-    (r"NVIDIA GeForce RTX 4090", 165.2e12),
-    # Data sheets of AMD: MI250X 2021, which torch sees as two devices; MI300X 2023, MI325X 2024.
-    (r"AMD Instinct MI250X( / MI250)?", 191.5e12),
-    (r"AMD Instinct MI3(00|25)X", 1307.4e12),
-)
-
-
-def peak_flops_per_s(device_name: str) -> float | None:
-    """Returns the dense bf16 peak in FLOP/s; None if unknown.
-
-    Requires the exact name: a MIG slice, a laptop GPU or another variant has another peak.
-    """
-    peaks = (peak for pattern, peak in _PEAK_FLOPS if re.fullmatch(pattern, device_name))
-    return next(peaks, None)

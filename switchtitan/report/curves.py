@@ -3,10 +3,11 @@
 import math
 from collections.abc import Mapping
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from switchtitan.observability import PLOT_STYLE
 from switchtitan.observability.tensorboard import Curve
 
 Runs = Mapping[str, Mapping[str, Curve]]
@@ -15,10 +16,10 @@ TRAIN_LOSS, VALIDATION_LOSS, LEARNING_RATE = "loss/train", "loss/validation", "o
 NUM_SWITCHED, COVERAGE = "switch/vectors_switched_total", "switch/candidate_coverage"
 
 
+@rc_context(PLOT_STYLE)
 def draw_curves(runs: Runs) -> Figure:
     """Draws losses on the left; learning rate and, if any run switched, switches on the right."""
-    # The default padding lets titles touch the labels above.
-    figure = Figure(layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1))
+    figure = Figure()
     switching = {label: curves for label, curves in runs.items() if NUM_SWITCHED in curves}
     if switching:
         panels = figure.subplot_mosaic([["loss", "lr"], ["loss", "switch"]], width_ratios=[1.3, 1])
@@ -33,11 +34,8 @@ def draw_curves(runs: Runs) -> Figure:
     if switching:
         _draw_switches(panels["switch"], switching, colours)
     num_columns = 4 if len(runs) == 1 else 2
-    legend = figure.legend(loc="outside lower center", ncols=num_columns, frameon=False)
+    legend = figure.legend(loc="outside lower center", ncols=num_columns)
     figure.set_size_inches(10, 4.6 + 0.25 * math.ceil(len(legend.get_texts()) / num_columns))
-    for panel in panels.values():
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
     if len(runs) == 1:
         figure.suptitle(next(iter(runs)))
     return figure
@@ -66,4 +64,5 @@ def _draw_switches(axes: Axes, runs: Runs, colours: Mapping[str, str]) -> None:
     axes.plot([], [], ":", color="grey", label="candidates used so far (right)")
     axes.set(title="Switches", xlabel="step", ylabel="vectors", ylim=(0, None))
     right.set(ylabel="% of candidates", ylim=(0, 100))
-    right.spines["top"].set_visible(False)
+    right.spines["right"].set_visible(True)
+    right.grid(visible=False)

@@ -63,7 +63,11 @@ def write_page(runs: Mapping[str, RunRecord], pictures: Pictures, file: Path) ->
     differing, same = _configurations(runs)
     parts = ["<h1>Runs</h1>", _html_table(_results(runs))]
     for heading, (figure, table) in pictures.items():
-        parts += [f"<h2>{escape(heading)}</h2>", _svg(figure)]
+        svg = io.StringIO()
+        figure.savefig(svg, format="svg")
+        # Without the XML declaration, which HTML does not allow here.
+        text = svg.getvalue()
+        parts += [f"<h2>{escape(heading)}</h2>", text[text.index("<svg") :]]
         parts += [] if table is None else [_html_table(table)]
     if len(differing) > 1:
         parts += ["<h2>Keys that differ</h2>", _html_table(differing)]
@@ -116,11 +120,3 @@ def _html_table(rows: Table) -> str:
         cells = "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
         lines.append(f"<tr>{cells}</tr>")
     return "\n".join(["<table>", *lines, "</table>"])
-
-
-def _svg(figure: Figure) -> str:
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg")
-    # Without the XML declaration, which HTML does not allow here.
-    text = stream.getvalue()
-    return text[text.index("<svg") :]

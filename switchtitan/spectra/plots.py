@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from switchtitan.checkpoint.load import find_given
+from switchtitan.observability import PLOT_STYLE
 from switchtitan.spectra.spectrum import (
     NUMERICAL_RANK_THRESHOLD,
     RankSummary,
@@ -62,11 +63,11 @@ def table(runs: Mapping[str, RunSpectra]) -> list[list[str]]:
     return rows
 
 
+@rc_context(PLOT_STYLE)
 def draw(runs: Mapping[str, RunSpectra]) -> Figure:
     """Draws mean spectrum, effective rank by kind of layer and, if measured, over training."""
     panels = [name for name in _PANELS if any(getattr(run, name) for run in runs.values())]
-    layout = ConstrainedLayoutEngine(w_pad=0.1)
-    figure = Figure(figsize=(4.8 * len(panels), 4.4), layout=layout)
+    figure = Figure(figsize=(4.8 * len(panels), 4.4))
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         style, title, xlabel, ylabel = _PANELS[name]
         for label, run in runs.items():
@@ -75,7 +76,6 @@ def draw(runs: Mapping[str, RunSpectra]) -> Figure:
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
         if name == "spectrum":
             axes.set(yscale="log", ylim=(1e-5, 1.5))  # below is fp32 noise
-        axes.grid(alpha=0.3)
     axes.legend()
     return figure
 

@@ -55,18 +55,14 @@ def numerical_rank(values: Tensor) -> int:
     return int((values > NUMERICAL_RANK_THRESHOLD * values.max()).sum())
 
 
-def layer_kind(name: str) -> str:
-    """Returns a layer's name in its part of a block: "model.layers.0.mlp.up_proj" -> "up_proj"."""
-    parts = name.split(".")
-    index = next((at for at in reversed(range(len(parts))) if parts[at].isdigit()), len(parts))
-    return ".".join(parts[index + 2 :]) or parts[-1]
-
-
 def layers_by_kind(names: Iterable[str]) -> dict[str, list[str]]:
-    """Groups layers by kind, in order of first occurrence."""
+    """Groups layers, in order of first occurrence, by their name in a part of a block: "up_proj" is
+    that of "model.layers.0.mlp.up_proj"."""
     kinds: dict[str, list[str]] = {}
     for name in names:
-        kinds.setdefault(layer_kind(name), []).append(name)
+        parts = name.split(".")
+        index = next((at for at in reversed(range(len(parts))) if parts[at].isdigit()), len(parts))
+        kinds.setdefault(".".join(parts[index + 2 :]) or parts[-1], []).append(name)
     return kinds
 
 

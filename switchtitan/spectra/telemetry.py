@@ -15,7 +15,13 @@ from switchtitan.distributed.world import World
 from switchtitan.files import make_folder, write_atomically
 from switchtitan.hub.huggingface import read_safetensors
 from switchtitan.observability.reporter import Reporter
-from switchtitan.spectra.spectrum import Spectra, normalized_by_kind, singular_values, summarize
+from switchtitan.spectra.spectrum import (
+    RankSummary,
+    Spectra,
+    normalized_by_kind,
+    singular_values,
+    summarize,
+)
 from switchtitan.spectra.weight_change import Origin
 
 logger = logging.getLogger(__name__)
@@ -56,7 +62,7 @@ class RankTelemetry:
         spectra = self._measure(tensors, step) if is_main else {}
         # The others wait here: rank 0's SVDs can exceed the timeout of the training step's
         # collectives.
-        values = self.world.broadcast(_rank_metrics(spectra) if is_main else {})
+        values = self.world.broadcast(_metrics(summarize(spectra)) if is_main else {})
         self.reporter.report(step, values)
         by_kind = normalized_by_kind(spectra)
         histograms = {f"rank/spectrum/{kind}": shares for kind, shares in by_kind.items()}
@@ -80,18 +86,12 @@ class RankTelemetry:
         return spectra
 
 
-def _rank_metrics(spectra: Spectra) -> dict[str, float]:
-    """Returns ranks by TensorBoard tag: means over all layers, means by kind, and by layer."""
-    ranks = summarize(spectra)
-    return {
-        "rank/effective_mean": ranks.effective,
-        "rank/numerical_mean": ranks.numerical,
-        **{f"rank/effective/{kind}": rank for kind, rank in ranks.effective_by_kind.items()},
-        **{
-            f"rank/effective_by_layer/{name}": rank
-            for name, rank in ranks.effective_by_layer.items()
-        },
-    }
+def _metrics(ranks: RankSummary) -> dict[str, float]:
+    """Returns ranks by TensorBoard tag."""
+    values = {"rank/effective_mean": ranks.effective, "rank/numerical_mean": ranks.numerical}
+    values |= {f"rank/effective/{kind}": of for kind, of in ranks.effective_by_kind.items()}
+    by_layer = ranks.effective_by_layer.items()
+    return values | {f"rank/effective_by_layer/{name}": rank for name, rank in by_layer}
 
 
 def write_spectra(folder: Path, step: int, spectra: Spectra) -> Path:

@@ -10,7 +10,7 @@ from switchtitan.contracts import Method, ModelConfig
 from switchtitan.distributed.initial import ReadRows, plain_value
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.initial_weights import find_weights, fingerprint, open_weights
+from switchtitan.hub.initial_weights import checksum, find_weights, open_weights
 from switchtitan.models import plain_model
 from switchtitan.progress import progress_bar
 from switchtitan.spectra.spectrum import singular_values
@@ -23,7 +23,7 @@ class Origin:
         config: the plain model's section.
         seed: `[job] seed`.
         initial_weights: the path that initial weights were read from; None if all were drawn.
-        checksum: of these weights, see `initial_weights.fingerprint`.
+        checksum: of these weights, see `initial_weights.checksum`.
         method: the run's method, which may start from other weights than these.
     """
 
@@ -53,7 +53,7 @@ class Origin:
         """Reads again what was read at step 0; a CheckpointError if it has moved or changed."""
         if self._source is None or self._read is not None:
             return
-        if not self._source.exists() or fingerprint(self._source) != self._checksum:
+        if not self._source.exists() or checksum(self._source) != self._checksum:
             raise CheckpointError(
                 f"cannot measure the weights' change since step 0: the initial weights "
                 f"{self._source} {'have changed' if self._source.exists() else 'are missing'}; "

@@ -26,8 +26,9 @@ from switchtitan.data.loader import ValidationBatches, build_train_batches
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.recorded import check_unchanged, find_recorded, record
 from switchtitan.distributed.blocks import checkpoint_activations, compile_blocks
-from switchtitan.distributed.dtype import agree_on_dtype, dtype_on
+from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard_model
+from switchtitan.distributed.gpus import peak_flops_per_s
 from switchtitan.distributed.initial import ReadRows, check_replaced
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
 from switchtitan.distributed.world import World, device_name
@@ -37,7 +38,7 @@ from switchtitan.models import plain_model
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.environment import versions
 from switchtitan.observability.reporter import Reporter
-from switchtitan.observability.throughput import Throughput, peak_flops_per_s
+from switchtitan.observability.throughput import Throughput
 from switchtitan.optim.lr_schedule import build_lr_schedule
 from switchtitan.training.describe import (
     changed_keys,
@@ -90,7 +91,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         test = build_evaluator("test", config.evaluation.test_tokens)
 
     # The model and what updates it.
-    compute_dtype = agree_on_dtype(config.training.dtype, world, state.compute_dtype)
+    compute_dtype = dtype_on(world.device, config.training.dtype, state.compute_dtype, world)
     config.model.check_device(world.device.type, compute_dtype.dtype)
     if state.compute_dtype not in (None, compute_dtype.name):
         changes.append(f"compute dtype: {state.compute_dtype} -> {compute_dtype.name}")
@@ -277,11 +278,11 @@ def _open_initial_weights(
 ) -> ReadRows:
     """Open the weights that a new run starts from, and record in `state` which ones; collective.
     Raises a CheckpointError if the weights cannot be read, or belong to another model."""
-    from switchtitan.hub.initial_weights import find_weights, fingerprint, open_weights
+    from switchtitan.hub.initial_weights import checksum, find_weights, open_weights
 
     def find() -> tuple[Path, str]:
         source = find_weights(Path(given))
-        return source, fingerprint(source)
+        return source, checksum(source)
 
     # Checksums read all bytes: once. Other ranks read only the rows that they hold.
     source, state.initial_fingerprint = world.on_main(find)

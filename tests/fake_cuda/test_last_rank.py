@@ -66,6 +66,4 @@ def test_an_uncompiled_update_takes_five_kernels_for_each_factor_and_four_for_ea
     """28 factors in four calls; FSDP pads the last rank's shards, which changes nothing."""
     counts = dict(found["updates"]["uneven, eager"])
     assert counts.pop("_to_copy") == 1
-    lists = {operation for operation in counts if operation.endswith(" fast")}
-    assert [counts.pop(operation) for operation in lists] == 4 * [4]
-    assert sum(counts.values()) == 5 * 28, counts
+    assert sum(counts.values()) == 5 * 28 + 4 * 4, counts

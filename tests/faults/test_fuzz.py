@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.folders import HeldWeights
+from support.folders import reader_of
 from support.fuzzing import EXTREME_NUMBERS, STRANGE_STRINGS, fuzz, mutate_bytes, mutate_json
 from support.long_form import IS_LONG, num_cases
 from support.tiny import METHOD_KEYS, tiny_config, tiny_toml
@@ -17,7 +17,7 @@ from support.tiny_documents import make_documents, save_tokenizer, write_json_li
 
 from switchtitan.config import toml_value
 from switchtitan.data.config import SourceConfig
-from switchtitan.data.prepare import read_batches
+from switchtitan.data.prepare import read_chunks
 from switchtitan.data.sources import DATASETS
 from switchtitan.data.tokenizer import read_tokenizer
 from switchtitan.hub.export_folder import export_dense
@@ -107,7 +107,7 @@ def change_safetensors(name, valid, draw):
 
 def hugging_face_folder(folder):
     model, exported = tiny_config(folder / "home", "full_rank").model, folder / "exported"
-    weights = HeldWeights(random_weights(model)).read
+    weights = reader_of(random_weights(model))
     export_dense(weights, model, exported, torch.float32, max_shard_bytes=20_000)
 
     def read():
@@ -171,8 +171,8 @@ def source(name):
             config = SourceConfig(dataset=name.partition(",")[0], path=folder)
             opened = DATASETS[config.dataset].open(config, None)
             stream = opened.read(None, None, TOKENIZER)
-            for batch in read_batches(stream, None, None):
-                for document in batch.documents:
+            for chunk in read_chunks(stream, None, None):
+                for document in chunk.documents:
                     assert isinstance(document, str) or 0 <= document.min() <= document.max() < 10
 
         return damage_one_of(folder, change_bytes), read

@@ -19,13 +19,13 @@ import pytest
 import torch
 from support.checkpoints import rewrite_index, rewrite_metadata, update_checksums
 from support.commands import run
-from support.folders import HeldWeights, contents
+from support.folders import contents, reader_of
 from support.fuzzing import limited_cpu_time
+from support.preparation import write_documents
 from support.tiny import tiny_config, tiny_trainer
-from support.tiny_documents import make_documents, write_json_lines
+from support.tiny_documents import make_documents
 
 from switchtitan.checkpoint.load import read_metadata
-from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import fingerprint_of
 from switchtitan.data.prepare import open_corpus
 from switchtitan.hub.export_folder import export_dense
@@ -70,11 +70,9 @@ def home(corpora):
     next(folder.glob("full_rank-*.toml")).rename(folder / "run.toml")
     generator = torch.Generator().manual_seed(1)
     shapes = parameter_shapes(model)
-    weights = HeldWeights(
-        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    )
-    export_dense(weights.read, model, folder / "hf", torch.float32)
-    export_dense(weights.read, model, folder / "sharded", torch.float32, max_shard_bytes=20_000)
+    read = reader_of({name: torch.randn(shapes[name], generator=generator) for name in shapes})
+    export_dense(read, model, folder / "hf", torch.float32)
+    export_dense(read, model, folder / "sharded", torch.float32, max_shard_bytes=20_000)
     return folder
 
 
@@ -120,11 +118,11 @@ def shards(home, tmp_path):
 @pytest.fixture
 def corpus(tmp_path):
     """A prepared corpus."""
-    write_json_lines(tmp_path / "texts" / "a.jsonl", make_documents(30))
-    keys = {"path": tmp_path / "texts", "cache_dir": tmp_path / "corpora", "vocab_size": 270}
-    folder = open_corpus(DataConfig(dataset="jsonl", **keys)).folder
-    words = [word for key, value in keys.items() for word in (f"--{key}", value)]
-    return Given(folder, "prepare", "--dataset", "jsonl", *words)
+    config = write_documents(tmp_path, make_documents(30), vocab_size=270)
+    words = ("--cache_dir", config.cache_dir, "--vocab_size", 270)
+    return Given(
+        open_corpus(config).folder, "prepare", "--dataset=jsonl", "--path", config.path, *words
+    )
 
 
 FILES = [

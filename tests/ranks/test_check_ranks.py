@@ -27,10 +27,7 @@ HELD = {
         "optimizer.model.norm.weight.exp_avg_sq",
         "optimizer.model.norm.weight.step",
     ],
-    ("switchlora", *WHOLE): [
-        WEIGHT,
-        "optimizer.lm_head.weight.step",
-    ],
+    ("switchlora", *WHOLE): [WEIGHT, "optimizer.lm_head.weight.step"],
     ("switchlora", *CONSTANT): ["optimizer.switch.candidate_keys"],
     ("relora", *BF16): ["optimizer.reset.rounding_keys"],
     ("galore",): [BASIS],
@@ -72,23 +69,18 @@ def check_refused(trainer, name):
 def check_that_other_counts_are_found(rank, folder):
     trainer = tiny_trainer(folder, "switchlora", num_ranks=2)
     train_steps(trainer, 3)
-    for holder, attribute, name in (
-        (trainer.stepper.state, "tokens_seen", "training.tokens_seen"),
-        (trainer.stepper.state, "num_skipped", "training.batches_skipped"),
-    ):
-        right = getattr(holder, attribute)
-        setattr(holder, attribute, right + (rank == 0))
-        check_refused(trainer, name)
-        setattr(holder, attribute, right)
-        trainer.check_ranks()
-    optimizer = trainer.stepper.optimizer
+    state, optimizer = trainer.stepper.state, trainer.stepper.optimizer
+    for attribute, name in (("tokens_seen", "tokens_seen"), ("num_skipped", "batches_skipped")):
+        right = getattr(state, attribute)
+        setattr(state, attribute, right + (rank == 0))
+        check_refused(trainer, f"training.{name}")
+        setattr(state, attribute, right)
+    saved = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
     for name in ("switch.step", "switch.num_switched", "switch.last_switched"):
-        state = optimizer.state_dict()
-        right = state[name].clone()
-        optimizer.load_state_dict(state | {name: right + (rank == 0)})
+        optimizer.load_state_dict(saved | {name: saved[name] + (rank == 0)})
         check_refused(trainer, f"optimizer.{name}")
-        optimizer.load_state_dict(state | {name: right})
-        trainer.check_ranks()
+        optimizer.load_state_dict(saved)
+    trainer.check_ranks()
     trainer.stepper.close()
 
 

@@ -153,9 +153,7 @@ CHECKS = {
         "long save": (poll_a_long_save,),
         "failure": (fail_on_last_rank,),
     },
-    4: {
-        "hybrid loads split": (save_hybrid_and_load_split,),
-    },
+    4: {"hybrid loads split": (save_hybrid_and_load_split,)},
 }
 
 

@@ -18,13 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from switchtitan.benchmark.counters import CountCommunication
 from switchtitan.distributed.replicas import check_replicas, compute_in_turns
-from switchtitan.distributed.rows import (
-    RowSpans,
-    ShardedRows,
-    copy_all_,
-    gather_rows,
-    paired_rows,
-)
+from switchtitan.distributed.rows import RowSpans, ShardedRows, copy_all_, gather_rows, paired_rows
 from switchtitan.distributed.shards import (
     copy_from_full_,
     full_tensor,
@@ -33,11 +27,7 @@ from switchtitan.distributed.shards import (
     shard_group,
 )
 from switchtitan.methods import METHODS
-from switchtitan.methods.projected import (
-    ApolloConfig,
-    FiraConfig,
-    GaloreConfig,
-)
+from switchtitan.methods.projected import ApolloConfig, FiraConfig, GaloreConfig
 from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.muon import MuonConfig
 from switchtitan.optim.scale import ScaleConfig

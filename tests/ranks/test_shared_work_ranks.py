@@ -11,6 +11,7 @@ from support.ranks import run_rows_on_ranks
 from support.tiny import full_tensors, tiny_trainer, train_steps
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from switchtitan.benchmark.counters import CountingMode
 from switchtitan.distributed.shards import local
 from switchtitan.errors import RanksDisagreeError
 
@@ -38,12 +39,11 @@ class AnotherOrder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class CountDecompositions(TorchDispatchMode):
+class CountDecompositions(CountingMode):
     number = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += str(function) == DECOMPOSITION
-        return function(*args, **(kwargs or {}))
+    def count(self, func, args, kwargs, result):
+        self.number += str(func) == DECOMPOSITION
 
 
 def check_replicas(rank, folder, method, *keys):

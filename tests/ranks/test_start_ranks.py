@@ -22,7 +22,7 @@ from switchtitan.data.config import DataConfig
 from switchtitan.data.prepare import open_corpus
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.config import ParallelismConfig
-from switchtitan.distributed.dtype import Bf16Support, agree_on_dtype
+from switchtitan.distributed.dtype import Bf16Support, dtype_on
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import ConfigError, CorpusError
 
@@ -68,11 +68,11 @@ def check_mixed_hardware(world):
     supports = [Bf16Support(rank != 1, f"of rank {rank}") for rank in range(world.size)]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(compute_dtype, "bf16_support", lambda device: supports[world.rank])
-        chosen = agree_on_dtype("auto", world)
+        chosen = dtype_on(world.device, "auto", world=world)
         assert chosen.name == "float32"
         assert "of rank 1" in chosen.reason
         patched.setattr(compute_dtype, "bf16_support", lambda device: supports[0])
-        assert agree_on_dtype("auto", world).name == "bfloat16"
+        assert dtype_on(world.device, "auto", world=world).name == "bfloat16"
 
 
 def check_corpora(world, node):

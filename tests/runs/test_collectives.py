@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from switchtitan.benchmark.counters import CollectiveCount, CountCommunication
 from switchtitan.benchmark.steppers import fake_batches, fake_stepper
 from switchtitan.distributed.fsdp import free_gathered_weights
-from switchtitan.distributed.replicas import fingerprint
+from switchtitan.distributed.replicas import digest
 from switchtitan.optim.matrix_exchange import balanced_owners
 
 NUM_RANKS = 5
@@ -125,30 +125,30 @@ def test_owners_share_the_cost(num_ranks):
 # Fingerprints of replicas.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(7, 5), (1, 9), (11,), (3, 8)])
-def test_a_fingerprint_depends_on_every_value_and_its_position(dtype, shape):
+def test_a_digest_depends_on_every_value_and_its_position(dtype, shape):
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    own = fingerprint(tensor)
+    own = digest(tensor)
     assert own.shape == ()
-    assert torch.equal(own, fingerprint(tensor.clone()))
+    assert torch.equal(own, digest(tensor.clone()))
     flat = tensor.view(-1)
     for index in range(len(flat)):
         before = flat[index].clone()
         flat[index] = -before  # one bit
-        assert fingerprint(tensor) != own
+        assert digest(tensor) != own
         flat[index] = before
     for first in range(len(flat)):
         for second in range(first):
             swapped = flat.clone()
             swapped[[first, second]] = flat[[second, first]]
-            assert fingerprint(swapped.view(shape)) != own or flat[first] == flat[second]
+            assert digest(swapped.view(shape)) != own or flat[first] == flat[second]
 
 
 @pytest.mark.parametrize("width", [7, 8])
-def test_a_fingerprint_does_not_depend_on_the_place_in_memory(width):
+def test_a_digest_does_not_depend_on_the_place_in_memory(width):
     values = torch.randn(5, width)
     wider = torch.zeros(6, width + 3)
     wider[1:, 1 : width + 1] = values
     shifted = torch.cat([torch.zeros(1), values.flatten()])[1:].view(5, width)
     for copy in (wider[1:, 1 : width + 1], shifted, values.t().contiguous().t()):
         assert torch.equal(copy, values)
-        assert torch.equal(fingerprint(copy), fingerprint(values))
+        assert torch.equal(digest(copy), digest(values))

@@ -108,15 +108,17 @@ def test_peaks_are_those_of_a_step_with_two_such_micro_batches(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "num_ranks", "dtype", "bytes_per_value", "reshard", "local_batch_size"),
+    ("method", "num_ranks", "dtype", "bytes_per_value", "local_batch_size", "keys"),
     [
-        ("lora", 4, "float32", 4, "true", 2),
-        ("full_rank", 3, "bfloat16", 2, "true", 1),
-        ("lora", 2, "bfloat16", 2, "false", 1),
+        ("lora", 4, "float32", 4, 2, ()),
+        ("lora", 4, "bfloat16", 2, 1, REPLICATED),
+        ("full_rank", 3, "bfloat16", 2, 1, ()),
+        ("lora", 2, "bfloat16", 2, 1, KEPT),
+        ("lora", 4, "bfloat16", 2, 1, (*KEPT, *REPLICATED)),
     ],
 )
 def test_gathers_and_reductions_follow_from_the_parameters(
-    tmp_path, method, num_ranks, dtype, bytes_per_value, reshard, local_batch_size
+    tmp_path, method, num_ranks, dtype, bytes_per_value, local_batch_size, keys
 ):
     num_passes = 2
     config = tiny_config(
@@ -124,18 +126,19 @@ def test_gathers_and_reductions_follow_from_the_parameters(
         method,
         *("--training.dtype", dtype, "--training.local_batch_size", f"{local_batch_size}"),
         *("--training.global_batch_size", f"{num_passes * num_ranks * local_batch_size}"),
-        *("--parallelism.reshard_after_forward", reshard),
+        *keys,
         num_ranks=num_ranks,
     )
     parts = units(config)
+    trained = [[parameter for parameter in unit if parameter.requires_grad] for unit in parts]
     # The embedding is not needed in the backward pass; the last block and the head are kept.
     gathers = [1, *[2] * (NUM_LAYERS - 1), 1, 1]
-    if reshard == "false":
+    if KEPT[0] in keys:
         gathers, num_passes = [1] * len(parts), 1
     gathered = sum(
-        times * padded_numel(unit, num_ranks) for times, unit in zip(gathers, parts, strict=True)
+        times * padded_numel(unit, num_ranks)
+        for times, unit in zip(gathers, trained if REPLICATED[0] in keys else parts, strict=True)
     )
-    trained = [[parameter for parameter in unit if parameter.requires_grad] for unit in parts]
     share = (num_ranks - 1) / num_ranks
     counts = communication_of_a_step(config, num_ranks)
     assert counts["all_gather"] == CollectiveCount(
@@ -165,37 +168,6 @@ def test_a_switch_costs_one_all_reduce_of_the_packed_rows(tmp_path):
     num_bytes = num_words * 4 * 2 * (num_ranks - 1) / num_ranks
     num_calls, bytes_sent = without["all_reduce"]
     assert sent == without | {"all_reduce": CollectiveCount(num_calls + 1, bytes_sent + num_bytes)}
-
-
-def test_frozen_weights_are_sent_twice_a_pass_once_a_step_or_never(tmp_path):
-    num_ranks, num_micro_batches = 4, 2
-    keys = (*BF16, "--training.local_batch_size", "1")
-    batch = ("--training.global_batch_size", f"{num_ranks * num_micro_batches}")
-    configs = [
-        tiny_config(tmp_path, "lora", *keys, *batch, *held, num_ranks=num_ranks)
-        for held in ((), REPLICATED, KEPT, (*KEPT, *REPLICATED))
-    ]
-    sharded, never, once, once_never = (
-        communication_of_a_step(config, num_ranks) for config in configs
-    )
-    _, *blocks, _ = units(configs[0])
-    frozen = [
-        padded_numel([weight for weight in block if not weight.requires_grad], num_ranks)
-        for block in blocks
-    ]
-    num_bytes = 2 * 3 / 4  # bf16, of which a rank sends three quarters
-    # In the forward and in the backward pass; the last block is kept in between.
-    a_pass = 2 * sum(frozen) - frozen[-1]
-    for gathered, without, values in (
-        (sharded, never, num_micro_batches * a_pass),
-        (once, once_never, sum(frozen)),
-    ):
-        sent, sent_without = gathered["all_gather"], without["all_gather"]
-        assert sent.num_calls == sent_without.num_calls
-        expected = sent_without.bytes_sent + num_bytes * values
-        assert sent.bytes_sent == pytest.approx(expected, rel=1e-9)
-    for kind in ("reduce_scatter", "all_reduce", "broadcast"):
-        assert sharded[kind] == once[kind] == never[kind]
 
 
 def test_an_estimate_counts_candidates_on_the_host_apart(tmp_path):

@@ -22,7 +22,7 @@ from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.huggingface import read_dense
 from switchtitan.hub.initial_weights import read_model_folder, without_copies
-from switchtitan.hub.peft_folder import read_adapted
+from switchtitan.hub.peft_folder import read_merged
 from switchtitan.methods import METHODS
 from switchtitan.methods.adapter.linear import adapter_layers
 from switchtitan.methods.adapter.method import AdapterConfig, AdapterMethod
@@ -225,7 +225,7 @@ def test_dense_weights_in_the_plain_model_compute_the_same_logits(trained, name)
     ("name", "form", "read"),
     [
         *((name, "transformers", read_dense) for name in EXPORTED),
-        *((name, "peft", read_adapted) for name in WITH_AN_ADAPTER),
+        *((name, "peft", read_merged) for name in WITH_AN_ADAPTER),
     ],
 )
 def test_the_export_command_accepts_its_export_which_computes_the_same_logits(

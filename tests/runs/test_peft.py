@@ -1,20 +1,17 @@
 """PEFT computes a run's logits from its exported adapter, and adapters of PEFT have here the scale
 that they have there; those that compute otherwise are refused by key."""
 
-import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from support.commands import run
+from support.folders import change_json
 from support.trained import train_and_save
 
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.peft_folder import (
-    ADAPTER_CONFIG_NAME,
-    read_adapted,
-)
+from switchtitan.hub.peft_folder import ADAPTER_CONFIG_NAME, read_merged
 
 TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 53
 TOLERANCE = 1e-5
@@ -53,7 +50,7 @@ def merged_logits(base, folder):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base)
-    model.load_state_dict(read_adapted(folder))
+    model.load_state_dict(read_merged(folder))
     with torch.no_grad():
         return model(TOKENS).logits
 
@@ -67,9 +64,8 @@ def plain(base, tmp_path_factory):
 
 
 def changed_copy(folder, copy, **changes):
-    shutil.copytree(folder, copy, symlinks=True)
-    file = copy / ADAPTER_CONFIG_NAME
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    shutil.copytree(folder, copy)
+    change_json(copy / ADAPTER_CONFIG_NAME, changes)
     return copy
 
 
@@ -98,10 +94,10 @@ def test_a_merged_adapter_has_the_logits_that_peft_computes(base, tmp_path, keys
     ],
 )
 def test_other_kinds_are_refused_by_key(plain, tmp_path, key, value):
-    read_adapted(changed_copy(plain, tmp_path / "same", a_key_of_a_later_version=[]))
+    read_merged(changed_copy(plain, tmp_path / "same", a_key_of_a_later_version=[]))
     folder = changed_copy(plain, tmp_path / "other", **{key: value})
     with pytest.raises(CheckpointError, match=ADAPTER_CONFIG_NAME) as refused:
-        read_adapted(folder)
+        read_merged(folder)
     refused.match(rf"\b{key} = ")
 
 

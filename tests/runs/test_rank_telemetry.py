@@ -19,6 +19,7 @@ from switchtitan.job.config import parse_arguments
 from switchtitan.methods import METHODS
 from switchtitan.methods.sltrain import support
 from switchtitan.models import MODELS
+from switchtitan.spectra.spectrum import summarize
 from switchtitan.spectra.telemetry import read_spectra, write_spectra
 from switchtitan.spectra.weight_change import checkpoint_spectra
 from switchtitan.training.build import build_trainer
@@ -83,14 +84,6 @@ def expected_spectra(weights, initial):
     }
 
 
-def expected_mean(spectra):
-    ranks = []
-    for values in spectra.values():
-        shares = values.double() / values.double().sum()
-        ranks.append((-(shares * shares.log()).nan_to_num().sum()).exp().item())
-    return sum(ranks) / len(ranks)
-
-
 def assert_spectra_are(measured, expected):
     assert len(measured) == NUM_LAYERS
     for name, values in measured.items():
@@ -120,9 +113,9 @@ def test_measured_ranks_equal_those_of_merged_minus_starting_weights(corpora, sw
     assert_spectra_are(measured[12], expected)
     ranks = reported[12]
     # The roundings above, some 20 values in each entropy.
-    assert ranks["rank/effective_mean"] == pytest.approx(expected_mean(expected), rel=1e-4)
+    assert ranks["rank/effective_mean"] == pytest.approx(summarize(expected).effective, rel=1e-4)
     of_q = {name: values for name, values in expected.items() if name.endswith("q_proj")}
-    assert ranks["rank/effective/q_proj"] == pytest.approx(expected_mean(of_q), rel=1e-4)
+    assert ranks["rank/effective/q_proj"] == pytest.approx(summarize(of_q).effective, rel=1e-4)
     assert len(ranks) == 2 + 7 + NUM_LAYERS
     # LoRA stays within its rank; W + s B A is rounded to fp32: 6e-8 of weights of 0.02.
     beyond = [values[6] / values[0] for values in measured[12].values()]
@@ -199,6 +192,6 @@ def test_the_effective_rank_is_that_of_the_last_checkpoint(corpora, tmp_path):
     finish(run, 3.0, step=run.config.training.steps)
     _, spectra = checkpoint_spectra(folder / "checkpoints" / "step-000000007")
     # Spectra are in fp32.
-    assert read_folder(run).effective_rank == pytest.approx(expected_mean(spectra), rel=1e-5)
+    assert read_folder(run).effective_rank == pytest.approx(summarize(spectra).effective, rel=1e-5)
     shutil.rmtree(folder / "checkpoints")
     assert read_folder(run).effective_rank is None

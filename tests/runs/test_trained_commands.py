@@ -124,10 +124,16 @@ def test_all_of_a_mixture_has_the_loss_of_its_run(corpora, tmp_path):
     assert result["tokens"] > first.index.num_tokens("validation")
 
 
-def test_a_model_trained_with_flash_attention_is_evaluated_without_it(trained, tmp_path):
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-000000015"
-    shutil.copytree(trained.run / "checkpoints" / checkpoint.name, checkpoint)
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    """A copy of the run's last one, in a run of its own."""
+    folder = tmp_path / "run" / "checkpoints" / "step-000000015"
+    return shutil.copytree(trained.run / "checkpoints" / folder.name, folder)
 
+
+def test_a_model_trained_with_flash_attention_is_evaluated_without_it(
+    trained, checkpoint, tmp_path
+):
     def set_attention(metadata):
         metadata["identity"]["model"]["attention"] = "flash_attn"
         config = metadata["run"]["config"]
@@ -166,16 +172,12 @@ def test_transformers_has_the_logits_and_the_tokenizer_of_the_run_from_an_export
 
 
 def test_commands_of_a_run_whose_corpus_is_gone_name_it_and_the_command_that_makes_it(
-    trained, corpus, tmp_path
+    checkpoint, corpus, tmp_path
 ):
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-000000015"
-    shutil.copytree(trained.run / "checkpoints" / checkpoint.name, checkpoint)
-
     def move_corpus(metadata):
-        text = json.dumps(metadata["run"])
-        moved = re.sub(r'cache_dir = \\"[^"]*\\"', r'cache_dir = \\"elsewhere\\"', text)
-        metadata["run"] = json.loads(moved)
-        metadata["run"]["sources"][0]["folder"] = "/gone/pystdlib-1"
+        saved = metadata["run"]
+        saved["config"] = re.sub('cache_dir = "[^"]*"', 'cache_dir = "elsewhere"', saved["config"])
+        saved["sources"][0]["folder"] = "/gone/pystdlib-1"
 
     rewrite_metadata(checkpoint, move_corpus)
     command = f"switchtitan prepare --config {tmp_path / 'run' / 'config.toml'}"
@@ -234,8 +236,8 @@ def test_prompts_texts_and_exports_begin_as_the_documents_of_the_run(
     words = ("--tokenizer", beginning, "--prompt", TEXT, "--max-new-tokens", 1)
     assert generated(folder / "run", *words)["prompt_tokens"] == tokens
     sequences = corpus.split("validation", 16)
-    read = [t for index in range(10) for t in sequences[index].tokens[:-1].tolist()]
-    read = [*read[1:], sequences[9].tokens[-1].item()]
+    read = [t for index in range(10) for t in sequences[index][:-1].tolist()]
+    read = [*read[1:], sequences[9][-1].item()]
     assert result["bytes"] == len(corpus.tokenizer().tokenizer.decode(read).encode())
 
 

@@ -1,12 +1,10 @@
 """The comparison of an export with its checkpoint, the memory of an export, and its model card."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.commands import run
-from support.folders import HeldWeights
+from support.folders import change_json
 from support.trained import save_run
 
 from switchtitan import models
@@ -34,21 +32,14 @@ def export(checkpoint, folder, dtype=FP32, *words):
     assert outcome.status == 0, outcome.errors
 
 
-LEAST = {FP32: 1.01, BF16: -1.0}
-"""Factors of one weight that the check of an adapter finds; one in bf16 has rounded factors."""
-
-
-def damage_weights(file, name, factor):
-    weights = load_file(file)
-    weights[name] *= factor
-    save_file(weights, file, metadata={"format": "pt"})
-
-
-def damage_config(file, key, value):
-    config = json.loads(file.read_text())
-    config[key] = value
-    config.get("rope_parameters", {}).update({key: value})
-    file.write_text(json.dumps(config))
+def damage(file, key, value):
+    """Changes a key of a file of JSON, or multiplies a weight."""
+    if file.suffix == ".json":
+        change_json(file, {key: value})
+    else:
+        weights = load_file(file)
+        weights[key] *= value
+        save_file(weights, file, metadata={"format": "pt"})
 
 
 def check_that_others_are_found(saved, folder, dtype):
@@ -56,42 +47,42 @@ def check_that_others_are_found(saved, folder, dtype):
         verify_export(DenseCheckpoint(saved), folder, dtype)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_another_weight_or_another_number_of_the_model_is_found(saved, tmp_path, dtype):
-    out = tmp_path / "out"
-    export(saved, out, dtype)
-    # Both sides compute with weights that are rounded to this dtype.
-    assert verify_export(DenseCheckpoint(saved), out, dtype) < 1e-5
-    written = (out / "config.json").read_text()
-    for key, value in {"rope_theta": 20_000.0, "rms_norm_eps": 1e-3}.items():
-        damage_config(out / "config.json", key, value)
-        check_that_others_are_found(saved, out, dtype)
-        (out / "config.json").write_text(written)
-    damage_weights(out / "model.safetensors", "model.layers.1.mlp.up_proj.weight", 1.01)
-    check_that_others_are_found(saved, out, dtype)
+UP_PROJ = "model.layers.1.mlp.up_proj"
+FACTORS = [f"base_model.model.{UP_PROJ}.lora_{name}.weight" for name in "AB"]
+ROPE = {"rope_type": "default", "rope_theta": 20_000.0}
+FORMATS = {
+    "transformers": [
+        ("config.json", "rope_parameters", ROPE),
+        ("config.json", "rms_norm_eps", 1e-3),
+        ("model.safetensors", f"{UP_PROJ}.weight", None),
+    ],
+    "peft": [
+        *((ADAPTER_NAME, factor, None) for factor in FACTORS),
+        ("base/model.safetensors", f"{UP_PROJ}.weight", None),
+    ],
+}
+"""Format -> files, with a key and its changed value or the name of a weight."""
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_another_factor_or_base_weight_of_an_adapter_is_found(saved, tmp_path, dtype):
+@pytest.mark.parametrize("form", FORMATS)
+def test_another_weight_or_another_number_of_the_model_is_found(saved, tmp_path, form, dtype):
     out = tmp_path / "out"
-    export(saved, out, dtype, "--format", "peft")
-    assert verify_export(DenseCheckpoint(saved), out, dtype) < 2e-2
-    layers = "base_model.model.model.layers"
-    for file, name in (
-        (ADAPTER_NAME, f"{layers}.1.mlp.up_proj.lora_A.weight"),
-        (ADAPTER_NAME, f"{layers}.0.mlp.up_proj.lora_B.weight"),
-        ("base/model.safetensors", "model.layers.1.mlp.up_proj.weight"),
-    ):
-        written = (out / file).read_bytes()
-        damage_weights(out / file, name, LEAST[dtype])
+    export(saved, out, dtype, "--format", form)
+    # Both sides compute with weights that are rounded to this dtype, but not with rounded factors.
+    limit, factor = (2e-2, -1.0) if (form, dtype) == ("peft", BF16) else (1e-5, 1.01)
+    assert verify_export(DenseCheckpoint(saved), out, dtype) < limit
+    for name, key, value in FORMATS[form]:
+        written = (out / name).read_bytes()
+        damage(out / name, key, value or factor)
         check_that_others_are_found(saved, out, dtype)
-        (out / file).write_bytes(written)
+        (out / name).write_bytes(written)
 
 
 def test_weights_that_are_not_a_number_are_found(saved, tmp_path):
     out = tmp_path / "out"
     export(saved, out)
-    damage_weights(out / "model.safetensors", "model.norm.weight", float("nan"))
+    damage(out / "model.safetensors", "model.norm.weight", float("nan"))
     check_that_others_are_found(saved, out, FP32)
 
 
@@ -119,24 +110,16 @@ def test_a_model_with_a_buffer_that_no_weight_is_cannot_be_compared(saved, tmp_p
         verify_export(checkpoint, tmp_path / "out", FP32)
 
 
-class CountedWeights(HeldWeights):
-    """Weights that remember what was read at a time."""
-
-    def __init__(self, tensors):
-        super().__init__(tensors)
-        self.groups = []
-
-    def read(self, names):
-        self.groups.append(list(names))
-        return super().read(self.groups[-1])
-
-
 def test_an_export_reads_one_module_at_a_time_into_files_of_bounded_size(saved, tmp_path):
-    dense, out = DenseCheckpoint(saved), tmp_path / "out"
-    weights = CountedWeights(dense.read())
-    export_folder.export_dense(weights.read, dense.config, out, FP32, max_shard_bytes=30_000)
+    dense, out, groups = DenseCheckpoint(saved), tmp_path / "out", []
+
+    def read(names):
+        groups.append(list(names))
+        return dense.read(groups[-1])
+
+    export_folder.export_dense(read, dense.config, out, FP32, max_shard_bytes=30_000)
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 2
     assert all(file.stat().st_size < 33_000 for file in files)
-    assert all(len({module_of(name) for name in group}) == 1 for group in weights.groups)
-    assert sorted(name for group in weights.groups for name in group) == sorted(dense.names)
+    assert all(len({module_of(name) for name in group}) == 1 for group in groups)
+    assert sorted(name for group in groups for name in group) == sorted(dense.names)

@@ -6,7 +6,7 @@ import math
 from support.tiny import tiny_toml
 from switchtitan.comparison.comparison import follow
 from switchtitan.comparison.runs import RunResult, config_sha256
-from switchtitan.config import resolved_toml
+from switchtitan.config import flatten, resolved_toml
 from switchtitan.observability import TENSORBOARD_FOLDER
 from switchtitan.observability.tensorboard import TensorBoardWriter
 
@@ -77,19 +77,9 @@ def loss_of(run, dense=0.002, thin=0.02):
 
 def result_of(run, validation_loss, test_loss):
     """A made-up result."""
-    figures = {
-        "row": run.row,
-        "seed": run.seed,
-        "steps": run.config.training.steps,
-        "tokens": 128 * run.config.training.steps,
-        "validation_loss": validation_loss,
-        "test_loss": test_loss,
-        "test_bits_per_byte": 1.5,
-        "corpus": "c",
-        "corpus_fingerprint": "f",
-        "config_sha256": config_sha256(run.config),
-    }
-    return RunResult.model_validate(figures)
+    losses = {"loss/validation": validation_loss, "loss/test": test_loss}
+    own = {"row": run.row, "seed": run.seed, "config_sha256": config_sha256(run.config)}
+    return RunResult.model_validate(flatten(RESULTS) | losses | own)
 
 
 def train(config, losses):

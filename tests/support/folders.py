@@ -1,5 +1,7 @@
 """What a folder contains, and random models of odd shapes in Hugging Face's layout."""
 
+import json
+
 import torch
 
 _SHAPES = {
@@ -71,12 +73,12 @@ def logits_of_transformers(folder, tokens):
         return model(input_ids=tokens).logits
 
 
-class HeldWeights:
-    """Weights in memory, to export; see `hub.export_folder.DenseWeights`."""
+def reader_of(tensors):
+    """Returns what reads weights in memory by their names, to export them."""
+    return lambda names: {name: tensors[name] for name in names}
 
-    def __init__(self, tensors):
-        self._tensors = tensors
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
-    def read(self, names):
-        return {name: self._tensors[name] for name in names}
+def change_json(file, changes):
+    """Changes keys of a file of JSON; `...` removes one."""
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: content[key] for key in content if content[key] is not ...}))

@@ -6,7 +6,9 @@ import sys
 import numpy as np
 import pytest
 
+from support.tiny_documents import write_json_lines
 from switchtitan.data import prepare
+from switchtitan.data.config import DataConfig
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import DocumentTokenizer
 
@@ -16,9 +18,15 @@ from switchtitan.data import prepare
 from switchtitan.data.config import DataConfig
 from switchtitan.data.prepare import open_corpus
 
-prepare.BATCH_DOCUMENTS, prepare.SEGMENT_TOKENS = 8, 500
+prepare.CHUNK_DOCUMENTS, prepare.SEGMENT_TOKENS = 8, 500
 print(open_corpus(DataConfig.model_validate_json(sys.argv[1])).fingerprint)
 """
+
+
+def write_documents(folder, documents, **keys):
+    """Writes documents as JSON Lines; returns the configuration of their corpus."""
+    write_json_lines(folder / "in" / "a.jsonl", documents)
+    return DataConfig(dataset="jsonl", path=folder / "in", cache_dir=folder / "out", **keys)
 
 
 def start_preparation(config):
@@ -29,7 +37,7 @@ def start_preparation(config):
 
 def use_small_batches(monkeypatch, num_documents=8):
     """Lets preparations tokenize few documents at a time, in small segments."""
-    monkeypatch.setattr(prepare, "BATCH_DOCUMENTS", num_documents)
+    monkeypatch.setattr(prepare, "CHUNK_DOCUMENTS", num_documents)
     monkeypatch.setattr(prepare, "SEGMENT_TOKENS", 500)
 
 
@@ -58,7 +66,7 @@ def prepare_until_the_rename(config):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("switchtitan.data.prepare.os.rename", stop)
+        patched.setattr("os.rename", stop)
         with pytest.raises(KeyboardInterrupt):
             open_corpus(config)
     (unfinished,) = config.cache_dir.glob("*.partial")

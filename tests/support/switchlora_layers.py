@@ -18,8 +18,10 @@ from switchtitan.methods.switchlora.candidates import StoredCandidates
 from switchtitan.methods.switchlora.method import SwitchLoraLinear, SwitchLoraOptimizer
 from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
+from switchtitan.methods.targets import FACTORS
 from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.muon import MuonConfig
+from switchtitan.optim.parameters import TrainedParameter
 
 # Multiples of 16, for which cuBLAS has TF32 kernels.
 LARGER = (
@@ -62,9 +64,15 @@ def build_rule(keys, layers, plan=None, compile_step=False):
         rank = next(iter(layers.values())).rank
         config = SwitchLoraConfig(rank=rank, freeze_steps=1, reset_moments="none")
         plan = Plan(config, 1000, np.full(len(layers), rank))
-    if isinstance(keys, MuonConfig):
-        return FactorMuon(keys, Factors(layers), plan, compile_step)
-    return VectorAdamW(keys, Factors(layers), plan, compile_step)
+    factors = Factors(
+        [
+            TrainedParameter(f"{name}.{key}", layer.get_parameter(key))
+            for key in FACTORS
+            for name, layer in layers.items()
+        ]
+    )
+    rule = FactorMuon if isinstance(keys, MuonConfig) else VectorAdamW
+    return rule(keys, factors, plan, compile_step)
 
 
 def step_rule(rule, frozen=()):

@@ -15,30 +15,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from switchtitan.errors import EnvironmentMismatchError, UserError
 
 T = TypeVar("T")
-
-
-class Architecture(NamedTuple):
-    """What torch.compile asks of a card."""
-
-    card: str
-    num_processors: int
-    threads_per_processor: int
-    shared_kib: int
-    """The most shared memory of a block."""
-
-
-# CUDA C++ Programming Guide 13.0, "Technical Specifications per Compute Capability"; processors:
-# white papers of A100 (2020), Ada (2023) and H100 (2022).
-ARCHS = {
-    "sm_80": Architecture("NVIDIA A100-SXM4-80GB", 108, 2048, 163),
-    "sm_89": Architecture("NVIDIA GeForce RTX 4090", 128, 1536, 99),
-    "sm_90": Architecture("NVIDIA H100 80GB HBM3", 132, 2048, 227),
-}
 _SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 
 

@@ -7,15 +7,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from switchtitan.benchmark.counters import CountingMode
+from switchtitan.benchmark.counters import CountingMode, tensors_in
 from switchtitan.benchmark.gpu import torch_inside
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.errors import UserError
@@ -87,8 +85,7 @@ class StepOnGpu(NamedTuple):
     """Of the last step, and how often each happened."""
     kernels: list[Kernel]
     compiled: list[list[str]]
-    """Functions that each step compiled."""
-    graph_breaks: dict[str, int]
+    """Functions that each step compiled, each to one graph: a graph break is an error."""
 
 
 def record_steps(configs: Mapping[str, JobConfig], num_ranks: int) -> dict[str, StepOnGpu]:
@@ -120,7 +117,7 @@ def record_step(config: JobConfig, num_ranks: int = 1) -> StepOnGpu:
             stop_observing_regions(record.around)
             compiled.append(torch_inside.newly_compiled())
     launches = list(record.launches.items())
-    return StepOnGpu(launches, record.kernels(), compiled, torch_inside.graph_breaks())
+    return StepOnGpu(launches, record.kernels(), compiled)
 
 
 class RecordLaunches(CountingMode):
@@ -153,8 +150,10 @@ class RecordLaunches(CountingMode):
         # "prim" asks a tensor for its device.
         if namespace == "prim" or name in NO_KERNEL:
             return
-        if func.is_view and is_view_of(result, args[0]):
-            return
+        if func.is_view:  # `to`, a view, may copy
+            storage = args[0].untyped_storage()
+            if all(part.untyped_storage() is storage for part in tensors_in(result)):
+                return
         if name == "copy_" and args[0] is args[1]:  # nor has a copy to itself
             return
         if func in IMPLEMENTATIONS:
@@ -193,23 +192,6 @@ class RecordLaunches(CountingMode):
 torch_inside.let_random_pass(RecordLaunches)
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
-    """Returns the tensors in nested sequences and mappings; faster than torch's pytrees."""
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, list | tuple):
-        return []
-    return [tensor for part in tree for tensor in tensors_in(part)]
-
-
-def is_view_of(result: Any, tensor: Tensor) -> bool:
-    """Whether an operation's result has the memory of a tensor: `to`, a view, may copy."""
-    storage = tensor.untyped_storage()
-    return all(part.untyped_storage() is storage for part in tensors_in(result))
-
-
 def num_bytes_of(name: str, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
     """Returns the bytes that an operation reads, and those that it writes."""
     if name == "embedding":
@@ -219,35 +201,20 @@ def num_bytes_of(name: str, func: Any, args: tuple, kwargs: Mapping[str, Any], r
         return 2 * _num_bytes(args[0])
     if name in ("index_put", "index_put_"):
         return 2 * _num_bytes(tensors_in(args[2])) + _num_bytes(tensors_in(args[1]))
-    overwritten, out = _written_by(func)
-    written = [arg for arg, is_written in zip(args, overwritten, strict=False) if is_written]
-    written += [kwargs[key] for key in out if key in kwargs]
-    read = [*args, *(value for key, value in kwargs.items() if key not in out)]
+    arguments = func._schema.arguments
+    given = {argument.name: value for argument, value in zip(arguments, args, strict=False)}
+    given |= kwargs
+    written = [argument for argument in arguments if argument.is_write]
+    only_written = {argument.name for argument in written if argument.kwarg_only}
     if name in _ONLY_WRITE or kwargs.get("beta") == 0:
-        del read[0]
+        only_written.add(arguments[0].name)
+    read = [value for key, value in given.items() if key not in only_written]
+    # Fused optimizers declare that they write gradients, which only a scale overwrites.
+    outputs = [given.get(argument.name) for argument in written if argument.name != "grads"]
     num_copied = 0
     if _copies_first(name, args, kwargs, result):
         num_copied = 2 * _num_bytes(tensors_in(result))
-    return _num_bytes(tensors_in(read)) + _num_bytes(tensors_in([written, result])) + num_copied
-
-
-@cache
-def _written_by(func: Any) -> tuple[list[bool], list[str]]:
-    """Returns whether each positional argument is written, and the keywords of those that are.
-
-    Fused optimizers declare that they write gradients, which only a scale overwrites.
-    """
-    arguments = func._schema.arguments
-    is_written = [
-        argument.alias_info is not None and argument.is_write and argument.name != "grads"
-        for argument in arguments
-    ]
-    by_keyword = [
-        argument.name
-        for argument, written in zip(arguments, is_written, strict=True)
-        if written and argument.kwarg_only
-    ]
-    return is_written, by_keyword
+    return _num_bytes(tensors_in(read)) + _num_bytes(tensors_in([outputs, result])) + num_copied
 
 
 def _copies_first(name: str, args: tuple, kwargs: Mapping[str, Any], result: Any) -> bool:
@@ -301,24 +268,18 @@ def lists_in(args: tuple) -> list[list[Tensor]]:
     return [[*part] for part in args if isinstance(part, list | tuple) and tensors_in(part[:1])]
 
 
-def takes_fast_path(lists: list[list[Tensor]]) -> bool:
-    """Whether each list has one dtype, all tensors are dense, and entries of a position match.
+def num_launches_of_lists(lists: list[list[Tensor]]) -> int:
+    """Returns the kernels of an operation on lists: one for each entry without the fast path.
 
+    That needs one dtype in each list, dense tensors, and entries of a position that match.
     (aten/src/ATen/native/ForeachUtils.h)
     """
-    return (
-        all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in lists)
-        and all(tensor.is_contiguous() for tensors in lists for tensor in tensors)
-        and all(
-            len({(tensor.shape, tensor.stride()) for tensor in entries}) == 1
-            for entries in zip(*lists, strict=True)
-        )
+    is_fast = all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in lists) and all(
+        tensor.is_contiguous() and (tensor.shape, tensor.stride()) == (first.shape, first.stride())
+        for first, *others in zip(*lists, strict=True)
+        for tensor in (first, *others)
     )
-
-
-def num_launches_of_lists(lists: list[list[Tensor]]) -> int:
-    """Returns the kernels of an operation on lists: one for each entry without the fast path."""
-    return _num_launches_of_alike(lists) if takes_fast_path(lists) else len(lists[0])
+    return _num_launches_of_alike(lists) if is_fast else len(lists[0])
 
 
 def _num_launches_of_alike(lists: list[list[Tensor]]) -> int:

@@ -4,43 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from switchtitan.benchmark.gpu.record import Launch, StepOnGpu
-from switchtitan.observability.throughput import peak_flops_per_s
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a data sheet says of a card; its dense bf16 FLOP/s are those of `peak_flops_per_s`."""
-
-    arch: str
-    device_name: str
-    bandwidth: float
-    """Bytes per second of device memory."""
-    float32_flops_per_s: float
-    """Without TF32."""
-
-    def seconds(self, launch: Launch) -> float:
-        """Returns the least seconds of a launch; 0 for a collective."""
-        if launch.kind == "collective":
-            return 0.0
-        flops_per_s = peak_flops_per_s(self.device_name)
-        if launch.dtype == "float32":
-            flops_per_s = self.float32_flops_per_s
-        assert flops_per_s is not None
-        return max(launch.num_bytes / self.bandwidth, launch.num_flops / flops_per_s)
-
-
-CARDS = {
-    # NVIDIA A100 Tensor Core GPU, data sheet, 2021.
-    "A100 80GB SXM": Card("sm_80", "NVIDIA A100-SXM4-80GB", 2.039e12, 19.5e12),
-    # NVIDIA H100 Tensor Core GPU, data sheet, 2023.
-    "H100 SXM": Card("sm_90", "NVIDIA H100 80GB HBM3", 3.35e12, 67e12),
-    # NVIDIA H200 Tensor Core GPU, data sheet, 2024.
-    "H200": Card("sm_90", "NVIDIA H200", 4.8e12, 67e12),
-    # NVIDIA L4 Tensor Core GPU, data sheet, 2023.
-    "L4": Card("sm_89", "NVIDIA L4", 0.3e12, 30.3e12),
-    # NVIDIA Ada architecture white paper, 2023, appendix A.
-    "RTX 4090": Card("sm_89", "NVIDIA GeForce RTX 4090", 1.008e12, 82.6e12),
-}
+from switchtitan.distributed.gpus import CARDS, Card, peak_flops_per_s
 
 
 @dataclass
@@ -62,7 +26,7 @@ def costs_by(launches: Iterable[tuple[Launch, int]], card: Card, *keys: str) -> 
         cost.num_launches += number * launch.num_launches
         cost.num_bytes += number * launch.num_bytes
         cost.num_flops += number * launch.num_flops
-        cost.seconds += number * card.seconds(launch)
+        cost.seconds += number * bound_s(launch, card)
     return costs
 
 
@@ -75,6 +39,12 @@ def bounds_s(steps: Mapping[str, StepOnGpu]) -> dict[str, float]:
     }
 
 
-def card_of(arch: str) -> Card:
-    """Returns the first card of an architecture."""
-    return next(card for card in CARDS.values() if card.arch == arch)
+def bound_s(launch: Launch, card: Card) -> float:
+    """Returns the least seconds of a launch; 0 for a collective."""
+    if launch.kind == "collective":
+        return 0.0
+    flops_per_s = peak_flops_per_s(card.device_name)
+    if launch.dtype == "float32":
+        flops_per_s = card.float32_flops_per_s
+    assert flops_per_s is not None
+    return max(launch.num_bytes / card.bandwidth, launch.num_flops / flops_per_s)

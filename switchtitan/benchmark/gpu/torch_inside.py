@@ -11,10 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from switchtitan.benchmark.gpu.device import ARCHS
+from switchtitan.distributed.gpus import ARCHS, card_of
 from switchtitan.errors import EnvironmentMismatchError
 
 _INDUCTOR = "torch._inductor"
@@ -73,7 +72,7 @@ def _install_device(arch: str) -> None:
     given = ARCHS[arch]
     major, minor = divmod(int(arch.removeprefix("sm_")), 10)
     properties = SimpleNamespace(
-        name=given.card,
+        name=card_of(arch).device_name,
         major=major,
         minor=minor,
         multi_processor_count=given.num_processors,
@@ -147,19 +146,20 @@ def _install_inductor() -> None:
     # Constants of one element are computed on the device.
     for name in (f"{_FOLDER}._deduce_value", f"{_FOLDER}._add_peephole_patterns"):
         _replace(name, _on_cpu(_private(name)))
-    # Processes that compile lack these changes.
-    _replace(f"{_INDUCTOR}.config.compile_threads", 1)
-    # Cached graphs have no kernels to read.
-    _replace(f"{_INDUCTOR}.config.fx_graph_cache", False)
-    _replace("torch._functorch.config.enable_autograd_cache", False)
-    # It loads kernels on the device.
-    _replace(f"{_INDUCTOR}.config.use_static_triton_launcher", False)
-    # Lets Inductor note the bytes of each kernel.
-    _replace(f"{_INDUCTOR}.config.benchmark_kernel", True)
-    # It times padded products of odd sizes, as in LLaMA 1B.
-    _replace(f"{_INDUCTOR}.config.shape_padding", False)
-    _replace(f"{_GUARDS}._empty_strided_cuda", _empty_strided)
-    _replace(f"{_GUARDS}._reinterpret_tensor", _reinterpret)
+    torch.compiler.config.force_disable_caches = True  # cached graphs have no kernels to read
+    config = _private(f"{_INDUCTOR}.config")
+    config.compile_threads = 1  # processes that compile lack these changes
+    config.use_static_triton_launcher = False  # it loads kernels on the device
+    config.benchmark_kernel = True  # lets Inductor note the bytes of each kernel
+    config.shape_padding = False  # it times padded products of odd sizes, as in LLaMA 1B
+    _replace(
+        f"{_GUARDS}._empty_strided_cuda",
+        lambda *layout: torch.empty_strided(*layout[:2], dtype=layout[2], device="cuda"),
+    )
+    _replace(
+        f"{_GUARDS}._reinterpret_tensor",
+        lambda t, size, stride, offset=0: t.as_strided(size, stride, t.storage_offset() + offset),
+    )
     _replace(f"{_GUARDS}.assert_alignment", lambda *args: None)
     _replace(f"{_INDUCTOR}.codegen.simd.SIMDKernel.estimate_kernel_num_bytes", num_bytes_of_kernel)
     name = f"{_INDUCTOR}.output_code.CompiledFxGraph.__call__"
@@ -173,14 +173,6 @@ def _install_inductor() -> None:
             running_graphs.pop()
 
     _replace(name, call_and_tell)
-
-
-def _empty_strided(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
-
-
-def _reinterpret(tensor: Tensor, size: Any, stride: Any, offset: int = 0) -> Tensor:
-    return torch.as_strided(tensor, size, stride, tensor.storage_offset() + offset)
 
 
 def num_bytes_of_kernel(kernel: Any) -> int:
@@ -267,8 +259,7 @@ def value_error() -> type[Exception]:
 
 def forget_compiled() -> None:
     """Lets the next configuration compile from scratch."""
-    torch._dynamo.reset()
-    _private("torch._dynamo.utils.counters").clear()
+    torch.compiler.reset()
     _private(f"{_INDUCTOR}.codecache.PyCodeCache.cache_clear")()
     newly_compiled()
     tuners.clear()
@@ -279,11 +270,6 @@ def newly_compiled() -> list[str]:
     metrics = _private("torch._dynamo.utils.get_compilation_metrics")()
     _private("torch._dynamo.utils.clear_compilation_metrics")()
     return [str(entry.co_name) for entry in metrics]
-
-
-def graph_breaks() -> dict[str, int]:
-    """Returns the number of graph breaks by reason."""
-    return dict(_private("torch._dynamo.utils.counters")["graph_break"])
 
 
 def let_random_pass(mode: type[TorchDispatchMode]) -> None:

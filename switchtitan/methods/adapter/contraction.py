@@ -13,12 +13,13 @@ tokens, forward and backward of one layer:
 `factored` save it, which takes 2 out in rank operations less. `weight` gets no gradient. A weight
 of another dtype is cast.
 
-Of several layers, all outputs but the last are one product, and the gradients of x are summed
-inside products.
+Of several layers, `merged` and `dense_gradient` compute all outputs but the last as one product,
+and sum the gradients of x inside products.
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,12 +49,12 @@ def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def merged(x: Tensor, layers: Sequence[Factored], scale: float) -> tuple[Tensor, ...]:
     """Multiplies x by W + s B A; the gradients of A and B are products of width rank."""
-    return _MergedLinear.apply(x, scale, False, *_by_kind(layers))
+    return _MergedLinear.apply(x, scale, False, *chain(*layers))
 
 
 def dense_gradient(x: Tensor, layers: Sequence[Factored], scale: float) -> tuple[Tensor, ...]:
     """Multiplies x by W + s B A; the gradients of A and B are projections of G = g^T x."""
-    return _MergedLinear.apply(x, scale, True, *_by_kind(layers))
+    return _MergedLinear.apply(x, scale, True, *chain(*layers))
 
 
 BY_NAME: dict[str, Contraction] = {
@@ -88,8 +89,8 @@ def _products(
     return [*wide, *merges, (out_features, num_tokens, in_features), *projections]
 
 
-def fastest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) -> Contraction:
-    """Returns the contraction with the least time by a roofline like that of the device of x.
+def cheapest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) -> Contraction:
+    """Returns the contraction that takes the least time by a roofline of the device of x.
 
     Of equal ones, the first in the table. On a CPU operations decide: measured, its narrow products
     are as fast as others.
@@ -100,24 +101,24 @@ def fastest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) -> 
     """
     num_tokens, value_size = x.numel() // x.shape[-1], x.element_size()
     flops_per_value = value_size * (_flops_per_byte(x.device, x.dtype) if x.is_cuda else 0.0)
-    return BY_NAME[_fastest(out_features, x.shape[-1], rank, num_tokens, flops_per_value)]
+    return BY_NAME[_cheapest(out_features, x.shape[-1], rank, num_tokens, flops_per_value)]
 
 
-# Evaluated while torch.compile traces, not traced.
+# Evaluated while torch.compile traces, not traced; the mark has no effect on a cached function.
 @torch.compiler.assume_constant_result
-def _fastest(*args: Any) -> str:
-    return _fastest_of_shape(*args)
+def _cheapest(*args: Any) -> str:
+    return _cheapest_of_shape(*args)
 
 
 @functools.lru_cache
-def _fastest_of_shape(
+def _cheapest_of_shape(
     out_features: tuple[int, ...],
     in_features: int,
     rank: int,
     num_tokens: int,
     flops_per_value: float,
 ) -> str:
-    """See `fastest_contraction`.
+    """See `cheapest_contraction`.
 
     Args:
         flops_per_value: operations in the time that a value of a matrix takes.
@@ -146,12 +147,6 @@ def _flops_per_byte(device: torch.device, dtype: torch.dtype) -> float:
     return 153.0 if is_ampere else 295.0
 
 
-def _cast_in_backward(weight: Tensor, grad: Tensor) -> Tensor:
-    if weight.dtype == grad.dtype:
-        return weight
-    return copy_in_backward(weight, part_of(grad), casts=True)
-
-
 def _scaled_product(left: Tensor, right: Tensor, scale: float, factor: Tensor) -> Tensor:
     """Returns s (left right), scaled inside the product: no other kernel reads the result.
 
@@ -171,29 +166,18 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         (weight,) = ctx.saved_tensors
-        return grad @ _cast_in_backward(weight, grad) if ctx.needs_input_grad[0] else None, None
-
-
-def _by_kind(layers: Sequence[Factored]) -> list[Tensor]:
-    """Returns all weights, then all A, then all B."""
-    return [tensor for tensors in zip(*layers, strict=True) for tensor in tensors]
-
-
-def _kinds(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
-    """Splits what `_by_kind` has joined, and what `_if_kept` has added."""
-    number = len(tensors) // 3
-    return (*(tensors[n * number : (n + 1) * number] for n in range(3)), tensors[3 * number :])
-
-
-def _if_kept(stack: Tensor, x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
-    num_tokens = x.numel() // x.shape[-1]
-    return (stack,) if _keeps_merged(lengths, x.shape[-1], num_tokens) else ()
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        if weight.dtype != grad.dtype:
+            weight = copy_in_backward(weight, part_of(grad), casts=True)
+        return grad @ weight, None
 
 
 def _multiply(x: Tensor, rows: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     """Returns the products of x with parts of the rows of a stack.
 
-    All but the last are one product. The last is apart: it alone stays in memory.
+    All but the last are one product, whose memory they share. The last one, such as attention's
+    values, may be kept for the backward pass, and keeps no other with it.
     """
     early = sum(lengths[:-1])
     outputs = F.linear(x, rows[:early]).split(lengths[:-1], -1) if early else ()
@@ -201,33 +185,37 @@ def _multiply(x: Tensor, rows: Tensor, lengths: Sequence[int]) -> list[Tensor]:
 
 
 class _MergedLinear(torch.autograd.Function):
+    """`tensors`: W, A and B of each layer in turn."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: float, has_dense_gradient: bool, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        weights, lora_a, lora_b, _ = _kinds(tensors)
+        weights, lora_a, lora_b = tensors[::3], tensors[1::3], tensors[2::3]
         stack, lengths = merge(weights, lora_a, lora_b, scale), [*map(len, weights)]
-        ctx.save_for_backward(x, *tensors, *_if_kept(stack, x, lengths))
+        keeps = _keeps_merged(lengths, x.shape[-1], x.numel() // x.shape[-1])
+        ctx.save_for_backward(x, stack if keeps else None, *tensors)
         ctx.scale, ctx.has_dense_gradient = scale, has_dense_gradient
         return tuple(_multiply(x, stack, lengths))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
-        weights, lora_a, lora_b, kept = _kinds(tensors)
+        x, stack, *tensors = ctx.saved_tensors
+        weights, lora_a, lora_b = tensors[::3], tensors[1::3], tensors[2::3]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            if not kept:
-                kept = [merge(weights, lora_a, lora_b, ctx.scale, part_of(grads[0]))]
-            grad_x = input_gradient(grads, kept[0])
-        x, grads_a, grads_b = x.flatten(0, -2), [], []
+            if stack is None:
+                stack = merge(weights, lora_a, lora_b, ctx.scale, part_of(grads[0]))
+            grad_x = input_gradient(grads, stack)
+        x = x.flatten(0, -2)
+        grads_of_layers: list[Tensor | None] = []
         for grad, a, b in zip(grads, lora_a, lora_b, strict=True):
             grad = grad.flatten(0, -2)
             if ctx.has_dense_gradient:
                 grad_weight = _scaled_product(grad.t(), x, ctx.scale, a)
-                grads_a.append(b @ grad_weight)
-                grads_b.append(a @ grad_weight.t())
+                grad_a, grad_b = b @ grad_weight, a @ grad_weight.t()
             else:
-                grads_a.append(_scaled_product((grad @ b.t()).t(), x, ctx.scale, a))
-                grads_b.append(_scaled_product((x @ a.t()).t(), grad, ctx.scale, b))
-        return grad_x, None, None, *[None] * len(weights), *grads_a, *grads_b
+                grad_a = _scaled_product((grad @ b.t()).t(), x, ctx.scale, a)
+                grad_b = _scaled_product((x @ a.t()).t(), grad, ctx.scale, b)
+            grads_of_layers += [None, grad_a, grad_b]
+        return grad_x, None, None, *grads_of_layers

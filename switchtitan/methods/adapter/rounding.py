@@ -19,7 +19,7 @@ _NUM_DROPPED_BITS = 16
 
 
 class FrozenWeights:
-    """The frozen weights of low-rank layers, which products are added to.
+    """The frozen weights of adapters, which products are added to.
 
     Weights in bf16 are rounded by random bits, a pure function of the seed, the weight's name, the
     event, and the element's place in the full weight: nothing is stored, and the result does not
@@ -44,7 +44,7 @@ class FrozenWeights:
         """Adds s B A to the weights of some layers.
 
         Args:
-            event: below 2^31; two events that round must not share a number.
+            event: a number below 2^31, such as a step's, of this addition alone.
             products: index of the layer, A [k, in] and B transposed, [k, out], both unsharded.
         """
         keys: tuple[Tensor, ...] = ()

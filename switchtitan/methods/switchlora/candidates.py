@@ -4,8 +4,7 @@ Lists of vectors hold two tensors for each switch, A's then B's: [k, in], [k, ou
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from math import prod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,7 +12,14 @@ from torch import Tensor
 
 from switchtitan.distributed.copies import CopyToHost, to_device
 from switchtitan.distributed.random import advance64, as_uniform, splitmix64
-from switchtitan.distributed.rows import RowSpans, ShardedRows, copy_all_, paired_rows
+from switchtitan.distributed.rows import (
+    RowSpans,
+    ShardedRows,
+    copy_all_,
+    cut,
+    pack_rows,
+    paired_rows,
+)
 from switchtitan.methods.adapter.linear import AdapterLinear
 from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, Switch
 
@@ -21,19 +27,9 @@ BUFFERS = ("candidates_a", "candidates_b")
 """Local names of the buffers of stored candidates, [c, in] and [c, out]."""
 
 
-class DrawnCandidates:
-    """Constant candidates: every rank draws full vectors again whenever they are needed.
-
-    Nothing is stored or sent. Outgoing vectors are dropped.
-
-    Args:
-        keys: int64, from which the candidates of A and B of each layer are drawn, [layers, 2].
-    """
-
-    def __init__(self, layers: Sequence[AdapterLinear], keys: Tensor) -> None:
-        self._keys, self._like = keys, layers[0].lora_a
-        self._bounds = torch.tensor([layer.bounds for layer in layers], dtype=torch.float32)
-        self._widths = np.array([(layer.in_features, layer.out_features) for layer in layers])
+class Candidates:
+    """Vectors that replace those that are switched out. By default nothing is stored or sent, and
+    outgoing vectors are dropped."""
 
     def row_requests(self, switches: list[Switch]) -> list[RowSpans]:
         """Returns the rows to gather from all ranks before `take`."""
@@ -45,9 +41,36 @@ class DrawnCandidates:
         Args:
             gathered: the rows that `row_requests` listed.
         """
+        raise NotImplementedError
+
+    def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
+        """Copies the outgoing vectors of each switch, unsharded, to its `slots_out`."""
+
+    def flush(self) -> None:
+        """Waits until all vectors put back are in the buffers that a checkpoint saves."""
+
+    def replicated(self) -> dict[str, Tensor]:
+        """Returns what the candidates follow from, apart from the buffers; equal on every rank."""
+        return {}
+
+
+class DrawnCandidates(Candidates):
+    """Constant candidates: every rank draws full vectors again whenever they are needed.
+
+    Args:
+        keys: int64, from which the candidates of A and B of each layer are drawn, [layers, 2]:
+            those of the layers' initial factors, which are copies of some candidates.
+    """
+
+    def __init__(self, layers: Sequence[AdapterLinear], keys: Tensor) -> None:
+        self._keys, self._like = keys, layers[0].lora_a
+        self._bounds = torch.tensor([layer.bounds for layer in layers], dtype=torch.float32)
+        self._widths = np.array([(layer.in_features, layer.out_features) for layer in layers])
+
+    def take(self, switches: list[Switch], gathered: list[Tensor]) -> list[Tensor]:
         pairs = [(switch, factor) for switch in switches for factor in (FACTOR_A, FACTOR_B)]
         slots = [slot for switch, _ in pairs for span in switch.slots_in for slot in span]
-        owners = np.array([(switch.layer, factor) for switch, factor in pairs])
+        owners = np.array([(switch.layer, factor) for switch, factor in pairs])  # indices of tables
         counts = np.array([switch.num_vectors for switch, _ in pairs])
         widths = self._widths[tuple(owners.T)]
         of_vector = tuple(torch.from_numpy(owners.repeat(counts, axis=0).T))
@@ -56,18 +79,11 @@ class DrawnCandidates:
         vectors = draw_of_widths(keys, bounds, widths.repeat(counts), device)
         return cut(vectors.to(self._like.dtype), zip(counts.tolist(), widths.tolist(), strict=True))
 
-    def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
-        """Copies the outgoing vectors of each switch, unsharded, to its `slots_out`, if stored."""
-
-    def flush(self) -> None:
-        """Waits until all vectors put back are in the buffers that a checkpoint saves."""
-
     def replicated(self) -> dict[str, Tensor]:
-        """Returns what the candidates follow from, apart from the buffers; equal on every rank."""
         return {"switch.candidate_keys": self._keys}
 
 
-class StoredCandidates:
+class StoredCandidates(Candidates):
     """Candidates in the layers' buffers. A vector that is switched out is stored and returns as
     trained (SwitchLoRA, arXiv 2406.06564, Algorithm 1)."""
 
@@ -88,12 +104,6 @@ class StoredCandidates:
 
     def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
         copy_all_(self._returning(switches, vectors))
-
-    def flush(self) -> None:
-        """Nothing is in flight."""
-
-    def replicated(self) -> dict[str, Tensor]:
-        return {}
 
     def _returning(
         self, switches: list[Switch], vectors: list[Tensor]
@@ -116,27 +126,23 @@ class HostCandidates(StoredCandidates):
 
     def __init__(self, layers: Sequence[AdapterLinear]) -> None:
         super().__init__(layers)
-        self._device, self._dtype = layers[0].lora_a.device, layers[0].lora_a.dtype
+        self._device = layers[0].lora_a.device
         self._in_flight: deque[tuple[list[Tensor], CopyToHost]] = deque()
-        # A vector is taken again after `spare` more vectors. A step takes at most rank // 2.
+        # A vector is taken again after `spare` more, and two steps take at most `rank`.
         spare = min(min(layer.plain_shape) - layer.rank for layer in layers)
         self._most_in_flight = 1 if spare >= layers[0].rank else 0
 
     def row_requests(self, switches: list[Switch]) -> list[RowSpans]:
+        """Copies them to the device, after vectors that are due are in the buffers."""
         self._write_back_all_but(self._most_in_flight)
-        wanted = super().row_requests(switches)
-        shapes = [(sum(map(len, spans)), buffer.width) for buffer, spans in wanted]
         # Rows of other ranks are zeros: the exchange sums over ranks.
-        packed = torch.zeros(sum(map(prod, shapes)), dtype=self._dtype)
-        pairs = paired_rows(wanted, cut(packed, shapes))
-        copy_all_([(place, held) for held, place in pairs])
-        on_device = cut(to_device(packed, self._device), shapes)
+        packed, wanted = pack_rows(super().row_requests(switches))
+        on_device = cut(to_device(packed, self._device), [rows.shape for rows in wanted])
         return [RowSpans(ShardedRows(rows), (range(len(rows)),)) for rows in on_device]
 
     def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
         pairs = self._returning(switches, vectors)
-        num_elements = sum(rows.numel() for _, rows in pairs)
-        packed = torch.empty(num_elements, dtype=self._dtype, device=self._device)
+        packed = vectors[0].new_empty(sum(rows.numel() for _, rows in pairs))
         pieces = cut(packed, [rows.shape for _, rows in pairs])
         copy_all_([(piece, rows) for piece, (_, rows) in zip(pieces, pairs, strict=True)])
         self._in_flight.append(([place for place, _ in pairs], CopyToHost(packed)))
@@ -150,9 +156,6 @@ class HostCandidates(StoredCandidates):
             places, copy = self._in_flight.popleft()
             vectors = cut(copy.wait(), [place.shape for place in places])
             copy_all_(list(zip(places, vectors, strict=True)))
-
-
-Candidates = DrawnCandidates | StoredCandidates
 
 
 def draw_of_widths(
@@ -172,10 +175,3 @@ def draw_of_widths(
     of_element = torch.repeat_interleave(table[1], output_size=int(widths.sum()))
     bits = splitmix64(table[0][of_element], torch.arange(len(of_element), device=device))
     return as_uniform(bits) * to_device(bounds, device)[of_element]
-
-
-def cut(packed: Tensor, shapes: Iterable[tuple[int, ...]]) -> list[Tensor]:
-    """Splits a flat tensor into views of these shapes."""
-    shapes = list(shapes)
-    pieces = packed.split([prod(shape) for shape in shapes])
-    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]

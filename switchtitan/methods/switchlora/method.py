@@ -27,17 +27,24 @@ from switchtitan.methods.switchlora.candidates import (
     HostCandidates,
     StoredCandidates,
 )
-from switchtitan.methods.switchlora.plan import Plan, Switch, SwitchLoraConfig
+from switchtitan.methods.switchlora.plan import (
+    FACTOR_A,
+    FACTOR_B,
+    Plan,
+    Switch,
+    SwitchLoraConfig,
+)
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.methods.targets import FACTORS
-from switchtitan.optim.adamw import AdamW, AdamWConfig
+from switchtitan.optim import OPTIMIZERS
+from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.base import SplitOptimizer
-from switchtitan.optim.muon import MuonConfig, build_muon
+from switchtitan.optim.muon import MuonConfig
 from switchtitan.regions import region
 
 
 class SwitchLoraLinear(AdapterLinear):
-    """A `AdapterLinear` whose vectors are switched.
+    """An `AdapterLinear` whose vectors are switched.
 
     Candidates are random vectors, as many for each factor as the smaller dimension of the weight. A
     and B start as copies of some. With stored candidates, all are in the buffers `candidates_a` [c,
@@ -64,7 +71,7 @@ class SwitchLoraLinear(AdapterLinear):
         self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range]
     ) -> dict[str, Tensor]:
         tensors = super().initial_tensors(weight, generator_for, rows)
-        for name, factor in zip(self.sharded_buffers, FACTORS, strict=False):
+        for name, factor in zip(self.sharded_buffers, FACTORS, strict=False):  # none if drawn
             slots = torch.arange(rows[name].start, rows[name].stop)
             tensors[name] = self.draw(factor, slots, generator_for)
         return tensors
@@ -93,20 +100,17 @@ class SwitchLora(AdapterMethod[SwitchLoraConfig]):
         layers = adapter_layers(model)
         num_candidates = np.array([min(layer.plain_shape) for layer in layers.values()])
         plan = Plan(self.config, self.num_steps, num_candidates)
-        factors = Factors(layers, model.compute_dtype)
-        others = [p for p in self.trained_parameters(model) if p.is_other]
+        trained = {entry.name: entry for entry in self.trained_parameters(model)}
+        factors = Factors([trained.pop(f"{name}.{key}") for key in FACTORS for name in layers])
         rule: VectorAdamW | FactorMuon
-        dense: TrainingOptimizer
         if isinstance(config, MuonConfig):
             rule = FactorMuon(config, factors, plan, compile_step)
-            # Layers that are not targets are matrices in blocks.
-            dense = build_muon(config, others, compile_step)
         else:
             assert isinstance(config, AdamWConfig)  # see `SwitchLoraConfig.optimizers`
             rule = VectorAdamW(config, factors, plan, compile_step)
-            dense = AdamW(config, others)
+        others = OPTIMIZERS.build(config, trained.values(), compile_step)
         weights = FrozenWeights(layers, self.seed, compile_step)
-        return SwitchLoraOptimizer(layers, plan, rule, dense, self.candidates_of(layers), weights)
+        return SwitchLoraOptimizer(layers, plan, rule, others, self.candidates_of(layers), weights)
 
     def candidates_of(self, layers: Mapping[str, AdapterLinear]) -> Candidates:
         """Returns the candidates of these layers, by qualified name."""
@@ -130,7 +134,7 @@ class SwitchLoraOptimizer(SplitOptimizer):
     Args:
         layers: by qualified name, in the order of `plan`.
         rule: trains the factors of `layers`.
-        dense: trains all other parameters.
+        others: trains all other parameters.
         weights: those of `layers`.
     """
 
@@ -139,11 +143,11 @@ class SwitchLoraOptimizer(SplitOptimizer):
         layers: Mapping[str, AdapterLinear],
         plan: Plan,
         rule: VectorAdamW | FactorMuon,
-        dense: TrainingOptimizer,
+        others: TrainingOptimizer,
         candidates: Candidates,
         weights: FrozenWeights,
     ) -> None:
-        super().__init__([dense, rule])
+        super().__init__([others, rule])
         self._plan, self._rule, self._candidates, self._weights = plan, rule, candidates, weights
         pairs = [(layer.lora_a, layer.lora_b) for layer in layers.values()]
         self._factors = [tuple(map(ShardedRows, pair)) for pair in pairs]
@@ -164,6 +168,10 @@ class SwitchLoraOptimizer(SplitOptimizer):
         vectors. A fold keeps the layer's output (Algorithm 1), one update of rank 2k for vectors I
         of A and J of B, which are disjoint:
         W += s (B[:, I] (A_old - A_new)[I] + (B_old - B_new)[:, J] A[J]).
+
+        Gradients are those of before the switch. A switched vector's stays right: it depends on the
+        counterpart and on W + s B A, which stay. A counterpart's gradient and state belong to the
+        vector that has left, so it is reset, and frozen until it has state of its own.
         """
         switches = self._last = self._plan.next()
         self._plan.advance(switches)
@@ -185,7 +193,9 @@ class SwitchLoraOptimizer(SplitOptimizer):
         incoming = self._candidates.take(switches, gathered[len(involved) :])
         outgoing = [
             rows.narrow(0, factor * switch.num_vectors, switch.num_vectors)
-            for (switch, factor), rows in zip(product(switches, (0, 1)), vectors, strict=True)
+            for (switch, factor), rows in zip(
+                product(switches, (FACTOR_A, FACTOR_B)), vectors, strict=True
+            )
         ]
         self._candidates.put_back(switches, outgoing)
         # In place: `outgoing` are views of `vectors`, and now hold old - new.

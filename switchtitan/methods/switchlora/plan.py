@@ -101,7 +101,7 @@ class SwitchLoraConfig(AdapterConfig):
         """See `contracts.MethodConfig`."""
         least = max(self.freeze_steps, 1) * self.rank / (self.rank // 2)
         interval = self.interval_in(num_steps)
-        # The message shows six digits of the limit.
+        # The limit as the message prints it, in six digits, is accepted.
         if interval >= least * (1 - 1e-5):
             return []
         return [
@@ -117,12 +117,9 @@ class SwitchLoraConfig(AdapterConfig):
         return f"{key} = {getattr(self, key):g}"
 
 
-class VectorSpan(NamedTuple):
-    """Consecutive vectors of one factor of one layer."""
-
-    factor: int
-    layer: int
-    vectors: range
+VectorSpan = tuple[int, range]
+"""(factor, vectors): the index of a factor in a flattened table [2, layers, ...], and consecutive
+vectors of it."""
 
 
 class Switch(NamedTuple):
@@ -136,7 +133,7 @@ class Switch(NamedTuple):
     slots_in: Spans
     """Candidates taken, for each factor."""
     slots_out: Spans
-    """Candidates overwritten by the outgoing vectors, for each factor."""
+    """Candidates overwritten by the outgoing vectors, for each factor: those that they were."""
 
 
 class Plan:
@@ -178,6 +175,7 @@ class Plan:
         self.step = 0
         self.num_switched = np.zeros(len(num_candidates), dtype=np.int64)
         shape = 2, len(num_candidates), rank
+        # So long ago that nothing is frozen or reset.
         self.last_switched = np.full(shape, -1 - config.freeze_steps, dtype=np.int64)
 
     def next(self) -> list[Switch]:
@@ -198,12 +196,17 @@ class Plan:
         No vector is switched while it is frozen, and no candidate is taken and overwritten at once.
         """
         rank = self.config.rank
-        is_frozen = self.step - self.last_switched[FACTOR_A] < self.config.freeze_steps
-        allowed = np.minimum(rank // 2 - is_frozen.sum(1), self.num_candidates - rank)
+        # B's are as many, rank // 2 further: half a ring is free of what the other half froze.
+        froze = self.step - self.last_switched[FACTOR_A] < self.config.freeze_steps
+        allowed = np.minimum(rank // 2 - froze.sum(1), self.num_candidates - rank)
         return np.clip(requested, 0, np.maximum(allowed, 0))
 
     def switch(self, layer: int, count: int) -> Switch:
-        """Returns the switch of the next `count` vectors of each factor of a layer."""
+        """Returns the switch of the next `count` vectors of each factor of a layer.
+
+        The n-th of a run exchanges vector n of A, vector n + rank // 2 of B, and candidate n of
+        each, modulo their numbers.
+        """
         rank, candidates = self.config.rank, int(self.num_candidates[layer])
         first = int(self.num_switched[layer])
         return Switch(
@@ -231,20 +234,20 @@ class Plan:
     def num_updates(self) -> np.ndarray:
         """Returns the steps since each vector's state was reset, the last step and those in which
         it was frozen included, [2, layers, rank]."""
-        last_reset = self.last_switched[::-1]
-        if self.config.reset_moments == "both":
-            last_reset = np.maximum(last_reset, self.last_switched)
-        elif self.config.reset_moments != "counterpart":
-            last_reset = np.zeros_like(last_reset)
-        return self.step - np.maximum(last_reset, 0)
+        if self.config.reset_moments in ("momentum", "none"):
+            return np.full_like(self.last_switched, self.step)
+        return self.step - np.maximum(self._last_resets(), 0)
 
     def resets(self) -> list[VectorSpan]:
         """Returns the vectors whose state the last step's switch resets."""
-        is_switched = self.last_switched == self.step - 1
         if self.config.reset_moments == "none":
             return []
+        return vector_spans(self._last_resets() == self.step - 1)
+
+    def _last_resets(self) -> np.ndarray:
+        of_counterparts = self.last_switched[::-1]
         is_both = self.config.reset_moments == "both"
-        return vector_spans(is_switched[::-1] | is_switched if is_both else is_switched[::-1])
+        return np.maximum(of_counterparts, self.last_switched) if is_both else of_counterparts
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns `switch.step`, `switch.num_switched` and `switch.last_switched`."""
@@ -269,9 +272,10 @@ def ring_spans(start: int, count: int, size: int) -> Spans:
 
 def vector_spans(table: np.ndarray) -> list[VectorSpan]:
     """Returns the true entries of a table [2, layers, rank], neighbours together."""
-    edges = np.diff(np.pad(table, ((0, 0), (0, 0), (1, 1))).astype(np.int8), axis=2)
+    flat = table.reshape(-1, table.shape[2])
+    edges = np.diff(np.pad(flat, ((0, 0), (1, 1))).astype(np.int8))
     starts, stops = np.argwhere(edges == 1).tolist(), np.argwhere(edges == -1).tolist()
     return [
-        VectorSpan(factor, layer, range(start, stop[2]))
-        for (factor, layer, start), stop in zip(starts, stops, strict=True)
+        (factor, range(start, stop))
+        for (factor, start), (_, stop) in zip(starts, stops, strict=True)
     ]

@@ -1,6 +1,6 @@
 """The rules that update the vectors of all layers' factors: AdamW and Muon."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +10,7 @@ from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.rows import copy_all_
 from switchtitan.distributed.shards import local_shards, row_range
-from switchtitan.methods.adapter.linear import AdapterLinear
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan, vector_spans
-from switchtitan.methods.targets import FACTORS
 from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.base import GroupedOptimizer
 from switchtitan.optim.muon import Muon, MuonConfig
@@ -27,28 +25,20 @@ class Factors:
     """A of all layers, then B of all layers, as in a flattened table [2, layers, rank].
 
     Attributes:
-        trained, parameters: all factors.
+        parameters: all factors.
         held: the rows of each factor that this rank holds.
     """
 
-    def __init__(
-        self, layers: Mapping[str, AdapterLinear], compute_dtype: torch.dtype = torch.float32
-    ) -> None:
-        self.trained = [
-            TrainedParameter(f"{name}.{key}", layer.get_parameter(key), compute_dtype=compute_dtype)
-            for key in FACTORS
-            for name, layer in layers.items()
-        ]
-        self.parameters = [entry.parameter for entry in self.trained]
+    def __init__(self, trained: list[TrainedParameter]) -> None:
+        self.trained = trained
+        self.parameters = [entry.parameter for entry in trained]
         self.held = row_range(self.parameters[0])
-        self._num_layers = len(layers)
 
     def groups(self, size: int) -> list[list[int]]:
-        """Returns indices of `size` factors of one width each, A and B of each layer in turn."""
+        """Returns indices of up to `size` factors of one width each."""
         of_width: dict[int, list[int]] = {}
-        for layer in range(self._num_layers):
-            for factor in (layer, self._num_layers + layer):
-                of_width.setdefault(self.parameters[factor].shape[1], []).append(factor)
+        for factor, parameter in enumerate(self.parameters):
+            of_width.setdefault(parameter.shape[1], []).append(factor)
         return [
             factors[first : first + size]
             for factors in of_width.values()
@@ -64,11 +54,10 @@ class Factors:
         """Returns this rank's rows of these vectors, of tensors sharded like the factors."""
         first, views = self.held.start, []
         for shards in map(local_shards, states):
-            for factor, layer, vectors in spans:
+            for factor, vectors in spans:
                 start, stop = max(vectors.start, first), min(vectors.stop, self.held.stop)
                 if start < stop:
-                    shard = shards[factor * self._num_layers + layer]
-                    views.append(shard[start - first : stop - first])
+                    views.append(shards[factor][start - first : stop - first])
         return views
 
     def zero_(self, spans: list[VectorSpan], *states: Sequence[Tensor]) -> None:
@@ -88,7 +77,7 @@ class VectorAdamW(GroupedOptimizer):
         self, config: AdamWConfig, factors: Factors, plan: Plan, compile_step: bool
     ) -> None:
         super().__init__(config, factors.trained)
-        self._keys, self._factors, self._plan = config, factors, plan
+        self._adam, self._factors, self._plan = config, factors, plan
         self._means, self._squares = (
             [torch.zeros_like(parameter) for parameter in factors.parameters] for _ in range(2)
         )
@@ -112,7 +101,7 @@ class VectorAdamW(GroupedOptimizer):
         coefficients = self._coefficients().split([len(group) for group in self._groups])
         for group, of_group in zip(self._groups, coefficients, strict=True):
             own = ([table[factor] for factor in group] for table in tables)
-            self._update(*own, coefficients=of_group, betas=self._keys.betas)
+            self._update(*own, coefficients=of_group, betas=self._adam.betas)
 
     def _coefficients(self) -> Tensor:
         """Returns mask, decay, step size and epsilon of each local vector, [factors, 4, held, 1],
@@ -121,7 +110,7 @@ class VectorAdamW(GroupedOptimizer):
         After n steps, the step size is lr sqrt(1 - beta2^n) / (1 - beta1^n), with both bias
         corrections, and epsilon is eps sqrt(1 - beta2^n).
         """
-        (beta1, beta2), (lr,) = self._keys.betas, self.rates
+        (beta1, beta2), (lr,) = self._adam.betas, self.rates  # factors are one group
         first, held = self._factors.parameters[0], self._factors.held
         order = [factor for group in self._groups for factor in group]
         num_updates, is_frozen = (
@@ -133,8 +122,8 @@ class VectorAdamW(GroupedOptimizer):
         is_free = 1 - is_frozen
         root = (1 - beta2**num_updates).sqrt()
         step_size = lr * root / (1 - beta1**num_updates) * is_free
-        decay = 1 - lr * is_free * self._keys.weight_decay
-        table = torch.stack([is_free, decay, step_size, root * self._keys.eps], dim=1)
+        decay = 1 - lr * is_free * self._adam.weight_decay
+        table = torch.stack([is_free, decay, step_size, root * self._adam.eps], dim=1)
         return to_device(table, first.device)
 
     @torch.no_grad()
@@ -186,7 +175,8 @@ class FactorMuon(Muon):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Updates every vector that is not frozen; a frozen one keeps its value and momentum."""
+        """Updates every vector that is not frozen; a frozen one keeps its momentum, and its value,
+        which weight decay would change."""
         frozen = vector_spans(self._plan.is_frozen())
         kept = self._factors.views(frozen, self._factors.parameters, self._means)
         copies = [torch.empty_like(view) for view in kept]

@@ -12,8 +12,8 @@ torch looks up the device once per process, so checks run in a new process; see 
 
 - `process`: loads the device in a new process
 - `python_api`: functions that `torch.cuda` lacks in a CPU build; what waits for what
-- `waits`, `races`, `collectives`, `kernels`: observe a step
+- `waits`, `races`, `collectives`: observe a step
 - `cases`: every method, and every option that a step depends on
 - `steps`: steps of cases, and reads and waits that are documented
-- `kernel_checks`, `checks`: what tests run in a new process
+- `checks`: what tests run in a new process
 """

@@ -1,15 +1,11 @@
 """Finds what the host waits for: copies between host and device, and reads of its values."""
 
 import torch
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    is_traceable_wrapper_subclass_type,
-)
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 
 from support.fake_cuda.operations import is_on_cuda, project_line
 from support.fake_cuda.python_api import pinned_memory
-from switchtitan.benchmark.counters import CountingMode
-from switchtitan.benchmark.gpu.record import tensors_in
+from switchtitan.benchmark.counters import CountingMode, tensors_in
 
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_")
 # They read a tensor's shape, not its values.

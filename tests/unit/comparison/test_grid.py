@@ -111,11 +111,9 @@ RATES = "[1e-2, 2e-2, 4e-2]"
         (GRID.replace(RATES, "[1e-2, 2e-2]"), {}, ("[0.01, 0.02]", "at least 3")),
         (with_axes(BOTH.replace("0.0, ", "")), {}, (DECAY, "at least 2")),
         (with_thin("set.model = {{ hidden_size = 24 }}"), {}, ("thin.set.model", "differ_in")),
-        (with_top('axes = ["training.steps"]'), {}, ("axes[0]", "training.steps")),
         # What does not fit together.
         (GRID.replace('baseline = "dense"', 'baseline = "dens"'), {}, ("'dens'", "dense, thin")),
         (GRID.replace('name = "thin"', 'name = "dense"'), {}, ("rows.dense", "this name")),
-        (GRID.replace('name = "thin"', 'name = "th/in"'), {}, ("rows[1].name", "th/in")),
         (GRID.replace(OF_THIN, ""), {}, ("thin-balanced", "no learning rate")),
         (GRID.replace(OF_THIN, f"{OF_THIN}\nlearning_rates = [1.0]"), {}, ("learning_rates and",)),
         (GRID.replace(OF_THIN, 'learning_rate_of = "no"'), {}, ("'no'", "dense, thin")),
@@ -127,7 +125,6 @@ RATES = "[1e-2, 2e-2, 4e-2]"
         # What cannot be trained or reported.
         (GRID.replace("rank = 4 }}", "rnk = 4 }}", 1), {}, ("row thin", "--method.rnk 4")),
         (with_axes(BOTH.replace("0.0, 0.1", "-0.1, 0.0"), BOTH), {}, ("row dense", "-0.1")),
-        (with_axes(BOTH.replace("0.1", "inf")), {}, (DECAY, "finite")),
         (GRID.replace(SET_THIN, 'set.method = {{ name = "galore", rank = 4 }}\n'
          'set.optimizer = {{ name = "sgd" }}\n'), {}, ("row thin", "galore", "sgd")),
         (GRID, {"test_tokens = 160": ""}, ("row dense", "[evaluation] test_tokens")),

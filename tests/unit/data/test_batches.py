@@ -16,8 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.data.config import DataConfig
 from switchtitan.data.loader import ValidationBatches, build_train_batches
-from switchtitan.data.mixture import PERIOD, schedule_of
-from switchtitan.data.order import permute, sequence_index
+from switchtitan.data.order import PERIOD, permute, schedule_of, sequence_index
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.sequences import TokenSequences
 from switchtitan.data.tokenizer import (
@@ -62,18 +61,18 @@ def test_sequences_are_slices_of_the_joined_shards(tmp_path, dtype, largest, cut
     sequences = write_shards(tmp_path, tokens, cuts, dtype)
     assert len(sequences) == 6  # the last target of a seventh is missing
     for index in range(6):
-        assert sequences[index].tokens.dtype == torch.int64
-        assert sequences[index].tokens.tolist() == tokens[index * 7 : index * 7 + 8].tolist()
+        assert sequences[index].dtype == torch.int64
+        assert sequences[index].tolist() == tokens[index * 7 : index * 7 + 8].tolist()
     with pytest.raises(IndexError):
         sequences[6]
 
 
 def test_pickling_reopens_the_files_instead_of_copying_the_tokens(tmp_path):
     sequences = write_shards(tmp_path, np.arange(100_000) % 1000, [40_000])
-    expected = sequences[9].tokens
+    expected = sequences[9]
     pickled = pickle.dumps(sequences)
     assert len(pickled) < 2000
-    assert torch.equal(pickle.loads(pickled)[9].tokens, expected)
+    assert torch.equal(pickle.loads(pickled)[9], expected)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +139,7 @@ def test_validation_counts_each_target_once_on_any_number_of_ranks(sequences, nu
     everything = [batch for batches in ranks for batch in batches]
     assert {batch.tokens.shape for batch in everything} == {(local, 13)}
     targets = torch.cat([batch.targets for batch in everything]).flatten()
-    expected = torch.cat([sequences[index].tokens[1:] for index in range(7)])
+    expected = torch.cat([sequences[index][1:] for index in range(7)])
     assert sorted(targets[targets != IGNORED_TARGET].tolist()) == sorted(expected.tolist())
     for batch in everything:
         assert int(batch.tokens.min()) >= 0
@@ -204,7 +203,7 @@ def test_held_out_sequences_of_a_mixture_are_in_their_shares_until_the_first_sou
     beyond = schedule_of(WEIGHTS).num_given(num_sequences + 1)
     assert any(share > size for share, size in zip(beyond, sizes, strict=True))
     expected = [
-        part[index].tokens.tolist()
+        part[index].tolist()
         for part, share in zip(parts, shares, strict=True)
         for index in range(share)
     ]

@@ -17,6 +17,7 @@ from support.preparation import (
     read_split,
     tokens_of,
     use_small_batches,
+    write_documents,
 )
 from support.tiny_documents import make_documents, save_tokenizer, write_json_lines, write_nanogpt
 from tokenizers import Tokenizer, processors
@@ -90,10 +91,9 @@ def test_a_trained_tokenizer_round_trips_any_string(documents):
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
 def test_documents_begin_as_the_tokenizer_begins_a_text_or_as_bos_says(tmp_path, template):
     file = save_tokenizer(tmp_path / "tokenizer.json", "</s>", "<s>", template=template)
-    write_json_lines(tmp_path / "in" / "a.jsonl", ["a b", "b"] * 9)
-    keys = {"dataset": "jsonl", "path": tmp_path / "in", "tokenizer": str(file)}
     for bos, start in ((None, [4]), (True, [4]), (False, [])):
-        corpus = open_corpus(DataConfig(**keys, bos=bos, cache_dir=tmp_path / "out"))
+        texts = ["a b", "b"] * 9
+        corpus = open_corpus(write_documents(tmp_path, texts, tokenizer=str(file), bos=bos))
         # The first document is held out.
         assert tokens_of(corpus, "train")[: 2 * len(start) + 5] == [*start, 2, 3, *start, 1, 2, 3]
         documents = corpus.tokenizer()
@@ -106,9 +106,7 @@ def test_documents_begin_as_the_tokenizer_begins_a_text_or_as_bos_says(tmp_path,
 
 def test_a_corpus_of_an_earlier_version_has_documents_that_begin_with_nothing(tmp_path):
     file = save_tokenizer(tmp_path / "tokenizer.json", "</s>", "<s>", template="<s> $A")
-    write_json_lines(tmp_path / "in" / "a.jsonl", ["a b", "b"] * 9)
-    keys = {"dataset": "jsonl", "path": tmp_path / "in", "tokenizer": str(file)}
-    config = DataConfig(**keys, cache_dir=tmp_path / "out")
+    config = write_documents(tmp_path, ["a b", "b"] * 9, tokenizer=str(file))
     folder = open_corpus(config).folder
     index = json.loads((folder / "index.json").read_text())
     del index["tokenizer"]["bos"]
@@ -141,28 +139,21 @@ def test_the_end_token_is_found_in_one_way_however_the_tokenizer_is_named(tmp_pa
     (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("1111aaaa")
-    write_json_lines(tmp_path / "in" / "a.jsonl", ["a b", "b"] * 9)
-    keys = {"dataset": "jsonl", "path": tmp_path / "in", "cache_dir": tmp_path / "out"}
     for tokenizer in ("owner/name", str(folder)):
-        corpus = open_corpus(DataConfig(**keys, tokenizer=tokenizer))
+        corpus = open_corpus(write_documents(tmp_path, ["a b", "b"] * 9, tokenizer=tokenizer))
         assert corpus.index.tokenizer.eos_token == "<stop>"
         assert read_tokenizer(corpus.folder).eos_token == "<stop>"
 
 
 def test_a_stopped_preparation_of_files_that_have_changed_starts_over(tmp_path, monkeypatch):
-    write_json_lines(tmp_path / "in" / "a.jsonl", ["aaaa"] * 40)
-    keys = {"dataset": "jsonl", "path": tmp_path / "in", "vocab_size": 260}
-    config = DataConfig(**keys, cache_dir=tmp_path / "out")
-    prepare_until_the_rename(config)
-    write_json_lines(tmp_path / "in" / "a.jsonl", ["bbbb"] * 40)
+    prepare_until_the_rename(write_documents(tmp_path, ["aaaa"] * 40, vocab_size=260))
+    config = write_documents(tmp_path, ["bbbb"] * 40, vocab_size=260)
     assert set(read_split(open_corpus(config), "train")) == {"bbbb"}
 
 
 def test_changed_files_of_equal_sizes_are_not_those_of_a_corpus(tmp_path):
-    for name in ("a", "b"):
-        write_json_lines(tmp_path / "in" / f"{name}.jsonl", ["aaaa"] * 40)
-    keys = {"dataset": "jsonl", "path": tmp_path / "in", "vocab_size": 260}
-    config = DataConfig(**keys, max_documents=20, cache_dir=tmp_path / "out")
+    write_json_lines(tmp_path / "in" / "b.jsonl", ["aaaa"] * 40)
+    config = write_documents(tmp_path, ["aaaa"] * 40, vocab_size=260, max_documents=20)
     corpus = open_corpus(config)
     write_json_lines(tmp_path / "in" / "b.jsonl", ["bbbb"] * 40)  # was not read
     assert open_corpus(config).fingerprint == corpus.fingerprint
@@ -182,28 +173,23 @@ def test_a_damaged_unknown_or_endless_tokenizer_is_named(tmp_path, monkeypatch):
         fetch_tokenizer("no-such/tokenizer")
 
 
-def test_each_document_is_in_exactly_one_split(corpus, documents):
-    train, held_out = read_split(corpus, "train"), read_split(corpus, "validation")
-    assert sorted(train + held_out) == sorted(documents)
-    assert train == [text for text in documents if text not in held_out]
+@pytest.mark.parametrize("fraction", [None, 0.1])
+def test_each_document_is_in_exactly_one_split(corpus, elsewhere, documents, fraction):
+    found = open_corpus(elsewhere.model_copy(update={"test_fraction": fraction}))
+    train, held_out, *tested = (read_split(found, split) for split in found.index.splits)
+    assert len(tested) == (0 if fraction is None else 1)
+    others = list(itertools.chain(held_out, *tested))
+    assert sorted(train + others) == sorted(documents)
+    assert train == [text for text in documents if text not in others]
     # A tenth of 120; the standard deviation of independent draws is 3.3.
-    assert 2 <= len(held_out) <= 30
-    assert corpus.index.dtype == "uint16"
+    assert all(2 <= len(part) <= 30 for part in (held_out, *tested))
+    assert held_out == read_split(corpus, "validation")
 
 
 def test_the_tokenizer_is_trained_on_training_documents_only(corpus, documents):
     expected = train_tokenizer(read_split(corpus, "train"), 300)
     assert corpus.index.tokenizer.sha256 == expected.sha256
     assert train_tokenizer(documents, 300).sha256 != expected.sha256
-
-
-def test_the_test_split_is_disjoint_from_the_others(elsewhere, documents, corpus):
-    config = elsewhere.model_copy(update={"test_fraction": 0.1})
-    with_test = open_corpus(config)
-    splits = [read_split(with_test, split) for split in ("train", "validation", "test")]
-    assert all(splits)
-    assert sorted(itertools.chain.from_iterable(splits)) == sorted(documents)
-    assert splits[1] == read_split(corpus, "validation")
 
 
 def test_segments_change_the_files_but_not_the_tokens(elsewhere, corpus, monkeypatch):
@@ -261,9 +247,8 @@ def test_token_ids_are_kept_with_their_own_splits(tmp_path, ids_from, dtype):
 
 
 def test_empty_documents_and_lone_surrogates_are_harmless(tmp_path):
-    write_json_lines(tmp_path / "in" / "a.jsonl", ["one", "", "t\ud800wo", "three", ""] * 9)
-    keys = {"dataset": "jsonl", "path": tmp_path / "in", "vocab_size": 257}
-    corpus = open_corpus(DataConfig(**keys, cache_dir=tmp_path / "out"))
+    texts = ["one", "", "t\ud800wo", "three", ""] * 9
+    corpus = open_corpus(write_documents(tmp_path, texts, vocab_size=257))
     found = read_split(corpus, "validation") + read_split(corpus, "train")
     assert sorted(found) == sorted(["one", "t?wo", "three"] * 9)
 
@@ -368,12 +353,22 @@ def test_a_preparation_resumes_after_its_last_segment_with_the_commit_it_began_w
     assert newest.folder.name == corpus.folder.name
 
 
+IN_A_MIXTURE = ({"dataset": "pystdlib", "weight": 1}, {"dataset": "c4", "weight": 1})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"dataset": "c4", "tokenizer": "t5-base"},
+        # A mixture has no offline corpus.
+        {"sources": IN_A_MIXTURE, "offline_dataset": "pystdlib", "max_bytes": 50_000},
+    ],
+)
 @pytest.mark.usefixtures("offline")
-def test_an_unreachable_hub_is_an_error_that_says_why(tmp_path):
-    config = DataConfig(dataset="c4", tokenizer="t5-base", cache_dir=tmp_path)
+def test_an_unreachable_hub_is_an_error_that_says_why(tmp_path, keys):
     with pytest.raises(CorpusError, match=r"HF_HUB_OFFLINE.*offline_dataset"):
-        open_corpus(config)
-    assert list(tmp_path.iterdir()) == []
+        open_corpus(DataConfig(**keys, cache_dir=tmp_path))
+    assert not list(tmp_path.glob("c4-*"))
 
 
 @pytest.mark.parametrize(
@@ -391,14 +386,6 @@ def test_the_offline_corpus_takes_its_place_with_a_warning(tmp_path, caplog, key
     assert "REQUESTED CORPUS UNAVAILABLE" in caplog.text
     assert f"dataset = '{keys['dataset']}'" in str(corpus.fallback_for)
     assert corpus.name.startswith("pystdlib-")
-
-
-@pytest.mark.usefixtures("offline")
-def test_a_mixture_has_no_offline_corpus(tmp_path):
-    sources = ({"dataset": "pystdlib", "weight": 1}, {"dataset": "c4", "weight": 1})
-    keys = {"offline_dataset": "pystdlib", "max_bytes": 50_000, "cache_dir": tmp_path}
-    with pytest.raises(CorpusError, match="HF_HUB_OFFLINE"):
-        open_corpus(DataConfig(sources=sources, **keys))
 
 
 @pytest.mark.usefixtures("offline")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from switchtitan.data.corpus import Corpus, join_sources
-from switchtitan.data.mixture import Schedule
+from switchtitan.data.order import Schedule
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.recorded import find_recorded, record
 from switchtitan.errors import CorpusError

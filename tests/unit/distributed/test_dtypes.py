@@ -9,22 +9,18 @@ import pytest
 import torch
 from support.nonfinite import NOT_FINITE
 from support.tiny import tiny_trainer, train_steps
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from switchtitan.benchmark.counters import CountingMode
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import (
     Bf16Support,
     ComputeDtype,
-    agree_on_dtype,
     bf16_support,
     choose_dtype,
+    dtype_on,
 )
-from switchtitan.distributed.precision import (
-    allow_tf32,
-    full_precision,
-    use_full_precision,
-)
+from switchtitan.distributed.precision import allow_tf32, full_precision, use_full_precision
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods.adapter.rounding import random_bits, round_to_bf16
@@ -94,15 +90,15 @@ def test_emulation_is_a_warning_on_a_cpu_and_an_error_on_a_gpu(monkeypatch, capl
     monkeypatch.setattr(compute_dtype, "bf16_support", lambda device: EMULATED)
     world = start_world(ParallelismConfig())
     with caplog.at_level("WARNING"):
-        assert agree_on_dtype("auto", world).name == "float32"
+        assert dtype_on(world.device, "auto", world=world).name == "float32"
         assert caplog.text == ""
-        assert agree_on_dtype("auto", world, saved="bfloat16").name == "bfloat16"
+        assert dtype_on(world.device, "auto", "bfloat16", world).name == "bfloat16"
     assert "it lacks bf16" in caplog.text
     on_gpu = replace(world, device=torch.device("cuda", 0))  # nothing is computed on it
     for key, saved in (("bfloat16", None), ("auto", "bfloat16")):
         with pytest.raises(EnvironmentMismatchError, match=r"\[training\] dtype = .*it lacks bf16"):
-            agree_on_dtype(key, on_gpu, saved)
-    assert agree_on_dtype("auto", on_gpu).name == "float32"
+            dtype_on(on_gpu.device, key, saved, on_gpu)
+    assert dtype_on(on_gpu.device, "auto", world=on_gpu).name == "float32"
 
 
 # The precision of products.
@@ -148,19 +144,16 @@ def test_full_precision_restores_what_was_set_outside(precision):
     assert MATMUL.allow_tf32
 
 
-class RecordProducts(TorchDispatchMode):
+class RecordProducts(CountingMode):
     """The precision that is set at each product of matrices."""
-
-    PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
 
     def __init__(self):
         super().__init__()
         self.precisions = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in self.PRODUCTS:
+    def count(self, func, args, kwargs, result):
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
             self.precisions.append(torch.get_float32_matmul_precision())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", ["switchlora", "relora", "galore", "fira", "apollo"])

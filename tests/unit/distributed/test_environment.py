@@ -49,12 +49,12 @@ def test_empty_variables_of_a_launcher_count_as_unset(launcher):
 @pytest.mark.parametrize(
     ("changes", "fragments"),
     [
-        ({"WORLD_SIZE": "two"}, ("WORLD_SIZE=two", "an integer")),
-        ({"WORLD_SIZE": "0"}, ("RANK=0", "below WORLD_SIZE=0")),
-        ({"RANK": "-1"}, ("RANK=-1", "below WORLD_SIZE=1")),
-        ({"RANK": "3", "WORLD_SIZE": "3"}, ("RANK=3", "below WORLD_SIZE=3")),
-        ({"LOCAL_RANK": "1.0"}, ("LOCAL_RANK=1.0", "an integer")),
-        ({**MEETING, "RANK": "", "MASTER_ADDR": ""}, ("WORLD_SIZE=2, and RANK is not set",)),
+        ({"WORLD_SIZE": "two"}, ("WORLD_SIZE=two", "expected integers")),
+        ({"WORLD_SIZE": "0"}, ("RANK=, WORLD_SIZE=0", "to WORLD_SIZE - 1")),
+        ({"RANK": "-1"}, ("RANK=-1, WORLD_SIZE=,", "from 0")),
+        ({"RANK": "3", "WORLD_SIZE": "3"}, ("RANK=3, WORLD_SIZE=3",)),
+        ({"LOCAL_RANK": "1.0"}, ("LOCAL_RANK=1.0", "expected integers")),
+        ({**MEETING, "RANK": "", "MASTER_ADDR": ""}, ("RANK=, WORLD_SIZE=2",)),
         ({**MEETING}, ("MASTER_ADDR=localhost", "2 ranks did not meet")),
         ({**MEETING, "RANK": "1"}, ("RANK=1", "2 ranks did not meet")),
     ],

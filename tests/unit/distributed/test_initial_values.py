@@ -8,12 +8,7 @@ import torch
 from support.small_llama import MODEL, initial_tensors
 
 from switchtitan.distributed.fsdp import materialize
-from switchtitan.distributed.initial import (
-    block_size,
-    check_replaced,
-    covering_blocks,
-    plain_value,
-)
+from switchtitan.distributed.initial import block_size, check_replaced, covering_blocks, plain_value
 from switchtitan.distributed.random import generator_for, seed_dropout
 from switchtitan.distributed.shards import rows_per_rank
 from switchtitan.methods import METHODS

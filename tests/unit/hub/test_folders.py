@@ -1,4 +1,4 @@
-"""An exported folder is complete or absent; and the fingerprint of what a run starts from."""
+"""An exported folder is complete or absent; and the checksum of what a run starts from."""
 
 import json
 
@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from switchtitan.errors import CheckpointError, OutputError
 from switchtitan.hub.export_folder import new_folder
-from switchtitan.hub.initial_weights import fingerprint
+from switchtitan.hub.initial_weights import checksum
 from switchtitan.hub.peft_folder import ADAPTER_CONFIG_NAME, ADAPTER_NAME, BASE_FOLDER
 
 
@@ -46,7 +46,7 @@ def test_nothing_is_left_after_an_error(tmp_path, error):
     assert names_in(tmp_path) == []
 
 
-def test_a_fingerprint_covers_all_that_decides_the_weights(tmp_path):
+def test_a_checksum_covers_all_that_decides_the_weights(tmp_path):
     adapter, base = tmp_path / "adapter", tmp_path / "adapter" / BASE_FOLDER
     base.mkdir(parents=True)
     (base / "config.json").write_text("{}")
@@ -64,8 +64,8 @@ def test_a_fingerprint_covers_all_that_decides_the_weights(tmp_path):
         save_file({name: torch.full((2,), factor)}, adapter / ADAPTER_NAME)
         save_file({"v": torch.ones(3)}, base / "model-00001-of-00002.safetensors")
         save_file({"w": torch.full((2,), weight)}, base / "model-00002-of-00002.safetensors")
-        seen.add(fingerprint(adapter))
+        seen.add(checksum(adapter))
     assert len(seen) == 5
-    before = fingerprint(base)
+    before = checksum(base)
     (base / "README.md").write_text("a text")
-    assert fingerprint(base) == before
+    assert checksum(base) == before

@@ -2,6 +2,7 @@
 not supported is refused by name."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import refused
 from support.folders import (
     KINDS,
-    HeldWeights,
+    change_json,
     draw_tokens,
     logits_of_transformers,
+    reader_of,
     save_random_model,
 )
 from support.tensors import differing
@@ -57,7 +59,7 @@ def logits_of(config, weights, tokens=TOKENS):
 
 
 def export(config, weights, folder, dtype=torch.float32, **keys):
-    export_dense(HeldWeights(weights).read, config, folder, dtype, **keys)
+    export_dense(reader_of(weights), config, folder, dtype, **keys)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,11 +125,10 @@ def test_weights_of_another_model_are_refused(folders, kind, changes, words):
 
 
 def changed_copy(folder, copy, changes):
-    """A folder with only a changed config.json; `...` removes a key."""
+    """A folder with only a changed config.json."""
     copy.mkdir()
-    config = json.loads((folder / "config.json").read_text()) | changes
-    kept = {key: value for key, value in config.items() if value is not ...}
-    (copy / "config.json").write_text(json.dumps(kept))
+    shutil.copyfile(folder / "config.json", copy / "config.json")
+    change_json(copy / "config.json", changes)
     return copy
 
 

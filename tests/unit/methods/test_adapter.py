@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchtitan.distributed.random import generator_for
-from switchtitan.methods.adapter.contraction import BY_NAME, fastest_contraction
+from switchtitan.methods.adapter.contraction import BY_NAME, cheapest_contraction
 from switchtitan.methods.adapter.linear import (
     AdapterLinear,
     adapter_layers,
@@ -74,7 +74,7 @@ def test_the_contraction_is_the_one_that_the_configuration_names(name):
     config = LoraConfig(rank=rank, contraction=name)
     layer = Lora(config, 10, 0).build_layer("layer", nn.Linear(40, 30, bias=False))
     x = torch.randn(num_tokens, 40, requires_grad=True)
-    chosen = fastest_contraction(x, (30,), rank) if name == "cheapest" else BY_NAME[name]
+    chosen = cheapest_contraction(x, (30,), rank) if name == "cheapest" else BY_NAME[name]
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
     assert counter.get_total_flops() == num_flops(chosen, 30, 40, rank, num_tokens)

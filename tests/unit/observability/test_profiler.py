@@ -8,11 +8,7 @@ import pytest
 import torch
 
 from switchtitan.observability.config import ProfilerConfig
-from switchtitan.observability.profiler import (
-    MAX_EVENTS,
-    Profiler,
-    snapshot_if_memory_runs_out,
-)
+from switchtitan.observability.profiler import MAX_EVENTS, Profiler, snapshot_if_memory_runs_out
 
 START, STOP = {"max_entries": MAX_EVENTS}, {"enabled": None}
 

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from switchtitan.distributed.gpus import peak_flops_per_s
 from switchtitan.observability import region_times
 from switchtitan.observability.environment import describe_environment, versions
 from switchtitan.observability.region_times import RegionTimes
-from switchtitan.observability.throughput import Throughput, peak_flops_per_s, peak_memory_gib
+from switchtitan.observability.throughput import Throughput, peak_memory_gib
 from switchtitan.regions import STEP, region
 
 CPU = torch.device("cpu")

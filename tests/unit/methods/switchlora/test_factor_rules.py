@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from switchtitan.methods.adapter.linear import AdapterLinear
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.switchlora import SwitchLora, update
-from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, SwitchLoraConfig, VectorSpan
+from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, SwitchLoraConfig
 from switchtitan.optim import OPTIMIZERS
 from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.muon import MuonConfig
@@ -27,7 +27,7 @@ from switchtitan.optim.parameters import TrainedParameter
 
 RANK, NUM_STEPS = 3, 12
 BOUNDS = (0.4, 0.0)
-FROZEN = [VectorSpan(FACTOR_A, 0, range(1, 2)), VectorSpan(FACTOR_B, 1, range(2, 3))]
+FROZEN = [(FACTOR_A, 0, range(1, 2)), (FACTOR_B, 1, range(2, 3))]
 # Widths 5, 7 and 4: four factors, four and two.
 SHAPES = {"first": (7, 5), "second": (5, 7), "third": (4, 5), "fourth": (4, 7)}
 MUON = MuonConfig(lr=0.05, weight_decay=0.3)
