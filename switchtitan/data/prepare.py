@@ -133,11 +133,7 @@ def _open(
 
 
 def _open_on_ranks(config: DataConfig, ranks: World, model_vocab_size: int | None) -> Corpus:
-    def open_main() -> Corpus | None:
-        return _open(plan_corpus(config), model_vocab_size) if ranks.is_main else None
-
-    main = ranks.together(open_main)[0]
-    assert main is not None
+    main = ranks.on_main(lambda: _open(plan_corpus(config), model_vocab_size))
 
     def open_same() -> Corpus:
         if ranks.is_main:
