@@ -142,9 +142,9 @@ def load_config(
 def section_types(config_type: type[Section]) -> dict[str, dict[str, type[Section]]]:
     """Return each section's classes by `name`, or its only class by ""."""
     types: dict[str, Any] = {}
-    for section, of in config_type.model_fields.items():
-        registries = [entry for entry in of.metadata if isinstance(entry, Registry)]
-        types[section] = registries[0].config_types() if registries else {"": of.annotation}
+    for section, field in config_type.model_fields.items():
+        registries = [entry for entry in field.metadata if isinstance(entry, Registry)]
+        types[section] = registries[0].config_types() if registries else {"": field.annotation}
     return types
 
 
@@ -425,9 +425,9 @@ def help_text(config: Section, usage: str) -> str:
     for section, types in section_types(type(config)).items():
         lines += ["", f"[{section}]"]
         values: Section = getattr(config, section)
-        for key, of in type(values).model_fields.items():
-            accepted = describe(of) if key != "name" or "" in types else " or ".join(types)
-            sentence = re.split(r'(?<=\.)(?<!e\.g\.)\s+(?=[A-Z"`])', of.description or "")[0]
+        for key, field in type(values).model_fields.items():
+            accepted = describe(field) if key != "name" or "" in types else " or ".join(types)
+            sentence = re.split(r'(?<=\.)(?<!e\.g\.)\s+(?=[A-Z"`])', field.description or "")[0]
             lines.append(f"  --{section}.{key} (default: {toml_value(getattr(values, key))})")
             lines.append(textwrap.indent(textwrap.fill(f"{accepted}. {sentence}", 90), " " * 6))
     return "\n".join(lines)

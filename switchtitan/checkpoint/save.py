@@ -221,26 +221,25 @@ class Checkpointer:
 
     def _write(self, metadata: CheckpointMetadata, tensors: dict[str, Tensor]) -> Path:
         """Writes a checkpoint and deletes older ones; every rank gets the same result or error."""
-        started_at, is_main = time.monotonic(), self._world.is_main
+        started_at, writers = time.monotonic(), self._writers
         final = self._folder / f"step-{metadata.step:09d}"
         partial = _partial_folder(final)
-        together, group = self._writers.together, self._writers.host_group
         try:
-            together(lambda: _make_partial_folder(final) if is_main else None)
-            sums = together(lambda: _write_tensors(partial, tensors, group))
-            together(lambda: _seal(final, metadata, sums) if is_main else None)
+            writers.on_main(lambda: _make_partial_folder(final))
+            sums = writers.together(lambda: _write_tensors(partial, tensors, writers.host_group))
+            writers.on_main(lambda: _seal(final, metadata, sums))
         except CheckpointError as error:
-            if is_main and os.path.exists(partial):
+            if writers.is_main and os.path.exists(partial):
                 _remove(partial)
             raise CheckpointError(
                 f"cannot save step {metadata.step} to {self._folder}: {error}; older checkpoints "
                 "are untouched"
             ) from error
-        if is_main:
+        if writers.is_main:
             logger.info("saved %s in %.1f s", final, time.monotonic() - started_at)
             self._skipped.discard(final)
         # Together: deleting may take longer than the next step's collectives wait.
-        together(lambda: self._prune(metadata) if is_main else None)
+        writers.on_main(lambda: self._prune(metadata))
         return final
 
     def _prune(self, newest: CheckpointMetadata) -> None:

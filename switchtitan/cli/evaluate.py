@@ -120,8 +120,8 @@ def _open_held_out(
         return *own, {"text": options.text}
     split: Literal["validation", "test"] = options.split or "validation"
     evaluation = EvaluationConfig() if config is None else config.evaluation
-    of_test = evaluation.test_tokens if split == "test" else None
-    num_tokens = options.tokens or of_test or evaluation.tokens
+    configured = evaluation.test_tokens if split == "test" else None
+    num_tokens = options.tokens or configured or evaluation.tokens
     if num_tokens < seq_len:
         raise ConfigError(
             f"--tokens {num_tokens}: expected at least one sequence, [data] seq_len = {seq_len}"
