@@ -70,9 +70,13 @@ class CountFlops(CountingMode):
         self.num_flops = 0
 
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
-        formula = flop_registry.get(getattr(func, "overloadpacket", func))
-        if formula is not None:
-            self.num_flops += formula(*args, **kwargs, out_val=result)
+        self.num_flops += num_flops(func, args, kwargs, result)
+
+
+def num_flops(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
+    """Returns the floating-point operations of a matrix product or attention; 0 for others."""
+    formula = flop_registry.get(getattr(func, "overloadpacket", func))
+    return 0 if formula is None else formula(*args, **kwargs, out_val=result)
 
 
 # Operations for which torch has no formula. A step is estimated on a CPU.
