@@ -49,7 +49,8 @@ class RowConfig(Section):
     @property
     def given_values(self) -> dict[str, Any]:
         """The values of `set`, by dotted key."""
-        return flatten({**self.set})
+        sections: dict[Any, Any] = self.set
+        return flatten(sections)
 
     @model_validator(mode="after")
     def _check_values(self) -> "RowConfig":
