@@ -85,13 +85,10 @@ def num_flops(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) ->
 
 
 # Operations for which torch has no formula. A step is estimated on a CPU.
-_aten = torch.ops.aten
-
-
-register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)(
+register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)(
     lambda *shapes, **_: sdpa_flop_count(*shapes[:3])
 )
-register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu_backward)(
+register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)(
     lambda grad, *shapes, **_: 2 * sdpa_flop_count(*shapes[:3])
 )
 
