@@ -70,21 +70,25 @@ class CountFlops(CountingMode):
         self.num_flops = 0
 
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
-        formula = flop_registry.get(getattr(func, "overloadpacket", func))
-        if formula is not None:
-            self.num_flops += formula(*args, **kwargs, out_val=result)
+        self.num_flops += num_flops(func, args, kwargs, result)
+
+
+def num_flops(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
+    """Returns the floating-point operations of a matrix product or attention; 0 for others."""
+    operation = getattr(func, "overloadpacket", func)
+    if operation.__name__.rstrip("_") in ("mm", "addmm", "bmm", "baddbmm"):
+        # torch's formulas know neither those in place nor a dtype of the result.
+        left, right = tensors_in(args)[-2:]
+        return 2 * left.numel() * right.shape[-1]
+    formula = flop_registry.get(operation)
+    return 0 if formula is None else formula(*args, **kwargs, out_val=result)
 
 
 # Operations for which torch has no formula. A step is estimated on a CPU.
-_aten = torch.ops.aten
-for in_place, product in ((_aten.addmm_, _aten.addmm), (_aten.baddbmm_, _aten.baddbmm)):
-    register_flop_formula(in_place, get_raw=True)(flop_registry[product])
-
-
-register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)(
+register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)(
     lambda *shapes, **_: sdpa_flop_count(*shapes[:3])
 )
-register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu_backward)(
+register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)(
     lambda grad, *shapes, **_: 2 * sdpa_flop_count(*shapes[:3])
 )
 

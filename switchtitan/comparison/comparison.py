@@ -4,7 +4,7 @@ It follows from the results so far, so that a stopped comparison continues where
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,19 +63,19 @@ def follow(config: ComparisonConfig, find: FindResult) -> State:
     finished: dict[Run, RunResult] = {}
     for key in config.axes:
         runs = _runs_of_axis(config, key, best)
-        results = _results(runs, find)
-        finished |= results
         losses: dict[str, dict[float, float]] = {}
-        for run, result in results.items():
-            loss = math.inf if result.diverged else result.validation_loss
-            losses.setdefault(run.row, {})[run.tuned[key]] = loss
+        for run in runs:
+            if (result := find(run)) is not None:
+                finished[run] = result
+                loss = math.inf if result.diverged else result.validation_loss
+                losses.setdefault(run.row, {})[run.tuned[key]] = loss
         tried.append((key, losses))
-        if due := [run for run in runs if run not in results]:
+        if due := [run for run in runs if run not in finished]:
             return State(config, tried, {}, finished, due)
         for row, by_value in losses.items():
             best[row][key] = best_value(by_value)
     runs = _runs_of_report(config, best)
-    finished |= _results(runs, find)
+    finished |= {run: result for run in runs if (result := find(run)) is not None}
     due = [run for run in runs if run not in finished]
     return State(config, tried, {run.row: run.tuned for run in runs}, finished, due)
 
@@ -101,10 +101,6 @@ def _runs_of_report(config: ComparisonConfig, best: Values) -> list[Run]:
         for seed in config.report_seeds
         for row in config.rows
     ]
-
-
-def _results(runs: Sequence[Run], find: FindResult) -> dict[Run, RunResult]:
-    return {run: result for run in runs if (result := find(run)) is not None}
 
 
 class Comparison:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from switchtitan.config import find_config, load_table
+from switchtitan.config import find_config, flatten, load_table
 from switchtitan.registry import Section
 
 LEARNING_RATE = "optimizer.lr"
@@ -49,11 +49,8 @@ class RowConfig(Section):
     @property
     def given_values(self) -> dict[str, Any]:
         """The values of `set`, by dotted key."""
-        return {
-            f"{section}.{key}": value
-            for section, keys in self.set.items()
-            for key, value in keys.items()
-        }
+        sections: dict[Any, Any] = self.set
+        return flatten(sections)
 
     @model_validator(mode="after")
     def _check_values(self) -> "RowConfig":

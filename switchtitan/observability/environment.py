@@ -3,6 +3,7 @@
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -37,12 +38,11 @@ def versions() -> dict[str, str]:
 
 def cpu_name() -> str:
     """Returns the processor's model name (proc(5), cpuinfo), or its architecture if unknown."""
-    try:
+    with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return name[1] if name else platform.machine()
+        if name := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
+            return name[1]
+    return platform.machine()
 
 
 def commit() -> str | None:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
-from switchtitan.benchmark.counters import CountingMode, tensors_in
+from switchtitan.benchmark.counters import CountingMode, num_flops, tensors_in
 from switchtitan.benchmark.gpu import torch_inside
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.errors import UserError
@@ -40,7 +39,6 @@ _NUM_LAUNCHES = {
 """Launches of operations with more than one."""
 _ONLY_WRITE = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 """Operations that do not read the tensors that they overwrite."""
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 # Of torch's multi_tensor_apply (aten/src/ATen/native/cuda/MultiTensorApply.cuh), by number of
 # lists, in builds for CUDA 13, such as those of PyPI.
 _TENSORS_PER_LAUNCH = {1: 770, 2: 448, 3: 336, 4: 252, 5: 210}
@@ -163,7 +161,10 @@ class RecordLaunches(CountingMode):
         kind = "extern" if torch_inside.running_graphs else "eager"
         if namespace in ("c10d", "_c10d_functional"):
             kind = "collective"
-        flops = num_flops(func, name, args, kwargs, result)
+        flops = num_flops(func, args, kwargs, result)
+        names = (argument.name for argument in func._schema.arguments)
+        if ("is_causal", True) in zip(names, args, strict=False):
+            flops //= 2  # it leaves out the products of later keys
         factors = tensors_in(args)[1:] if name.startswith("addmm") else tensors
         dtypes = [str(tensor.dtype) for tensor in factors if tensor.is_floating_point()]
         self._add(
@@ -232,20 +233,6 @@ def _copies_first(name: str, args: tuple, kwargs: Mapping[str, Any], result: Any
 
 def _num_bytes(tensors: list[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
-
-
-def num_flops(func: Any, name: str, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
-    """Returns the floating-point operations of a matrix product or attention; 0 for others."""
-    if name.rstrip("_") in _PRODUCTS:
-        left, right = tensors_in(args)[-2:]
-        return 2 * left.numel() * right.shape[-1]
-    formula = flop_registry.get(func._overloadpacket)
-    if formula is None:
-        return 0
-    flops: int = formula(*args, **kwargs, out_val=result)
-    # Causal attention leaves out the products of later keys.
-    names = [argument.name for argument in func._schema.arguments]
-    return flops // 2 if ("is_causal", True) in zip(names, args, strict=False) else flops
 
 
 def _num_launches(name: str, args: tuple) -> int:
