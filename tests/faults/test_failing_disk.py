@@ -16,10 +16,11 @@ from support.checkpoints import WRITER, read_all_tensors
 from support.commands import run
 from support.failing_disk import (
     CASES,
+    FILLER,
     Fault,
-    Filler,
     build,
     call_preloaded,
+    fill,
     folder_in_memory,
     logged_calls,
     set_faults,
@@ -258,20 +259,20 @@ def test_the_same_command_goes_on_when_space_is_freed(corpora, tmp_path, monkeyp
     command = ("train", "--config", tmp_path / "run.toml", "--training.steps", 6)
     command += ("--checkpoint.interval", 2, "--evaluation.interval", 3, "--job.output_dir")
     with small_disk(tmp_path / "disk", 16 << 20) as disk:
-        filler, write_data, saves = Filler(disk), WRITER.write_data, []
+        write_data, saves = WRITER.write_data, []
 
         def fill_in_second_save(*args):
             saves.append(args)
             if len(saves) == 2:
-                filler.fill(100 << 10)
+                fill(disk, 100 << 10)
             return write_data(*args)
 
         monkeypatch.setattr(WRITER, "write_data", fill_in_second_save)
         run(*command, disk / "run").check_refused("cannot save step 4", "No space left on device")
         assert names(disk / "run" / "checkpoints") == [STEPS[2]]
-        filler.fill()
+        fill(disk)
         run(*command, disk / "run").check_refused(str(disk / "run"))
         verify(disk / "run" / "checkpoints" / STEPS[2])
-        filler.free()
+        (disk / FILLER).unlink()
         assert run(*command, disk / "run").status == 0
         verify(disk / "run" / "checkpoints" / STEPS[6])

@@ -19,6 +19,8 @@ from unittest.mock import patch
 import pytest
 
 SOURCE = Path(__file__).with_suffix(".c")
+FILLER = "filler"
+"""What another program writes."""
 
 
 @dataclass(frozen=True)
@@ -125,26 +127,10 @@ def small_disk(folder, num_bytes):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-class Filler:
-    """A file of another program that takes the free space of a disk."""
-
-    def __init__(self, disk):
-        self._file = disk / "filler"
-
-    def fill(self, num_bytes_left=0):
-        """Takes all free space but `num_bytes_left`, a multiple of 4096."""
-        descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        try:
-            while True:
-                os.write(descriptor, bytes(4096))
-        except OSError:
-            os.ftruncate(descriptor, max(0, os.fstat(descriptor).st_size - num_bytes_left))
-        finally:
-            os.close(descriptor)
-
-    def free(self):
-        """Deletes the file."""
-        self._file.unlink(missing_ok=True)
+def fill(disk, num_bytes_left=0):
+    """Takes the free space of a disk but `num_bytes_left`, a multiple of 4096, with a file."""
+    with (disk / FILLER).open("ab") as file:
+        file.write(bytes(shutil.disk_usage(disk).free - num_bytes_left))
 
 
 # Every phase of a save, with every way in which its calls can fail, and what follows

@@ -52,41 +52,28 @@ def compiled(function):
 
 
 @every_contraction
-@pytest.mark.parametrize("leading", [(0,), (11,), (2, 4), (2, 3, 2), (2, MANY_TOKENS)])
-def test_value_and_gradients_are_those_of_the_dense_weight(contraction, leading):
-    layers, x, grad = [layer()], input_of(*leading), draw64(*leading, OUT, seed=4)
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize(
+    ("leading", "outs"),
+    [
+        *((leading, [OUT]) for leading in ((0,), (11,), (2, 4), (2, 3, 2), (2, MANY_TOKENS))),
+        *((leading, [OUT, 5, 6]) for leading in ((2, 4), (2, MANY_TOKENS))),
+    ],
+)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_values_and_gradients_are_those_of_dense_weights(contraction, is_compiled, leading, outs):
+    layers, x = [layer(out, seed=10 * out) for out in outs], input_of(*leading)
+    grads = [draw64(*leading, out, seed=out) for out in outs]
     expected = plain(x, layers, SCALE)
-    expected_grads = torch.autograd.grad(expected, trained(x, layers), grad)
+    expected_grads = torch.autograd.grad(expected, trained(x, layers), grads)
     weight = layers[0][0].requires_grad_()
-    outputs = contraction(x, layers, SCALE)
+    outputs = (compiled(contraction) if is_compiled else contraction)(x, layers, SCALE)
     # fp64: sums of at most 300 terms of order 1 to 10, roundings of 1e-16.
     torch.testing.assert_close([*outputs], expected, rtol=1e-12, atol=1e-12)
-    outputs[0].backward(grad)
+    torch.autograd.backward(outputs, grads)
     assert weight.grad is None
-    for tensor, expected_grad in zip(trained(x, layers), expected_grads, strict=True):
-        torch.testing.assert_close(tensor.grad, expected_grad, rtol=1e-12, atol=1e-12)
-
-
-@every_contraction
-@pytest.mark.parametrize("num_tokens", [4, MANY_TOKENS])
-@pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.usefixtures("fresh_compiler")
-def test_layers_of_one_input_compute_what_dense_weights_do(contraction, num_tokens, is_compiled):
-    layers = [layer(out, seed=10 * out) for out in (OUT, 5, 6)]
-    x, grads = (
-        input_of(2, num_tokens),
-        [draw64(2, num_tokens, out, seed=out) for out in (OUT, 5, 6)],
-    )
-    outputs = (compiled(contraction) if is_compiled else contraction)(x, layers, SCALE)
-    expected = plain(x, layers, SCALE)
-    # As above.
-    torch.testing.assert_close([*outputs], expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        torch.autograd.grad(outputs, trained(x, layers), grads),
-        torch.autograd.grad(expected, trained(x, layers), grads),
-        rtol=1e-12,
-        atol=1e-12,
-    )
+    found = [tensor.grad for tensor in trained(x, layers)]
+    torch.testing.assert_close(found, [*expected_grads], rtol=1e-12, atol=1e-12)
 
 
 @every_contraction

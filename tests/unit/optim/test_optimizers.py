@@ -121,16 +121,19 @@ def test_state_moves_by_name_into_a_fresh_optimizer_which_continues_bitwise(choi
 
 
 @torch.no_grad()
-def test_norms_decay_like_all_others_if_the_section_says_so():
-    for decays in (False, True):
-        named = parameters(SHAPES)
-        config = SGDConfig(lr=LR, weight_decay=DECAY, decay_norms=decays, momentum=0.0)
-        for parameter in named.values():
-            parameter.grad = torch.zeros_like(parameter)
-        ours(config, named).step()
-        for name, value in parameters(SHAPES).items():
-            expected = value * (1 - LR * DECAY) if decays or "norm" not in name else value
-            torch.testing.assert_close(named[name], expected, rtol=1e-6, atol=0, msg=name)
+@pytest.mark.parametrize("choice", ["adamw", "adafactor", "muon", "scale", "sgd"])
+@pytest.mark.parametrize("decay", [0.0, DECAY])
+@pytest.mark.parametrize("decay_norms", [False, True])
+def test_a_gradient_of_zero_moves_nothing_but_by_decay_which_norms_have_if_the_section_says_so(
+    choice, decay, decay_norms
+):
+    named = parameters(SHAPES)
+    for parameter in named.values():
+        parameter.grad = torch.zeros_like(parameter)
+    ours(type(ALL[choice])(lr=LR, weight_decay=decay, decay_norms=decay_norms), named).step()
+    for name, value in parameters(SHAPES).items():
+        expected = value * (1 - LR * decay) if decay_norms or "norm" not in name else value
+        torch.testing.assert_close(named[name], expected, rtol=1e-6 if decay else 0, atol=0)
 
 
 @pytest.mark.parametrize("choice", marked(ALL))
@@ -148,15 +151,6 @@ def test_rates_are_reported_gradients_dropped_and_a_parameter_without_one_stays(
         assert not torch.equal(named["head.weight"], parameters(SHAPES)["head.weight"])
         optimizer.zero_grad()
         assert all(parameter.grad is None for parameter in named.values())
-
-
-@pytest.mark.parametrize("choice", ["adamw", "adafactor", "muon", "scale"])
-def test_a_gradient_of_zero_moves_nothing_but_by_decay(choice):
-    named = parameters(SHAPES)
-    for parameter in named.values():
-        parameter.grad = torch.zeros_like(parameter)
-    ours(type(ALL[choice])(lr=LR), named).step()
-    assert differing(named, parameters(SHAPES)) == []
 
 
 # In 8 bits: blocks of 96 and of 127; too small; a vector.
