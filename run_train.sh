@@ -42,7 +42,7 @@ require_count NNODES "$num_nodes"
     fail "NNODES=$num_nodes: needs RDZV_ENDPOINT=HOST:PORT, the same on every machine;" \
         "HOST is one of them"
 
-[[ "${NODE_RANK:-0}" =~ ^[0-9]+$ && "${NODE_RANK:-0}" -lt "$num_nodes" ]] ||
+[[ "${NODE_RANK:-0}" =~ ^[0-9]+$ && "10#${NODE_RANK:-0}" -lt "$num_nodes" ]] ||
     fail "NODE_RANK=$NODE_RANK: expected an index from 0 to NNODES - 1 = $((num_nodes - 1))"
 if [ "$num_nodes" != 1 ] && [ -n "${NODE_RANK:-}" ] && [ -n "${RDZV_CONF:-}" ]; then
     # torchrun's static rendezvous ignores other keys.

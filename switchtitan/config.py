@@ -134,6 +134,7 @@ def load_config(
     expansions = config_type.expansions
     for key in sorted(overrides, key=lambda key: (key not in expansions, key[-1] != "name")):
         draft.override(key, overrides[key])
+    draft.check_expanded()
     sections = {section: draft.validated(section) for section in draft.types}
     raise_together(draft.problems)
     return config_type(**sections)
@@ -180,49 +181,52 @@ class _Draft:
         """Section -> a key that stands for others, with its value, and those others."""
 
     def add_table(self, table: Mapping[str, Any], file: str) -> None:
-        """Put a file's values over those of its base."""
+        """Put a file's values over those of its base. A section of another `name` replaces it."""
         for section, keys in table.items():
-            if section in self.types and isinstance(keys, dict):
-                self._put(section, keys, file)
-            else:
+            if section not in self.types or not isinstance(keys, dict):
                 hint = _did_you_mean(section, ["base", *self.types, *self._known_keys()])
                 self.problems.append(f"{file}: {section}: expected a section's table{hint}")
+                continue
+            given, below = keys, self._table[section]
+            keys = self._expand(section, given, file)
+            if "name" in keys and below.get("name", keys["name"]) != keys["name"]:
+                below.clear()
+                if keys is given:  # else they are those that another key stands for
+                    self._expanded.pop(section, None)
+            self._put(section, keys, file)
 
     def override(self, path: KeyPath, words: list[str]) -> None:
-        """Put the value of an option over the file's."""
+        """Put the value of an option over the file's. Another `name` drops keys of the former."""
         option = f"--{'.'.join(path)} {' '.join(words)}"
         if len(path) != 2 or path[0] not in self.types:
             hint = _did_you_mean(".".join(path), ["config", *self._known_keys()], "--")
             self.problems.append(f"{option}: expected --section.key value{hint}")
             return
         section, key = path
-        value = words[0] if key == "name" else _read_words(words, self._fields(section).get(key))
-        self._put(section, {key: value}, option)
+        former, below = self._fields(section), self._table[section]
+        value = words[0] if key == "name" else _read_words(words, former.get(key))
+        keys = self._expand(section, {key: value}, option)
+        name = str(keys.get("name"))
+        if name in self.types[section] and name != below.get("name"):
+            fields = self.types[section][name].model_fields
+            for other in [other for other in former if other in below and other != "name"]:
+                if other not in fields or not _accepts(fields[other], below[other]):
+                    dropped = toml_value(below.pop(other))
+                    self._say(f"{option}: dropped [{section}] {other} = {dropped}")
+        self._put(section, keys, option)
 
-    def _put(self, section: str, given: dict[str, Any], origin: str) -> None:
-        """Put keys over those below. Of a section with another `name`, a file takes no keys, and an
-        option those that the new class accepts."""
-        keys, below = self._expand(section, given, origin), self._table[section]
-        name = keys.get("name", below.get("name"))
-        if below.get("name", name) != name:
-            if not origin.startswith("--"):
-                below.clear()
-                if keys is given:  # else they are those that another key stands for
-                    self._expanded.pop(section, None)
-            elif name in self.types[section]:
-                fields = self.types[section][name].model_fields
-                former = [key for key in self._fields(section) if key in below and key != "name"]
-                for key in former:
-                    if key not in fields or not _accepts(fields[key], below[key]):
-                        dropped = toml_value(below.pop(key))
-                        self._say(f"{origin}: dropped [{section}] {key} = {dropped}")
-        below |= keys
+    def check_expanded(self) -> None:
+        """Report keys that contradict the key that stands for them."""
+        for section, (source, keys) in self._expanded.items():
+            for key, value in keys.items():
+                found = self._table[section].get(key, value)
+                if found not in (value, NONE if value is None else value):
+                    place = self._place(section, key, f" = {toml_value(found)}")
+                    self.problems.append(f"{place}: contradicts {source}; remove one of the two")
+
+    def _put(self, section: str, keys: Mapping[str, Any], origin: str) -> None:
+        self._table[section] |= keys
         self._origins |= {(section, key): origin for key in keys}
-        source, others = self._expanded.get(section, ("", {}))
-        for key, value in others.items():
-            if keys.get(key, value) not in (value, NONE if value is None else value):
-                place = self._place(section, key, f" = {toml_value(keys[key])}")
-                self.problems.append(f"{place}: contradicts {source}; remove one of the two")
 
     def _expand(self, section: str, keys: dict[str, Any], origin: str) -> dict[str, Any]:
         """Return the keys, with those that one of them stands for."""

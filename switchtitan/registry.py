@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
@@ -35,6 +36,13 @@ class Section(BaseModel):
         """Return whether a key has its default value."""
         default = type(self).model_fields[key].get_default(call_default_factory=True)
         return bool(getattr(self, key) == default)
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported."""
+    spec = find_spec(package)
+    # A folder of this name in the working directory has no origin: wandb writes one.
+    return spec is not None and spec.origin is not None
 
 
 class NamedSection(Section):

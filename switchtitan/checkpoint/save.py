@@ -36,7 +36,7 @@ from torch.distributed.checkpoint import CheckpointException, filesystem
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.tensor import DTensor
 
-from switchtitan.checkpoint.config import CheckpointConfig
+from switchtitan.checkpoint.config import RESUME_NEVER, CheckpointConfig
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.norms import non_finite
 from switchtitan.distributed.replicas import check_replicas
@@ -166,6 +166,13 @@ class Checkpointer:
         # Newer ones were found damaged by the search for `latest`.
         newest = sys.maxsize if latest is None else step_of(latest.resolve())
         self._skipped = {path for path in list_step_folders(folder) if step_of(path) > newest}
+
+    @property
+    def resumes_newest(self) -> bool:
+        """Whether the same command resumes from the newest checkpoint."""
+        given = self.config.resume_path
+        names_own = given is not None and Path(given).parent == self._folder.resolve()
+        return self.config.resume != RESUME_NEVER and not names_own
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from switchtitan.registry import is_installed
+
 Status = Literal["ok", "optional", "warning", "missing"]
 _EXTRAS = {
     "torchao": ("torchao", 'for [optimizer] name = "adamw8bit"'),
@@ -68,6 +70,10 @@ def _findings(output_dir: Path) -> Iterator[Finding]:
     else:
         yield Finding("ok", "torch", torch.__version__)
         yield from _findings_with_torch()
+    for extra, (package, purpose) in _EXTRAS.items():
+        problem = "" if is_installed(package) else f"{package} is not installed, {purpose}"
+        fix = f"run pip install '.[{extra}]' in the checkout if you need it"
+        yield _finding(extra, problem, fix, f"{package} is installed, {purpose}", "optional")
     folder = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     places = {  # for a few checkpoints, compiled code, and the data loader's batches
         "outputs": (folder, 5, "free space"),
@@ -99,9 +105,10 @@ def _findings_with_torch() -> Iterator[Finding]:
 
     from switchtitan.distributed.dtype import bf16_support
     from switchtitan.distributed.world import unusable_gpu
-    from switchtitan.job.checks import is_installed, missing_toolchain
+    from switchtitan.job.checks import missing_toolchain
 
-    num_gpus = torch.cuda.device_count()
+    # The driver may list GPUs that this torch cannot use.
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = "cuda" if num_gpus else "cpu"
     problem, _, fix = (missing_toolchain(device) or "").partition("; ")
     yield _finding("compiler", problem, f"{fix}; until then, {_EAGER}", "torch.compile builds code")
@@ -114,10 +121,6 @@ def _findings_with_torch() -> Iterator[Finding]:
     if not num_gpus:
         problem, _, fix = (unusable_gpu() or "").partition("; ")
         yield _finding("GPU", problem, fix, "none: trains on the CPU", "missing")
-    for extra, (package, purpose) in _EXTRAS.items():
-        problem = "" if is_installed(package) else f"{package} is not installed, {purpose}"
-        fix = f"run pip install '.[{extra}]' in the checkout if you need it"
-        yield _finding(extra, problem, fix, f"{package} is installed, {purpose}", "optional")
 
 
 def _finding(name: str, problem: str, fix: str, fine: str, status: Status = "warning") -> Finding:

@@ -39,7 +39,7 @@ def run(words: Sequence[str]) -> None:
         except KeyboardInterrupt as interrupt:
             stop_world_if_single()
             if is_launched():  # torchrun sends SIGTERM after a crash of another rank, too
-                raise SystemExit(128 + interrupt.args[0]) from None
+                raise SystemExit(128 + (*interrupt.args, signal.SIGINT)[0]) from None
             exit_for(interrupt)
 
 

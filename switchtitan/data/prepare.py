@@ -249,8 +249,10 @@ class _Preparation:
             self._save_progress()
         for stream in streams[progress.stream :]:
             self._write_stream(stream, tokenizer)
-        has_test = config.test_fraction is not None and not own_splits
-        self._finish(tokenizer, ["train", "validation", "test"][: 3 if has_test else 2])
+        splits = ["train", "validation"]
+        if config.test_fraction is not None and not own_splits:
+            splits.append("test")
+        self._finish(tokenizer, splits)
 
     def _tokenizer(self, stream: str | None) -> DocumentTokenizer:
         """The tokenizer saved by the preparation being resumed, or a new one."""
@@ -355,6 +357,8 @@ class _Preparation:
     def _hashed_files(self) -> list[FileState]:
         """Returns the source's files, with checksums of those that were read."""
         source, files = self._source, list[FileState]()
+        if not source.files:  # of a hub, whose splits would be asked for again
+            return files
         num_read = len(source.files) if source.splits() else self._progress.num_files_read
         with progress_bar("hashing source", total=source.num_bytes, unit="B") as bar:
             for number, file in enumerate(source.files):
@@ -377,6 +381,8 @@ def _read_progress(folder: Path, files: list[FileState]) -> Progress:
         progress = Progress.model_validate_json((folder / PROGRESS_FILE).read_bytes())
         if progress.files != files:
             raise ValueError("files of the source have changed since")
+        if "token" in (progress.position or {}):
+            raise ValueError("an earlier version wrote it")
         (folder / TOKENIZER_FILE).stat()
         if any(path.is_symlink() for path in (folder, *folder.iterdir())):
             raise ValueError("it holds links")
@@ -402,7 +408,9 @@ def _split_of(document: int, stream: str | None, config: DataConfig) -> str:
     return "test" if is_test else "train"
 
 
-_period_of = cache(lambda fraction: 1 / Fraction(str(fraction)))
+@cache
+def _period_of(fraction: float) -> Fraction:
+    return 1 / Fraction(str(fraction))
 
 
 def is_held_out(document: int, fraction: float, first: int = 0) -> bool:

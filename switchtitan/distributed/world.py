@@ -221,10 +221,9 @@ def place_from_launcher() -> tuple[int, int, int]:
     given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     try:
         num_ranks = int(given["WORLD_SIZE"] or 1)
+        rank, local_rank = (int(given[name] or 0) for name in ("RANK", "LOCAL_RANK"))
         # One of several ranks must know which.
-        rank = int(given["RANK"] or ("" if num_ranks > 1 else 0))
-        local_rank = int(given["LOCAL_RANK"] or 0)
-        is_place = 0 <= rank < num_ranks
+        is_place = 0 <= rank < num_ranks and bool(given["RANK"] or num_ranks == 1)
     except ValueError:
         is_place = False
     if not is_place:

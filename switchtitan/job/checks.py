@@ -3,7 +3,6 @@
 import os
 import shutil
 import sysconfig
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods import METHODS
 from switchtitan.models import plain_model
+from switchtitan.registry import is_installed
 
 if TYPE_CHECKING:  # it calls these checks
     from switchtitan.job.config import JobConfig
@@ -173,13 +173,6 @@ def _check_reports(config: "JobConfig", num_ranks: int) -> list[str]:
             f"{num_ranks - 1}"
         )
     return problems
-
-
-def is_installed(package: str) -> bool:
-    """Return whether a package can be imported."""
-    spec = find_spec(package)
-    # A folder of this name in the working directory has no origin: wandb writes one.
-    return spec is not None and spec.origin is not None
 
 
 def _needs_package(place: str, package: str) -> str:

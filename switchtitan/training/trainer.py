@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from switchtitan.checkpoint.config import RESUME_AUTO
 from switchtitan.checkpoint.save import Checkpointer, CheckpointTensors
 from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
@@ -289,28 +288,29 @@ class Trainer:
         self.reporter.summary(values, checkpoint=self.checkpointer.latest, trace=trace)
 
     def _resume_hint(self) -> str:
-        checkpoint, resume = self.checkpointer.latest, self.checkpointer.config.resume
+        checkpoint = self.checkpointer.latest
         if checkpoint is None:
             return "there is no checkpoint yet; the same command starts from scratch"
-        option = "" if resume == RESUME_AUTO else " with --checkpoint.resume auto"
+        option = "" if self.checkpointer.resumes_newest else " with --checkpoint.resume auto"
         return f"the same command{option} resumes from {checkpoint}"
 
     def _stop_if_diverged(self) -> None:
         if not self._running_loss.all_finite:
             raise self._divergence(
-                f"a loss or a gradient was not finite by step {self._state.step}"
+                f"a loss or a gradient was not finite by step {self._state.step}",
+                "lower [optimizer] lr, increase [lr_schedule] warmup_steps, or set [training] "
+                'on_nonfinite = "skip"',
             )
 
-    def _divergence(self, reason: str) -> TrainingDivergedError:
+    def _divergence(
+        self, reason: str, advice: str = "lower [optimizer] lr and resume"
+    ) -> TrainingDivergedError:
         """Writes results, and returns the error to raise. Collective: waits for a save."""
         self.checkpointer.finish()
         self.reporter.report_divergence(self._state.step, self._state.num_skipped)
         newest = self.checkpointer.latest
         good = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
-        return TrainingDivergedError(
-            f"{reason}; {good}; lower [optimizer] lr and resume, or increase [lr_schedule] "
-            'warmup_steps, or skip single bad batches: [training] on_nonfinite = "skip"'
-        )
+        return TrainingDivergedError(f"{reason}; {good}; {advice}")
 
 
 class RunningLoss:

@@ -114,6 +114,7 @@ RATES = "[1e-2, 2e-2, 4e-2]"
         # What does not fit together.
         (GRID.replace('baseline = "dense"', 'baseline = "dens"'), {}, ("'dens'", "dense, thin")),
         (GRID.replace('name = "thin"', 'name = "dense"'), {}, ("rows.dense", "this name")),
+        (GRID.replace('name = "thin"', 'name = "th/in"'), {}, ("rows[1].name", "th/in")),
         (GRID.replace(OF_THIN, ""), {}, ("thin-balanced", "no learning rate")),
         (GRID.replace(OF_THIN, f"{OF_THIN}\nlearning_rates = [1.0]"), {}, ("learning_rates and",)),
         (GRID.replace(OF_THIN, 'learning_rate_of = "no"'), {}, ("'no'", "dense, thin")),

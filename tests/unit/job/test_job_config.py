@@ -103,7 +103,7 @@ def test_values_that_do_not_fit_together_are_refused(
     parse, monkeypatch, words, num_ranks, fragments
 ):
     monkeypatch.setattr("switchtitan.job.config.device_type", lambda: "cpu")
-    monkeypatch.setattr("switchtitan.job.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("switchtitan.registry.find_spec", lambda name: None)
     with refused("(1 error)", *fragments, error=ConfigError):
         parse(*words, num_ranks=num_ranks)
 

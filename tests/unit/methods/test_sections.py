@@ -31,7 +31,7 @@ from switchtitan.optim.torch_optimizer import SGDConfig
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_any_work(tmp_path, monkeypatch, method, keys, fragments):
-    monkeypatch.setattr("switchtitan.job.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("switchtitan.registry.find_spec", lambda name: None)
     words = keys.split()
     words[::2] = [f"--{key}" for key in words[::2]]
     with pytest.raises(ConfigError) as caught:
