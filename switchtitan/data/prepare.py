@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -65,8 +66,6 @@ TRAINING_SAMPLE_BYTES = 1 << 25
 """A tokenizer is trained on the first training documents: a few seconds."""
 CHUNK_BYTES = 1 << 21
 CHUNK_DOCUMENTS = 4096
-
-T = TypeVar("T")
 
 
 def open_corpus(
@@ -403,13 +402,16 @@ def _split_of(document: int, stream: str | None, config: DataConfig) -> str:
     return "test" if is_test else "train"
 
 
+_period_of = cache(lambda fraction: 1 / Fraction(str(fraction)))
+
+
 def is_held_out(document: int, fraction: float, first: int = 0) -> bool:
     """Whether a document is held out: number `first`, and one of each later 1 / fraction documents,
     chosen by a hash that is salted with `first`.
 
     The held-out fraction is exact, as written in decimals. Blocks of documents are those of the
     period: 1 / 0.4 = 5/2 has blocks of 3 and 2 documents in turn."""
-    period = 1 / Fraction(str(fraction))
+    period = _period_of(fraction)
     num_documents, num_blocks = period.numerator, period.denominator
     block = document * num_blocks // num_documents
     if block == 0:
@@ -483,13 +485,13 @@ def tokenized(
         yield Chunk(segment, num_bytes, position)
 
 
-def read_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yields the same items and makes the next one in a thread meanwhile."""
+def read_ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Yields the same chunks, and reads the next one in a thread meanwhile."""
     with ThreadPoolExecutor(max_workers=1) as reader:
-        pending = reader.submit(next, items, None)
-        while (item := pending.result()) is not None:
-            pending = reader.submit(next, items, None)
-            yield item
+        pending = reader.submit(next, chunks, None)
+        while (chunk := pending.result()) is not None:
+            pending = reader.submit(next, chunks, None)
+            yield chunk
 
 
 def write_shard(

@@ -5,26 +5,17 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue
 
 from switchtitan.config import explain
 from switchtitan.data.config import DataConfig
-from switchtitan.data.corpus import (
-    INDEX_FILE,
-    Corpus,
-    Record,
-    join_sources,
-    read_index,
-)
+from switchtitan.data.corpus import INDEX_FILE, Corpus, Record, join_sources, read_index
 from switchtitan.data.order import ONE_SOURCE, Schedule
 from switchtitan.data.sources import DATASETS, Source
 from switchtitan.errors import CorpusError
 from switchtitan.files import sha256_of_file
 
 logger = logging.getLogger(__name__)
-
-_KEY = "sources"
-"""In the metadata of a run."""
 
 
 class RecordedSource(Record):
@@ -42,19 +33,25 @@ class RecordedSource(Record):
     """See `TokenizerRecord`."""
 
 
+class _RecordedCorpus(Record):
+    """A part of the metadata of a run."""
+
+    sources: list[RecordedSource]
+
+
 def record(corpus: Corpus) -> dict[str, JsonValue]:
     """Returns what a run's checkpoints record of its corpus, for `find_recorded`."""
-    recorded: list[JsonValue] = [
+    sources = [
         RecordedSource(
             folder=str(source.folder.absolute()),
             fingerprint=source.fingerprint,
             count=count,
             fallback_for=source.fallback_for,
             bos=bool(source.index.tokenizer.bos),
-        ).model_dump()
+        )
         for source, count in corpus.shares
     ]
-    return {"corpus": corpus.description, _KEY: recorded}
+    return {"corpus": corpus.description, **_RecordedCorpus(sources=sources).model_dump()}
 
 
 def find_recorded(run: Mapping[str, object], cache_dir: Path, checkpoint: Path) -> Corpus:
@@ -76,12 +73,11 @@ def find_recorded(run: Mapping[str, object], cache_dir: Path, checkpoint: Path) 
 def recorded_sources(run: Mapping[str, object], checkpoint: Path) -> list[RecordedSource]:
     """Returns the sources of a run, the one with its tokenizer first; see `find_recorded`."""
     try:
-        recorded = TypeAdapter(dict[str, list[RecordedSource]])
-        sources = recorded.validate_python({_KEY: run.get(_KEY)})[_KEY]
+        sources = _RecordedCorpus.model_validate(run).sources
         counts = [source.count for source in sources]
         if sum(counts) != sum(ONE_SOURCE.counts) or min(counts) < 1:
             raise ValueError(f"sources[].count = {counts}")
-    except (ValidationError, ValueError) as error:
+    except ValueError as error:
         raise CorpusError(f"{checkpoint}: names no corpus ({explain(error)})") from error
     return sources
 

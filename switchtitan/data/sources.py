@@ -52,6 +52,9 @@ Documents = Iterator[tuple[str | NDArray[Any], Position]]
 Read = Callable[[str | None, Position | None, DocumentTokenizer | None], Documents]
 """Yields the documents of a split, or all (None), from the start (None) or a position. Token ids
 need the tokenizer that made them. Errors are CorpusErrors that name file and record."""
+_FilesBySplit = Mapping[str | None, Sequence[Path]]
+_ReadFile = Callable[[Path, DocumentTokenizer | None], Iterator[Any]]
+"""Yields the documents of a file; a ValueError says where it is malformed."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,10 @@ def _files_source(
     commit: str | None,
 ) -> Source:
     """The documents of a single file, or of all files of a folder that have one of `patterns`.
-
-    `read_file` yields the documents of a file, given the column with the text of records; a
-    ValueError says where the file is malformed."""
+    `read_file` gets a file and the column with the text of records; see `_ReadFile`."""
     kind, column = config.dataset, config.column
     identity = {"kind": kind, "text_column": None if kind == "text" else column}
-    files = {None: _find_files(config, *patterns)}
+    files: _FilesBySplit = {None: _find_files(config, *patterns)}
     return _own_files(config, kind, identity, files, lambda file, _: read_file(file, column))
 
 
@@ -94,8 +95,8 @@ def _own_files(
     config: "SourceConfig",
     kind: str,
     identity: Mapping[str, object],
-    files: Mapping[str | None, Sequence[Path]],
-    read_file: Callable[[Path, DocumentTokenizer | None], Iterator[Any]],
+    files: _FilesBySplit,
+    read_file: _ReadFile,
 ) -> Source:
     """The documents of a user's own files, by split (None: all)."""
     path = config.folder
@@ -113,10 +114,7 @@ def _own_files(
     )
 
 
-def _reader_of(
-    files: Mapping[str | None, Sequence[Path]],
-    read_file: Callable[[Path, DocumentTokenizer | None], Iterator[Any]],
-) -> Read:
+def _reader_of(files: _FilesBySplit, read_file: _ReadFile) -> Read:
     """Reads the files of each split; a position counts the files and the documents of one."""
 
     def read(
@@ -358,8 +356,8 @@ def hub_error() -> str | None:
 def _nanogpt(config: "SourceConfig", commit: str | None) -> Source:
     """Token files in nanoGPT's layout: little-endian, no header. `train.bin` and `val.bin` in a
     folder are its own splits; otherwise all `*.bin` files are read."""
-    path, files = config.folder, dict[str | None, list[Path]]()
-    files = {"train": [path / "train.bin"], "validation": [path / "val.bin"]}
+    path = config.folder
+    files: _FilesBySplit = {"train": [path / "train.bin"], "validation": [path / "val.bin"]}
     if not all(file.is_file() for (file,) in files.values()):
         files = {None: _find_files(config, "*.bin")}
     return _own_files(config, "nanoGPT", {"kind": "nanogpt"}, files, _read_ids)

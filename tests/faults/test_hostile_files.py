@@ -13,7 +13,6 @@ import struct
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ from support.tiny import tiny_config, tiny_trainer
 from support.tiny_documents import make_documents
 
 from switchtitan.checkpoint.load import read_metadata
-from switchtitan.data.corpus import fingerprint_of
+from switchtitan.data.corpus import CorpusIndex, fingerprint_of
 from switchtitan.data.prepare import open_corpus
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.huggingface import parameter_shapes
@@ -213,10 +212,7 @@ def change_corpus_index(corpus, change):
     (corpus / "index.json.sha256").unlink()
     index = json.loads((corpus / "index.json").read_text())
     change(index)
-    splits = {
-        split: [SimpleNamespace(**shard) for shard in shards]
-        for split, shards in index["splits"].items()
-    }
+    splits = CorpusIndex.model_validate_json(json.dumps(index)).splits
     index["fingerprint"] = fingerprint_of(index["tokenizer"]["sha256"], index["dtype"], splits)
     (corpus / "index.json").write_text(json.dumps(index))
 

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from support.checkpoints import rewrite_metadata
 from support.commands import result_of, run
+from support.folders import save_random_model
 from support.preparation import tokens_of
 from support.tiny import tiny_config
-from support.trained import TOKENS, save_qwen, train_and_save
+from support.trained import TOKENS, train_and_save
 from tokenizers import Tokenizer, processors
 
 from switchtitan.config import toml_value
@@ -47,8 +48,8 @@ def other(tmp_path_factory):
     (folder / "tokenizer.json").write_text(tokenizer.serialized)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    save_qwen(folder, folder)
-    return folder
+    keys = {"vocab_size": 270, "eos_token_id": tokenizer.eos_id}
+    return save_random_model("qwen2, tied", folder, **keys)
 
 
 @pytest.fixture(params=["run", "export", "other"])

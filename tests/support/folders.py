@@ -60,19 +60,6 @@ def save_random_model(kind, folder, max_shard_size="5GB", **settings):
     return folder
 
 
-def draw_tokens(batch, seq):
-    return torch.randint(0, 1000, (batch, seq), generator=torch.Generator().manual_seed(5))
-
-
-def logits_of_transformers(folder, tokens):
-    """The logits [batch, seq, vocabulary] that transformers computes in fp32."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        return model(input_ids=tokens).logits
-
-
 def reader_of(tensors):
     """Returns what reads weights in memory by their names, to export them."""
     return lambda names: {name: tensors[name] for name in names}

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 from support.commands import run
-from support.folders import save_random_model
 from support.tiny import tiny_trainer, train_steps
 from switchtitan.distributed.world import stop_world
 
@@ -67,13 +66,3 @@ def save_run(folder, method="switchlora", num_steps=7):
     """Trains a tiny run and saves it; returns its folder."""
     train_and_save(folder, method, num_steps=num_steps)
     return folder / "run"
-
-
-def save_qwen(folder, tokenizer_folder, **settings):
-    """Saves a random Qwen2, and a tokenizer of 270 tokens."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    tokenizer.save_pretrained(folder)
-    settings = {"vocab_size": 270, "eos_token_id": tokenizer.eos_token_id, **settings}
-    save_random_model("qwen2, tied", folder, **settings)

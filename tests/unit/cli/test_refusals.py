@@ -3,9 +3,8 @@
 import pytest
 from support.commands import run
 from support.comparisons import write_grid
-from support.folders import contents
+from support.folders import contents, save_random_model
 from support.tiny import TINY, tiny_config
-from support.trained import save_qwen
 
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import train_tokenizer
@@ -91,9 +90,7 @@ def places(trained, tmp_path_factory):
     (home / "folder").mkdir()
     (home / "empty").write_text("")
     (home / "latin").write_bytes("größe".encode("latin-1"))
-    save_qwen(home / "other", trained.exported, vocab_size=200)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (home / "other" / name).unlink()
+    save_random_model("qwen2, tied", home / "other", vocab_size=200)
     (home / "tokenizer.json").write_text(train_tokenizer(["other text"], 262).serialized)
     lora = TINY.format(folder=trained.run.parent, method="lora", method_keys="rank = 6")
     (home / "lora.toml").write_text(lora)
