@@ -19,6 +19,7 @@ from support.trained import train_and_save
 
 from switchtitan.checkpoint.save import list_step_folders
 from switchtitan.data.prepare import open_corpus
+from switchtitan.data.sequences import document_ids
 from switchtitan.errors import RanksDisagreeError
 from switchtitan.models import MODELS
 from switchtitan.observability.tensorboard import read_curves
@@ -154,12 +155,12 @@ def test_validation_loss_is_the_mean_over_the_first_held_out_tokens(corpora, loc
     plain = MODELS.build(tiny_config(folder, "full_rank").model)
     tensors = full_tensors(trainer)
     plain.load_state_dict({name: tensors[f"model.{name}"] for name in plain.state_dict()})
-    sequences = open_corpus(tiny_config(folder, "full_rank").data).split("validation", 16)
-    losses = []
+    corpus, losses = open_corpus(tiny_config(folder, "full_rank").data), []
+    sequences = corpus.split("validation", 16)
     for index in range(10):
-        tokens, documents = sequences[index]
+        tokens = sequences[index]
         with torch.no_grad():
-            logits = plain(tokens[None, :-1], documents[None])
+            logits = plain(tokens[None, :-1], document_ids(tokens[:-1], corpus.eos_id)[None])
         losses.append(F.cross_entropy(logits[0].double(), tokens[1:]).item())
     # fp32 logits of batches of other shapes: about ten operations with rounding errors of 6e-8.
     assert ours == pytest.approx(statistics.mean(losses), rel=1e-6)
