@@ -99,6 +99,7 @@ def test_a_method_trains_the_published_number_of_parameters(name, trainable, fro
 
 def test_without_a_file_the_quickstart_is_read_at_the_launchers_number_of_ranks(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "7")
+    monkeypatch.setenv("RANK", "3")
     with pytest.raises(ConfigError, match="global_batch_size"):
         parse_arguments([])
     assert parse_arguments([], 1).job.name == QUICKSTART.stem
