@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from support.commands import result_of, run
+from support.commands import result_of, run, succeed
 from support.folders import save_random_model
 from support.tiny import write_continued_config
 from support.tiny_documents import save_tokenizer
@@ -19,8 +19,7 @@ def continued(corpora):
     home = corpora / "continued"
     folder = save_random_model("llama3, tied", home / "model")
     config = write_continued_config(home, folder)
-    outcome = run("train", "--config", config, *STEPS)
-    assert outcome.status == 0, outcome.errors
+    succeed("train", "--config", config, *STEPS)
     before = result_of("evaluate", folder, "--config", config)["loss"]
     folder.rename(home / "moved")
     return home, config, before
@@ -38,8 +37,7 @@ def test_the_run_resumes_from_its_own_configuration_without_the_folder(continued
     home, config, _ = continued
     shutil.copytree(home / "run", tmp_path / "run")
     moved = ("--job.output_dir", tmp_path / "run", "--training.steps", "32")
-    outcome = run("train", "--config", tmp_path / "run" / "config.toml", *moved)
-    assert outcome.status == 0, outcome.errors
+    outcome = succeed("train", "--config", tmp_path / "run" / "config.toml", *moved)
     assert "step-000000030" in outcome.output + outcome.errors
     run("train", "--config", config, *STEPS).check_refused("from_folder = ", "config.json")
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 import torch
-from support.commands import run
+from support.commands import run, succeed
 from support.tensors import differing
 from support.tiny import METHOD_KEYS, MINI, full_tensors, tiny_config, train_steps
 
@@ -232,8 +232,7 @@ def test_the_export_command_accepts_its_export_which_computes_the_same_logits(
     trained, tmp_path, name, form, read
 ):
     one, folder = trained(name), tmp_path / "exported"
-    outcome = run("export", one.checkpoint, "--folder", folder, "--format", form)
-    assert outcome.status == 0, outcome.errors
+    succeed("export", one.checkpoint, "--folder", folder, "--format", form)
     plain = MODELS.build(one.config.model)
     plain.load_state_dict(without_copies(read(folder), one.config.model, folder))
     torch.testing.assert_close(logits(plain), one.saved_logits, **ROUNDING)

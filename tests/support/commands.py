@@ -59,9 +59,13 @@ def run(*words):
     return Outcome(status, output.getvalue(), errors.getvalue())
 
 
+def succeed(*words):
+    """Runs a command that must succeed; returns its outcome."""
+    outcome = run(*words)
+    assert outcome.status == 0, (outcome.output[-3000:], outcome.errors[-3000:])
+    return outcome
+
+
 def result_of(*words):
     """Runs a command that must succeed; returns what it prints with `--json -`."""
-    outcome = run(*words, "--json", "-")
-    assert outcome.status == 0, outcome.errors
-    result = json.loads(outcome.output)
-    return result
+    return json.loads(succeed(*words, "--json", "-").output)

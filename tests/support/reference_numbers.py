@@ -19,12 +19,13 @@ intended change of a number is stored with --write, in a commit that says why.
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
 import time
 from functools import cache, partial
-from itertools import count
+from itertools import zip_longest
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
@@ -84,10 +85,6 @@ EXPORTS = {
 }
 
 
-class CommandError(Exception):
-    """A command has failed."""
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("-k", dest="text", default="", help="runs with this text in their name")
@@ -134,8 +131,7 @@ def compare(text, stored, is_up_to_rounding):
     for name in sorted(expected.keys() | found.keys()):
         old, new = expected.get(name, {}), found.get(name, {})
         for part in sorted(old.keys() | new.keys()):
-            tolerances = (tolerance(part, i) if is_up_to_rounding else 0 for i in count())
-            difference = moved(old.get(part), new.get(part), tolerances)
+            difference = moved(part, old.get(part), new.get(part), is_up_to_rounding)
             num_equal, num_moved = num_equal + (not difference), num_moved + bool(difference)
             if difference:
                 print(f"moved: {name}, {part}: {difference}")
@@ -143,31 +139,21 @@ def compare(text, stored, is_up_to_rounding):
     return num_moved
 
 
-def tolerance(part, position):
-    """Returns how much a float may differ, relative, up to rounding."""
-    return 1e-5 if part == "losses" and position < 20 else 1e-2
-
-
-def moved(old, new, tolerances):
-    """Says how a number, or a list of them, differs from the stored one; "" if it does not."""
+def moved(part, old, new, is_up_to_rounding):
+    """Says how a list of numbers differs from the stored one; "" if it does not."""
     if old is None or new is None:
         return "absent now" if new is None else "not stored; use --write"
-    if not isinstance(old, list):
-        old, new = [old], [new]
-    if len(old) != len(new):
-        return f"{len(old)} -> {len(new)} values"
-    differences = [
-        f"[{position}] {before} -> {after}"
-        for position, (before, after, most) in enumerate(zip(old, new, tolerances, strict=False))
-        if not is_same(before, after, most)
-    ]
+    differences = []
+    for position, (before, after) in enumerate(zip_longest(old, new)):
+        most = 1e-5 if part == "losses" and position < 20 else 1e-2
+        is_same = before == after
+        if is_up_to_rounding and isinstance(before, float) and isinstance(after, float):
+            is_same = math.isclose(before, after, rel_tol=most)
+        if is_up_to_rounding and str(before).startswith("sha256 "):
+            is_same = True
+        if not is_same:
+            differences.append(f"[{position}] {before} -> {after}")
     return f"{len(differences)} of {len(old)}, first {differences[0]}" if differences else ""
-
-
-def is_same(old, new, most):
-    if most and isinstance(old, float) and isinstance(new, float):
-        return abs(old - new) <= most * max(abs(old), abs(new))
-    return old == new or bool(most and str(old).startswith("sha256 "))
 
 
 def measured(text):
@@ -184,7 +170,7 @@ def measured(text):
             start = time.monotonic()
             try:
                 yield name, measure()
-            except CommandError as error:
+            except AssertionError as error:
                 print(f"failed: {name}: {error}")
             print(f"{time.monotonic() - start:5.1f} s  {name}", file=sys.stderr, flush=True)
 
@@ -208,9 +194,11 @@ def exported(keys, form):
     """Returns dtype, shape, norm and checksum of each tensor that a run exports, by its name."""
     from safetensors.torch import load_file
 
+    from support.commands import succeed
+
     run = train(keys)
     folder = run / form
-    command("export", run, "--folder", folder, "--format", form, "--no-verify")
+    succeed("export", run, "--folder", folder, "--format", form, "--no-verify")
     return {
         str(file.parent.relative_to(folder) / name): [
             str(tensor.dtype).removeprefix("torch."),
@@ -226,6 +214,7 @@ def exported(keys, form):
 @cache
 def train(keys):
     """Returns the folder of a finished run."""
+    from support.commands import succeed
     from support.tiny import tiny_toml
 
     folder = Path(tempfile.mkdtemp(dir=".")).absolute()
@@ -233,16 +222,8 @@ def train(keys):
     config = folder / "run.toml"
     config.write_text(tiny_toml(folder, method))
     fixed = ("--training.local_batch_size", "4", "--metrics.tensorboard", "true")
-    command("train", "--config", config, *fixed, *options)
+    succeed("train", "--config", config, *fixed, *options)
     return folder / "run"
-
-
-def command(*words):
-    from support.commands import run
-
-    outcome = run(*words)
-    if outcome.status != 0:
-        raise CommandError(f"switchtitan {words}:\n{outcome.output}\n{outcome.errors}")
 
 
 if __name__ == "__main__":

@@ -59,10 +59,9 @@ def main():
 
 def train(num_steps):
     """Gives the run's command in its folder; returns what it prints."""
-    from support.commands import run
+    from support.commands import succeed
 
-    outcome = run("train", "--config", "run.toml", "--training.steps", num_steps)
-    assert outcome.status == 0, outcome.errors
+    outcome = succeed("train", "--config", "run.toml", "--training.steps", num_steps)
     return outcome.output + outcome.errors
 
 

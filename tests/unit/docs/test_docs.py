@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tomli
-from support.commands import run
+from support.commands import succeed
 
 from switchtitan.comparison.comparison import check_plan
 from switchtitan.comparison.config import load_comparison
@@ -67,9 +67,7 @@ def test_options_of_shown_commands_exist(command):
     for words in (words for words in SHOWN if words[0] == command):
         options = {word.partition("=")[0] for word in words if word.startswith("--")}
         start = words[:2] if command == "benchmark" else words[:1]
-        outcome = run(*start, "--help")
-        assert outcome.status == 0, outcome.errors
-        listed = set(re.findall(r"--[\w-]+", outcome.output))
+        listed = set(re.findall(r"--[\w-]+", succeed(*start, "--help").output))
         sections_omitted = {f"--{key.rpartition('.')[2]}" for key in all_keys()}
         of_data = sections_omitted if command == "prepare" else set()
         assert {option for option in options if "." not in option} <= listed | of_data
@@ -82,9 +80,6 @@ def test_files_exist():
     assert not {
         (page, file) for page, file in found if not (ROOT / file).exists() and file not in added
     }
-
-
-# mkdocs checks those of docs/.
 
 
 def test_the_comparison_shown_is_valid_and_with_several_keys_too(tmp_path):
