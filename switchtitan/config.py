@@ -37,7 +37,7 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 def split_arguments(
     argv: Sequence[str], section: str | None = None
 ) -> tuple[Path | None, bool, dict[KeyPath, list[str]]]:
-    """Split a command line into the file of `--config`, whether `--help` is wanted, and the words
+    """Splits a command line into the file of `--config`, whether `--help` is wanted, and the words
     after each `--section.key`, also of `--section.key=value`. Raises a ConfigError if a word is
     no option's, or an option has no value or is given twice.
 
@@ -70,7 +70,7 @@ def split_arguments(
 
 
 def find_config(given: Path) -> Path:
-    """Return `given` if it exists, else the installed configuration of that name.
+    """Returns `given` if it exists, else the installed configuration of that name.
 
     So `llama_350m.toml` and `train_configs/llama_350m.toml` work in any working directory.
     """
@@ -79,7 +79,7 @@ def find_config(given: Path) -> Path:
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """Read a TOML file; a `ConfigError` says why it cannot be read."""
+    """Reads a TOML file; a `ConfigError` says why it cannot be read."""
     try:
         return parse_toml(file.read_text(encoding="utf-8"), str(file))
     except FileNotFoundError as error:
@@ -91,7 +91,7 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """Parse a TOML document, which `where` names in errors."""
+    """Parses a TOML document, which `where` names in errors."""
     try:
         return tomli.loads(text)
     except (ValueError, RecursionError) as error:
@@ -99,7 +99,7 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
 
 
 def load_table(file: Path, config_type: type[ConfigT]) -> ConfigT:
-    """Read and validate a file as one section; a `ConfigError` names all mistakes."""
+    """Reads and validates a file as one section; a `ConfigError` names all mistakes."""
     try:
         return _validate(config_type, read_toml(file))
     except ValidationError as error:
@@ -107,7 +107,7 @@ def load_table(file: Path, config_type: type[ConfigT]) -> ConfigT:
 
 
 def raise_together(problems: Sequence[str]) -> None:
-    """Raise one `ConfigError` for all problems, if there are any."""
+    """Raises one `ConfigError` for all problems, if there are any."""
     if problems:
         count = f"{len(problems)} error{'s' if len(problems) > 1 else ''}"
         raise ConfigError("\n  ".join([f"invalid configuration ({count})", *problems]))
@@ -141,7 +141,7 @@ def load_config(
 
 
 def section_types(config_type: type[Section]) -> dict[str, dict[str, type[Section]]]:
-    """Return each section's classes by `name`, or its only class by ""."""
+    """Returns each section's classes by `name`, or its only class by ""."""
     types: dict[str, Any] = {}
     for section, field in config_type.model_fields.items():
         registries = [entry for entry in field.metadata if isinstance(entry, Registry)]
@@ -150,7 +150,7 @@ def section_types(config_type: type[Section]) -> dict[str, dict[str, type[Sectio
 
 
 def read_with_bases(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return the names and tables of a file's lowest base up to its own; see `load_config`."""
+    """Returns the names and tables of a file's lowest base up to its own; see `load_config`."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     while True:
         table = read_toml(file)
@@ -181,7 +181,7 @@ class _Draft:
         """Section -> a key that stands for others, with its value, and those others."""
 
     def add_table(self, table: Mapping[str, Any], file: str) -> None:
-        """Put a file's values over those of its base. A section of another `name` replaces it."""
+        """Puts a file's values over those of its base. A section of another `name` replaces it."""
         for section, keys in table.items():
             if section not in self.types or not isinstance(keys, dict):
                 hint = _did_you_mean(section, ["base", *self.types, *self._known_keys()])
@@ -196,7 +196,7 @@ class _Draft:
             self._put(section, keys, file)
 
     def override(self, path: KeyPath, words: list[str]) -> None:
-        """Put the value of an option over the file's. Another `name` drops keys of the former."""
+        """Puts the value of an option over the file's. Another `name` drops keys of the former."""
         option = f"--{'.'.join(path)} {' '.join(words)}"
         if len(path) != 2 or path[0] not in self.types:
             hint = _did_you_mean(".".join(path), ["config", *self._known_keys()], "--")
@@ -216,7 +216,7 @@ class _Draft:
         self._put(section, keys, option)
 
     def check_expanded(self) -> None:
-        """Report keys that contradict the key that stands for them."""
+        """Reports keys that contradict the key that stands for them."""
         for section, (source, keys) in self._expanded.items():
             for key, value in keys.items():
                 found = self._table[section].get(key, value)
@@ -229,7 +229,7 @@ class _Draft:
         self._origins |= {(section, key): origin for key in keys}
 
     def _expand(self, section: str, keys: dict[str, Any], origin: str) -> dict[str, Any]:
-        """Return the keys, with those that one of them stands for."""
+        """Returns the keys, with those that one of them stands for."""
         for key, value in keys.items():
             if (section, key) not in self._expansions or value in (None, NONE):
                 continue
@@ -244,7 +244,7 @@ class _Draft:
         return keys
 
     def validated(self, section: str) -> Section | None:
-        """Return a section, or None after adding its problems."""
+        """Returns a section, or None after adding its problems."""
         values, types, chosen = self._table[section], self.types[section], self._class_of(section)
         if chosen is None:
             name = str(values.get("name"))
@@ -265,7 +265,7 @@ class _Draft:
         return None
 
     def _class_of(self, section: str) -> type[Section] | None:
-        """Return a section's class, None if its name is wrong."""
+        """Returns a section's class, None if its name is wrong."""
         types = self.types[section]
         return types.get("" if "" in types else str(self._table[section].get("name")))
 
@@ -277,26 +277,26 @@ class _Draft:
         return [f"{section}.{key}" for section in self.types for key in self._fields(section)]
 
     def _place(self, section: str, key: str, given: str = "") -> str:
-        """Return where a key stands: `FILE: [section] key = value`, or its option."""
+        """Returns where a key stands: `FILE: [section] key = value`, or its option."""
         origin = self._origins.get((section, key), self._file)
         return origin if origin.startswith("--") else f"{origin}: [{section}] {key}{given}"
 
 
 def _validate(section_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Validate values from TOML: strictly, since `steps = "8"` is a mistake."""
+    """Validates values from TOML: strictly, since `steps = "8"` is a mistake."""
     fields = section_type.model_fields
     values = {key: _with_none(value, fields.get(key)) for key, value in values.items()}
     return section_type.model_validate_json(json.dumps(values, default=str), strict=True)
 
 
 def _with_none(value: object, key: FieldInfo | None) -> object:
-    """Return None for `NONE`, if the key accepts it."""
+    """Returns None for `NONE`, if the key accepts it."""
     admits_none = key is not None and NoneType in get_args(key.annotation)
     return None if value == NONE and admits_none else value
 
 
 def explain(error: Exception) -> str:
-    """Return an error in one line: of pydantic's, each key with its value and what is wrong."""
+    """Returns an error in one line: of pydantic's, each key with its value and what is wrong."""
     if not isinstance(error, ValidationError):
         return str(error)
     parts = (f"{key}{given}: {why}".removeprefix(": ") for key, given, why in _mistakes(error))
@@ -304,7 +304,7 @@ def explain(error: Exception) -> str:
 
 
 def _mistakes(error: ValidationError) -> list[tuple[str, str, str]]:
-    """Return key (empty if it concerns several), place in it with its value, and what is wrong."""
+    """Returns key (empty if it concerns several), place in it with its value, and what is wrong."""
     found: dict[tuple[str, str], list[str]] = {}
     for detail in error.errors():
         key, *rest = map(str, detail["loc"] or [""])
@@ -322,7 +322,7 @@ def _mistakes(error: ValidationError) -> list[tuple[str, str, str]]:
 
 
 def _did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
-    """Return a hint at the choice with the same last part, or at the most similar one."""
+    """Returns a hint at the choice with the same last part, or at the most similar one."""
     choices, last = list(choices), word.rpartition(".")[2]
     same = [choice for choice in choices if choice.rpartition(".")[2] == last]
     near = same or difflib.get_close_matches(word, choices, n=1, cutoff=0.75)
@@ -343,7 +343,7 @@ def _adapter(key: FieldInfo) -> TypeAdapter[Any]:
 
 
 def _read_words(words: list[str], key: FieldInfo | None) -> object:
-    """Read the words of an option as TOML, as a string, or as a list, whichever the key accepts."""
+    """Reads the words of an option as TOML, a string, or a list, whichever the key accepts."""
     readings: list[object] = [[_literal(word) for word in words], words]
     if len(words) == 1:
         items = [item.strip() for item in words[0].strip("[]").split(",")]
@@ -367,7 +367,7 @@ def _literal(word: str) -> object:
 
 
 def resolved_toml(config: Section) -> str:
-    """Return the configuration with all defaults, as TOML that loads as an equal one."""
+    """Returns the configuration with all defaults, as TOML that loads as an equal one."""
     lines = []
     for section, keys in config:
         lines += [f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in keys), ""]
@@ -375,7 +375,7 @@ def resolved_toml(config: Section) -> str:
 
 
 def toml_value(value: object) -> str:
-    """Return a value as in a TOML file, or as in Python if TOML has no such value."""
+    """Returns a value as in a TOML file, or as in Python if TOML has no such value."""
     if value is None:
         return f'"{NONE}"'
     if isinstance(value, bool):
@@ -394,7 +394,7 @@ def toml_value(value: object) -> str:
 
 
 def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return a nested table's values by dotted key, tuples as lists."""
+    """Returns a nested table's values by dotted key, tuples as lists."""
     flat: dict[str, object] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
@@ -405,7 +405,7 @@ def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def describe(key: FieldInfo) -> str:
-    """Describe what a key accepts, e.g. `integer >= 1 or "none"`."""
+    """Describes what a key accepts, e.g. `integer >= 1 or "none"`."""
     return _describe(_adapter(key).json_schema())
 
 
@@ -424,7 +424,7 @@ def _describe(schema: Mapping[str, Any]) -> str:
 
 
 def help_text(config: Section, usage: str) -> str:
-    """Return `usage`, and every key with its value, what it accepts and its first sentence."""
+    """Returns `usage`, and every key with its value, what it accepts and its first sentence."""
     lines = [usage]
     for section, types in section_types(type(config)).items():
         lines += ["", f"[{section}]"]

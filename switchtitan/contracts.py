@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     """[batch, seq] int32: the same for all tokens of a document, increasing along a sequence."""
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device. The host does not wait for copies of page-locked memory."""
+        """Returns the batch on a device. The host does not wait if its memory is page-locked."""
         return Batch(*(part.to(device, non_blocking=True) for part in self))
 
 
@@ -45,14 +45,14 @@ class ModelConfig(NamedSection):
     """Number of token ids of the embedding and the head."""
 
     def architecture(self) -> dict[str, object]:
-        """Return the keys that determine the weights, as plain values; by default all keys.
+        """Returns the keys that determine the weights, as plain values; by default all keys.
 
         Models with equal values can load each other's weights.
         """
         return self.model_dump(mode="json")
 
     def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
-        """Return the `config.json` with which transformers loads the weights by the same names.
+        """Returns the `config.json` with which transformers loads the weights by the same names.
 
         None if transformers has no such model. `seq_len` is that of training.
         """
@@ -60,7 +60,7 @@ class ModelConfig(NamedSection):
 
     @classmethod
     def keys_from_huggingface(cls, found: Mapping[str, Any]) -> dict[str, object]:
-        """Return the keys of this section for a `config.json` of one of `huggingface_types`.
+        """Returns the keys of this section for a `config.json` of one of `huggingface_types`.
 
         Raises:
             ConfigError: names the keys that are missing, wrong or not supported.
@@ -68,15 +68,15 @@ class ModelConfig(NamedSection):
         raise NotImplementedError(f"{cls.__name__} has huggingface_types but reads no config.json")
 
     def weight_copies(self) -> dict[str, str]:
-        """Return other names that weights have in files, such as a tied head's -> their own."""
+        """Returns other names that weights have in files, such as a tied head's -> their own."""
         return {}
 
     def on_any_machine(self) -> Self:
-        """Return this section with kernels that run anywhere; saved models are opened with it."""
+        """Returns this section with kernels that run anywhere; saved models are opened with it."""
         return self
 
     def check_device(self, device_type: str, compute_dtype: torch.dtype) -> None:
-        """Raise an EnvironmentMismatchError if the model cannot train on "cpu" or "cuda"."""
+        """Raises an EnvironmentMismatchError if the model cannot train on "cpu" or "cuda"."""
 
 
 class MethodConfig(NamedSection):
@@ -90,15 +90,15 @@ class MethodConfig(NamedSection):
     """Whether a run starts from exactly the weights that it is given, up to rounding."""
 
     def completed(self, model: "LanguageModel") -> Self:
-        """Return this section with values for keys whose default depends on the plain model."""
+        """Returns this section with values for keys whose default depends on the plain model."""
         return self
 
     def check_model(self, model: "LanguageModel") -> list[str]:
-        """Return error messages for the plain model, on the meta device; none by default."""
+        """Returns error messages for the plain model, on the meta device; none by default."""
         return []
 
     def check_length(self, num_steps: int) -> list[str]:
-        """Return error messages for a run of `num_steps` optimizer steps; none by default."""
+        """Returns error messages for a run of `num_steps` optimizer steps; none by default."""
         return []
 
 
@@ -158,16 +158,16 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def blocks(self) -> dict[str, nn.Module]:
-        """Return the repeated blocks by qualified name, in order: what is sharded, compiled and
+        """Returns the repeated blocks by qualified name, in order: what is sharded, compiled and
         recomputed as a unit."""
 
     def output_head(self) -> nn.Module | None:
-        """Return the module that maps hidden states to logits, for optimizers that treat it
+        """Returns the module that maps hidden states to logits, for optimizers that treat it
         apart."""
         return None
 
     def outer_units(self) -> list[list[nn.Module]]:
-        """Return lists of modules outside the blocks that are gathered before their first call.
+        """Returns lists of modules outside the blocks that are gathered before their first call.
 
         All other weights outside the blocks are gathered for the entire pass. Default: none.
         """
@@ -175,7 +175,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Return initial values of the plain model's parameter `name`, in fp32 on the CPU.
+        """Returns initial values of the plain model's parameter `name`, in fp32 on the CPU.
 
         `shape` is that of a block of consecutive rows, which has its own generator: a rank draws
         only rows that it holds.
@@ -183,13 +183,13 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def num_flops_per_token(self, seq_len: int) -> int:
-        """Return FLOPs per token of forward and backward when all weights train at full rank."""
+        """Returns FLOPs per token of forward and backward when all weights train at full rank."""
 
     @abstractmethod
     def forward(
         self, tokens: Tensor, document_ids: Tensor, apply_head: ApplyHead = default_apply_head
     ) -> Tensor:
-        """Return what `apply_head` computes, by default logits [batch, seq, vocabulary].
+        """Returns what `apply_head` computes, by default logits [batch, seq, vocabulary].
 
         A model with a `new_cache` has one more argument, `cache`, which is None in training. A
         sharded head is usable only inside `apply_head`.
@@ -199,7 +199,7 @@ class LanguageModel(nn.Module, ABC):
         """
 
     def new_cache(self, capacity: int, device: torch.device) -> object | None:
-        """Return what `forward` keeps of the tokens of one sequence, at most `capacity`, so that
+        """Returns what `forward` keeps of the tokens of one sequence, at most `capacity`, so that
         the next ones take less time. Default: None; each then takes a pass over all tokens."""
         return None
 
@@ -218,7 +218,7 @@ class Reparametrized(nn.Module, ABC):
         self.plain_shape = (out_features, in_features)
 
     def forward_together(self, x: Tensor, others: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-        """Return what this layer and others return for x [..., in], equal to rounding; all outputs
+        """Returns what this layer and others return for x [..., in], equal to rounding; all outputs
         but the last may share memory. Default: apply one after the other."""
         return self(x), *(layer(x) for layer in others)
 
@@ -229,7 +229,7 @@ class Reparametrized(nn.Module, ABC):
         generator_for: Callable[[str], torch.Generator],
         rows: Mapping[str, range],
     ) -> dict[str, Tensor]:
-        """Return fp32 values of its parameters and buffers, by local name.
+        """Returns fp32 values of its parameters and buffers, by local name.
 
         Args:
             weight: [out, in], the plain layer's initial weight; its rows `rows["weight"]`, or all
@@ -251,15 +251,15 @@ class TrainingOptimizer(ABC):
 
     @abstractmethod
     def set_lr(self, lr_factor: float) -> None:
-        """Set every learning rate to its configured value times `lr_factor`."""
+        """Sets every learning rate to its configured value times `lr_factor`."""
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
-        """Return scalars of the last step by TensorBoard tag. May wait for the device."""
+        """Returns scalars of the last step by TensorBoard tag. May wait for the device."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state as flat tensors, DTensors where sharded.
+        """Returns the state as flat tensors, DTensors where sharded.
 
         To restore a state, load into these tensors in place, then call `load_state_dict`.
         """
@@ -268,7 +268,7 @@ class TrainingOptimizer(ABC):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
     def replicated(self) -> dict[str, Tensor]:
-        """Return what ranks compute alike outside of the state, such as random keys, to compare it.
+        """Returns what ranks compute alike outside of the state, such as random keys, to compare.
 
         Plain tensors, equal on every rank, or DTensors, equal on all replicas.
         """
@@ -299,16 +299,16 @@ class Method(ABC, Generic[MethodConfigT]):
         self.config, self.num_steps, self.seed = config, num_steps, seed
 
     def prepare_model(self, model: LanguageModel) -> None:
-        """Replace layers. Called once, on the meta device, before any wrapping. Default: none."""
+        """Replaces layers. Called once, on the meta device, before any wrapping. Default: none."""
 
     @abstractmethod
     def build_optimizer(
         self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        """Build the optimizer of the sharded model; `compile_step`: compile the update."""
+        """Builds the optimizer of the sharded model; `compile_step`: compile the update."""
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the fp32 weights of an equivalent plain model, by its names. Default: the same.
+        """Returns the fp32 weights of an equivalent plain model, by its names. Default: the same.
 
         Args:
             tensors: full (unsharded) tensors by their names in the prepared model: all parameters
@@ -317,12 +317,12 @@ class Method(ABC, Generic[MethodConfigT]):
         return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
 
     def starting_weight(self, name: str, weight: Tensor) -> Tensor:
-        """Return the dense weight that a linear layer in a block starts from, from the plain one.
+        """Returns the dense weight that a linear layer in a block starts from, from the plain one.
 
         Default: the same. Others set `keeps_initial_weights` to False in their section.
         """
         return weight
 
     def low_rank_updates(self, tensors: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
-        """Return the low-rank parts of weights by the layer's name; by default none."""
+        """Returns the low-rank parts of weights by the layer's name; by default none."""
         return {}

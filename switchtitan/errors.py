@@ -126,7 +126,7 @@ def discard_output() -> None:
 
 
 def abbreviate(names: Iterable[str]) -> str:
-    """Return the first four names, and the number of the others."""
+    """Returns the first four names, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more

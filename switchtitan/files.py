@@ -12,7 +12,7 @@ _READ_BYTES = 1 << 22
 
 
 def write_atomically(file: Path, contents: str | bytes) -> None:
-    """Write a file durably, strings as UTF-8. Readers see the old or the new contents, no mixture.
+    """Writes a file durably, strings as UTF-8. Readers see the old or the new contents, no mixture.
 
     The last of several writers wins. A killed process may leave a file `<name>.<random>.new`.
     """
@@ -38,7 +38,7 @@ def write_flushed(file: Path, contents: bytes | memoryview) -> None:
 
 
 def rename_complete(partial: Path, folder: Path) -> None:
-    """Give a folder whose files are flushed its final name, durably.
+    """Gives a folder whose files are flushed its final name, durably.
 
     So whoever finds a folder of that name finds it complete, whenever process or power fail.
     """
@@ -63,7 +63,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Add `path` to errors of the system that name no file, as those of writes and flushes."""
+    """Adds `path` to errors of the system that name no file, as those of writes and flushes."""
     try:
         yield
     except OSError as error:
@@ -91,7 +91,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sha256_of_file(file: Path, on_bytes: Callable[[int], object] | None = None) -> str:
-    """Return a file's SHA-256 in hexadecimal; `on_bytes` gets the size of each block read."""
+    """Returns a file's SHA-256 in hexadecimal; `on_bytes` gets the size of each block read."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
@@ -102,12 +102,12 @@ def sha256_of_file(file: Path, on_bytes: Callable[[int], object] | None = None) 
 
 
 def checksum_line(contents: bytes, name: str) -> bytes:
-    """Return what `sha256sum` prints for a file of this name."""
+    """Returns what `sha256sum` prints for a file of this name."""
     return f"{hashlib.sha256(contents).hexdigest()}  {name}\n".encode()
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """Return the file `name` of a folder that somebody else may have written. Raises a ValueError
+    """Returns the file `name` of a folder that somebody else may have written. Raises a ValueError
     if `name` is not a plain file name, or is a link to a file outside of `folder`. Links in a
     snapshot of the Hugging Face cache may lead to its `blobs`."""
     is_plain = name not in ("", ".", "..") and "\0" not in name and Path(name).name == name

@@ -29,17 +29,17 @@ class Section(BaseModel):
     """Keys whose default has changed, and what it was: checksums of finished runs rest on it."""
 
     def without_effect(self) -> list[str]:
-        """Return messages such as `min_factor = 0.2 has no effect with decay = "constant"`."""
+        """Returns messages such as `min_factor = 0.2 has no effect with decay = "constant"`."""
         return []
 
     def is_default(self, key: str) -> bool:
-        """Return whether a key has its default value."""
+        """Returns whether a key has its default value."""
         default = type(self).model_fields[key].get_default(call_default_factory=True)
         return bool(getattr(self, key) == default)
 
 
 def is_installed(package: str) -> bool:
-    """Return whether a package can be imported."""
+    """Returns whether a package can be imported."""
     spec = find_spec(package)
     # A folder of this name in the working directory has no origin: wandb writes one.
     return spec is not None and spec.origin is not None
@@ -83,11 +83,11 @@ class Registry(Generic[ConfigT, Part]):
         return iter(self.rows)
 
     def config_types(self) -> dict[str, type[ConfigT]]:
-        """Return the class of every row's section, by name."""
+        """Returns the class of every row's section, by name."""
         return {name: component.config_type for name, component in self.rows.items()}
 
     def restore(self, section: Mapping[str, object]) -> ConfigT:
-        """Build a section from plain values; a `ConfigError` if no class accepts them."""
+        """Builds a section from plain values; a `ConfigError` if no class accepts them."""
         name = str(section.get("name"))
         if name not in self.rows:
             expected = ", ".join(sorted(self))
@@ -98,7 +98,7 @@ class Registry(Generic[ConfigT, Part]):
             raise ConfigError(f"[{self.kind}] {name!r}: {error}") from error
 
     def build(self, config: ConfigT, *args: object, **kwargs: object) -> Part:
-        """Call the factory of `config.name` with `config` and the given run-time values."""
+        """Calls the factory of `config.name` with `config` and the given run-time values."""
         return self.rows[config.name].factory(config, *args, **kwargs)
 
     def __get_pydantic_core_schema__(

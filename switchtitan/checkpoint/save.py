@@ -1,4 +1,4 @@
-"""Save a run's checkpoints, optionally in the background, and delete older ones.
+"""Saves a run's checkpoints, optionally in the background, and deletes older ones.
 
     <output_dir>/checkpoints/step-000001000/
         metadata.json       format, step, training state, the run's identity and configuration

@@ -1,1 +1,1 @@
-"""Read and write weights in the layouts of Hugging Face and PEFT."""
+"""Reads and writes weights in the layouts of Hugging Face and PEFT."""

@@ -1,4 +1,4 @@
-"""Read the dense weights of a checkpoint of any method."""
+"""Reads the dense weights of a checkpoint of any method."""
 
 from collections.abc import Iterable
 from pathlib import Path

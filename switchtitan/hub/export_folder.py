@@ -1,4 +1,4 @@
-"""Write folders that `transformers.AutoModelForCausalLM.from_pretrained` loads."""
+"""Writes folders that `transformers.AutoModelForCausalLM.from_pretrained` loads."""
 
 import os
 import shutil

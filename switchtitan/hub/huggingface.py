@@ -1,4 +1,4 @@
-"""Read folders that `transformers.AutoModelForCausalLM.from_pretrained` loads."""
+"""Reads folders that `transformers.AutoModelForCausalLM.from_pretrained` loads."""
 
 import json
 from collections.abc import Mapping

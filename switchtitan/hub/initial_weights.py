@@ -1,4 +1,4 @@
-"""Read the dense weights that a new run starts from, and the model that their folder describes."""
+"""Reads the dense weights that a new run starts from, and the model that their folder describes."""
 
 import hashlib
 from itertools import chain

@@ -1,4 +1,4 @@
-"""Write and read LoRA adapters in the layout of Hugging Face's PEFT."""
+"""Writes and reads LoRA adapters in the layout of Hugging Face's PEFT."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""Compare the logits of an exported folder with those of its checkpoint, one block at a time."""
+"""Compares the logits of an exported folder with those of its checkpoint, one block at a time."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial

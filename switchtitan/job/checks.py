@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # it calls these checks
 
 
 def check(config: "JobConfig", num_ranks: int, device: str | None) -> list[str]:
-    """Return why a configuration cannot be trained.
+    """Returns why a configuration cannot be trained.
 
     Args:
         device: "cpu" or "cuda"; None for an estimate of a run on another machine.
@@ -41,7 +41,7 @@ def check(config: "JobConfig", num_ranks: int, device: str | None) -> list[str]:
 
 
 def check_held_out(config: "JobConfig") -> list[str]:
-    """Return why a configuration's model cannot be evaluated on its data."""
+    """Returns why a configuration's model cannot be evaluated on its data."""
     data, problems = config.data, []
     for key in ("tokens", "test_tokens"):
         tokens = getattr(config.evaluation, key)
@@ -66,7 +66,7 @@ def check_held_out(config: "JobConfig") -> list[str]:
 
 
 def check_device(config: "JobConfig", device: str) -> list[str]:
-    """Return why a model cannot compute on a device, e.g. with its attention backend."""
+    """Returns why a model cannot compute on a device, e.g. with its attention backend."""
     support, dtype = bf16_support(torch.device(device)), config.training.dtype
     problems = []
     if dtype == "bfloat16" and device == "cuda" and not support.is_native:
@@ -79,7 +79,7 @@ def check_device(config: "JobConfig", device: str) -> list[str]:
 
 
 def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> list[str]:
-    """Return a message for each key that this run does not use, and for an endless warm-up."""
+    """Returns a message for each key that this run does not use, and for an endless warm-up."""
     training, profiler, on_gpu = config.training, config.profiler, device == "cuda"
     trains_all = f"with [method] name = {toml_value(config.method.name)}, which trains all weights"
     _, shard = mesh_shape(config.parallelism, num_ranks)
@@ -190,7 +190,7 @@ def _check_compiler(config: "JobConfig", device: str) -> list[str]:
 
 
 def missing_toolchain(device: str) -> str | None:
-    """Return what is missing to compile for a device of this type, and what to install, or None.
+    """Returns what is missing to compile for a device of this type, and what to install, or None.
     Inductor builds C++ for a CPU, and Triton builds launchers in C for a GPU."""
     if device == "cpu":
         needs, wanted = "on a CPU it needs", "a C++ compiler; install g++"

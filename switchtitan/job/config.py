@@ -151,7 +151,7 @@ class JobConfig(Section):
 
 @cache
 def print_note(note: str) -> None:
-    """Print a note on stderr, once; of several ranks only the first one prints it."""
+    """Prints a note on stderr, once; of several ranks only the first one prints it."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {note}", file=sys.stderr)
 
@@ -159,8 +159,8 @@ def print_note(note: str) -> None:
 def parse_arguments(
     argv: Sequence[str], num_ranks: int | None = None, say: Callable[[str], None] = print_note
 ) -> JobConfig:
-    """Load the configuration of a training run, and check that its sections fit together. Raises a
-    ConfigError with all mistakes in one message; SystemExit after `--help`.
+    """Loads the configuration of a training run, and checks that its sections fit together. Raises
+    a ConfigError with all mistakes in one message; SystemExit after `--help`.
 
     Args:
         argv: `--config FILE --section.key value ...`. The default file is the quickstart.
@@ -180,7 +180,7 @@ def parse_arguments(
 
 
 def parse_unchecked(argv: Sequence[str], say: Callable[[str], None] = print_note) -> JobConfig:
-    """Load a configuration without the checks that depend on its use; see `parse_arguments`."""
+    """Loads a configuration without the checks that depend on its use; see `parse_arguments`."""
     given, wants_help, overrides = split_arguments(argv)
     file = QUICKSTART if given is None else find_config(given)
     if given not in (None, file):
@@ -195,6 +195,6 @@ def parse_unchecked(argv: Sequence[str], say: Callable[[str], None] = print_note
 
 
 def parse_saved(text: str) -> JobConfig:
-    """Load the configuration that a run has saved, from its text; see `parse_unchecked`."""
+    """Loads the configuration that a run has saved, from its text; see `parse_unchecked`."""
     name = "the saved configuration"
     return load_config(JobConfig, [(name, parse_toml(text, name))], {}, print_note)

@@ -1,4 +1,4 @@
-"""Compute ranks of matrices from their singular values, on plain tensors."""
+"""Computes ranks of matrices from their singular values, on plain tensors."""
 
 from collections.abc import Iterable, Mapping
 from statistics import fmean

@@ -1,4 +1,4 @@
-"""Measure the rank of each linear layer's weight change during training, one file a measurement."""
+"""Measures the rank of each linear layer's change during training, one file a measurement."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""Compute the change of linear layers since step 0. Initial weights are drawn or read again."""
+"""Computes the change of linear layers since step 0. Initial weights are drawn or read again."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Build a run from its configuration: a `Trainer`, or what takes its steps alone, a `Stepper`.
+"""Builds a run from its configuration: a `Trainer`, or what takes its steps alone, a `Stepper`.
 
 What most runs do not use is imported where it is built.
 """
@@ -62,8 +62,8 @@ logger = logging.getLogger(__name__)
 
 
 def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> Trainer:
-    """Build everything that a run needs; restore its state if it resumes from a checkpoint. Raises
-    a UserError if configuration, corpus and checkpoints do not fit together.
+    """Builds everything that a run needs; restores its state if it resumes from a checkpoint.
+    Raises a UserError if configuration, corpus and checkpoints do not fit together.
 
     Args:
         stop: when to stop before the last step; by default never.
@@ -177,7 +177,7 @@ def build_stepper(
     initial_weights: ReadRows | None = None,
     is_restored: bool = False,
 ) -> Stepper:
-    """Build what takes the steps of a run, under a `FakeTensorMode` too.
+    """Builds what takes the steps of a run, under a `FakeTensorMode` too.
 
     Args:
         batches: see `build_batches`.
@@ -220,14 +220,14 @@ def build_stepper(
 
 
 def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
-    """Open the corpus, preparing it if necessary, and check that its token ids fit the model."""
+    """Opens the corpus, preparing it if necessary, and checks that its token ids fit the model."""
     return open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
 
 
 def _reopen_corpus(
     checkpoint: Path, metadata: CheckpointMetadata, config: JobConfig, world: World
 ) -> Corpus:
-    """Open the corpus that a run has recorded, on every rank; prepares nothing. Raises a
+    """Opens the corpus that a run has recorded, on every rank; prepares nothing. Raises a
     CorpusError if it is not on this machine or damaged, or its files have changed since."""
 
     def open_own() -> Corpus:
@@ -243,7 +243,7 @@ def _reopen_corpus(
 def build_batches(
     config: JobConfig, corpus: Corpus, world: World, state: TrainState
 ) -> Generator[list[Batch], None, None]:
-    """Build this rank's training batches from `state.next_batch` on; `close` ends their workers."""
+    """Builds this rank's training batches, from `state.next_batch` on; `close` ends workers."""
     return build_train_batches(
         corpus.split("train", config.data.seq_len),
         seed=config.job.seed,
@@ -260,7 +260,7 @@ def build_batches(
 def _build_evaluator(
     config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World, split: SplitName, num: int
 ) -> Evaluator:
-    """Build what evaluates the model on `num` tokens of a split. Raises a CorpusError if the split
+    """Builds what evaluates the model on `num` tokens of a split. Raises a CorpusError if the split
     is shorter than one sequence."""
     seq_len = config.data.seq_len
     batches = ValidationBatches(
@@ -276,7 +276,7 @@ def _build_evaluator(
 def _open_initial_weights(
     config: JobConfig, given: str, state: TrainState, world: World
 ) -> ReadRows:
-    """Open the weights that a new run starts from, and record in `state` which ones; collective.
+    """Opens the weights that a new run starts from, and records in `state` which ones; collective.
     Raises a CheckpointError if the weights cannot be read, or belong to another model."""
     from switchtitan.hub.initial_weights import checksum, find_weights, open_weights
 
@@ -298,7 +298,7 @@ def _open_initial_weights(
 
 
 def build_memory_snapshots(config: JobConfig, world: World) -> AbstractContextManager[None]:
-    """Build a context that writes a snapshot of GPU memory if that runs out."""
+    """Builds a context that writes a snapshot of GPU memory if that runs out."""
     if world.device.type != "cuda":
         return nullcontext()
     from switchtitan.observability.profiler import snapshot_if_memory_runs_out
@@ -329,7 +329,7 @@ def _build_profiler(
 def _open_telemetry(
     config: JobConfig, state: TrainState, world: World, is_restored: bool
 ) -> "Callable[..., RankTelemetry] | None":
-    """Return what builds the telemetry of spectra from a model and a reporter, if the run has any.
+    """Returns what builds the telemetry of spectra from a model and a reporter, if the run has any.
     Raises a CheckpointError if the weights that a resumed run started from are missing."""
     if config.spectrum.interval is None:
         return None
