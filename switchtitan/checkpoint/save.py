@@ -346,13 +346,13 @@ def _write_tensors(
 
 
 @_errors_of_disk()
-def _seal(final: Path, metadata: CheckpointMetadata, of_ranks: list[dict[str, str]]) -> None:
+def _seal(final: Path, metadata: CheckpointMetadata, sums_of_ranks: list[dict[str, str]]) -> None:
     """Writes what describes the tensors' files, and gives the folder its final name."""
     partial = _partial_folder(final)
     text = metadata.model_dump_json(indent=2)
     sums = {METADATA_FILE: hashlib.sha256(text.encode()).hexdigest()}
-    for of_rank in of_ranks:
-        sums |= of_rank
+    for own in sums_of_ranks:
+        sums |= own
     for name, contents in ((METADATA_FILE, text), (SUMS_FILE, sums_text(sums))):
         file = partial / name
         with named_errors(file):

@@ -88,8 +88,8 @@ def _run_gpu(options: argparse.Namespace) -> dict[str, Any]:
         print("compiling: about a minute for each configuration", file=sys.stderr)
     take_steps = partial(record_steps, configs, options.num_ranks)
     found = call_with_gpus([(arch, take_steps) for arch in options.arch])
-    of_archs = dict(zip(options.arch, found, strict=True))
-    steps = {name: {arch: found[name] for arch, found in of_archs.items()} for name in configs}
+    by_arch = dict(zip(options.arch, found, strict=True))
+    steps = {name: {arch: found[name] for arch, found in by_arch.items()} for name in configs}
     lines = []
     for name, by_arch in steps.items():
         for arch, step in by_arch.items():

@@ -188,5 +188,5 @@ def prepare_corpus(config: ComparisonConfig) -> str:
 def _first_runs(config: ComparisonConfig) -> list[Run]:
     """Returns a run of each row, and of each declared value with starting values of other keys."""
     start = {row.name: row.start_values for row in config.rows if row.values}
-    of_axes = [run for key in config.axes for run in _runs_of_axis(config, key, start)]
-    return of_axes + _runs_of_report(config, start)
+    axis_runs = [run for key in config.axes for run in _runs_of_axis(config, key, start)]
+    return axis_runs + _runs_of_report(config, start)

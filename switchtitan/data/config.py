@@ -192,9 +192,9 @@ class DataConfig(SourceConfig):
 
     def source_configs(self) -> "list[DataConfig]":
         """The configuration of each source of a mixture, or this one."""
-        of_sources = [source.model_dump(exclude={"weight"}) for source in self.sources]
-        of_mixture = {"sources": (), "offline_dataset": None}
-        return [self.model_copy(update=keys | of_mixture) for keys in of_sources] or [self]
+        given = [source.model_dump(exclude={"weight"}) for source in self.sources]
+        unused = {"sources": (), "offline_dataset": None}
+        return [self.model_copy(update=keys | unused) for keys in given] or [self]
 
     def fallback_config(self) -> "DataConfig":
         """The configuration to use if the hub cannot be reached."""

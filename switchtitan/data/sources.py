@@ -271,9 +271,9 @@ def _hub(config: "SourceConfig", commit: str | None) -> Source:
         return ("train", "validation") if "validation" in names else ()
 
     identity = {"kind": "hub", "name": name, "config": subset, "split": split}
-    of_subset = "" if subset is None else f", {subset}"
+    subset_name = "" if subset is None else f", {subset}"
     return Source(
-        f"{name}{of_subset}, split {split or 'train'}, {config.column!r}",
+        f"{name}{subset_name}, split {split or 'train'}, {config.column!r}",
         identity | {"text_column": config.column},
         _hub_reader(name, config.column, split or "train", name=subset, revision=commit),
         splits,

@@ -54,7 +54,7 @@ def non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> list[str]
     spoiled = (~is_finite).to(torch.int32)
     if dist.is_initialized():
         dist.all_reduce(spoiled, op=dist.ReduceOp.MAX)
-    names = [name for of_kind in alike.values() for name in of_kind]
+    names = [name for group in alike.values() for name in group]
     found = {name for name, is_spoiled in zip(names, spoiled.tolist(), strict=True) if is_spoiled}
     return [name for name in tensors if name in found]
 

@@ -31,16 +31,16 @@ def _cast_parameters(group: FSDPParamGroup) -> None:
     if group._all_gather_result is None:
         return
     full: list[Tensor] = []
-    of_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
     for parameter in group.fsdp_params:
         shard = parameter._sharded_param_data
         dtype = parameter.param_dtype or shard.dtype
         parameter.init_all_gather_outputs([shard.numel()], [dtype], 1, group.device)
         parameter.alloc_all_gather_outputs()
         full += parameter.all_gather_outputs
-        of_dtype.setdefault(shard.dtype, []).append((full[-1], shard))
+        by_dtype.setdefault(shard.dtype, []).append((full[-1], shard))
     with torch.autograd._unsafe_preserve_version_counter(tuple(full)):
-        for pairs in of_dtype.values():
+        for pairs in by_dtype.values():
             copy_all_(pairs)
     for parameter in group.fsdp_params:
         parameter.init_unsharded_param()

@@ -232,10 +232,10 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         # One kernel, which does not round the product to the narrow dtype before the sum.
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
-        for rows, of_rows in zip(
+        for rows, left_rows in zip(
             total.split(_ROWS_PER_PRODUCT), left.split(_ROWS_PER_PRODUCT), strict=True
         ):
-            rows.add_(of_rows @ right)
+            rows.add_(left_rows @ right)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

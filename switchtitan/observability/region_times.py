@@ -63,9 +63,9 @@ class RegionTimes:
         means = {name: seconds[name] / num_calls[name] for name in OUTSIDE_STEP if num_calls[name]}
         if num_steps := num_calls[STEP]:
             inside = num_calls.keys() - {*OUTSIDE_STEP, STEP}
-            of_step = {name: seconds[name] / num_steps for name in sorted(inside)}
-            of_step["other"] = seconds[STEP] / num_steps
-            means |= of_step | {STEP: sum(of_step.values())}
+            per_step = {name: seconds[name] / num_steps for name in sorted(inside)}
+            per_step["other"] = seconds[STEP] / num_steps
+            means |= per_step | {STEP: sum(per_step.values())}
         return {f"time/{name}_ms": 1000 * mean for name, mean in means.items()}
 
     def _mark(self) -> _Mark:

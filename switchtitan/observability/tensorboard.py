@@ -145,6 +145,6 @@ def read_curves(run: Path) -> dict[str, Curve]:
     metrics = {tag: metric for metric, tag in FIRST_CARDS.items()}
     points = {metrics.get(tag, tag): events.Scalars(tag) for tag in tags}
     return {
-        metric: ([point.step for point in of_metric], [point.value for point in of_metric])
-        for metric, of_metric in points.items()
+        metric: ([point.step for point in series], [point.value for point in series])
+        for metric, series in points.items()
     }

@@ -46,17 +46,17 @@ def trained_parameters(model: LanguageModel, targeted: Collection[str]) -> list[
     """
     prefixes, head = tuple(f"{block}." for block in model.blocks()), model.output_head()
     # A tied head has no parameter of its own.
-    of_head = set() if head is None else set(head.parameters())
+    in_head = set() if head is None else set(head.parameters())
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    of_embeddings = {parameter for module in embeddings for parameter in module.parameters()}
+    in_embeddings = {parameter for module in embeddings for parameter in module.parameters()}
     return [
         TrainedParameter(
             name,
             parameter,
             is_other=name not in targeted,
             is_in_block=name.startswith(prefixes),
-            is_head=parameter in of_head and parameter not in of_embeddings,
-            input_dim=0 if parameter in of_embeddings else 1,
+            is_head=parameter in in_head and parameter not in in_embeddings,
+            input_dim=0 if parameter in in_embeddings else 1,
             compute_dtype=model.compute_dtype,
         )
         for name, parameter in model.named_parameters()

@@ -124,9 +124,9 @@ def build_scale(
             '[optimizer] name = "scale": keeps momentum for the head alone, and the model names no '
             "head with a weight of its own (LanguageModel.output_head); choose another optimizer"
         )
-    of_vectors = config
+    vector_config = config
     if config.vector_lr is not None:
-        of_vectors = config.model_copy(update={"lr": config.vector_lr, "other_lr": None})
+        vector_config = config.model_copy(update={"lr": config.vector_lr, "other_lr": None})
     vectors = [entry for entry in trained if entry.parameter.ndim != 2]
     # Metrics are those of the last part.
-    return SplitOptimizer([AdamW(of_vectors, vectors), Scale(config, matrices)])
+    return SplitOptimizer([AdamW(vector_config, vectors), Scale(config, matrices)])

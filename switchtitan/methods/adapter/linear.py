@@ -154,8 +154,8 @@ def without_update(
     result = torch.empty_like(weight)
     for block in split_blocks((lora_b.shape[1], lora_a.shape[1]), rows):
         own = slice(block.start - rows.start, block.stop - rows.start)
-        of_b = take(lora_b.t(), block)
-        torch.addmm(weight[own], of_b, lora_a, alpha=-scale, out=result[own])
+        columns = take(lora_b.t(), block)
+        torch.addmm(weight[own], columns, lora_a, alpha=-scale, out=result[own])
     return result
 
 

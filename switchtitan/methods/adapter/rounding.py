@@ -52,14 +52,14 @@ class FrozenWeights:
             # Filled on the device: a copy from the host would synchronize.
             number = torch.full((), event, dtype=torch.int32, device=self._keys.device)
             keys = splitmix32(self._keys, number).unbind()
-        for index, of_a, of_b in products:
+        for index, lora_a, lora_b in products:
             weight, scale = self._weights[index]
             held = weight.held
-            own_b = of_b[:, held.start : held.stop].t()
+            own_b = lora_b[:, held.start : held.stop].t()
             if not keys:
-                weight.shard.addmm_(own_b, of_a, alpha=scale)
+                weight.shard.addmm_(own_b, lora_a, alpha=scale)
             elif held:
-                update = own_b @ of_a
+                update = own_b @ lora_a
                 self._add(weight.shard, update, keys[index], first_row=held.start, scale=scale)
 
     def replicated(self) -> dict[str, Tensor]:

@@ -73,9 +73,9 @@ class DrawnCandidates(Candidates):
         owners = np.array([(switch.layer, factor) for switch, factor in pairs])  # indices of tables
         counts = np.array([switch.num_vectors for switch, _ in pairs])
         widths = self._widths[tuple(owners.T)]
-        of_vector = tuple(torch.from_numpy(owners.repeat(counts, axis=0).T))
-        keys = splitmix64(self._keys[of_vector], torch.tensor(slots))
-        bounds, device = self._bounds[of_vector], self._like.device
+        owner = tuple(torch.from_numpy(owners.repeat(counts, axis=0).T))
+        keys = splitmix64(self._keys[owner], torch.tensor(slots))
+        bounds, device = self._bounds[owner], self._like.device
         vectors = draw_of_widths(keys, bounds, widths.repeat(counts), device)
         return cut(vectors.to(self._like.dtype), zip(counts.tolist(), widths.tolist(), strict=True))
 
@@ -172,6 +172,6 @@ def draw_of_widths(
     # Advanced so that the index `start` draws a vector's element 0.
     keys = advance64(keys, torch.from_numpy(-starts))
     table = to_device(torch.stack([keys, torch.from_numpy(widths)]), device)
-    of_element = torch.repeat_interleave(table[1], output_size=int(widths.sum()))
-    bits = splitmix64(table[0][of_element], torch.arange(len(of_element), device=device))
-    return as_uniform(bits) * to_device(bounds, device)[of_element]
+    vector = torch.repeat_interleave(table[1], output_size=int(widths.sum()))
+    bits = splitmix64(table[0][vector], torch.arange(len(vector), device=device))
+    return as_uniform(bits) * to_device(bounds, device)[vector]

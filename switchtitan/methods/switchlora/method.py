@@ -114,15 +114,15 @@ class SwitchLora(AdapterMethod[SwitchLoraConfig]):
 
     def candidates_of(self, layers: Mapping[str, AdapterLinear]) -> Candidates:
         """Returns the candidates of these layers, by qualified name."""
-        of_layers = list(layers.values())
+        modules = list(layers.values())
         if self.config.candidates == "swap":
             is_on_host = self.config.candidates_device == "host"
-            return (HostCandidates if is_on_host else StoredCandidates)(of_layers)
+            return (HostCandidates if is_on_host else StoredCandidates)(modules)
         keys = [
             [generator_for(self.seed, f"{name}.{factor}").initial_seed() for factor in FACTORS]
             for name in layers
         ]
-        return DrawnCandidates(of_layers, torch.tensor(keys))
+        return DrawnCandidates(modules, torch.tensor(keys))
 
 
 class SwitchLoraOptimizer(SplitOptimizer):

@@ -228,8 +228,8 @@ class Plan:
 
     def is_frozen(self) -> np.ndarray:
         """Returns which vectors the last step does not update, [2, layers, rank] bool."""
-        of_counterparts = self.last_switched[::-1]
-        return self.step - 1 - of_counterparts < self.config.freeze_steps
+        counterparts = self.last_switched[::-1]
+        return self.step - 1 - counterparts < self.config.freeze_steps
 
     def num_updates(self) -> np.ndarray:
         """Returns the steps since each vector's state was reset, the last step and those in which
@@ -245,9 +245,9 @@ class Plan:
         return vector_spans(self._last_resets() == self.step - 1)
 
     def _last_resets(self) -> np.ndarray:
-        of_counterparts = self.last_switched[::-1]
+        counterparts = self.last_switched[::-1]
         is_both = self.config.reset_moments == "both"
-        return np.maximum(of_counterparts, self.last_switched) if is_both else of_counterparts
+        return np.maximum(counterparts, self.last_switched) if is_both else counterparts
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns `switch.step`, `switch.num_switched` and `switch.last_switched`."""

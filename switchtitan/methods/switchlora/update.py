@@ -36,12 +36,12 @@ class Factors:
 
     def groups(self, size: int) -> list[list[int]]:
         """Returns indices of up to `size` factors of one width each."""
-        of_width: dict[int, list[int]] = {}
+        by_width: dict[int, list[int]] = {}
         for factor, parameter in enumerate(self.parameters):
-            of_width.setdefault(parameter.shape[1], []).append(factor)
+            by_width.setdefault(parameter.shape[1], []).append(factor)
         return [
             factors[first : first + size]
-            for factors in of_width.values()
+            for factors in by_width.values()
             for first in range(0, len(factors), size)
         ]
 
@@ -99,9 +99,9 @@ class VectorAdamW(GroupedOptimizer):
             return
         tables = *self._shards, local_shards(self._factors.gradients())
         coefficients = self._coefficients().split([len(group) for group in self._groups])
-        for group, of_group in zip(self._groups, coefficients, strict=True):
+        for group, rows in zip(self._groups, coefficients, strict=True):
             own = ([table[factor] for factor in group] for table in tables)
-            self._update(*own, coefficients=of_group, betas=self._adam.betas)
+            self._update(*own, coefficients=rows, betas=self._adam.betas)
 
     def _coefficients(self) -> Tensor:
         """Returns mask, decay, step size and epsilon of each local vector, [factors, 4, held, 1],

@@ -206,15 +206,15 @@ class LlamaFamilyConfig(ModelConfig):
             return None
         max_positions = max(seq_len, self.max_positions or 0)
         keys = {"init_std": self.init_std, "max_positions": max_positions, **self.architecture()}
-        of_class: dict[str, object] = {
+        keys_of_class: dict[str, object] = {
             "architectures": [self.huggingface_class],
             "model_type": self.name,
         }
         if self.name == "llama" and self.sizes.hidden_size % self.sizes.num_heads:
             # transformers' LLaMA refuses such sizes, and its Mistral is the same model.
-            of_class = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-            of_class["sliding_window"] = None
-        return write_config(keys) | of_class
+            keys_of_class = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+            keys_of_class["sliding_window"] = None
+        return write_config(keys) | keys_of_class
 
     def weight_copies(self) -> dict[str, str]:
         """See `ModelConfig`."""

@@ -178,8 +178,8 @@ class Llama(LanguageModel):
         for the causal mask, so that MFU is comparable with published figures.
         """
         config = self.config
-        of_attention = 12 * config.sizes.num_layers * config.q_size * seq_len
-        return 6 * self._num_multiplied + of_attention
+        attention = 12 * config.sizes.num_layers * config.q_size * seq_len
+        return 6 * self._num_multiplied + attention
 
 
 def _apply_together(hidden: Tensor, first: nn.Module, *others: nn.Module) -> tuple[Tensor, ...]:
