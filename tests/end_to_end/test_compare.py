@@ -24,17 +24,12 @@ SHORT = {
     "[checkpoint]\ninterval = 20": "[checkpoint]\ninterval = 5",
     "interval = 20\ntokens": "interval = 5\ntokens",
 }
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def compare(file, *words):
     """Starts a comparison in its folder."""
-    return started(
-        [sys.executable, "-m", "switchtitan", "compare", str(file), *words],
-        file.parent / "output.txt",
-        cwd=file.parent,
-        env=ENVIRONMENT,
-    )
+    command = [sys.executable, "-m", "switchtitan", "compare", str(file), *words]
+    return started(command, file.parent / "output.txt", cwd=file.parent)
 
 
 def finished(folder):

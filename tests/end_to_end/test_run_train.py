@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from support.long_form import IS_LONG
-from support.ranks import free_port
 from support.sessions import started
 from support.tiny import tiny_toml
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART_RESULTS = "outputs/llama_quickstart_switchlora/results.json"
@@ -84,7 +84,7 @@ def test_two_nodes_with_separate_corpora_train_as_one_run(environment, tmp_path)
     """Both prepare: the path is relative, and the nodes have different folders."""
     together = ("--data.cache_dir", "corpora", "--job.output_dir", str(tmp_path / "together"))
     command = [SCRIPT, "--config", str(write_config(tmp_path)), *together]
-    meet = environment | {"NNODES": "2", "RDZV_ENDPOINT": f"localhost:{free_port()}"}
+    meet = environment | {"NNODES": "2", "RDZV_ENDPOINT": f"localhost:{get_free_port()}"}
     folders = [tmp_path / "node-0", tmp_path / "node-1"]
     for folder in folders:
         folder.mkdir()

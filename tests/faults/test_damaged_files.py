@@ -9,17 +9,15 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import torch
 from safetensors.torch import save_file
 from support.checkpoints import tensor_checksums
 from support.commands import run
-from support.folders import contents
+from support.folders import contents, random_weights
 from support.fuzzing import flip_bit
 from support.long_form import IS_LONG, new_draw
 from support.tiny import tiny_toml
 
 from switchtitan.checkpoint.load import verify
-from switchtitan.hub.huggingface import parameter_shapes
 from switchtitan.job.config import parse_arguments
 
 NUM_STEPS, INTERVAL = 8, 4
@@ -27,9 +25,10 @@ NUM_STEPS, INTERVAL = 8, 4
 END = NUM_STEPS + INTERVAL
 NEWEST, PREVIOUS = f"step-{NUM_STEPS:09d}", f"step-{NUM_STEPS - INTERVAL:09d}"
 CHECKPOINT_FILES = ("metadata.json", "SHA256SUMS", "__0_0.distcp", ".metadata")
-IN_NEWEST = {f"newest: {name}": f"run/checkpoints/{NEWEST}/{name}" for name in CHECKPOINT_FILES}
-IN_PREVIOUS = {
-    f"previous: {name}": f"run/checkpoints/{PREVIOUS}/{name}" for name in CHECKPOINT_FILES
+SAVED = {
+    f"{kind}: {name}": f"run/checkpoints/{step}/{name}"
+    for kind, step in (("newest", NEWEST), ("previous", PREVIOUS))
+    for name in CHECKPOINT_FILES
 }
 READ = {
     "corpus: index.json": "corpora/pystdlib-*/index.json",
@@ -47,7 +46,7 @@ NEVER_READ = {
     "train.log": "run/train.log",
 }
 """By a run that trains on: later files are written next to them."""
-FILES = IN_NEWEST | IN_PREVIOUS | READ | NEVER_READ
+FILES = SAVED | READ | NEVER_READ
 """Kind of a file -> its place in the run's home."""
 SHORT = ("newest: __0_0.distcp", "corpus: training tokens", "initial weights", "results.json")
 STARTS = {
@@ -84,13 +83,8 @@ def make_run(home, seed, max_bytes):
         "[job]": f"[spectrum]\ninterval = {INTERVAL}\n[job]\nseed = {seed}",
     }
     (home / "run.toml").write_text(tiny_toml(home, "switchlora", changes))
-    generator = torch.Generator().manual_seed(seed)
-    shapes = parameter_shapes(parse_arguments(["--config", str(home / "run.toml")]).model)
-    weights = {
-        name: 0.02 * torch.randn(shape, generator=generator) + (len(shape) == 1)
-        for name, shape in shapes.items()
-    }
-    save_file(weights, home / "weights.safetensors")
+    model = parse_arguments(["--config", str(home / "run.toml")]).model
+    save_file(random_weights(model, seed), home / "weights.safetensors")
     assert train(home, NUM_STEPS).status == 0
 
 
@@ -155,7 +149,7 @@ def damages_of(kind, runs):
     """Each way to damage a kind of file, by name."""
     pattern = FILES[kind]
     others = {"swapped with another run's": place(runs.other, pattern).read_bytes()}
-    if kind in IN_NEWEST or kind in IN_PREVIOUS:
+    if kind in SAVED:
         swapped = {NEWEST: PREVIOUS, PREVIOUS: NEWEST}
         sibling = "/".join(swapped.get(part, part) for part in pattern.split("/"))
         others["swapped with another step's"] = place(runs.pristine, sibling).read_bytes()
@@ -164,10 +158,8 @@ def damages_of(kind, runs):
 
 
 def expected_outcome(kind, name):
-    if kind in IN_NEWEST:
-        return "previous"
-    if kind in IN_PREVIOUS or kind in NEVER_READ:
-        return "harmless"
+    if kind in SAVED or kind in NEVER_READ:
+        return "previous" if kind.startswith("newest") else "harmless"
     if (kind, name) == ("corpus: checksum of the index", "deleted"):
         return "harmless"  # as in a corpus of version 0.2.0
     return "refused"

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.folders import reader_of
+from support.folders import random_weights, reader_of, with_header
 from support.fuzzing import EXTREME_NUMBERS, STRANGE_STRINGS, fuzz, mutate_bytes, mutate_json
 from support.long_form import IS_LONG, num_cases
 from support.tiny import METHOD_KEYS, tiny_config, tiny_toml
@@ -49,10 +49,6 @@ def damage_one_of(folder, change):
     return damage
 
 
-def change_bytes(name, data, draw):
-    return mutate_bytes(data, draw)
-
-
 def change_json(name, data, draw):
     """Changes values of JSON, rarely bytes of it; bytes of other files."""
     if not name.endswith(".json") or draw.random() < 0.2:
@@ -90,19 +86,11 @@ def configuration(folder):
 # Weights.
 
 
-def random_weights(model):
-    generator = torch.Generator().manual_seed(1)
-    shapes = parameter_shapes(model)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
 def change_safetensors(name, valid, draw):
     """Changes bytes or the header's values."""
     if not name.endswith(".safetensors") or draw.random() < 0.4:
         return change_json(name, valid, draw)
-    length = int.from_bytes(valid[:8], "little")
-    changed = mutate_json(json.loads(valid[8 : 8 + length]), draw).encode()
-    return len(changed).to_bytes(8, "little") + changed + valid[8 + length :]
+    return with_header(valid, lambda header: mutate_json(header, draw))
 
 
 def hugging_face_folder(folder):
@@ -134,10 +122,6 @@ def tokenizer(folder):
 # Sources of documents and of tokens.
 
 
-def write_text(folder):
-    (folder / "a.txt").write_bytes("".join(DOCUMENTS).encode())
-
-
 def write_parquet(folder):
     import pyarrow
     import pyarrow.parquet
@@ -146,17 +130,13 @@ def write_parquet(folder):
     pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=8)
 
 
-def write_lines_as(suffix):
-    return lambda folder: write_json_lines(folder / f"a.{suffix}", DOCUMENTS)
-
-
 IDS = [[4 + number % 5] * (1 + number % 7) for number in range(60)]
 TOKENIZER = SimpleNamespace(vocab_size=10, eos_id=3, dtype="uint16")
 SOURCES = {
-    "text": write_text,
-    "jsonl": write_lines_as("jsonl"),
-    "jsonl, gz": write_lines_as("json.gz"),
-    "jsonl, zst": write_lines_as("jsonl.zst"),
+    "text": lambda folder: (folder / "a.txt").write_bytes("".join(DOCUMENTS).encode()),
+    "jsonl": lambda folder: write_json_lines(folder / "a.jsonl", DOCUMENTS),
+    "jsonl, gz": lambda folder: write_json_lines(folder / "a.json.gz", DOCUMENTS),
+    "jsonl, zst": lambda folder: write_json_lines(folder / "a.jsonl.zst", DOCUMENTS),
     "parquet": write_parquet,
     "nanogpt": lambda folder: write_nanogpt(folder / "a.bin", IDS, 3),
 }
@@ -175,7 +155,7 @@ def source(name):
                 for document in chunk.documents:
                     assert isinstance(document, str) or 0 <= document.min() <= document.max() < 10
 
-        return damage_one_of(folder, change_bytes), read
+        return damage_one_of(folder, lambda name, data, draw: mutate_bytes(data, draw)), read
 
     return target
 

@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import shutil
-import struct
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import torch
 from support.checkpoints import rewrite_index, rewrite_metadata, update_checksums
 from support.commands import run
-from support.folders import contents, reader_of
+from support.folders import change_json, contents, random_weights, reader_of, with_header
 from support.fuzzing import limited_cpu_time
 from support.preparation import write_documents
 from support.tiny import tiny_config, tiny_trainer
@@ -28,7 +27,6 @@ from switchtitan.checkpoint.load import read_metadata
 from switchtitan.data.corpus import CorpusIndex, fingerprint_of
 from switchtitan.data.prepare import open_corpus
 from switchtitan.hub.export_folder import export_dense
-from switchtitan.hub.huggingface import parameter_shapes
 
 
 class Payload:
@@ -67,9 +65,7 @@ def home(corpora):
     trainer.stepper.close()
     model = tiny_config(folder, "full_rank").model
     next(folder.glob("full_rank-*.toml")).rename(folder / "run.toml")
-    generator = torch.Generator().manual_seed(1)
-    shapes = parameter_shapes(model)
-    read = reader_of({name: torch.randn(shapes[name], generator=generator) for name in shapes})
+    read = reader_of(random_weights(model))
     export_dense(read, model, folder / "hf", torch.float32)
     export_dense(read, model, folder / "sharded", torch.float32, max_shard_bytes=20_000)
     return folder
@@ -102,16 +98,19 @@ def checkpoint(home, tmp_path):
     return Given(folder, "evaluate", folder)
 
 
+def given_model(home, name, tmp_path):
+    folder = shutil.copytree(home / name, tmp_path / name)
+    return Given(folder, "evaluate", folder, "--config", home / "run.toml")
+
+
 @pytest.fixture
 def weights(home, tmp_path):
-    folder = shutil.copytree(home / "hf", tmp_path / "weights")
-    return Given(folder, "evaluate", folder, "--config", home / "run.toml")
+    return given_model(home, "hf", tmp_path)
 
 
 @pytest.fixture
 def shards(home, tmp_path):
-    folder = shutil.copytree(home / "sharded", tmp_path / "shards")
-    return Given(folder, "evaluate", folder, "--config", home / "run.toml")
+    return given_model(home, "sharded", tmp_path)
 
 
 @pytest.fixture
@@ -223,9 +222,8 @@ def name_in_corpus(corpus, name):
 
 def name_in_shards(shards, name):
     file = shards / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    index["weight_map"] = dict.fromkeys(index["weight_map"], name)
-    file.write_text(json.dumps(index))
+    names = json.loads(file.read_text())["weight_map"]
+    change_json(file, {"weight_map": dict.fromkeys(names, name)})
 
 
 def name_in_checkpoint(checkpoint, name):
@@ -295,17 +293,16 @@ def test_a_stopped_preparation_with_links_writes_nothing_outside(corpus, tmp_pat
 
 def set_length_of_header(weights, length):
     file = weights / "model.safetensors"
-    file.write_bytes(struct.pack("<Q", length) + file.read_bytes()[8:])
+    file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
 
 
 def set_shape_in_header(weights, shape):
+    def change(header):
+        header["model.norm.weight"]["shape"] = shape
+        return json.dumps(header)
+
     file = weights / "model.safetensors"
-    data = file.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    header["model.norm.weight"]["shape"] = shape
-    text = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    file.write_bytes(with_header(file.read_bytes(), change))
 
 
 def set_shape_in_index(checkpoint, shape):

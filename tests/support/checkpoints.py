@@ -46,23 +46,16 @@ def make_checkpointer(folder, latest=None, **config):
     )
 
 
-def checksums(checkpoint):
-    """The contents of `SHA256SUMS`, by file name."""
-    lines = (checkpoint / SUMS).read_text().splitlines()
-    return {name: digest for digest, name in (line.split("  ") for line in lines)}
-
-
 def tensor_checksums(checkpoint):
-    """The checksums of the files with tensors: equal for equal tensors."""
-    return {name: digest for name, digest in checksums(checkpoint).items() if "distcp" in name}
+    """Names and checksums of the files with tensors: equal for equal tensors."""
+    return [line for line in (checkpoint / SUMS).read_text().splitlines() if "distcp" in line]
 
 
 def update_checksums(checkpoint):
     """Updates `SHA256SUMS` after a change of other files."""
-    names = sorted(file.name for file in checkpoint.iterdir() if file.name != SUMS)
-    digests = (hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in names)
-    lines = (f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True))
-    (checkpoint / SUMS).write_text("".join(lines))
+    files = sorted(file for file in checkpoint.iterdir() if file.name != SUMS)
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    (checkpoint / SUMS).write_text("".join(f"{sum}  {name}\n" for name, sum in digests.items()))
 
 
 def rewrite_metadata(checkpoint, change):

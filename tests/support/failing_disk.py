@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,18 +62,6 @@ def build(folder):
         check=True,
     )
     return library
-
-
-@contextmanager
-def folder_in_memory():
-    """Yields a folder for many saves: a flush to a disk takes longer than the rest of a small one.
-
-    On the system's disk if there is no file system in memory.
-    """
-    memory = Path("/dev/shm")
-    is_usable = memory.is_dir() and os.access(memory, os.W_OK)
-    with tempfile.TemporaryDirectory(dir=memory if is_usable else None) as folder:
-        yield Path(folder)
 
 
 def call_preloaded(library, function, *args):

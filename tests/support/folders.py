@@ -4,6 +4,8 @@ import json
 
 import torch
 
+from switchtitan.hub.huggingface import parameter_shapes
+
 _SHAPES = {
     "vocab_size": 1000,
     "hidden_size": 54,
@@ -60,9 +62,25 @@ def save_random_model(kind, folder, max_shard_size="5GB", **settings):
     return folder
 
 
+def random_weights(model, seed=1):
+    """Weights of a model's configuration, by name; norms are near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: 0.02 * torch.randn(shape, generator=generator) + (len(shape) == 1)
+        for name, shape in parameter_shapes(model).items()
+    }
+
+
 def reader_of(tensors):
     """Returns what reads weights in memory by their names, to export them."""
     return lambda names: {name: tensors[name] for name in names}
+
+
+def with_header(data, change):
+    """A file of safetensors whose header is the JSON that `change` makes of its values."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = change(json.loads(data[8:end])).encode()
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def change_json(file, changes):

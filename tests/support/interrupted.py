@@ -60,18 +60,17 @@ class Interrupt:
 
 def random_interrupt(source, phase, num_ranks, is_killed):
     """Returns a random moment of a phase at which a run is killed, or told to stop."""
-    _, _, longest_s = PHASES[phase]
-    delay_s = source.uniform(0, longest_s)
-    if not is_killed:
+    delay_s = source.uniform(0, PHASES[phase][2])
+    if is_killed:
+        calls = {"training": 8, "save": 3, "pruning": 2}
+        is_of_main_rank = phase in ("preparation", "pruning")
+        rank, number = 0 if is_of_main_rank else source.randrange(num_ranks), signal.SIGKILL
+    else:
         calls = {"training": 5, "evaluation": 2}
-        # The evaluation before the first step is a part of the start.
-        call = source.randint(1, calls.get(phase, 1)) + (phase == "evaluation")
-        rank = source.choice([None, *range(num_ranks)])
-        return Interrupt(phase, call, delay_s, rank, source.choice(STOPS))
-    calls = {"training": 8, "save": 3, "pruning": 2}
-    is_of_main_rank = phase in ("preparation", "pruning")
-    rank = 0 if is_of_main_rank else source.randrange(num_ranks)
-    return Interrupt(phase, source.randint(1, calls.get(phase, 1)), delay_s, rank)
+        rank, number = source.choice([None, *range(num_ranks)]), source.choice(STOPS)
+    # The evaluation before the first step is a part of the start.
+    call = source.randint(1, calls.get(phase, 1)) + (phase == "evaluation")
+    return Interrupt(phase, call, delay_s, rank, number)
 
 
 def arguments(folder, cache_dir, is_async):
@@ -218,4 +217,4 @@ def launched(folder, cache_dir, *keys):
     script = folder / "program.py"
     script.write_text(PROGRAM)
     command = [sys.executable, *LAUNCH, str(script), *own, *keys]
-    return started(command, folder / "output.txt", env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return started(command, folder / "output.txt")

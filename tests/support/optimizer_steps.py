@@ -20,19 +20,19 @@ SCALED_TREATED = ("layers.0.proj.weight", "layers.0.proj.lora_b")
 
 
 def draw(shapes, step):
-    """Returns a step's gradients; `shapes` are by the parameter's name."""
+    """Returns a step's gradients by the parameter's name, as `shapes` are."""
     generator = torch.Generator().manual_seed(step)
-    return [torch.randn(shape, generator=generator) for shape in shapes.values()]
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def parameters(shapes, mesh=None):
-    values = zip(shapes, draw(shapes, 1000), strict=True)
+    values = draw(shapes, 1000).items()
     return {name: nn.Parameter(placed(value, mesh)) for name, value in values}
 
 
 def give_gradients(named, shapes, step, mesh=None):
     """Gives the parameters a step's gradients; returns them in full."""
-    gradients = dict(zip(shapes, draw(shapes, step), strict=True))
+    gradients = draw(shapes, step)
     for name, parameter in named.items():
         parameter.grad = placed(gradients[name].clone(), mesh)
     return gradients

@@ -2,7 +2,6 @@
 
 import faulthandler
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from support.compiled import choose_backend
 from switchtitan.distributed.world import stop_world
@@ -92,7 +92,7 @@ def started_ranks(num_ranks, target, *args):
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    environ = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
+    environ = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(get_free_port()))
     ranks = [
         context.Process(target=target, args=(rank, num_ranks, environ, *args))
         for rank in range(num_ranks)
@@ -156,12 +156,6 @@ def _run_all(run_rank, num_ranks, function, args, timeout_s):
         assert codes == [0] * num_ranks, "\n".join(
             [*errors, f"exit codes {codes}: -9 is a rank that waited or hung for {timeout_s} s"]
         )
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 def _run_rank(rank, num_ranks, environ, folder, function, args):

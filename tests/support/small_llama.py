@@ -80,6 +80,28 @@ def transformers_llama(config):
     )
 
 
+def check_like_transformers(model, other, tokens, renamed=str):
+    """The model of transformers, with the same weights, has the same logits and gradients.
+
+    Args:
+        renamed: gives the other model's name of a weight. Loading is strict.
+    """
+    weights = {renamed(name): weight for name, weight in model.state_dict().items()}
+    other.load_state_dict(weights, strict=True)
+    logits, expected = (
+        model(tokens, torch.zeros_like(tokens, dtype=torch.int32)),
+        other(tokens).logits,
+    )
+    # fp32 rounding; sums run in another order.
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
+    (logits * direction).sum().backward()
+    (expected * direction).sum().backward()
+    for name, parameter in model.named_parameters():
+        grad = other.get_parameter(renamed(name)).grad
+        assert (parameter.grad - grad).norm() < 1e-5 * grad.norm(), name
+
+
 def draw_batch(step):
     return torch.randint(VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(step))
 

@@ -45,17 +45,19 @@ def flat(spans):
 
 
 def build_layer(out_features, in_features, rank, scale, dtype, seed=0):
-    """A layer with balanced initial candidates and a random weight of variance 1 / in."""
+    """A layer with balanced initial candidates."""
     bounds = balanced_bounds(out_features, in_features, rank)
     layer = SwitchLoraLinear(in_features, out_features, rank, scale, bounds)
     layer.store_candidates(on_host=False)
-    weight = (
-        torch.randn(out_features, in_features, generator=generator_for(seed, "weight"))
-        / in_features**0.5
-    )
-    values = initial_tensors(layer, weight, partial(generator_for, seed))
-    layer.load_state_dict(values)
-    return layer.to(dtype)
+    return filled(layer, seed).to(dtype)
+
+
+def filled(layer, seed):
+    """The layer with the values at its start from a random weight of variance 1 / in."""
+    shape = layer.plain_shape
+    weight = torch.randn(shape, generator=generator_for(seed, "weight")) / shape[1] ** 0.5
+    layer.load_state_dict(initial_tensors(layer, weight, partial(generator_for, seed)))
+    return layer
 
 
 def build_rule(keys, layers, plan=None, compile_step=False):
@@ -104,9 +106,7 @@ def _build_switching(shapes, device, **keys):
     method, layers = SwitchLora(config, 500, 4), {}
     for index, (out, in_) in enumerate(shapes):
         name = f"layer{index}"
-        layer = method.build_layer(name, nn.Linear(in_, out, bias=False))
-        weight = torch.randn(out, in_, generator=generator_for(index, "weight")) / in_**0.5
-        layer.load_state_dict(initial_tensors(layer, weight, partial(generator_for, index)))
+        layer = filled(method.build_layer(name, nn.Linear(in_, out, bias=False)), index)
         layers[name] = layer.to(device)
         for buffer in layer.host_buffers:
             setattr(layer, buffer, layer.get_buffer(buffer).cpu())
@@ -149,13 +149,6 @@ def freeze_steps_left(state, freeze_steps):
 def vector_steps(optimizer):
     """Steps since each vector's reset, [2, layers, rank]."""
     return torch.from_numpy(optimizer._plan.num_updates().copy())
-
-
-def set_gradients(layers, value):
-    """The same gradient for every element of every factor."""
-    for layer in layers:
-        for factor in (layer.lora_a, layer.lora_b):
-            factor.grad = torch.full_like(factor, value)
 
 
 def effective_weight(layer):

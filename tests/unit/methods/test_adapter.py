@@ -29,17 +29,17 @@ OUT, IN, RANK, SCALE = 7, 5, 3, 0.37
 BOUNDS = (0.4, 0.0)
 
 
-@torch.no_grad()
-def build_layer(**settings):
-    layer = AdapterLinear(IN, OUT, RANK, SCALE, BOUNDS, **settings).double()
-    for seed, parameter in enumerate(layer.parameters()):
-        parameter.copy_(draw64(*parameter.shape, seed=seed))
+def drawn(layer, first_seed=0):
+    """The layer with other values, in float64."""
+    for seed, parameter in enumerate(layer.double().parameters(), first_seed):
+        parameter.data.copy_(draw64(*parameter.shape, seed=seed))
     return layer
 
 
 def test_dropout_acts_in_training_on_the_way_into_the_factors_alone():
     dropout = 0.4
-    layer, x = build_layer(bias=True, dropout=dropout), draw64(9, IN)
+    layer = drawn(AdapterLinear(IN, OUT, RANK, SCALE, BOUNDS, bias=True, dropout=dropout))
+    x = draw64(9, IN)
     torch.manual_seed(5)
     dropped = layer(x)
     torch.manual_seed(5)
@@ -82,24 +82,19 @@ def test_the_contraction_is_the_one_that_the_configuration_names(name):
 
 def test_layers_of_one_input_compute_together_what_they_compute_apart():
     config = LoraConfig(rank=5, alpha=3, contraction="merged")
-    shapes = [(30, 12), (8, 12), (9, 12)]
     layers = [
-        Lora(config, 10, 0).build_layer("layer", nn.Linear(in_, out)).double()
-        for out, in_ in shapes
+        drawn(Lora(config, 10, 0).build_layer("layer", nn.Linear(12, out)), 10 * out)
+        for out in (30, 8, 9)
     ]
-    tensors = [draw64(4, 12, seed=9).double().requires_grad_()]
-    for number, layer in enumerate(layers):
-        for seed, parameter in enumerate(layer.parameters(), start=10 * number):
-            parameter.data.copy_(draw64(*parameter.shape, seed=seed))
-        tensors += [layer.lora_a, layer.lora_b, layer.bias]
-    x = tensors[0]
+    x = draw64(4, 12, seed=9).requires_grad_()
+    tensors = [x, *(part for layer in layers for part in (layer.lora_a, layer.lora_b, layer.bias))]
     together = layers[0].forward_together(x, layers[1:])
     apart = [
         F.linear(x, layer.weight + layer.scale * layer.lora_b.T @ layer.lora_a, layer.bias)
         for layer in layers
     ]
     torch.testing.assert_close(list(together), apart)
-    grads = [draw64(*out.shape, seed=3).double() for out in apart]
+    grads = [draw64(*out.shape, seed=3) for out in apart]
     torch.testing.assert_close(
         torch.autograd.grad(together, tensors, grads), torch.autograd.grad(apart, tensors, grads)
     )
@@ -109,7 +104,8 @@ def test_layers_of_one_input_compute_together_what_they_compute_apart():
 LARGE = (90, 70, 30)
 
 
-def tensors_within(bounds, out=LARGE[0], in_=LARGE[1], rank=LARGE[2]):
+def tensors_within(bounds):
+    out, in_, rank = LARGE
     weight = draw64(out, in_, seed=0).float()
     layer = AdapterLinear(in_, out, rank, SCALE, bounds(out, in_, rank))
     return weight, initial_tensors(layer, weight.clone(), lambda name: generator_for(3, name))

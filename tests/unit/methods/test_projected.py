@@ -121,10 +121,9 @@ class ApolloReference(Reference):
 
 
 REFERENCES = {
-    "galore": GaloreReference,
-    "fira": FiraReference,
-    "apollo": ApolloReference,
-    "apollo_mini": ApolloReference,
+    GaloreConfig: GaloreReference,
+    FiraConfig: FiraReference,
+    ApolloConfig: ApolloReference,
 }
 
 
@@ -137,7 +136,7 @@ def test_every_orientation_equals_the_reference_in_every_step(method, compile_st
     config, model = CONFIGS[method], draw_model()
     optimizer = build(model, config, compile_step=compile_step)
     references = [
-        REFERENCES[method](f"{name}.weight", model.get_parameter(f"{name}.weight"), config)
+        REFERENCES[type(config)](f"{name}.weight", model.get_parameter(f"{name}.weight"), config)
         for name in TARGETS
     ]
     num_limited = 0

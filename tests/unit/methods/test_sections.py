@@ -23,8 +23,6 @@ from switchtitan.optim.torch_optimizer import SGDConfig
          ("interval = 9", "switches_per_vector = 2")),
         ("switchlora", "method.interval 40 method.switches_per_vector 12",
          ("switches_per_vector = 12", "at least 4,")),
-        ("switchlora", "method.interval 1.5 method.freeze_steps 0",
-         ("interval = 1.5", "at least 2,")),
         ("switchlora", "method.interval 6 method.freeze_steps 4", ("interval = 6", "at least 8,")),
         ("lora", "method.targets qproj", ("'qproj'", "up_proj")),
         ("lora", "model.name cola model.rank 5", ("rank = 6", "factor_a", "at most 4")),

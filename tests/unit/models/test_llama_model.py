@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from support.small_llama import transformers_llama
+from support.small_llama import check_like_transformers, transformers_llama
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,13 +38,6 @@ def build(**overrides):
     return model
 
 
-def huggingface_model(model):
-    """The same model with the same weights; loading is strict, so names are equal."""
-    other = transformers_llama(model.config)
-    other.load_state_dict(model.state_dict(), strict=True)
-    return other
-
-
 def draw_tokens(batch, seq, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCABULARY, (batch, seq), generator=generator)
@@ -54,24 +47,15 @@ def draw_tokens(batch, seq, seed=0):
 @pytest.mark.parametrize("overrides", [MULTI_HEAD, GROUPED])
 def test_logits_and_gradients_equal_those_of_transformers(overrides):
     model = build(**overrides)
-    other = huggingface_model(model)
-    tokens, document_ids = draw_tokens(2, 17)
-    logits, other_logits = model(tokens, document_ids), other(input_ids=tokens).logits
-    torch.testing.assert_close(logits, other_logits, atol=1e-5, rtol=1e-5)
-    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
-    (logits * direction).sum().backward()
-    (other_logits * direction).sum().backward()
-    for name, parameter in model.named_parameters():
-        expected = other.get_parameter(name).grad
-        # fp32 rounding; sums run in another order.
-        assert (parameter.grad - expected).norm() < 1e-5 * expected.norm(), name
+    check_like_transformers(model, transformers_llama(model.config), draw_tokens(2, 17)[0])
 
 
 def test_bf16_model_is_no_further_from_fp32_than_that_of_transformers():
     model = build(**GROUPED)
     tokens, document_ids = draw_tokens(3, 19)
     exact = model(tokens, document_ids)
-    other = huggingface_model(model).bfloat16()
+    other = transformers_llama(model.config).bfloat16()
+    other.load_state_dict(model.state_dict())
     logits = copy.deepcopy(model).bfloat16()(tokens, document_ids)
     assert logits.dtype == torch.bfloat16
     error = (logits.float() - exact).norm()

@@ -51,7 +51,7 @@ def train_by_formula(nesterov):
     values = {name: parameters(SHAPES)[name].detach().double() for name in names}
     sums = {name: torch.zeros_like(value) for name, value in values.items()}
     for step in range(NUM_STEPS):
-        grads = dict(zip(SHAPES, draw(SHAPES, step), strict=True))
+        grads = draw(SHAPES, step)
         for name in names:
             lr = lr_of(name) * (step + 1) / 12
             sums[name] = MOMENTUM * sums[name] + grads[name]
@@ -76,10 +76,10 @@ def train_by_torch(nesterov):
                 [parameter], lr=lr_of(name), weight_decay=decay, fused=True
             )
     for step in range(NUM_STEPS):
-        for (name, optimizer), grad in zip(optimizers.items(), draw(SHAPES, step), strict=True):
-            optimizer.param_groups[0]["lr"] = lr_of(name) * ((step + 1) / 12)
+        for name, grad in draw(SHAPES, step).items():
+            optimizers[name].param_groups[0]["lr"] = lr_of(name) * ((step + 1) / 12)
             named[name].grad = grad
-            optimizer.step()
+            optimizers[name].step()
     return named
 
 

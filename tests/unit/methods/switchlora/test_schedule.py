@@ -10,13 +10,6 @@ from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig
 DECAYS = ("exponential", "sigmoid", "constant")
 
 
-def config_with(decay, rank=7, interval=33.3, decay_ratio=0.3, freeze_steps=3):
-    keys = {} if decay == "constant" else {"decay_ratio": decay_ratio}
-    return SwitchLoraConfig(
-        rank=rank, interval=interval, decay=decay, freeze_steps=freeze_steps, **keys
-    )
-
-
 def all_requests(config, num_steps, num_layers):
     """[steps, layers]"""
     plan = Plan(config, num_steps, np.full(num_layers, 2 * config.rank))
@@ -46,7 +39,7 @@ def test_layers_take_turns(decay, num_layers):
 
     Independent draws would deviate by 3 sqrt(layers) / 2, which is 5.6 and 11.
     """
-    config, num_steps = config_with(decay, rank=24, interval=40), 1000
+    config, num_steps = SwitchLoraConfig(rank=24, decay=decay, decay_ratio=0.3), 1000
     requests = all_requests(config, num_steps, num_layers)
     mean = [
         num_layers * 24 * switch_rate(config, step, num_steps) / 40 for step in range(num_steps)
@@ -58,7 +51,8 @@ def test_layers_take_turns(decay, num_layers):
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_nothing_is_asked_for_after_the_schedule(decay):
-    plan = Plan(config_with(decay, rank=90, interval=20, decay_ratio=1), 30, np.full(3, 180))
+    config = SwitchLoraConfig(rank=90, interval=20, decay=decay, decay_ratio=1)
+    plan = Plan(config, 30, np.full(3, 180))
     for plan.step in range(40):
         assert plan.requested().any() == (plan.step < 30)
 
@@ -78,17 +72,11 @@ def test_each_vector_is_switched_as_often_as_asked_in_a_run_of_any_length(
     decay, rank, freeze_steps
 ):
     generator = np.random.default_rng(rank)
-    keys = {} if decay == "constant" else {"decay_ratio": 0.3}
+    keys = {"decay": decay, "decay_ratio": 0.3, "freeze_steps": freeze_steps}
     num_checked = 0
     for num_steps in (1, 13, 371):
         for wanted in (0.4, 3.0, 9.4, *generator.uniform(0.01, 20, 2)):
-            config = SwitchLoraConfig(
-                rank=rank,
-                switches_per_vector=wanted,
-                decay=decay,
-                freeze_steps=freeze_steps,
-                **keys,
-            )
+            config = SwitchLoraConfig(rank=rank, switches_per_vector=wanted, **keys)
             if config.check_length(num_steps):
                 continue  # too many for so few steps
             found = switches_of_vectors(config, num_steps, 11)

@@ -7,7 +7,6 @@ from support.switchlora_layers import (
     build_optimizer,
     effective_weight,
     relative_change,
-    set_gradients,
     with_interval,
 )
 
@@ -25,7 +24,8 @@ def switching_layer(shape, dtype, seed, num_per_step=1, num_steps=500, alpha=1.0
     config = with_interval(rank / num_per_step, rank=rank, freeze_steps=0, decay="constant")
     optimizer = build_optimizer(config, ADAMW, [layer], num_steps)
     optimizer.set_lr(0.0)
-    set_gradients([layer], 0.0)
+    for factor in (layer.lora_a, layer.lora_b):
+        factor.grad = torch.zeros_like(factor)
     return layer, optimizer
 
 

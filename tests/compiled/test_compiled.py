@@ -1,4 +1,4 @@
-"""Compiled updates of optimizers and of SwitchLoRA equal the uncompiled ones or their reference."""
+"""What Inductor generates for blocks, the loss and updates equals the uncompiled or a reference."""
 
 import math
 
@@ -6,11 +6,14 @@ import pytest
 import torch
 from support.nonfinite import NOT_FINITE
 from support.optimizer_steps import build, parameters, train
+from support.small_llama import draw_batch, draw_model
 from support.switchlora_layers import limit_factors, with_interval
 from support.switchlora_runs import RANK, check_golden_trajectory, check_whole_run
 
 from switchtitan.methods.adapter.linear import AdapterLinear
 from switchtitan.methods.adapter.rounding import FrozenWeights
+from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
+from switchtitan.models.loss import CrossEntropy
 from switchtitan.optim.muon import MuonConfig
 
 SHAPES = {
@@ -85,3 +88,21 @@ def test_additions_to_weights_in_bf16_compile_once_and_give_the_same_bits():
     weight = compiled_model["first"].weight
     assert weight[:, :2].tolist() == [[math.inf, -math.inf]] * 7
     assert weight[:, 2:].isnan().all()
+
+
+def test_a_block_of_adapter_layers_and_the_loss_have_the_same_value_and_gradients():
+    config = SwitchLoraConfig(rank=5, alpha=3)
+    tokens, results = draw_batch(0), []
+    for is_compiled in (False, True):
+        model = draw_model(SwitchLora(config, 10, seed=3))
+        loss = CrossEntropy(compile_regions=is_compiled)
+        if is_compiled:
+            model.blocks()["model.layers.0"].compile(fullgraph=True, dynamic=False)
+        documents = torch.zeros_like(tokens, dtype=torch.int32)
+        value = model(
+            tokens, documents, lambda hidden, head, loss=loss: loss(hidden, head, tokens, 3)
+        )
+        trained = [p for p in model.parameters() if p.requires_grad]
+        results.append((value.detach(), *torch.autograd.grad(value, trained)))
+    # Sums in another order, of terms of order 1, in fp32.
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
