@@ -23,7 +23,7 @@ ARCHS = {
 
 
 class Card(NamedTuple):
-    """A card with bounds; its dense bf16 FLOP/s are those of `peak_flops_per_s`."""
+    """A card with bounds."""
 
     arch: str
     device_name: str
@@ -31,6 +31,12 @@ class Card(NamedTuple):
     """Bytes per second of device memory."""
     float32_flops_per_s: float
     """Without TF32."""
+
+    def flops_per_s(self, dtype: str) -> float:
+        """Returns the dense peak of products in "float32", or else of those in bf16."""
+        peak = peak_flops_per_s(self.device_name)
+        assert peak is not None
+        return self.float32_flops_per_s if dtype == "float32" else peak
 
 
 # Data sheets: A100 2021, H100 2023, H200 2024, L4 2023; Ada white paper 2023, appendix A.

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from switchtitan.benchmark.gpu.record import Launch, StepOnGpu
-from switchtitan.distributed.gpus import CARDS, Card, peak_flops_per_s
+from switchtitan.distributed.gpus import CARDS, Card
 
 
 @dataclass
@@ -43,8 +43,4 @@ def bound_s(launch: Launch, card: Card) -> float:
     """Returns the least seconds of a launch; 0 for a collective."""
     if launch.kind == "collective":
         return 0.0
-    flops_per_s = peak_flops_per_s(card.device_name)
-    if launch.dtype == "float32":
-        flops_per_s = card.float32_flops_per_s
-    assert flops_per_s is not None
-    return max(launch.num_bytes / card.bandwidth, launch.num_flops / flops_per_s)
+    return max(launch.num_bytes / card.bandwidth, launch.num_flops / card.flops_per_s(launch.dtype))

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from switchtitan.distributed.gpus import CARDS
 from switchtitan.methods.operations import copy_in_backward, input_gradient, merge, part_of
 
 Factored = tuple[Tensor, Tensor, Tensor]
@@ -136,15 +137,11 @@ def _cheapest_of_shape(
 
 @torch.compiler.assume_constant_result
 def _flops_per_byte(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the dense FLOP/s of products over the memory bandwidth in byte/s.
-
-    Those of an A100 for compute capability 8.0 to 8.8: 312 TFLOP/s in bf16, 19.5 in fp32, 2.04
-    TB/s; for all others of an H100 SXM: 989, 67 and 3.35 (NVIDIA's data sheets).
-    """
+    """Returns the FLOP/s of products over the memory bandwidth: of an A100 for compute capability
+    8.0 to 8.8, of an H100 for all others."""
     is_ampere = (8, 0) <= torch.cuda.get_device_capability(device) < (8, 9)
-    if dtype == torch.float32:
-        return 9.6 if is_ampere else 20.0
-    return 153.0 if is_ampere else 295.0
+    card = CARDS["A100 80GB SXM" if is_ampere else "H100 SXM"]
+    return card.flops_per_s(str(dtype).removeprefix("torch.")) / card.bandwidth
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, factor: Tensor) -> Tensor:
