@@ -57,14 +57,11 @@ def filled(layer):
 
 
 def dense_weight(layer):
-    """B A + S [out, in] of a layer; S is built value by value."""
+    """B A + S [out, in] of a layer; row by row, S has its values at `columns_of`."""
     matrix = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
     if isinstance(layer, SparseProductLinear):
         columns = columns_of(matrix.shape, layer.num_per_row)
-        values = iter(layer.sparse_values)
-        for row in range(layer.out_features):
-            for column in columns[row].tolist():
-                matrix[row, column] = next(values)
+        matrix = matrix.scatter(1, columns, layer.sparse_values.view_as(columns))
     return layer.lora_b.T @ layer.lora_a + matrix
 
 
