@@ -11,13 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from switchtitan.distributed.random import generator_for
 from switchtitan.methods import METHODS
 from switchtitan.methods.factors import ProductLinear, balanced_factors
-from switchtitan.methods.sltrain import (
-    SPARSE,
-    Sltrain,
-    SltrainConfig,
-    SparseProductLinear,
-    support,
-)
+from switchtitan.methods.sltrain import SPARSE, Sltrain, SltrainConfig, SparseProductLinear, support
 from switchtitan.models import plain_model
 from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.parameters import parameter_groups
