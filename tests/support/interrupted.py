@@ -183,12 +183,6 @@ def saved_steps(folder):
     return sorted(int(name.removeprefix("step-")) for name in names if "." not in name)
 
 
-def check_folders(folder):
-    """Every folder that has a checkpoint's name is complete."""
-    for step in saved_steps(folder):
-        verify(folder / "run" / "checkpoints" / f"step-{step:09d}")
-
-
 # Interpreters of their own
 
 PROGRAM = """\

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.observed import saved_besides
 from support.small_llama import MODEL, draw_model
-from support.tensors import draw
+from support.tensors import draw, filled
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -32,22 +32,13 @@ def columns_of(shape, num_per_row, seed=SEED):
 
 
 def product_layer(out, in_, has_bias):
-    layer = ProductLinear(nn.Linear(in_, out, bias=has_bias), RANK)
-    return filled(layer)
+    return filled(ProductLinear(nn.Linear(in_, out, bias=has_bias), RANK))
 
 
 def sparse_layer(out, in_, has_bias=False, seed=SEED):
     layer = SparseProductLinear(nn.Linear(in_, out, bias=has_bias), RANK, 0.1, seed)
     layer.support_seed.fill_(seed)
     return filled(layer)
-
-
-@torch.no_grad()
-def filled(layer):
-    layer.double()
-    for seed, parameter in enumerate(layer.parameters()):
-        parameter.copy_(draw(*parameter.shape, seed=seed))
-    return layer
 
 
 def dense_weight(layer):
