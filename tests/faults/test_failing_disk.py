@@ -27,6 +27,7 @@ from support.failing_disk import (
     set_faults,
     small_disk,
 )
+from support.tensors import draw
 from support.tiny import tiny_toml
 
 from switchtitan.checkpoint.load import find_latest, verify
@@ -54,12 +55,8 @@ make_checkpointer = partial(checkpoints.make_checkpointer, async_save=False)
 
 
 def tensors_of(step):
-    generator = torch.Generator().manual_seed(step)
-    return {
-        "weight": torch.randn(50, 71, generator=generator),
-        "norm": torch.randn(11, generator=generator).to(torch.bfloat16),
-        "step": torch.tensor(step),
-    }
+    weight, norm = draw(50, 71, seed=step), draw(11, seed=-step, dtype=torch.bfloat16)
+    return {"weight": weight, "norm": norm, "step": torch.tensor(step)}
 
 
 def save(checkpointer, step):

@@ -8,7 +8,6 @@ import pytest
 from support.interrupted import (
     NUM_STEPS,
     arguments,
-    check_folders,
     outcome,
     random_interrupt,
     run,
@@ -19,6 +18,7 @@ from support.long_form import IS_LONG, num_cases
 from support.preparation import start_preparation
 from support.tiny_documents import make_documents, write_json_lines
 
+from switchtitan.checkpoint.load import verify
 from switchtitan.data.config import DataConfig
 
 SHORT = [
@@ -105,7 +105,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
         before = max(saved_steps(tmp_path), default=0)
         size = log.stat().st_size if log.exists() else 0
         codes = run(own, num_ranks, log, interrupt)
-        check_folders(tmp_path)
+        for step in saved_steps(tmp_path):
+            verify(tmp_path / "run" / "checkpoints" / f"step-{step:09d}")
         if codes == [0] * num_ranks:  # otherwise nothing would be left to do
             shutil.rmtree(tmp_path / "run")
             shutil.rmtree(tmp_path / "corpora", ignore_errors=True)

@@ -5,12 +5,13 @@ import re
 import signal
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support.checkpoints import WRITER, make_checkpointer, refused
+from support.checkpoints import make_checkpointer, refused, write_when
 from support.commands import run as run_command
 from support.insides import wait_for_owners
 from support.interrupted import launched, saved_steps
@@ -169,15 +170,9 @@ def test_a_killed_owner_keeps_nothing_even_if_its_workers_live(tmp_path):
     assert not (tmp_path / "run" / OWNER_FILE).exists()
 
 
-def own_and_fail_in_a_save(pipe, home, may_write):
-    checkpointer, write_data = make_checkpointer(home / "checkpoints"), WRITER.write_data
-
-    def write_when_allowed(*args):
-        while not may_write.exists():
-            time.sleep(0.02)
-        return write_data(*args)
-
-    WRITER.write_data = write_when_allowed
+def own_and_fail_in_a_save(pipe, home):
+    checkpointer = make_checkpointer(home / "checkpoints")
+    write_when(SimpleNamespace(wait=pipe.poll), pytest.MonkeyPatch())
     with suppress(RuntimeError), lock_output_dir(home, start_world(ParallelismConfig())):
         checkpointer.save(2, {"weight": torch.ones(3)}, {})
         raise RuntimeError("out of memory")
@@ -186,13 +181,13 @@ def own_and_fail_in_a_save(pipe, home, may_write):
 
 def test_the_folder_is_owned_until_a_background_save_is_complete(tmp_path, monkeypatch):
     home = tmp_path / "run"
-    process, pipe = start(own_and_fail_in_a_save, home, tmp_path / "may-write")
+    process, pipe = start(own_and_fail_in_a_save, home)
     assert pipe.recv() == "failed"
     world = start_world(ParallelismConfig())
     wait_for_owners(monkeypatch, 0.1)
     with refused(f"process {process.pid} ", error=ConfigError), lock_output_dir(home, world):
         pass
-    (tmp_path / "may-write").touch()
+    pipe.send("write")
     process.join(60)
     assert process.exitcode == 0
     assert (home / "checkpoints" / "step-000000002").is_dir()

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from support.observed import saved_besides
+from support.small_llama import MODEL, VOCABULARY
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,21 +16,11 @@ from switchtitan.distributed.fsdp import materialize
 from switchtitan.methods import METHODS
 from switchtitan.methods.lora import LoraConfig
 from switchtitan.models import MODELS
-from switchtitan.models.llama.config import LlamaConfig
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-NUM_BLOCKS, BATCH, SEQ, DIM, HIDDEN = 3, 7, 16, 20, 28
-MODEL = LlamaConfig(
-    size="9m",
-    hidden_size=DIM,
-    intermediate_size=HIDDEN,
-    num_layers=NUM_BLOCKS,
-    num_heads=2,
-    num_kv_heads=1,
-    vocab_size=31,
-)
-WEIGHT_SHAPES = {(20, 20), (10, 20), (28, 20), (20, 28)}
+BATCH, SEQ, HIDDEN = 7, 16, MODEL.intermediate_size
+WEIGHT_SHAPES = {(12, 12), (6, 12), (17, 12), (12, 17)}
 PARTITIONED = "aot_eager_decomp_partition"
 """Partitions as for Inductor, without generating code."""
 
@@ -37,7 +28,7 @@ PARTITIONED = "aot_eager_decomp_partition"
 def build_model(mode, backend=None, dropout=0.0):
     with torch.device("meta"):
         model = MODELS.build(MODEL)
-    method = LoraConfig(rank=6, alpha=1.0, init="balanced", dropout=dropout)
+    method = LoraConfig(rank=5, alpha=1.0, init="balanced", dropout=dropout)
     METHODS.build(method, 10, seed=0).prepare_model(model)
     checkpoint_activations(model, ActivationCheckpointConfig(mode=mode))
     if backend is not None:
@@ -48,7 +39,7 @@ def build_model(mode, backend=None, dropout=0.0):
 
 
 def loss_of(model):
-    tokens = torch.randint(31, (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(VOCABULARY, (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
     return model(tokens, torch.zeros(BATCH, SEQ, dtype=torch.int32)).square().sum()
 
 

@@ -116,14 +116,7 @@ def _replace_number(data, draw):
     return data[: match.start()] + draw.choice(_BYTES_AS_NUMBERS) + data[match.end() :]
 
 
-_BYTE_CHANGES = (
-    flip_bit,
-    _truncate,
-    _insert,
-    _delete,
-    _overwrite,
-    _replace_number,
-)
+_BYTE_CHANGES = (flip_bit, _truncate, _insert, _delete, _overwrite, _replace_number)
 
 
 def mutate_json(value, draw):

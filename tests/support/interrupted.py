@@ -158,11 +158,7 @@ def outcome(folder):
     """
     checkpoint = folder / "run" / "checkpoints" / f"step-{NUM_STEPS:09d}"
     metadata = verify(checkpoint)
-    losses = {}
-    for line in (folder / "log").read_text().splitlines():
-        step, _, rest = line.strip().partition("/")
-        if step.isdecimal() and rest.split()[0] == str(NUM_STEPS):
-            losses[step] = rest.split()[1]
+    losses = dict(reported((folder / "log").read_text()))
     results = json.loads((folder / "run" / "results.json").read_text())
     final = {key: value for key, value in results.items() if key.startswith("loss/")}
     state = json.loads(json.dumps(metadata.train_state))
@@ -171,21 +167,20 @@ def outcome(folder):
     return tensor_checksums(checkpoint), state, losses, final
 
 
+def reported(printed):
+    """The steps that a run has reported, as text, and their losses."""
+    return re.findall(rf"^ *(\d+)/{NUM_STEPS} +(\d\S*)", printed, re.MULTILINE)
+
+
 def steps_in(printed):
     """The steps that a run has reported."""
-    return [int(step) for step in re.findall(rf"^ *(\d+)/{NUM_STEPS} +\d", printed, re.MULTILINE)]
+    return [int(step) for step, _ in reported(printed)]
 
 
 def saved_steps(folder):
     """The steps of all checkpoints of the run in a folder."""
     names = [path.name for path in (folder / "run" / "checkpoints").glob("step-*")]
     return sorted(int(name.removeprefix("step-")) for name in names if "." not in name)
-
-
-def check_folders(folder):
-    """Every folder that has a checkpoint's name is complete."""
-    for step in saved_steps(folder):
-        verify(folder / "run" / "checkpoints" / f"step-{step:09d}")
 
 
 # Interpreters of their own

@@ -47,8 +47,8 @@ def draw_model(method=None):
     if method is not None:
         method.prepare_model(model)
     for prefix, module in model.named_modules():
-        own = {**module._parameters, **module._buffers}
-        own = {name: tensor for name, tensor in own.items() if tensor is not None}
+        own = dict(module.named_parameters(recurse=False))
+        own |= module.named_buffers(recurse=False)
         values = {name: plain.get(f"{prefix}.{name}") for name in own}
         if isinstance(module, Reparametrized):
             values = initial_tensors(

@@ -182,10 +182,9 @@ def check_golden_trajectory(compile_step=False):
         assert state["switch.num_switched"].item() == 2 * (t + 1)
         timers = freeze_steps_left(state, GOLDEN_FREEZE_STEPS)[:, 0]
         steps = vector_steps(optimizer)[:, 0]
-        np.testing.assert_array_equal(timers[0], golden["mlp.fixA"][t])
-        np.testing.assert_array_equal(timers[1], golden["mlp.fixB"][t])
-        np.testing.assert_array_equal(steps[0], golden["mlp.stepA"][t])
-        np.testing.assert_array_equal(steps[1], golden["mlp.stepB"][t])
+        for index, side in enumerate("AB"):
+            np.testing.assert_array_equal(timers[index], golden[f"mlp.fix{side}"][t])
+            np.testing.assert_array_equal(steps[index], golden[f"mlp.step{side}"][t])
         for tensor, name in (
             (layer.weight, "W"),
             (layer.lora_a, "A"),

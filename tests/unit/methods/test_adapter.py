@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support.insides import num_flops
 from support.small_llama import MODEL, initial_tensors
 from support.switchlora_layers import effective_weight
-from support.tensors import draw64
+from support.tensors import draw64, filled
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,16 +29,9 @@ OUT, IN, RANK, SCALE = 7, 5, 3, 0.37
 BOUNDS = (0.4, 0.0)
 
 
-def drawn(layer, first_seed=0):
-    """The layer with other values, in float64."""
-    for seed, parameter in enumerate(layer.double().parameters(), first_seed):
-        parameter.data.copy_(draw64(*parameter.shape, seed=seed))
-    return layer
-
-
 def test_dropout_acts_in_training_on_the_way_into_the_factors_alone():
     dropout = 0.4
-    layer = drawn(AdapterLinear(IN, OUT, RANK, SCALE, BOUNDS, bias=True, dropout=dropout))
+    layer = filled(AdapterLinear(IN, OUT, RANK, SCALE, BOUNDS, bias=True, dropout=dropout))
     x = draw64(9, IN)
     torch.manual_seed(5)
     dropped = layer(x)
@@ -83,7 +76,7 @@ def test_the_contraction_is_the_one_that_the_configuration_names(name):
 def test_layers_of_one_input_compute_together_what_they_compute_apart():
     config = LoraConfig(rank=5, alpha=3, contraction="merged")
     layers = [
-        drawn(Lora(config, 10, 0).build_layer("layer", nn.Linear(12, out)), 10 * out)
+        filled(Lora(config, 10, 0).build_layer("layer", nn.Linear(12, out)), 10 * out)
         for out in (30, 8, 9)
     ]
     x = draw64(4, 12, seed=9).requires_grad_()

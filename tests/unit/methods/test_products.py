@@ -4,20 +4,14 @@ import pytest
 import torch
 from support.observed import saved_besides
 from support.small_llama import MODEL, draw_model
-from support.tensors import draw
+from support.tensors import draw, filled
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from switchtitan.distributed.random import generator_for
 from switchtitan.methods import METHODS
 from switchtitan.methods.factors import ProductLinear, balanced_factors
-from switchtitan.methods.sltrain import (
-    SPARSE,
-    Sltrain,
-    SltrainConfig,
-    SparseProductLinear,
-    support,
-)
+from switchtitan.methods.sltrain import SPARSE, Sltrain, SltrainConfig, SparseProductLinear, support
 from switchtitan.models import plain_model
 from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.parameters import parameter_groups
@@ -38,8 +32,7 @@ def columns_of(shape, num_per_row, seed=SEED):
 
 
 def product_layer(out, in_, has_bias):
-    layer = ProductLinear(nn.Linear(in_, out, bias=has_bias), RANK)
-    return filled(layer)
+    return filled(ProductLinear(nn.Linear(in_, out, bias=has_bias), RANK))
 
 
 def sparse_layer(out, in_, has_bias=False, seed=SEED):
@@ -48,23 +41,12 @@ def sparse_layer(out, in_, has_bias=False, seed=SEED):
     return filled(layer)
 
 
-@torch.no_grad()
-def filled(layer):
-    layer.double()
-    for seed, parameter in enumerate(layer.parameters()):
-        parameter.copy_(draw(*parameter.shape, seed=seed))
-    return layer
-
-
 def dense_weight(layer):
-    """B A + S [out, in] of a layer; S is built value by value."""
+    """B A + S [out, in] of a layer; row by row, S has its values at `columns_of`."""
     matrix = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64)
     if isinstance(layer, SparseProductLinear):
         columns = columns_of(matrix.shape, layer.num_per_row)
-        values = iter(layer.sparse_values)
-        for row in range(layer.out_features):
-            for column in columns[row].tolist():
-                matrix[row, column] = next(values)
+        matrix = matrix.scatter(1, columns, layer.sparse_values.view_as(columns))
     return layer.lora_b.T @ layer.lora_a + matrix
 
 

@@ -187,21 +187,6 @@ def test_a_gradient_is_left_as_it_was_and_one_that_is_not_finite_to_the_trainer(
     assert model.q_proj.weight.isnan().any()
 
 
-def package_optimizer(model, config, adam):
-    """The authors' optimizer, for the weights in `TARGETS`; its limit of growth is fixed."""
-    import fira
-
-    projected = {
-        "params": [model.get_parameter(f"{name}.weight") for name in TARGETS],
-        "rank": config.rank,
-        "update_proj_gap": config.update_interval,
-        "alpha": config.scale,
-        "proj_type": "std",
-    }
-    keys = {"lr": adam.lr, "betas": adam.betas, "eps": adam.eps}
-    return fira.FiraAdamW([projected], **keys, no_deprecation_warning=True)
-
-
 @pytest.fixture
 def package_with_signs(monkeypatch):
     """Makes the largest entry of each of the package's singular vectors positive, as ours is.
@@ -225,11 +210,16 @@ def package_with_signs(monkeypatch):
 @pytest.mark.usefixtures("package_with_signs")
 @pytest.mark.parametrize("scale", [0.25, 1.0])
 def test_weights_equal_those_of_firas_package(scale):
-    # The package decays weights after the update.
+    import fira
+
+    # The package decays weights after the update. Its limit of growth is fixed.
     adam = ADAM.model_copy(update={"weight_decay": 0.0})
-    config = FiraConfig(rank=RANK, scale=scale, **KEYS)
     model, theirs = draw_model(), draw_model()
-    ours, package = build(model, config, adam), package_optimizer(theirs, config, adam)
+    ours = build(model, FiraConfig(rank=RANK, scale=scale, **KEYS), adam)
+    projected = {"rank": RANK, "update_proj_gap": INTERVAL, "alpha": scale, "proj_type": "std"}
+    projected["params"] = [theirs.get_parameter(f"{name}.weight") for name in TARGETS]
+    keys = {"lr": adam.lr, "betas": adam.betas, "eps": adam.eps}
+    package = fira.FiraAdamW([projected], **keys, no_deprecation_warning=True)
     num_limited = 0
     for gradients in draw_gradients(10):
         give_gradients(model, gradients)

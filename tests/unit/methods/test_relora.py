@@ -114,10 +114,8 @@ def test_whole_model_follows_a_plain_reference_through_three_resets(keys):
     assert optimizer.metrics()["reset/resets_total"] == 3
     for name, layer in adapter_layers(model).items():
         theirs = reference.layers[name]
-        ours = [layer.weight, layer.lora_a, layer.lora_b]
-        expected = [theirs.W, theirs.A, theirs.B]
-        for tensor, other in zip(ours, expected, strict=True):
-            torch.testing.assert_close(tensor.detach(), other.detach(), rtol=0, atol=TOLERANCE)
+        ours, expected = (layer.weight, layer.lora_a, layer.lora_b), (theirs.W, theirs.A, theirs.B)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE)
         assert layer.lora_b.any(), "the last step is followed by no reset"
 
 

@@ -15,7 +15,6 @@ from switchtitan.optim.torch_optimizer import SGDConfig
         ("galore", "optimizer.name sgd", ("galore", "sgd")),
         ("apollo", "optimizer.name muon", ("apollo", "muon")),
         ("relora", "optimizer.name adafactor", ("relora", "adafactor")),
-        ("switchlora", "optimizer.name sgd", ("switchlora", "adamw or muon")),
         ("full_rank", "optimizer.name adamw8bit", ("adamw8bit", "torchao")),
         ("full_rank", "optimizer.name scale model.tied_head true", ("scale", "tied")),
         ("relora", "method.restart_warmup_steps 9", ("restart_warmup_steps = 9",)),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
-from support.small_llama import check_like_transformers, transformers_llama
+from support.small_llama import MODEL, check_like_transformers, transformers_llama
 from torch import nn
 
 from switchtitan.distributed.fsdp import materialize
@@ -14,14 +14,7 @@ from switchtitan.models import MODELS
 from switchtitan.models.cola import ColaConfig
 from switchtitan.models.llama.config import LlamaConfig
 
-KEYS = {
-    "hidden_size": 36,
-    "num_heads": 6,
-    "num_kv_heads": 2,
-    "intermediate_size": 29,
-    "num_layers": 2,
-    "vocab_size": 53,
-}
+KEYS = MODEL.model_dump(exclude={"name", "size"})
 RANK = 5
 TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % KEYS["vocab_size"]
 
@@ -70,9 +63,9 @@ def test_outputs_start_with_the_mean_square_of_llamas(activation):
 
 
 def test_a_rank_must_be_below_every_width():
-    # Two heads of keys and values have 12 features.
-    with pytest.raises(ValidationError, match=r"rank = 12.*num_kv_heads"):
-        ColaConfig(**KEYS, rank=12)
+    # A head of keys and values has 6 features.
+    with pytest.raises(ValidationError, match=r"rank = 6.*num_kv_heads"):
+        ColaConfig(**KEYS, rank=6)
 
 
 def test_lr_is_the_rate_of_both_factors():

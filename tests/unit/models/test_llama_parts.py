@@ -1,10 +1,8 @@
 """Rotary embeddings, attention, and the section `[model]` of LLaMA's family."""
 
-import cmath
-import math
-
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from support.small_llama import LLAMA3
 from support.tensors import draw
@@ -22,40 +20,25 @@ def test_rotation_equals_multiplication_by_a_complex_unit():
     features = draw(1, 5, 1, head_dim)
     config = LlamaConfig(size="9m", head_dim=head_dim, rope_theta=theta)
     turned = rotate(features, *rotary_tables(config, 5, CPU))
-    for position in range(5):
-        for pair in range(head_dim // 2):
-            first, second = features[0, position, 0, [pair, pair + head_dim // 2]].tolist()
-            unit = cmath.exp(1j * position * theta ** (-2 * pair / head_dim))
-            actual = complex(*turned[0, position, 0, [pair, pair + head_dim // 2]].tolist())
-            # fp32 rounding of angles below 5
-            assert actual == pytest.approx(complex(first, second) * unit, abs=1e-6)
+    angles = torch.arange(5)[:, None] * theta ** (-2 * torch.arange(head_dim // 2) / head_dim)
+    given, found = (torch.complex(*part.squeeze().chunk(2, -1)) for part in (features, turned))
+    # fp32 rounding of angles below 5
+    torch.testing.assert_close(found, given * torch.exp(1j * angles), rtol=0, atol=1e-6)
 
 
 BATCH, HEADS, KV_HEADS, SEQ, HEAD_DIM = 2, 6, 3, 13, 8
-CAUSAL = torch.ones(SEQ, SEQ, dtype=torch.bool).tril().expand(BATCH, SEQ, SEQ)
-
-
-def plain_attention(query, key, value, visible):
-    """Softmax over visible keys. `visible`: [batch, seq, seq]."""
-    key, value = (part.repeat_interleave(HEADS // part.shape[1], dim=1) for part in (key, value))
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-    return scores.masked_fill(~visible[:, None], -math.inf).softmax(-1) @ value
-
-
-@pytest.fixture
-def inputs():
-    query = draw(BATCH, HEADS, SEQ, HEAD_DIM)
-    key, value = draw(2, BATCH, KV_HEADS, SEQ, HEAD_DIM, seed=1)
-    return query, key, value
+CAUSAL = torch.ones(SEQ, SEQ, dtype=torch.bool).tril().expand(BATCH, 1, SEQ, SEQ)
 
 
 @torch.no_grad()
-def test_flex_is_softmax_attention_inside_each_document_of_each_batch(inputs):
+def test_flex_is_softmax_attention_inside_each_document_of_each_batch():
     """The mask function closes over the ids; compilation must not keep the first batch's ids."""
+    inputs = draw(BATCH, HEADS, SEQ, HEAD_DIM), *draw(2, BATCH, KV_HEADS, SEQ, HEAD_DIM, seed=1)
     first = torch.zeros(BATCH, SEQ, dtype=torch.int32)
     first[0, 4:], first[0, 9:], first[1, 12:] = 1, 2, 5
     for ids in (first, torch.zeros_like(first)):
-        expected = plain_attention(*inputs, CAUSAL & (ids[:, :, None] == ids[:, None, :]))
+        visible = CAUSAL & (ids[:, None, :, None] == ids[:, None, None, :])
+        expected = F.scaled_dot_product_attention(*inputs, visible, enable_gqa=True)
         attended = load_attention("flex")(*inputs, build_mask("flex", ids))
         torch.testing.assert_close(attended, expected, atol=1e-6, rtol=1e-5)
 

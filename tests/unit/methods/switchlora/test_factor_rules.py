@@ -7,12 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.small_llama import draw_model
-from support.switchlora_layers import (
-    build_layer,
-    build_optimizer,
-    build_rule,
-    step_rule,
-)
+from support.switchlora_layers import build_layer, build_optimizer, build_rule, step_rule
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

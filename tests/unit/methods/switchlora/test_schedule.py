@@ -1,5 +1,7 @@
 """Switch counts match their expectation; the ring matches a model that stores every slot."""
 
+from collections import deque
+
 import numpy as np
 import pytest
 from support.switchlora_layers import flat, with_interval
@@ -127,25 +129,21 @@ def test_limits_hold_whatever_is_asked_for(freeze_steps):
 
 
 class Ring:
-    """Every vector is an object with a home slot, or none while in use; candidates are a queue."""
+    """Queues of the vectors of a factor, of the candidates in them, and of those that wait."""
 
     def __init__(self, rank, num_candidates, first_vector):
-        self.in_use = [None] * rank
-        for i in range(rank):
-            self.in_use[(first_vector + i) % rank] = num_candidates - rank + i
-        self.waiting = list(range(num_candidates - rank))
-        self.next_vector = first_vector
+        self.vectors = deque((first_vector + i) % rank for i in range(rank))
+        self.in_use = deque(range(num_candidates - rank, num_candidates))
+        self.waiting = deque(range(num_candidates - rank))
         self.rest = [0] * rank
 
     def switch(self, count):
         """(vectors, candidates taken in, candidates put back), each a list in order."""
-        vectors = [(self.next_vector + n) % len(self.in_use) for n in range(count)]
-        taken = [self.waiting.pop(0) for _ in range(count)]
-        put_back = [self.in_use[vector] for vector in vectors]
-        for vector, candidate in zip(vectors, taken, strict=True):
-            self.in_use[vector] = candidate
+        queues = (self.vectors, self.waiting, self.in_use)
+        vectors, taken, put_back = ([queue.popleft() for _ in range(count)] for queue in queues)
+        self.vectors += vectors
+        self.in_use += taken
         self.waiting += put_back
-        self.next_vector = (self.next_vector + count) % len(self.in_use)
         return vectors, taken, put_back
 
 
