@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from support import optimizer_steps
 from support.layouts import asked_for
-from support.optimizer_steps import SCALED, SCALED_TREATED, build, parameters
+from support.optimizer_steps import SCALED, SCALED_TARGETED, build, parameters
 from support.projected_models import RANK, TARGETS, draw_gradients, draw_model, give_gradients
 from support.ranks import run_rows_on_ranks
 from torch.distributed.device_mesh import init_device_mesh
@@ -107,7 +107,7 @@ def build_scale(mesh=None):
     named = parameters(SCALED, mesh)
     config = ScaleConfig(lr=0.03, other_lr=0.007, weight_decay=0.2, momentum=0.8)
     give = partial(optimizer_steps.give_gradients, named, SCALED, mesh=mesh)
-    return named, build(config, named, SCALED_TREATED), give
+    return named, build(config, named, SCALED_TARGETED), give
 
 
 # GaLore, Fira and APOLLO. One of four ranks holds no row of five, and none of three.

@@ -42,7 +42,7 @@ def test_no_graph_break_and_no_recompilation_in_steps_with_switches(corpora, ove
     ("method", "overrides"),
     [
         # Methods differ in their layers and updates. Compilation and activation checkpointing know
-        # three kinds of layers: plain ones, and adapted ones with and without a frozen weight.
+        # three kinds of layers: plain ones, and targets with and without a frozen weight.
         ("full_rank", CHECKPOINTED),
         ("relora", RELORA_RESETS),
         ("fira", ()),

@@ -15,8 +15,8 @@ SCALED = {
     "layers.0.norm.weight": (5,),
     "head.weight": (9, 5),
 }
-"""Parameters of every role for SCALE, and those that a method treats."""
-SCALED_TREATED = ("layers.0.proj.weight", "layers.0.proj.lora_b")
+"""Parameters of every role for SCALE, and those that a method targets."""
+SCALED_TARGETED = ("layers.0.proj.weight", "layers.0.proj.lora_b")
 
 
 def draw(shapes, step):
@@ -51,13 +51,13 @@ def placed(value, mesh):
     return distribute_tensor(value, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)])
 
 
-def build(config, named, treated=None, compile_step=False, compute_dtype=torch.float32):
-    """The optimizer of these parameters; a method treats those of `treated`, or all."""
+def build(config, named, targeted=None, compile_step=False, compute_dtype=torch.float32):
+    """The optimizer of these parameters; a method targets those of `targeted`, or all."""
     entries = [
         TrainedParameter(
             name,
             parameter,
-            is_other=treated is not None and name not in treated,
+            is_other=targeted is not None and name not in targeted,
             is_in_block=name.startswith("layers."),
             is_head=name == "head.weight",
             input_dim=0 if is_transposed(name) else 1,

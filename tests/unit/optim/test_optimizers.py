@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.optimizer_steps import (
     SCALED,
-    SCALED_TREATED,
+    SCALED_TARGETED,
     build,
     draw,
     give_gradients,
@@ -39,7 +39,7 @@ SHAPES = {
     "layers.0.wide.weight": (64, 96),  # has moments in 8 bits
     "head.weight": (6, 5),
 }
-METHOD_TREATS = ("layers.0.proj.weight", "layers.0.wide.weight")
+TARGETED = ("layers.0.proj.weight", "layers.0.wide.weight")
 NUM_STEPS = 12
 KEYS = {"lr": LR, "other_lr": OTHER_LR, "weight_decay": DECAY}
 ADAMW = partial(torch.optim.AdamW, betas=(0.9, 0.999), eps=1e-8, fused=True)
@@ -72,7 +72,7 @@ def marked(names):
 
 
 def ours(config, named):
-    return build(config, named, METHOD_TREATS)
+    return build(config, named, TARGETED)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -82,7 +82,7 @@ def test_every_optimizer_of_torch_steps_as_its_class_by_hand(choice):
     config, build_theirs = CHOICES[choice]
     named, theirs, before = parameters(SHAPES), parameters(SHAPES), parameters(SHAPES)
     optimizer = ours(config, named)
-    peaks = {name: LR if name in METHOD_TREATS else OTHER_LR for name in SHAPES}
+    peaks = {name: LR if name in TARGETED else OTHER_LR for name in SHAPES}
     optimizers = {
         name: build_theirs([parameter], weight_decay=0.0 if "norm" in name else DECAY)
         for name, parameter in theirs.items()
@@ -210,7 +210,7 @@ def test_every_step_of_scale_equals_a_reference_and_keeps_momentum_for_the_head_
     keys = {"momentum": 0.8, "betas": (0.7, 0.97), "vector_lr": 0.05}
     config, norm = ScaleConfig(**KEYS, **keys), "layers.0.norm.weight"
     named, plain = parameters(SCALED), parameters(SCALED)
-    optimizer = build(config, named, SCALED_TREATED)
+    optimizer = build(config, named, SCALED_TARGETED)
     matrices = {name: turned(name, value.detach()) for name, value in named.items() if name != norm}
     means = {name: torch.zeros_like(matrix) for name, matrix in matrices.items()}
     adamw = torch.optim.AdamW(
