@@ -32,7 +32,7 @@ _WITHOUT_EFFECT = {
 """Keys that do not change what given factors compute."""
 
 
-class AdapterConfig(BaseModel):
+class PeftConfig(BaseModel):
     """The keys of `adapter_config.json` that decide what a plain LoRA adapter computes."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -52,7 +52,7 @@ class AdapterConfig(BaseModel):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-def read_adapter_config(folder: Path) -> AdapterConfig:
+def read_adapter_config(folder: Path) -> PeftConfig:
     """Reads an adapter's configuration; a CheckpointError names a key that is not plain LoRA's."""
     file = folder / ADAPTER_CONFIG_NAME
     # PEFT writes all its keys; those that are empty or false ask for nothing.
@@ -60,10 +60,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         key: value
         for key, value in read_config(file).items()
         if value is not None
-        and (key in AdapterConfig.model_fields or (value and key not in _WITHOUT_EFFECT))
+        and (key in PeftConfig.model_fields or (value and key not in _WITHOUT_EFFECT))
     }
     try:
-        return AdapterConfig.model_validate(given)
+        return PeftConfig.model_validate(given)
     except ValidationError as error:
         raise CheckpointError(
             f"{file}: {explain(error)}; only plain LoRA is read; if PEFT can merge the adapter, "
@@ -111,7 +111,7 @@ def write_adapter(
     on_meta = method.low_rank_updates(checkpoint.on_meta)
     (rank,) = {update.lora_a.shape[0] for update in on_meta.values()}
     scale = next(iter(on_meta.values())).scale
-    config = AdapterConfig(
+    config = PeftConfig(
         peft_type="LORA", r=rank, lora_alpha=scale * rank, base_model_name_or_path=str(base)
     )
     others = {"task_type": "CAUSAL_LM", "inference_mode": True, "target_modules": sorted(on_meta)}
@@ -186,7 +186,7 @@ def read_merged(path: Path, names: Iterable[str] | None = None) -> dict[str, Ten
 
 @full_precision()
 def _merged(
-    weight: Tensor, factors: Mapping[str, Tensor], config: AdapterConfig, place: str
+    weight: Tensor, factors: Mapping[str, Tensor], config: PeftConfig, place: str
 ) -> Tensor:
     """Returns `weight` [out, in] + scale * B [out, r] A [r, in], in fp32."""
     shapes = {key: list(factor.shape) for key, factor in factors.items()}
