@@ -98,7 +98,7 @@ class Profiler:
         if self._profile is not None:
             self._profile.step()
             if self._steps_done >= self._last_step:
-                self.__exit__()
+                self._stop()
         if self._steps_done == self._snapshot_step:
             if self._is_observed:
                 _write_snapshot(self._output_dir, self._rank, f"step-{self._steps_done:09d}")
@@ -106,6 +106,9 @@ class Profiler:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def __exit__(self, *error: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         profile, self._profile = self._profile, None
         if profile is not None:
             stop_observing_regions(profiler.record_function)

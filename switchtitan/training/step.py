@@ -203,7 +203,8 @@ class GarbageCollection:
         """Counts a step, and collects if a collection is due."""
         self._num_steps += 1
         if self._num_steps == 1:
-            gc.disable()  # the first step starts the data workers, which inherit this setting
+            # The first step has started the data workers, which inherit this setting.
+            gc.disable()
         if self._num_steps == 1 or self._num_steps % FULL_INTERVAL == 0:
             gc.collect()
         elif self._num_steps % YOUNG_INTERVAL == 0:
