@@ -234,7 +234,8 @@ class Reparametrized(nn.Module, ABC):
         Args:
             weight: [out, in], the plain layer's initial weight; its rows `rows["weight"]`, or all
                 rows if the module has no parameter `weight`.
-            generator_for: local name -> generator, the same on every rank.
+            generator_for: local name -> generator of (the run's seed, qualified name), the same on
+                every rank.
             rows: local name -> the rows to return; other tensors need not be computed. Those of
                 `weight` are complete blocks of `distributed.initial`.
         """

@@ -16,6 +16,10 @@ from torch.utils.checkpoint import (
 from switchtitan.contracts import LanguageModel
 from switchtitan.distributed.config import ActivationCheckpointConfig
 
+_MOST_SHAPES = 64
+"""Graphs of one function. Beyond torch's limit of 8, a step would end with an error: a model may
+have 9 widths, or 5 with layers that do not fill groups."""
+
 
 def compile_blocks(model: LanguageModel) -> None:
     """Compiles every block in place, as one graph with static shapes that equal blocks share.
@@ -29,6 +33,8 @@ def compile_blocks(model: LanguageModel) -> None:
 def compile_if(is_compiled: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Returns what compiles a function to one graph for each shape, or returns it as it is."""
     if is_compiled:
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, _MOST_SHAPES)
         return partial(torch.compile, fullgraph=True, dynamic=False)
     return lambda function: function
 

@@ -116,7 +116,7 @@ class FactorLinear(Reparametrized):
 
 
 class ReplacingMethod(Method[TargetConfigT]):
-    """Targets become a `FactorLinear`, whose parameters train at `[optimizer] lr`.
+    """Targets become a `FactorLinear`, whose parameters but the bias train at `[optimizer] lr`.
 
     All other parameters that require a gradient train as well.
     """

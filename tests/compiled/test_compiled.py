@@ -10,6 +10,7 @@ from support.small_llama import draw_batch, draw_model
 from support.switchlora_layers import limit_factors, with_interval
 from support.switchlora_runs import RANK, check_golden_trajectory, check_whole_run
 
+from switchtitan.distributed.blocks import compile_if
 from switchtitan.methods.adapter.linear import AdapterLinear
 from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
@@ -106,3 +107,9 @@ def test_a_block_of_adapter_layers_and_the_loss_have_the_same_value_and_gradient
         results.append((value.detach(), *torch.autograd.grad(value, trained)))
     # Sums in another order, of terms of order 1, in fp32.
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_compiles_for_more_shapes_than_torch_admits_by_default():
+    add_one = compile_if(True)(lambda x: x + 1)
+    for size in range(1, 11):
+        assert torch.equal(add_one(torch.zeros(size)), torch.ones(size))

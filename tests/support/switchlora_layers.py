@@ -148,7 +148,7 @@ def freeze_steps_left(state, freeze_steps):
 
 def vector_steps(optimizer):
     """Steps since each vector's reset, [2, layers, rank]."""
-    return torch.from_numpy(optimizer._plan.num_updates().copy())
+    return torch.from_numpy(optimizer._plan.steps_since_reset().copy())
 
 
 def effective_weight(layer):

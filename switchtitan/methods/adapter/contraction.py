@@ -9,9 +9,9 @@ tokens, forward and backward of one layer:
     dense gradient  6 out in T + 8 out in rank
 
 `merged` and `dense_gradient` save only their inputs for the backward pass, compiled or not;
-`factored` also saves x A^T. With so many tokens that W + s B A is small next to x, all but
-`factored` save it, which takes 2 out in rank operations less. `weight` gets no gradient. A weight
-of another dtype is cast.
+`factored` also saves x A^T. With so many tokens that W + s B A is small next to x and the outputs,
+all but `factored` save it, which takes 2 out in rank operations less. `weight` gets no gradient. A
+weight of another dtype is cast.
 
 Of several layers, `merged` and `dense_gradient` compute all outputs but the last as one product,
 and sum the gradients of x inside products.

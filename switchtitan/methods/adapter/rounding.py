@@ -22,8 +22,8 @@ class FrozenWeights:
     """The frozen weights of adapters, which products are added to.
 
     Weights in bf16 are rounded by random bits, a pure function of the seed, the weight's name, the
-    event, and the element's place in the full weight: nothing is stored, and the result does not
-    depend on the number of ranks.
+    event, and the element's place in the full weight: nothing is stored, and the bits do not depend
+    on the number of ranks.
 
     Args:
         layers: by qualified name; their weights have one dtype.

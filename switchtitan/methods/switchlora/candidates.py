@@ -128,12 +128,14 @@ class HostCandidates(StoredCandidates):
         super().__init__(layers)
         self._device = layers[0].lora_a.device
         self._in_flight: deque[tuple[list[Tensor], CopyToHost]] = deque()
-        # A vector is taken again after `spare` more, and two steps take at most `rank`.
+        # A slot is read again `spare` vectors after it was written, and a step in flight and the
+        # one after it switch at most `rank`.
         spare = min(min(layer.plain_shape) - layer.rank for layer in layers)
         self._most_in_flight = 1 if spare >= layers[0].rank else 0
 
     def row_requests(self, switches: list[Switch]) -> list[RowSpans]:
-        """Copies them to the device, after vectors that are due are in the buffers."""
+        """Copies the requested rows to the device, after vectors that are due are in the buffers;
+        returns those copies."""
         self._write_back_all_but(self._most_in_flight)
         # Rows of other ranks are zeros: the exchange sums over ranks.
         packed, wanted = pack_rows(super().row_requests(switches))

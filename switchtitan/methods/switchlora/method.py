@@ -170,8 +170,9 @@ class SwitchLoraOptimizer(SplitOptimizer):
         W += s (B[:, I] (A_old - A_new)[I] + (B_old - B_new)[:, J] A[J]).
 
         Gradients are those of before the switch. A switched vector's stays right: it depends on the
-        counterpart and on W + s B A, which stay. A counterpart's gradient and state belong to the
-        vector that has left, so it is reset, and frozen until it has state of its own.
+        counterpart and on W + s B A, which stay. So the incoming vector also inherits the state of
+        the outgoing one. A counterpart's gradient and state belong to the vector that has left: it
+        is reset, and frozen for some steps, the first of which discards that gradient.
         """
         switches = self._last = self._plan.next()
         self._plan.advance(switches)

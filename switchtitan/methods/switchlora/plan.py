@@ -53,7 +53,8 @@ class SwitchLoraConfig(AdapterConfig):
     """Fraction of the run, in (0, 1], after which the frequency has fallen to 0.3 (exponential) or
     0.5 (sigmoid) of its initial value. Not with constant."""
     freeze_steps: int = Field(default=5, ge=0)
-    """Steps for which the counterpart of a switched vector gets no update; at least 0."""
+    """Steps for which the counterpart of a switched vector gets no update; at least 0. With 0, it
+    is updated once by the gradient of before the switch."""
     reset_moments: Literal["counterpart", "momentum", "both", "none"] = "counterpart"
     """Which optimizer state a switch resets, step counts included: that of the `counterpart` (the
     paired vector in the other factor), of `both` vectors, or `none`. `momentum` resets only the
@@ -196,7 +197,8 @@ class Plan:
         No vector is switched while it is frozen, and no candidate is taken and overwritten at once.
         """
         rank = self.config.rank
-        # B's are as many, rank // 2 further: half a ring is free of what the other half froze.
+        # The last m vectors of A that were switched froze those of B. The next k of B begin half a
+        # ring after the next of A, so they are others if k <= rank // 2 - m; and the same for A.
         froze = self.step - self.last_switched[FACTOR_A] < self.config.freeze_steps
         allowed = np.minimum(rank // 2 - froze.sum(1), self.num_candidates - rank)
         return np.clip(requested, 0, np.maximum(allowed, 0))
@@ -218,7 +220,7 @@ class Plan:
         )
 
     def advance(self, switches: list[Switch]) -> None:
-        """Adds the switches of the coming step, which is then the last one."""
+        """Begins the coming step with these switches; from now on it is the last one."""
         for switch in switches:
             self.num_switched[switch.layer] += switch.num_vectors
             for factor, spans in enumerate(switch.vectors):
@@ -231,9 +233,10 @@ class Plan:
         counterparts = self.last_switched[::-1]
         return self.step - 1 - counterparts < self.config.freeze_steps
 
-    def num_updates(self) -> np.ndarray:
+    def steps_since_reset(self) -> np.ndarray:
         """Returns the steps since each vector's state was reset, the last step and those in which
-        it was frozen included, [2, layers, rank]."""
+        it was frozen included, [2, layers, rank]. So AdamW's first update after 5 frozen steps is
+        about half of lr, not lr."""
         if self.config.reset_moments in ("momentum", "none"):
             return np.full_like(self.last_switched, self.step)
         return self.step - np.maximum(self._last_resets(), 0)

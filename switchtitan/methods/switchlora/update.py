@@ -113,15 +113,15 @@ class VectorAdamW(GroupedOptimizer):
         (beta1, beta2), (lr,) = self._adam.betas, self.rates  # factors are one group
         first, held = self._factors.parameters[0], self._factors.held
         order = [factor for group in self._groups for factor in group]
-        num_updates, is_frozen = (
+        steps_since_reset, is_frozen = (
             torch.from_numpy(table.reshape(len(order), -1)[order, held.start : held.stop])
             .to(first.dtype)
             .unsqueeze(2)
-            for table in (self._plan.num_updates(), self._plan.is_frozen())
+            for table in (self._plan.steps_since_reset(), self._plan.is_frozen())
         )
         is_free = 1 - is_frozen
-        root = (1 - beta2**num_updates).sqrt()
-        step_size = lr * root / (1 - beta1**num_updates) * is_free
+        root = (1 - beta2**steps_since_reset).sqrt()
+        step_size = lr * root / (1 - beta1**steps_since_reset) * is_free
         decay = 1 - lr * is_free * self._adam.weight_decay
         table = torch.stack([is_free, decay, step_size, root * self._adam.eps], dim=1)
         return to_device(table, first.device)
@@ -160,7 +160,7 @@ def update_(
 
 
 class FactorMuon(Muon):
-    """Muon on A and B of all layers, as matrices [rank, in] and [rank, out].
+    """Muon on A and B of all layers, in blocks or not, as matrices [rank, in] and [rank, out].
 
     A frozen vector is zero in the matrix that is orthogonalized, so that the other rows of the
     update are what they would be without it.
@@ -175,8 +175,8 @@ class FactorMuon(Muon):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Updates every vector that is not frozen; a frozen one keeps its momentum, and its value,
-        which weight decay would change."""
+        """Updates every vector that is not frozen; a frozen one keeps its value, which weight decay
+        would change, and its momentum, where AdamW's moments decay."""
         frozen = vector_spans(self._plan.is_frozen())
         kept = self._factors.views(frozen, self._factors.parameters, self._means)
         copies = [torch.empty_like(view) for view in kept]
