@@ -426,7 +426,7 @@ def list_step_folders(folder: Path) -> list[Path]:
     """The folders in `folder` that are named like complete checkpoints, newest first."""
     try:
         entries = list(folder.iterdir())  # `glob` would find nothing where a disk fails
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise CheckpointError(str(error)) from error
