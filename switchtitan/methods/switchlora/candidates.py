@@ -36,12 +36,12 @@ class Candidates:
         return []
 
     def take(self, switches: list[Switch], gathered: list[Tensor]) -> list[Tensor]:
-        """Returns the candidates in `slots_in` of each switch, unsharded.
+        """Returns the candidates in `slots_in` of each switch, unsharded; by default `gathered`.
 
         Args:
             gathered: the rows that `row_requests` listed.
         """
-        raise NotImplementedError
+        return gathered
 
     def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
         """Copies the outgoing vectors of each switch, unsharded, to its `slots_out`."""
@@ -98,9 +98,6 @@ class StoredCandidates(Candidates):
             for switch in switches
             for buffer in self._buffers[switch.layer]
         ]
-
-    def take(self, switches: list[Switch], gathered: list[Tensor]) -> list[Tensor]:
-        return gathered
 
     def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
         copy_all_(self._returning(switches, vectors))
