@@ -89,7 +89,7 @@ class MethodConfig(NamedSection):
     keeps_initial_weights: ClassVar[bool] = True
     """Whether a run starts from exactly the weights that it is given, up to rounding."""
 
-    def completed(self, model: "LanguageModel") -> Self:
+    def completed(self, build_model: "Callable[[], LanguageModel]") -> Self:
         """Returns this section with values for keys whose default depends on the plain model."""
         return self
 

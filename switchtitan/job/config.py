@@ -186,7 +186,7 @@ def parse_unchecked(argv: Sequence[str], say: Callable[[str], None] = print_note
     if given not in (None, file):
         say(f"using {file}, which is installed with switchtitan")
     config = load_config(JobConfig, read_with_bases(file), overrides, say)
-    method = config.method.completed(plain_model(config.model.on_any_machine()))
+    method = config.method.completed(lambda: plain_model(config.model.on_any_machine()))
     config = config.model_copy(update={"method": method})
     if wants_help:
         print(help_text(config, _USAGE))

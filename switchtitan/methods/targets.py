@@ -1,7 +1,7 @@
 """The linear layers that a method targets, and the base class of methods that replace them."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, ClassVar, TypeVar
 
 import torch
@@ -51,11 +51,13 @@ class TargetConfig(MethodConfig):
     """Local names of the linear layers that the method changes, at least one; by default all in the
     model's blocks. All other parameters train as with full_rank."""
 
-    def completed(self, model: LanguageModel) -> "TargetConfig":
+    def completed(self, build_model: Callable[[], LanguageModel]) -> "TargetConfig":
         """See `contracts.MethodConfig`."""
         if self.targets is not None:
             return self
-        local_names = dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model))
+        local_names = dict.fromkeys(
+            name.rpartition(".")[2] for name in linear_layers(build_model())
+        )
         return self.model_copy(update={"targets": tuple(local_names)})
 
     def check_model(self, model: LanguageModel) -> list[str]:
