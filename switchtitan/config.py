@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import resources
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -17,15 +17,20 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from switchtitan.errors import ConfigError
-from switchtitan.registry import Registry, Section
+from switchtitan.registry import (
+    NONE,
+    UNKNOWN,
+    Registry,
+    Section,
+    explain,
+    mistakes,
+    toml_value,
+)
 
 FOLDER = Path(str(resources.files("switchtitan"))) / "train_configs"
 """The configurations that are installed with the package."""
 QUICKSTART = FOLDER / "llama_quickstart_switchlora.toml"
 """The configuration that is used if none is given."""
-NONE = "none"
-"""Stands for None in files and on the command line: TOML has no null."""
-_UNKNOWN = "unknown key"
 
 KeyPath = tuple[str, ...]
 """Path of a key, e.g. ("training", "steps")."""
@@ -256,8 +261,8 @@ class _Draft:
         try:
             return _validate(chosen, values)
         except ValidationError as error:
-            for key, given, problem in _mistakes(error):
-                if problem == _UNKNOWN:
+            for key, given, problem in mistakes(error):
+                if problem == UNKNOWN:
                     expected = f"; expected one of {', '.join(chosen.model_fields)}"
                     problem += _did_you_mean(f"{section}.{key}", self._known_keys()) or expected
                 place = f"{self._place(section, key, given)}:" if key else f"[{section}]"
@@ -293,32 +298,6 @@ def _with_none(value: object, key: FieldInfo | None) -> object:
     """Returns None for `NONE`, if the key accepts it."""
     admits_none = key is not None and NoneType in get_args(key.annotation)
     return None if value == NONE and admits_none else value
-
-
-def explain(error: Exception) -> str:
-    """Returns an error in one line: of pydantic's, each key with its value and what is wrong."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    parts = (f"{key}{given}: {why}".removeprefix(": ") for key, given, why in _mistakes(error))
-    return "; ".join(parts)
-
-
-def _mistakes(error: ValidationError) -> list[tuple[str, str, str]]:
-    """Returns key (empty if it concerns several), place in it with its value, and what is wrong."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for detail in error.errors():
-        key, *rest = map(str, detail["loc"] or [""])
-        # Steps into a list begin with a number; others are the branches of a union.
-        steps = rest[next((at for at, step in enumerate(rest) if step.isdecimal()), len(rest)) :]
-        place = "".join(f"[{step}]" if step.isdecimal() else f".{step}" for step in steps)
-        problem = detail["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-        fixed = {"missing": "missing", "extra_forbidden": _UNKNOWN}
-        problem = fixed.get(detail["type"], problem)
-        value = toml_value(detail["input"])
-        if key and detail["type"] != "missing" and len(value) <= 100:
-            place += f" = {value}"
-        found.setdefault((key, place), []).append(problem)
-    return [(*where, " or ".join(dict.fromkeys(problems))) for where, problems in found.items()]
 
 
 def _did_you_mean(word: str, choices: Iterable[str], prefix: str = "") -> str:
@@ -372,25 +351,6 @@ def resolved_toml(config: Section) -> str:
     for section, keys in config:
         lines += [f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in keys), ""]
     return "\n".join(lines)
-
-
-def toml_value(value: object) -> str:
-    """Returns a value as in a TOML file, or as in Python if TOML has no such value."""
-    if value is None:
-        return f'"{NONE}"'
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (str, PurePath)):
-        # TOML's string escapes are those of JSON, except that TOML escapes DEL too.
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(toml_value, value))}]"
-    if isinstance(value, Section):
-        # A table in a list: its keys without a value are optional.
-        return toml_value(value.model_dump(exclude_none=True))
-    if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())} }}"
-    return str(value)
 
 
 def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:

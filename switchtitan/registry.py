@@ -1,14 +1,21 @@
 """Sections of the configuration, and tables of components that a section chooses by name."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import PurePath
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
 from switchtitan.errors import ConfigError
+
+NONE = "none"
+"""Stands for None in files and on the command line: TOML has no null."""
+UNKNOWN = "unknown key"
+"""What is wrong with a key that its section lacks."""
 
 
 class Section(BaseModel):
@@ -38,11 +45,62 @@ class Section(BaseModel):
         return bool(getattr(self, key) == default)
 
 
+def toml_value(value: object) -> str:
+    """Returns a value as in a TOML file, or as in Python if TOML has no such value."""
+    if value is None:
+        return f'"{NONE}"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (str, PurePath)):
+        # TOML's string escapes are those of JSON, except that TOML escapes DEL too.
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, Section):
+        # A table in a list: its keys without a value are optional.
+        return toml_value(value.model_dump(exclude_none=True))
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())} }}"
+    return str(value)
+
+
+def explain(error: Exception) -> str:
+    """Returns an error in one line: of pydantic's, each key with its value and what is wrong."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    parts = (f"{key}{given}: {why}".removeprefix(": ") for key, given, why in mistakes(error))
+    return "; ".join(parts)
+
+
+def mistakes(error: ValidationError) -> list[tuple[str, str, str]]:
+    """Returns key (empty if it concerns several), place in it with its value, and what is wrong."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for detail in error.errors():
+        key, *rest = map(str, detail["loc"] or [""])
+        # Steps into a list begin with a number; others are the branches of a union.
+        steps = rest[next((at for at, step in enumerate(rest) if step.isdecimal()), len(rest)) :]
+        place = "".join(f"[{step}]" if step.isdecimal() else f".{step}" for step in steps)
+        problem = detail["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        fixed = {"missing": "missing", "extra_forbidden": UNKNOWN}
+        problem = fixed.get(detail["type"], problem)
+        value = toml_value(detail["input"])
+        if key and detail["type"] != "missing" and len(value) <= 100:
+            place += f" = {value}"
+        found.setdefault((key, place), []).append(problem)
+    return [(*where, " or ".join(dict.fromkeys(problems))) for where, problems in found.items()]
+
+
 def is_installed(package: str) -> bool:
     """Returns whether a package can be imported."""
     spec = find_spec(package)
     # A folder of this name in the working directory has no origin: wandb writes one.
     return spec is not None and spec.origin is not None
+
+
+def needs_package(place: str, package: str) -> str:
+    """Returns the message that what `place` chooses needs the extra of this name."""
+    install = f"pip install '.[{package}]'"
+    return f"{place}: needs the package {package}; run {install} in the checkout, or choose another"
 
 
 class NamedSection(Section):
@@ -95,7 +153,7 @@ class Registry(Generic[ConfigT, Part]):
         try:
             return self.rows[name].config_type.model_validate(section)
         except ValidationError as error:
-            raise ConfigError(f"[{self.kind}] {name!r}: {error}") from error
+            raise ConfigError(f"[{self.kind}] {name!r}: {explain(error)}") from error
 
     def build(self, config: ConfigT, *args: object, **kwargs: object) -> Part:
         """Calls the factory of `config.name` with `config` and the given run-time values."""

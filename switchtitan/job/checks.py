@@ -13,9 +13,9 @@ from switchtitan.data.config import TRAINED_TOKENIZER
 from switchtitan.distributed.dtype import bf16_support, choose_dtype, gpu_problem
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
-from switchtitan.methods import METHODS
+from switchtitan.methods import optimizer_problems
 from switchtitan.models import plain_model
-from switchtitan.registry import is_installed
+from switchtitan.registry import is_installed, needs_package
 
 if TYPE_CHECKING:  # it calls these checks
     from switchtitan.job.config import JobConfig
@@ -134,26 +134,12 @@ def _check_ranks(config: "JobConfig", num_ranks: int) -> list[str]:
 
 def _check_optimizer(config: "JobConfig") -> list[str]:
     """The optimizer must fit method and model, and its package must be installed."""
-    method, optimizer, problems = config.method, config.optimizer, []
-    name = f"[optimizer] name = {toml_value(optimizer.name)}"
-    if method.optimizers is not None and optimizer.name not in method.optimizers:
-        able = [
-            able_name
-            for able_name, config_type in METHODS.config_types().items()
-            if config_type.optimizers is None or optimizer.name in config_type.optimizers
-        ]
+    problems = optimizer_problems(config.method, config.optimizer)
+    if config.optimizer.needs_head and config.model.weight_copies():
         problems.append(
-            f"{name}: [method] name = {toml_value(method.name)} cannot train with it; choose "
-            f"{' or '.join(sorted(method.optimizers))}, or a method that can: "
-            f"{', '.join(sorted(able))}"
-        )
-    if optimizer.package is not None and not is_installed(optimizer.package):
-        problems.append(_needs_package(name, optimizer.package))
-    if optimizer.needs_head and config.model.weight_copies():
-        problems.append(
-            f"{name}: treats the head's weight apart, and the model's head is tied to the "
-            "embedding; untie it (for LLaMA, [model] tied_head = false), or choose another "
-            "optimizer"
+            f"[optimizer] name = {toml_value(config.optimizer.name)}: treats the head's weight "
+            "apart, and the model's head is tied to the embedding; untie it (for LLaMA, [model] "
+            "tied_head = false), or choose another optimizer"
         )
     return problems
 
@@ -161,7 +147,7 @@ def _check_optimizer(config: "JobConfig") -> list[str]:
 def _check_reports(config: "JobConfig", num_ranks: int) -> list[str]:
     """A tracker's package must be installed, and the ranks to trace must exist."""
     problems = [
-        _needs_package(f"[metrics] trackers: {tracker}", tracker)
+        needs_package(f"[metrics] trackers: {tracker}", tracker)
         for tracker in config.metrics.trackers
         if not is_installed(tracker)
     ]
@@ -173,11 +159,6 @@ def _check_reports(config: "JobConfig", num_ranks: int) -> list[str]:
             f"{num_ranks - 1}"
         )
     return problems
-
-
-def _needs_package(place: str, package: str) -> str:
-    install = f"pip install '.[{package}]'"
-    return f"{place}: needs the package {package}; run {install} in the checkout, or choose another"
 
 
 def _check_compiler(config: "JobConfig", device: str) -> list[str]:

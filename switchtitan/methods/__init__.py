@@ -1,6 +1,6 @@
 """The registry of training methods."""
 
-from switchtitan.contracts import Method, MethodConfig
+from switchtitan.contracts import Method, MethodConfig, OptimizerConfig
 from switchtitan.methods.factors import PlainProductConfig, ProductMethod
 from switchtitan.methods.full_rank import FullRank, FullRankConfig
 from switchtitan.methods.lora import Lora, LoraConfig
@@ -8,7 +8,7 @@ from switchtitan.methods.projected import ApolloConfig, FiraConfig, GaloreConfig
 from switchtitan.methods.relora import Relora, ReloraConfig
 from switchtitan.methods.sltrain import Sltrain, SltrainConfig
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
-from switchtitan.registry import Component, Registry
+from switchtitan.registry import Component, Registry, is_installed, needs_package, toml_value
 
 METHODS: Registry[MethodConfig, Method] = Registry(
     "method",
@@ -24,3 +24,22 @@ METHODS: Registry[MethodConfig, Method] = Registry(
         "switchlora": Component(SwitchLoraConfig, SwitchLora),
     },
 )
+
+
+def optimizer_problems(method: MethodConfig, optimizer: OptimizerConfig) -> list[str]:
+    """Returns why an optimizer cannot train with a method, or on this machine."""
+    problems, name = [], f"[optimizer] name = {toml_value(optimizer.name)}"
+    if method.optimizers is not None and optimizer.name not in method.optimizers:
+        able = [
+            able_name
+            for able_name, config_type in METHODS.config_types().items()
+            if config_type.optimizers is None or optimizer.name in config_type.optimizers
+        ]
+        problems.append(
+            f"{name}: [method] name = {toml_value(method.name)} cannot train with it; choose "
+            f"{' or '.join(sorted(method.optimizers))}, or a method that can: "
+            f"{', '.join(sorted(able))}"
+        )
+    if optimizer.package is not None and not is_installed(optimizer.package):
+        problems.append(needs_package(name, optimizer.package))
+    return problems
