@@ -1,8 +1,9 @@
 """The contracts between packages: interfaces of models, methods, optimizers and their sections."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -89,11 +90,11 @@ class MethodConfig(NamedSection):
     keeps_initial_weights: ClassVar[bool] = True
     """Whether a run starts from exactly the weights that it is given, up to rounding."""
 
-    def completed(self, build_model: "Callable[[], LanguageModel]") -> Self:
+    def completed(self, build_model: "Callable[[], TrainedModel]") -> Self:
         """Returns this section with values for keys whose default depends on the plain model."""
         return self
 
-    def check_model(self, model: "LanguageModel") -> list[str]:
+    def check_model(self, model: "TrainedModel") -> list[str]:
         """Returns error messages for the plain model, on the meta device; none by default."""
         return []
 
@@ -146,6 +147,20 @@ def default_apply_head(hidden: Tensor, head: nn.Module) -> Tensor:
 SummedLoss = Callable[..., Tensor]
 """(hidden, head, targets [batch, seq], divisor=1) -> the sum of the losses / `divisor`, 0-dim; see
 `models.loss`."""
+
+
+class TrainedModel(Protocol):
+    """What a method asks of a model: a `LanguageModel`, or any module as `library` shows it."""
+
+    compute_dtype: torch.dtype
+
+    def blocks(self) -> dict[str, nn.Module]: ...
+
+    def output_head(self) -> nn.Module | None: ...
+
+    def named_modules(self) -> Iterable[tuple[str, nn.Module]]: ...
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
 
 
 class LanguageModel(nn.Module, ABC):
@@ -241,8 +256,21 @@ class Reparametrized(nn.Module, ABC):
         """
 
 
+@dataclass
+class ParameterGroup:
+    """Parameters, by qualified name, with one peak learning rate and one weight decay."""
+
+    parameters: dict[str, nn.Parameter]
+    lr: float
+    weight_decay: float
+
+
 class TrainingOptimizer(ABC):
-    """The optimizer of a training step. Not a `torch.optim.Optimizer`."""
+    """The optimizer of a training step. Not a `torch.optim.Optimizer`, but see `library`."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Returns its live groups: a change of `lr` acts after the next `set_lr`."""
 
     @abstractmethod
     def step(self) -> None: ...
@@ -304,7 +332,7 @@ class Method(ABC, Generic[MethodConfigT]):
 
     @abstractmethod
     def build_optimizer(
-        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
+        self, model: TrainedModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         """Builds the optimizer of the sharded model; `compile_step`: compile the update."""
 

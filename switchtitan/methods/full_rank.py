@@ -3,10 +3,10 @@
 from typing import Literal
 
 from switchtitan.contracts import (
-    LanguageModel,
     Method,
     MethodConfig,
     OptimizerConfig,
+    TrainedModel,
     TrainingOptimizer,
 )
 from switchtitan.methods.targets import linear_layers
@@ -25,7 +25,7 @@ class FullRank(Method[FullRankConfig]):
     """Trains all parameters of the model."""
 
     def build_optimizer(
-        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
+        self, model: TrainedModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         # Those that low-rank methods target by default: `lr` and `other_lr` then apply to the same
         # layers with every method.

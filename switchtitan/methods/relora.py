@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
+from switchtitan.contracts import OptimizerConfig, TrainedModel, TrainingOptimizer
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.random import draw_vectors, generator_for
 from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, row_range
@@ -78,7 +78,7 @@ class Relora(AdapterMethod[ReloraConfig]):
     """Low-rank factors that are merged into their weights and reinitialized at intervals."""
 
     def build_optimizer(
-        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
+        self, model: TrainedModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         inner = super().build_optimizer(model, config, compile_step)
         layers = adapter_layers(model)

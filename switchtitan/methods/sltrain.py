@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from switchtitan.contracts import LanguageModel
+from switchtitan.contracts import TrainedModel
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for, splitmix64
 from switchtitan.methods.factors import ProductLinear, ProductMethod
@@ -37,7 +37,7 @@ class SltrainConfig(TargetConfig):
     """Number of values in a row of S divided by the length of the row, above 0 and below 1. It is
     rounded to a whole number of values, at least one."""
 
-    def check_model(self, model: LanguageModel) -> list[str]:
+    def check_model(self, model: TrainedModel) -> list[str]:
         """See `contracts.MethodConfig`."""
         problems = super().check_model(model)
         for name, linear in self.targeted(model).items():

@@ -14,6 +14,7 @@ from switchtitan.contracts import (
     MethodConfig,
     OptimizerConfig,
     Reparametrized,
+    TrainedModel,
     TrainingOptimizer,
 )
 from switchtitan.optim import OPTIMIZERS
@@ -25,17 +26,22 @@ SUFFIX_A, SUFFIX_B = (f".{factor}" for factor in FACTORS)
 
 
 def linear_layers(
-    model: LanguageModel, targets: tuple[str, ...] | None = None
+    model: TrainedModel, targets: tuple[str, ...] | None = None
 ) -> dict[str, nn.Linear]:
-    """Returns the linear layers with these local names, by default all in the model's blocks, by
+    """Returns the linear layers that are targets, by default all in the model's blocks, by
     qualified name. Found by type: the default does not depend on a model's names."""
     blocks = tuple(f"{block}." for block in model.blocks())
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and (name.startswith(blocks) if targets is None else name.rpartition(".")[2] in targets)
+        and (name.startswith(blocks) if targets is None else is_named(name, targets))
     }
+
+
+def is_named(layer: str, targets: Iterable[str]) -> bool:
+    """Whether a qualified name ends in one of these names, such as `q_proj` or `mlp.0`."""
+    return any(f".{layer}".endswith(f".{target}") for target in targets)
 
 
 class TargetConfig(MethodConfig):
@@ -48,10 +54,11 @@ class TargetConfig(MethodConfig):
     """Number of vectors in each factor: at least 1, and below the smaller dimension of every
     target."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Local names of the linear layers that the method changes, at least one; by default all in the
-    model's blocks. All other parameters train as with full_rank."""
+    """Local names of the linear layers that the method changes, or longer ends of their qualified
+    names, at least one; by default all in the model's blocks. All other parameters train as with
+    full_rank."""
 
-    def completed(self, build_model: Callable[[], LanguageModel]) -> "TargetConfig":
+    def completed(self, build_model: Callable[[], TrainedModel]) -> "TargetConfig":
         """See `contracts.MethodConfig`."""
         if self.targets is not None:
             return self
@@ -60,15 +67,16 @@ class TargetConfig(MethodConfig):
         )
         return self.model_copy(update={"targets": tuple(local_names)})
 
-    def check_model(self, model: LanguageModel) -> list[str]:
+    def check_model(self, model: TrainedModel) -> list[str]:
         """See `contracts.MethodConfig`."""
         problems = []
-        local_names = {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-        if unknown := [target for target in self.targets or () if target not in local_names]:
+        names = [name for name, it in model.named_modules() if isinstance(it, nn.Linear)]
+        local_names = {name.rpartition(".")[2] for name in names}
+        if unknown := [
+            target
+            for target in self.targets or ()
+            if not any(is_named(name, [target]) for name in names)
+        ]:
             problems.append(
                 f"[method] targets = {list(self.targets or ())}: the model has no linear layer "
                 f"called {', '.join(map(repr, unknown))}; it has {', '.join(sorted(local_names))}"
@@ -83,13 +91,13 @@ class TargetConfig(MethodConfig):
             )
         return problems
 
-    def targeted(self, model: LanguageModel) -> dict[str, nn.Linear]:
+    def targeted(self, model: TrainedModel) -> dict[str, nn.Linear]:
         """Returns the linear layers of a model that are targets, by qualified name."""
         return linear_layers(model, self.targets)
 
     def is_target(self, layer: str) -> bool:
         """Whether a linear layer in the model's blocks is a target, by its qualified name."""
-        return self.targets is None or layer.rpartition(".")[2] in self.targets
+        return self.targets is None or is_named(layer, self.targets)
 
 
 TargetConfigT = TypeVar("TargetConfigT", bound=TargetConfig)
@@ -133,7 +141,7 @@ class ReplacingMethod(Method[TargetConfigT]):
             with linear.weight.device:
                 model.set_submodule(name, self.build_layer(name, linear))
 
-    def trained_parameters(self, model: LanguageModel) -> list[TrainedParameter]:
+    def trained_parameters(self, model: TrainedModel) -> list[TrainedParameter]:
         """Returns all trained parameters; those that are not `is_other` belong to the method."""
         targeted = {
             f"{layer}.{name}"
@@ -150,7 +158,7 @@ class ReplacingMethod(Method[TargetConfigT]):
         ]
 
     def build_optimizer(
-        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
+        self, model: TrainedModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step)
 

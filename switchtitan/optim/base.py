@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from switchtitan.contracts import OptimizerConfig, TrainingOptimizer
+from switchtitan.contracts import OptimizerConfig, ParameterGroup, TrainingOptimizer
 from switchtitan.optim.parameters import TrainedParameter, parameter_groups
 
 
@@ -31,6 +31,9 @@ class GroupedOptimizer(TrainingOptimizer):
     def rates(self) -> list[float]:
         """The current learning rate of each group."""
         return [group.lr * self._lr_factor for group in self.groups]
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return self.groups
 
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():
@@ -64,6 +67,9 @@ class SplitOptimizer(TrainingOptimizer):
     def step(self) -> None:
         for part in self._parts:
             part.step()
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [group for part in self._parts for group in part.parameter_groups()]
 
     def zero_grad(self) -> None:
         for part in self._parts:

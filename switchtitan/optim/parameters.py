@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from switchtitan.contracts import LanguageModel, OptimizerConfig
+from switchtitan.contracts import OptimizerConfig, ParameterGroup, TrainedModel
 
 
 class TrainedParameter(NamedTuple):
@@ -30,15 +30,7 @@ class TrainedParameter(NamedTuple):
     """Whether weight decay applies even if it is 1-dim and `decay_norms` is off."""
 
 
-class ParameterGroup(NamedTuple):
-    """Parameters, by qualified name, with one peak learning rate and one weight decay."""
-
-    parameters: dict[str, nn.Parameter]
-    lr: float
-    weight_decay: float
-
-
-def trained_parameters(model: LanguageModel, targeted: Collection[str]) -> list[TrainedParameter]:
+def trained_parameters(model: TrainedModel, targeted: Collection[str]) -> list[TrainedParameter]:
     """Returns the parameters that require a gradient, in the model's order.
 
     Args:
@@ -47,7 +39,8 @@ def trained_parameters(model: LanguageModel, targeted: Collection[str]) -> list[
     prefixes, head = tuple(f"{block}." for block in model.blocks()), model.output_head()
     # A tied head has no parameter of its own.
     in_head = set() if head is None else set(head.parameters())
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    modules = [module for _, module in model.named_modules()]
+    embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
     in_embeddings = {parameter for module in embeddings for parameter in module.parameters()}
     return [
         TrainedParameter(

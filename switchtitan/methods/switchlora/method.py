@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from switchtitan.contracts import LanguageModel, OptimizerConfig, TrainingOptimizer
+from switchtitan.contracts import OptimizerConfig, TrainedModel, TrainingOptimizer
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.rows import RowSpans, ShardedRows, copy_all_, gather_rows, paired_rows
@@ -95,7 +95,7 @@ class SwitchLora(AdapterMethod[SwitchLoraConfig]):
         return layer
 
     def build_optimizer(
-        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
+        self, model: TrainedModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         layers = adapter_layers(model)
         num_candidates = np.array([min(layer.plain_shape) for layer in layers.values()])
