@@ -25,7 +25,7 @@ from switchtitan.hub.export_folder import (
     new_folder,
     write_model_card,
 )
-from switchtitan.hub.peft_folder import BASE_FOLDER, reader_of_base, write_adapter
+from switchtitan.hub.peft_folder import BASE_FOLDER, reader_of_base, updates_of, write_adapter
 from switchtitan.hub.verify_export import verify_export
 
 _LOADED_BY = {
@@ -95,7 +95,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if is_adapter:
             for file in base.glob("tokenizer*"):  # PEFT's users load it next to the adapter
                 shutil.copyfile(file, partial / file.name)
-            write_adapter(weights, partial, folder.resolve() / BASE_FOLDER, dtype)
+            base = folder.resolve() / BASE_FOLDER
+            write_adapter(updates_of(weights), partial, base, dtype, "CAUSAL_LM")
         error = None if options.no_verify else verify_export(weights, partial, dtype)
         write_model_card(metadata, partial, options.command, _LOADED_BY[options.format])
     same = f"as those of the checkpoint's weights in {options.dtype}"

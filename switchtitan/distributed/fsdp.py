@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +68,17 @@ def shard_model(
             use_few_kernels(model)
         else:
             logger.info("torch %s: a rank takes more kernels than with 2.13", torch.__version__)
+    shard_buffers(model, mesh)
+
+
+def shard_buffers(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shards the buffers that modules declare, unless they are, with their values."""
     for module in model.modules():
-        if isinstance(module, Reparametrized):
-            for name in module.sharded_buffers:
-                setattr(module, name, shard_buffer(getattr(module, name), mesh))
+        for name in module.sharded_buffers if isinstance(module, Reparametrized) else ():
+            full = module.get_buffer(name)
+            if not isinstance(full, DTensor):
+                setattr(module, name, shard_buffer(full, mesh))
+                copy_from_full_(module.get_buffer(name), full)
 
 
 def _units(
@@ -125,7 +132,7 @@ def materialize(
         if name not in overwritten:
             module_name, _, local_name = name.rpartition(".")
             unfilled.setdefault(module_name, {})[local_name] = tensor
-    start = _Start(model, seed, initial_weights, is_restored)
+    start = InitialValues(model, seed, initial_weights, is_restored)
     # These need all rows of the plain weight, and may take a minute to decompose it.
     shared = [
         name
@@ -148,19 +155,27 @@ def materialize(
             for tensor, value in zip(own.values(), next(computed), strict=True):
                 copy_from_full_(tensor, value)
             continue
-        values = start.rows(name, {key: row_range(tensor) for key, tensor in own.items()})
-        for key, tensor in own.items():
-            with torch.no_grad():
-                local(tensor).copy_(values[key])
+        start.fill(name, own)
 
 
-class _Start(NamedTuple):
-    """The initial values of a model; see `materialize`."""
+class InitialValues(NamedTuple):
+    """The initial values of a model; see `materialize`.
 
-    model: LanguageModel
+    Args:
+        model: with `initial_weights`, any module.
+    """
+
+    model: Any
     seed: int
     initial_weights: ReadRows | None
-    is_restored: bool
+    is_restored: bool = False
+
+    @torch.no_grad()
+    def fill(self, module_name: str, own: Mapping[str, Tensor]) -> None:
+        """Writes this rank's rows of a module's tensors, by local name."""
+        values = self.rows(module_name, {key: row_range(tensor) for key, tensor in own.items()})
+        for key, tensor in own.items():
+            local(tensor).copy_(values[key])
 
     def rows(self, module_name: str, held: Mapping[str, range]) -> dict[str, Tensor]:
         """Returns rows `held` of a module's tensors, by local name."""

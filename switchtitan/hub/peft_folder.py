@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -12,12 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from switchtitan.config import explain
+from switchtitan.contracts import LowRankUpdate
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
 from switchtitan.hub.export_folder import ReadWeights
 from switchtitan.hub.huggingface import CONFIG_NAME, read_config, read_dense, write_json
+from switchtitan.registry import explain
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
@@ -94,10 +95,20 @@ def reader_of_base(checkpoint: DenseCheckpoint) -> ReadWeights:
     return read
 
 
+def updates_of(checkpoint: DenseCheckpoint) -> Iterator[tuple[str, LowRankUpdate]]:
+    """Yields the low-rank update of each layer, by name, one in memory at a time."""
+    for layer in checkpoint.method.low_rank_updates(checkpoint.on_meta):
+        yield from checkpoint.method.low_rank_updates(checkpoint.read_trained([layer])).items()
+
+
 def write_adapter(
-    checkpoint: DenseCheckpoint, folder: Path, base: Path, dtype: torch.dtype
+    updates: Iterable[tuple[str, LowRankUpdate]],
+    folder: Path,
+    base: Path,
+    dtype: torch.dtype,
+    task_type: str | None,
 ) -> None:
-    """Writes the low-rank updates of a checkpoint as an adapter that PEFT loads.
+    """Writes low-rank updates, by the layer's name, as an adapter that PEFT loads.
 
     PEFT's B is [out, rank], and its scale is `lora_alpha` / `r`: that of the first layer. A of a
     layer with another scale is multiplied by their ratio.
@@ -106,23 +117,23 @@ def write_adapter(
         folder: an existing folder.
         base: where the base model will be, for `AutoPeftModelForCausalLM`.
         dtype: of the stored factors.
+        task_type: PEFT's name of the class of models; None for any module.
     """
-    method = checkpoint.method
-    on_meta = method.low_rank_updates(checkpoint.on_meta)
-    (rank,) = {update.lora_a.shape[0] for update in on_meta.values()}
-    scale = next(iter(on_meta.values())).scale
-    config = PeftConfig(
-        peft_type="LORA", r=rank, lora_alpha=scale * rank, base_model_name_or_path=str(base)
-    )
-    others = {"task_type": "CAUSAL_LM", "inference_mode": True, "target_modules": sorted(on_meta)}
-    write_json(folder / ADAPTER_CONFIG_NAME, {**config.model_dump(), **others})
-    factors = {}
-    for layer in on_meta:
-        update = method.low_rank_updates(checkpoint.read_trained([layer]))[layer]
+    factors: dict[str, Tensor] = {}
+    layers: list[str] = []
+    for layer, update in updates:
+        if not layers:
+            rank, scale = len(update.lora_a), update.scale
+        layers.append(layer)
         lora_a = update.lora_a * (update.scale / scale)
         for name, factor in (("A", lora_a), ("B", update.lora_b.t())):
             factors[f"base_model.model.{layer}.lora_{name}.weight"] = factor.to(dtype).contiguous()
     save_file(factors, folder / ADAPTER_NAME, metadata={"format": "pt"})
+    config = PeftConfig(
+        peft_type="LORA", r=rank, lora_alpha=scale * rank, base_model_name_or_path=str(base)
+    )
+    others = {"task_type": task_type, "inference_mode": True, "target_modules": sorted(layers)}
+    write_json(folder / ADAPTER_CONFIG_NAME, {**config.model_dump(), **others})
 
 
 def is_adapter(path: Path) -> bool:

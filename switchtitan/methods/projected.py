@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as distributed_zeros
 
-from switchtitan.contracts import LanguageModel, Method, OptimizerConfig, TrainingOptimizer
+from switchtitan.contracts import Method, OptimizerConfig, TrainedModel, TrainingOptimizer
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.norms import sum_packed, sum_rows
@@ -170,15 +170,19 @@ class ProjectedOptimizer(GroupedOptimizer):
     ) -> None:
         super().__init__(adam, [TrainedParameter(*item) for item in parameters.items()])
         self._method, self._adam, self._seed = method, adam, seed
-        self._weights = [ProjectedWeight(*item, method.rank) for item in parameters.items()]
-        self._left = [weight for weight in self._weights if not weight.is_right]
-        self._first = self._weights[0].parameter
+        self._targeted = [ProjectedWeight(*item, method.rank) for item in parameters.items()]
+        self._first = self._targeted[0].parameter
         self._group = shard_group(self._first)
         self._num_steps = 0
         self._compile = compile_if(compile_step)
         self._direction = self._compile(partial(direction_, betas=adam.betas, eps=adam.eps))
-        for weight in self._weights:
+        for weight in self._targeted:
             self.state |= {f"{weight.name}.{key}": getattr(weight, key) for key in self.saved}
+
+    def _choose_weights(self) -> None:
+        """Chooses the weights that have a gradient; nothing of the others changes in a step."""
+        self._weights = [it for it in self._targeted if it.parameter.grad is not None]
+        self._left = [weight for weight in self._weights if not weight.is_right]
 
     def renew_bases(self) -> None:
         """Sets the bases for the next `update_interval` steps, from the gradients."""
@@ -190,12 +194,15 @@ class ProjectedOptimizer(GroupedOptimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        self._choose_weights()
+        if not self._weights:
+            return
         if self._num_steps % self._method.update_interval == 0:
             self.renew_bases()
         self._num_steps += 1
         (beta1, beta2), n = self._adam.betas, self._num_steps
         # The bias correction as at the end of sec. 2 of arXiv 1412.6980.
-        lr = self._adam.lr * self._lr_factor
+        (lr,) = self.rates  # weights are one group
         step_size = lr * (1 - beta2**n) ** 0.5 / (1 - beta1**n)
         self.update(step_size, decay=1 - lr * self._adam.weight_decay)
 
@@ -308,16 +315,19 @@ class LimitedOptimizer(ProjectedOptimizer):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._measure = self._compile(type(self).measure)
-        like = local(self._weights[0].parameter).detach()
-        self._norms = like.new_full((len(self._weights),), torch.inf)
+        like = local(self._first).detach()
+        self._norms = like.new_full((len(self._targeted),), torch.inf)
         self._num_limited = torch.zeros((), device=like.device)
         self.state["projection.update_norms"] = self._norms
 
     def divisors(self, norms: Tensor) -> Tensor:
         """Returns the divisors of updates of these norms, both [weights]; stores limited norms."""
         most = self._method.max_norm_growth
-        divisors = (norms / (self._norms + TINY_NORM)).clamp(min=most) / most
-        self._norms.copy_(norms / divisors)
+        places: slice | list[int] = slice(None)
+        if len(norms) < len(self._norms):
+            places = [i for i, it in enumerate(self._targeted) if it.parameter.grad is not None]
+        divisors = (norms / (self._norms[places] + TINY_NORM)).clamp(min=most) / most
+        self._norms[places] = norms / divisors
         self._num_limited = (divisors > 1).sum()
         return divisors
 
@@ -407,14 +417,14 @@ class ApolloOptimizer(LimitedOptimizer):
 
     def renew_bases(self) -> None:
         number = self._num_steps // self._method.update_interval
-        for weight in self._weights:
+        for weight in self._targeted:
             generator = generator_for(self._seed, f"{weight.name}.basis.{number}")
             values = torch.randn(weight.basis.shape, generator=generator)
             values /= weight.basis.shape[1] ** 0.5
             copy_from_full_(weight.basis, to_device(values, weight.basis.device))
 
     def replicated(self) -> dict[str, Tensor]:
-        return {f"{weight.name}.basis": weight.basis for weight in self._weights}
+        return {f"{weight.name}.basis": weight.basis for weight in self._targeted}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
@@ -459,12 +469,13 @@ class Projected(Method[ProjectedConfig]):
     """Trains all weights; the optimizer state of the targeted ones is low-rank."""
 
     def build_optimizer(
-        self, model: LanguageModel, config: OptimizerConfig, compile_step: bool
+        self, model: TrainedModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
         assert isinstance(config, AdamWConfig)  # see `ProjectedConfig.optimizers`
         names = {f"{name}.weight" for name in self.config.targeted(model)}
-        targeted = {name: p for name, p in model.named_parameters() if name in names}
-        others = [p for p in trained_parameters(model, targeted) if p.is_other]
+        trained = trained_parameters(model, names)
+        targeted = {entry.name: entry.parameter for entry in trained if not entry.is_other}
+        others = [entry for entry in trained if entry.is_other]
         optimizer = _OPTIMIZERS[type(self.config)]
         projected = optimizer(self.config, config, targeted, self.seed, compile_step)
         return SplitOptimizer([projected, AdamW(config, others)])

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from switchtitan.distributed.gpus import CARDS
 from switchtitan.methods.operations import copy_in_backward, input_gradient, merge, part_of
@@ -96,10 +97,14 @@ def cheapest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) ->
     Of equal ones, the first in the table. On a CPU operations decide: measured, its narrow products
     are as fast as others.
 
+    `factored` for a graph that torch.compile makes for any number of tokens.
+
     Args:
         x: [..., in].
         out_features: of the layers that are computed together.
     """
+    if torch.compiler.is_compiling() and not has_static_value(x.numel()):
+        return factored
     num_tokens, value_size = x.numel() // x.shape[-1], x.element_size()
     flops_per_value = value_size * (_flops_per_byte(x.device, x.dtype) if x.is_cuda else 0.0)
     return BY_NAME[_cheapest(out_features, x.shape[-1], rank, num_tokens, flops_per_value)]

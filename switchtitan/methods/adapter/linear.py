@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from switchtitan.contracts import TrainedModel
 from switchtitan.distributed.initial import GeneratorFor, split_blocks
 from switchtitan.distributed.random import draw_vectors
 from switchtitan.methods.adapter.contraction import (
@@ -21,7 +22,7 @@ from switchtitan.methods.targets import FACTORS, FactorLinear
 class AdapterLinear(FactorLinear):
     """y = x (W + s B A)^T (+ bias) with W, `weight` [out, in], frozen.
 
-    Computes in the dtype of x and the factors; W may have another dtype.
+    Computes in the dtype of autocast if that is on, or else of x; tensors of another are cast.
 
     Args:
         scale: s.
@@ -51,9 +52,9 @@ class AdapterLinear(FactorLinear):
         """[..., in] -> [..., out]"""
         if not (self.dropout and self.training):
             return self._contract(x, [self])[0]
-        low_rank = F.linear(F.linear(F.dropout(x, self.dropout), self.lora_a), self.lora_b.t())
-        out = frozen_linear(x, self.weight) + low_rank * self.scale
-        return out if self.bias is None else out + self.bias
+        x, lora_a, lora_b = in_compute_dtype(x, self.lora_a, self.lora_b)
+        low_rank = F.linear(F.linear(F.dropout(x, self.dropout), lora_a), lora_b.t())
+        return self._with_bias(frozen_linear(x, self.weight) + low_rank * self.scale)
 
     def forward_together(self, x: Tensor, others: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         """See `contracts.Reparametrized`."""
@@ -65,16 +66,18 @@ class AdapterLinear(FactorLinear):
         return self._contract(x, [self, *alike])
 
     def _contract(self, x: Tensor, layers: Sequence["AdapterLinear"]) -> tuple[Tensor, ...]:
+        factors = (factor for layer in layers for factor in (layer.lora_a, layer.lora_b))
+        x, *cast = in_compute_dtype(x, *factors)
         contraction = self._contraction
         if contraction is None:
             out_features = tuple(layer.out_features for layer in layers)
             contraction = cheapest_contraction(x, out_features, self.rank)
-        parts = [(layer.weight, layer.lora_a, layer.lora_b) for layer in layers]
-        outputs = contraction(x, parts, self.scale)
-        return tuple(
-            out if layer.bias is None else out + layer.bias
-            for layer, out in zip(layers, outputs, strict=True)
-        )
+        weights = [layer.weight for layer in layers]
+        outputs = contraction(x, [*zip(weights, cast[::2], cast[1::2], strict=True)], self.scale)
+        return tuple(layer._with_bias(out) for layer, out in zip(layers, outputs, strict=True))
+
+    def _with_bias(self, out: Tensor) -> Tensor:
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def _is_alike(self, other: nn.Module) -> TypeGuard["AdapterLinear"]:
         """Whether this and the other may be computed together."""
@@ -116,7 +119,14 @@ class AdapterLinear(FactorLinear):
         return draw_vectors(key, slots, width, bound)
 
 
-def adapter_layers(model: nn.Module) -> dict[str, AdapterLinear]:
+def in_compute_dtype(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+    """Returns x and factors in the dtype of autocast if that is on, or else of x."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return tuple(tensor.to(dtype) for tensor in (x, *factors))
+
+
+def adapter_layers(model: TrainedModel) -> dict[str, AdapterLinear]:
     """Returns the adapters of a model by qualified name, in the model's order."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, AdapterLinear)

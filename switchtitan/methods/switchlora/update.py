@@ -1,6 +1,7 @@
 """The rules that update the vectors of all layers' factors: AdamW and Muon."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch._subclasses.fake_tensor import is_fake
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.rows import copy_all_
-from switchtitan.distributed.shards import local_shards, row_range
+from switchtitan.distributed.shards import local, local_shards, row_range
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan, vector_spans
 from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.base import GroupedOptimizer
@@ -45,22 +46,22 @@ class Factors:
             for first in range(0, len(factors), size)
         ]
 
-    def gradients(self) -> list[Tensor]:
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        assert len(grads) == len(self.parameters), "a factor has no gradient"
-        return grads
+    def gradients(self) -> list[Tensor | None]:
+        """Returns this rank's shards of the gradients; None for a factor that no loss reached."""
+        return [None if p.grad is None else local(p.grad) for p in self.parameters]
 
-    def views(self, spans: list[VectorSpan], *states: Sequence[Tensor]) -> list[Tensor]:
+    def views(self, spans: list[VectorSpan], *states: Sequence[Tensor | None]) -> list[Tensor]:
         """Returns this rank's rows of these vectors, of tensors sharded like the factors."""
         first, views = self.held.start, []
-        for shards in map(local_shards, states):
+        for state in states:
             for factor, vectors in spans:
                 start, stop = max(vectors.start, first), min(vectors.stop, self.held.stop)
-                if start < stop:
-                    views.append(shards[factor][start - first : stop - first])
+                tensor = state[factor]
+                if start < stop and tensor is not None:
+                    views.append(local(tensor)[start - first : stop - first])
         return views
 
-    def zero_(self, spans: list[VectorSpan], *states: Sequence[Tensor]) -> None:
+    def zero_(self, spans: list[VectorSpan], *states: Sequence[Tensor | None]) -> None:
         """Zeroes these vectors."""
         if views := self.views(spans, *states):
             torch._foreach_zero_(views)
@@ -94,27 +95,32 @@ class VectorAdamW(GroupedOptimizer):
     @torch.no_grad()
     def step(self) -> None:
         """Updates every vector. A frozen one has a gradient of zero and does not change, not even
-        by weight decay; its step count still increases."""
-        if not self._factors.held:
+        by weight decay; its step count still increases. As in torch's AdamW, nothing of a factor
+        without a gradient changes, but its vectors' step counts increase."""
+        grads, groups = self._factors.gradients(), self._groups
+        if any(grad is None for grad in grads):
+            present = [[f for f in group if grads[f] is not None] for group in groups]
+            groups = [group for group in present if group]
+        if not groups or not self._factors.held:
             return
-        tables = *self._shards, local_shards(self._factors.gradients())
-        coefficients = self._coefficients().split([len(group) for group in self._groups])
-        for group, rows in zip(self._groups, coefficients, strict=True):
+        tables: list[list[Any]] = [*self._shards, grads]
+        coefficients = self._coefficients(groups).split([len(group) for group in groups])
+        for group, rows in zip(groups, coefficients, strict=True):
             own = ([table[factor] for factor in group] for table in tables)
             self._update(*own, coefficients=rows, betas=self._adam.betas)
 
-    def _coefficients(self) -> Tensor:
+    def _coefficients(self, groups: list[list[int]]) -> Tensor:
         """Returns mask, decay, step size and epsilon of each local vector, [factors, 4, held, 1],
-        with factors in the order of groups.
+        with factors in the order of `groups`.
 
         After n steps, the step size is lr sqrt(1 - beta2^n) / (1 - beta1^n), with both bias
         corrections, and epsilon is eps sqrt(1 - beta2^n).
         """
         (beta1, beta2), (lr,) = self._adam.betas, self.rates  # factors are one group
         first, held = self._factors.parameters[0], self._factors.held
-        order = [factor for group in self._groups for factor in group]
+        order = [factor for group in groups for factor in group]
         steps_since_reset, is_frozen = (
-            torch.from_numpy(table.reshape(len(order), -1)[order, held.start : held.stop])
+            torch.from_numpy(table.reshape(-1, table.shape[2])[order, held.start : held.stop])
             .to(first.dtype)
             .unsqueeze(2)
             for table in (self._plan.steps_since_reset(), self._plan.is_frozen())
