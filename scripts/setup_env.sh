@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by ./run_train.sh, ./scripts/test.sh and .ci/run. `prepare_environment [EXTRA]` installs
-# this project and sets PYTHON to the interpreter of the active virtual environment, or of .venv,
+# this project with an extra, by default `train`, and sets PYTHON to the interpreter of the active virtual environment, or of .venv,
 # which it creates. If a stamp shows that nothing has changed, it returns in milliseconds.
 #
 #   PYTHON                    interpreter that creates .venv; default: python3, or the first of
@@ -31,7 +31,7 @@ help_from_header() {
 }
 
 prepare_environment() {
-    local extra="${1:-}" base_python="${PYTHON:-}"
+    local extra="${1:-train}" base_python="${PYTHON:-}"
     environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-$project_root/.venv}}"
     PYTHON="$environment/bin/python"
     # Nodes that share the checkout start at the same time: one installs, the others wait.
@@ -41,7 +41,7 @@ prepare_environment() {
 is_installed() {
     local name state
     state="$(cksum <"$project_root/pyproject.toml") $project_root"
-    for name in "${1:-plain}" dev; do # the dev installation includes the plain one
+    for name in "$1" dev; do # dev includes train
         if [ -x "$PYTHON" ] && [ -f "$environment/.switchtitan-installed-$name" ] &&
             [ "$(<"$environment/.switchtitan-installed-$name")" = "$state" ]; then
             return
@@ -63,10 +63,10 @@ install_project() {
         "expected Python 3.10 or newer; activate another environment, or none"
     echo "installing switchtitan and its dependencies into $environment (minutes, once)" >&2
     "$PYTHON" -m pip install --disable-pip-version-check ${constraints:+--constraint "$constraints"} \
-        --editable "$project_root${extra:+[$extra]}" >&2 9>&- ||
+        --editable "${project_root}[$extra]" >&2 9>&- ||
         fail "the installation failed (see above); fix the cause and run this again"
     printf '%s\n' "$(cksum <"$project_root/pyproject.toml") $project_root" \
-        >"$environment/.switchtitan-installed-${extra:-plain}"
+        >"$environment/.switchtitan-installed-$extra"
 }
 
 create_environment() {

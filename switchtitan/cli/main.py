@@ -91,6 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             module.run(words)
         else:
             _run(module, command, words)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("switchtitan"):
+            raise
+        problem = (
+            f"the package {error.name!r} is missing; run pip install '.[train]' in the checkout"
+        )
+        errors.exit_for(errors.ConfigError(problem))
     except (errors.UserError, KeyboardInterrupt) as end:
         errors.exit_for(end)
 

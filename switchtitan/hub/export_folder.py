@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from math import prod
@@ -20,13 +20,17 @@ from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CheckpointError, OutputError
 from switchtitan.files import make_folder, rename_complete, sync_tree
 from switchtitan.hub.dense_checkpoint import module_of
-from switchtitan.hub.huggingface import CONFIG_NAME, WEIGHTS_NAME, parameter_shapes, write_json
+from switchtitan.hub.huggingface import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    ReadWeights,
+    parameter_shapes,
+    write_json,
+)
 from switchtitan.progress import progress_bar
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Larger weights are split over several files."""
-ReadWeights = Callable[[Iterable[str]], Mapping[str, Tensor]]
-"""Names of parameters of the plain model -> their values."""
 # No TOML string that a configuration shows contains the fence at the start of a line.
 _CARD = """\
 ---

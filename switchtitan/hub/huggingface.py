@@ -1,7 +1,7 @@
 """Reads folders that `transformers.AutoModelForCausalLM.from_pretrained` loads."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from switchtitan.config import explain
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.files import file_inside
 from switchtitan.models import plain_model
+from switchtitan.registry import explain
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+ReadWeights = Callable[[Iterable[str]], Mapping[str, Tensor]]
+"""Names of parameters of the plain model -> their values."""
 _COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
 """Of rotary frequencies, which old versions of transformers store."""
 

@@ -16,8 +16,13 @@ from switchtitan.contracts import LowRankUpdate
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
-from switchtitan.hub.export_folder import ReadWeights
-from switchtitan.hub.huggingface import CONFIG_NAME, read_config, read_dense, write_json
+from switchtitan.hub.huggingface import (
+    CONFIG_NAME,
+    ReadWeights,
+    read_config,
+    read_dense,
+    write_json,
+)
 from switchtitan.registry import explain
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"

@@ -12,7 +12,7 @@ from switchtitan.contracts import ModelConfig
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.export_folder import ReadWeights
+from switchtitan.hub.huggingface import ReadWeights
 from switchtitan.hub.initial_weights import read_model_folder
 from switchtitan.hub.peft_folder import is_adapter, read_merged
 from switchtitan.models import MODELS, plain_model

@@ -122,6 +122,8 @@ class AppliedMethod:
     def _replace(self, method: ReplacingMethod, name: str, linear: nn.Linear) -> FactorLinear:
         with torch.device("meta"):
             layer = method.build_layer(name, linear).to(torch.float32).train(linear.training)
+        if layer.host_buffers:
+            raise ConfigError("[method]: only `switchtitan train` keeps candidates in host memory")
         for key in ("weight", "bias"):  # stay the given tensors
             setattr(layer, key, None)
         layer.to_empty(device=linear.weight.device)

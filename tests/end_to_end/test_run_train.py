@@ -29,7 +29,7 @@ def environment(tmp_path_factory):
     python.chmod(0o755)
     with (REPOSITORY / "pyproject.toml").open("rb") as project:
         done = subprocess.run(["cksum"], stdin=project, capture_output=True, text=True, check=True)
-    (folder / ".switchtitan-installed-plain").write_text(f"{done.stdout.strip()} {REPOSITORY}\n")
+    (folder / ".switchtitan-installed-train").write_text(f"{done.stdout.strip()} {REPOSITORY}\n")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return {**inherited, "VIRTUAL_ENV": str(folder), "OMP_NUM_THREADS": "1", "NGPU": "1"}
 

@@ -80,7 +80,7 @@ def test_the_project_is_installed_once_and_again_after_a_change_or_a_failure(mac
     assert machine.run()[0] == 0
     assert machine.run() == (0, "")
     assert len(machine.calls("-m pip install")) == 2
-    assert machine.calls("-m pip install")[-1].endswith(f"--editable {machine.project}")
+    assert machine.calls("-m pip install")[-1].endswith(f"--editable {machine.project}[train]")
     (machine.project / "pyproject.toml").write_text("[project]\nversion = 2\n")
     machine.run()
     assert len(machine.calls("-m pip install")) == 3

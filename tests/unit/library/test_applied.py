@@ -1,0 +1,315 @@
+"""A method applied to any module: what it computes, trains and leaves behind."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.loops import NUM_STEPS, SWITCHING, build_llama, draw_tokens, run_loop, start_loop
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from switchtitan import apply
+from switchtitan.errors import ConfigError
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+}
+PROJECTING = {"rank": 4, "update_interval": 2}
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def build_vit():
+    sizes = {key: size for key, size in SIZES.items() if key != "vocab_size"}
+    return ViTForImageClassification(
+        ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=3, hidden_dropout_prob=0.0)
+    )
+
+
+def build_frozen_embedding():
+    model = build_llama()
+    model.model.embed_tokens.requires_grad_(False)
+    return model
+
+
+class Plain(nn.Module):
+    """Blocks in an `nn.Sequential`, whose second layer gets no gradient while it is off."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block() for _ in range(2)))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.head(self.blocks(x))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.is_on = nn.Linear(12, 16), nn.Linear(16, 12), True
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x))) if self.is_on else x
+
+
+MODELS = {
+    "llama": (build_llama, 14),
+    "tied head": (lambda: build_llama(tie_word_embeddings=True), 14),
+    "frozen embedding": (build_frozen_embedding, 14),
+    "biases": (lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=1)), 14),
+    "bert": (lambda: BertForMaskedLM(BertConfig(**SIZES, hidden_dropout_prob=0.0)), 12),
+    "vit": (build_vit, 12),
+    "plain": (Plain, 4),
+}
+
+
+def logits_of(model):
+    inputs = next(p for n, p in model.named_parameters() if "weight" in n)
+    if isinstance(model, Plain):
+        return model(torch.randn(4, 12, generator=torch.Generator().manual_seed(2)).to(inputs))
+    return model(IMAGES if isinstance(model, ViTForImageClassification) else draw_tokens(9)).logits
+
+
+def train(model, optimizer, num_steps=4):
+    losses = []
+    for _ in range(num_steps):
+        logits = logits_of(model).flatten(0, -2)
+        loss = F.cross_entropy(logits, torch.arange(len(logits)) % 3)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_computes_the_same_trains_and_becomes_plain_again(kind):
+    torch.manual_seed(0)
+    build, num_layers = MODELS[kind]
+    model = build().eval()
+    plain, before = copy.deepcopy(model), logits_of(model).detach()
+    given = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    random_state = torch.get_rng_state()
+    method = apply(model, **SWITCHING)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    kept = {name: p.data_ptr() for name, p in model.named_parameters() if name in given}
+    assert kept == given
+    assert len(method.layers) == num_layers
+    # W - s B A is rounded once, in fp32.
+    torch.testing.assert_close(logits_of(model), before, atol=1e-5, rtol=1e-5)
+    optimizer = method.optimizer(lr=1e-2)
+    losses = train(model, optimizer)
+    assert losses[-1] < losses[0]
+    trained, dense = logits_of(model).detach(), method.dense_state_dict()
+    plain.load_state_dict(dense)
+    method.merge()
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    for other in (plain, model):
+        torch.testing.assert_close(logits_of(other), trained, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_on_meta_starts_as_one_with_weights():
+    expected, _, optimizer = start_loop()
+    losses = run_loop(expected, optimizer, range(4))
+    with torch.device("meta"):
+        model = build_llama()
+    method = apply(model, **SWITCHING)
+    with pytest.raises(ConfigError, match="initialize"):
+        method.optimizer(lr=1e-2)
+    model.to_empty(device="cpu")
+    given = build_llama()
+    model.load_state_dict(given.state_dict(), strict=False)
+    for name, buffer in given.named_buffers():  # rotary frequencies, which no checkpoint has
+        model.get_buffer(name).copy_(buffer)
+    method.initialize()
+    optimizer = method.optimizer(lr=1e-2, betas=(0.9, 0.95))
+    assert run_loop(model, optimizer, range(4)) == losses
+
+
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, partial(torch.compile, backend="eager")])
+def test_names_are_those_without_wrappers_around_blocks(wrap):
+    torch.manual_seed(0)
+    plain, model = Plain(), Plain()
+    model.load_state_dict(plain.state_dict())
+    names = list(plain.state_dict())
+    method, expected = apply(model, **SWITCHING), apply(plain, **SWITCHING)
+    model.blocks = nn.Sequential(*map(wrap, model.blocks))
+    optimizer = method.optimizer(lr=1e-2)
+    assert train(model, optimizer) == train(plain, expected.optimizer(lr=1e-2))
+    assert list(method.dense_state_dict()) == names
+    assert not [module for module in method.merge().modules() if hasattr(module, "lora_a")]
+
+
+def test_a_bf16_model_trains_with_fp32_factors():
+    model, method, optimizer = start_loop(build_llama().to(torch.bfloat16))
+    dtypes = {(p.dtype, p.requires_grad) for n, p in model.named_parameters() if "_proj" in n}
+    assert dtypes == {(torch.float32, True), (torch.bfloat16, False)}
+    losses = run_loop(model, optimizer, range(9))
+    assert losses[-1] < losses[0]
+    assert {tensor.dtype for tensor in method.dense_state_dict().values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("full_rank", {}),
+        ("lora", {"rank": 4, "init": "balanced", "alpha": 1}),
+        ("relora", {"rank": 4, "reset_interval": 3, "restart_warmup_steps": 1}),
+        *((name, PROJECTING) for name in ("galore", "fira", "apollo")),
+    ],
+)
+def test_rates_of_groups_decide_for_every_method(name, keys):
+    model, method, optimizer = start_loop(build_llama(), name, num_steps=NUM_STEPS, **keys)
+    losses = run_loop(model, optimizer, range(7))
+    assert losses[-1] < losses[0]
+    before = method.dense_state_dict()
+    before = {key: tensor.clone() for key, tensor in before.items()}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    run_loop(model, optimizer, [7])
+    after = method.dense_state_dict()
+    # A reset moves B A into W, which rounds.
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "optimizer_name"),
+    [
+        ("switchlora", SWITCHING | {"interval": 1e6}, "adamw"),
+        ("switchlora", SWITCHING | {"interval": 1e6}, "muon"),
+        ("full_rank", {}, "muon"),
+        *((name, PROJECTING, "adamw") for name in ("galore", "fira", "apollo")),
+    ],
+)
+def test_without_a_gradient_nothing_of_a_parameter_changes(name, keys, optimizer_name):
+    model = Plain()
+    method = apply(model, name, **({"num_steps": NUM_STEPS} | keys))
+    optimizer = method.optimizer(optimizer_name, lr=1e-2, weight_decay=0.1)
+    train(model, optimizer, 2)
+
+    def tensors_of(block):
+        state = {
+            f"{i}.{k}": v
+            for i, p in enumerate(block.parameters())
+            for k, v in optimizer.state[p].items()
+        }
+        state |= dict(block.named_parameters())
+        return {key: tensor.detach().clone() for key, tensor in state.items()}
+
+    on, off = model.blocks
+    off.is_on = False
+    before, before_on = tensors_of(off), tensors_of(on)
+    train(model, optimizer, 3)
+    after = tensors_of(off)
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    off.is_on = True
+    train(model, optimizer, 2)
+    for block, old in ((on, before_on), (off, before)):
+        moved = [
+            not torch.equal(p, old[key]) for key, p in block.named_parameters() if p.requires_grad
+        ]
+        assert moved
+        assert all(moved)
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(24, 24))])
+        self.again = self.blocks[0]
+
+
+def small_gpt2():
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    )
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(24, 2, 32, batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+REFUSED = [
+    (build_llama, {"rank": 32}, ["[method] rank = 32", "q_proj"]),
+    (build_llama, {"rnk": 4}, ["rnk = 4: unknown key"]),
+    (build_llama, {"targets": ["query"]}, ["'query'", "q_proj"]),
+    (build_llama, {"interval": 1.0}, ["[method] interval = 1"]),
+    (build_llama, {"candidates_device": "host"}, ["host memory"]),
+    (lambda: build_llama(tie_word_embeddings=True), {"targets": ["lm_head"]}, ["lm_head", "tied"]),
+    (small_gpt2, {}, ["Conv1D", "lm_head"]),
+    (encoder, {}, ["layers.0.linear1", "attention"]),
+    (Shared, {"targets": ["0.0"]}, ["blocks.0.0"]),
+    (lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU()), {}, ["targets", "0"]),
+    (lambda: build_llama().double(), {}, ["torch.float64"]),
+    (lambda: torch.compile(build_llama()), {}, ["apply first"]),
+]
+
+
+@pytest.mark.parametrize(("build", "keys", "fragments"), REFUSED)
+def test_what_cannot_be_applied_is_refused_by_name(build, keys, fragments):
+    model = build()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ConfigError) as error:
+        apply(model, **(SWITCHING | keys))
+    assert all(fragment in str(error.value) for fragment in fragments), error.value
+    assert "\n" not in str(error.value)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("name", ["low_rank", "sltrain"])
+def test_a_method_that_changes_what_a_model_computes_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name}.*computes"):
+        apply(build_llama(), name, num_steps=10, rank=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "fragments"),
+    [
+        ("sgd", ["sgd", "adamw or muon"]),
+        ("adam", ["adam", "expected one of"]),
+    ],
+)
+def test_an_optimizer_that_does_not_fit_is_refused(name, fragments):
+    method = apply(build_llama(), **SWITCHING)
+    with pytest.raises(ConfigError) as error:
+        method.optimizer(name, lr=1.0)
+    assert all(fragment in str(error.value) for fragment in fragments), error.value
+
+
+def test_muon_and_scale_say_what_a_model_lacks():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    for name, lacks in (("muon", "ModuleList"), ("scale", "head")):
+        with pytest.raises(ConfigError, match=lacks):
+            apply(model, "full_rank", num_steps=9).optimizer(name, lr=1.0)
+
+
+@pytest.mark.parametrize("keys", [{}, {"contraction": "factored"}, {"dropout": 1e-9}])
+def test_a_layer_computes_in_the_dtype_of_autocast(keys):
+    _, method, _ = start_loop(**keys)
+    layer = method.layers["model.layers.0.mlp.up_proj"]
+    dense = layer.weight + layer.scale * layer.lora_b.t() @ layer.lora_a
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected = layer(x), F.linear(x, dense)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    # bf16 has 8 bits, and W and s B A cancel in part.
+    torch.testing.assert_close(out, expected, atol=0.03, rtol=0)
+    out.sum().backward()
+    assert layer.lora_a.grad.dtype == x.grad.dtype == torch.float32
