@@ -92,17 +92,18 @@ class AppliedMethod:
         factors = {f"{name}.{key}" for name in self.layers for key in FACTORS}
         return {name: it for name, it in self._full_state().items() if name not in factors}
 
-    def save_peft(self, folder: str | Path, base: str | Path) -> None:
+    def save_peft(self, folder: str | Path, base: str | Path, task_type: str | None = None) -> None:
         """Writes the low-rank updates as an adapter that PEFT loads; collective if sharded.
 
         Args:
             base: a folder with `base_state_dict`, for PEFT.
+            task_type: PEFT's name of the model's class, e.g. "CAUSAL_LM", for its auto classes.
         """
         from switchtitan.hub.peft_folder import write_adapter
 
         if updates := self._method.low_rank_updates(self._full_state()):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            write_adapter(updates.items(), Path(folder), Path(base), torch.float32, task_type=None)
+            write_adapter(updates.items(), Path(folder), Path(base), torch.float32, task_type)
 
     def merge(self) -> nn.Module:
         """Puts `nn.Linear` layers with the trained weights in place; returns the model."""

@@ -1,10 +1,21 @@
-"""A training loop as users write it, with a small LLaMA of transformers."""
+"""Training loops as users write them: those of docs/LIBRARY.md, and one with a small LLaMA."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from switchtitan import apply
 
+PAGE = Path(__file__).parents[2] / "docs" / "LIBRARY.md"
+EXAMPLES = {
+    code.partition('"""')[2].partition('"""')[0]: code
+    for code in re.findall(r"(?ms)^```python\n(.*?)^```", PAGE.read_text())
+}
+"""The examples of the page by their first line."""
 VOCABULARY, NUM_STEPS = 64, 40
 SWITCHING = {
     "rank": 6,
@@ -60,3 +71,20 @@ def run_loop(model, optimizer, steps, scheduler=None):
 
 def num_switched(optimizer):
     return optimizer.metrics()["switch/vectors_switched_total"]
+
+
+def run_example(start, folder, changes=(), ranks=1):
+    """Runs the example whose first line starts so, as it stands but for `changes`; returns what it
+    printed."""
+    (code,) = (code for title, code in EXAMPLES.items() if title.startswith(start))
+    for given, changed in changes:
+        assert given in code
+        code = code.replace(given, changed)
+    (folder / "example.py").write_text(code)
+    command = [sys.executable, "example.py"]
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command[1:1] = launcher
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
