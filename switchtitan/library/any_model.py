@@ -56,8 +56,8 @@ class AnyModel:
     def replaceable(self, targets: tuple[str, ...] | None) -> dict[str, nn.Linear]:
         """Returns the targets by name, by default the layers in blocks whose weight no other module
         uses. Raises a ConfigError if there is none, or another one is among `targets`."""
-        every = self._module.named_parameters(remove_duplicate=False)
-        uses: Counter[Tensor] = Counter(parameter for _, parameter in every)
+        parameters = self._module.named_parameters(remove_duplicate=False)
+        uses: Counter[Tensor] = Counter(parameter for _, parameter in parameters)
         readers = [it for it in self._module.modules() if isinstance(it, _READERS)]
         read = {child for reader in readers for child in reader.modules()}
         found = linear_layers(self, targets)
@@ -66,17 +66,17 @@ class AnyModel:
             for name, linear in found.items()
             if type(linear) is nn.Linear and linear not in read and uses[linear.weight] == 1
         }
-        every_name = [name for name, it in self.named_modules() if isinstance(it, nn.Linear)]
         if not found:
+            every = [name for name, it in self.named_modules() if isinstance(it, nn.Linear)]
             raise ConfigError(
-                "[method] targets: missing, and the model has no nn.Linear in an nn.ModuleList (a "
-                f"Conv1D of transformers is none); name some of {abbreviate(every_name) or 'none'}"
+                "[method] targets: missing, and the model has no nn.Linear in an nn.ModuleList "
+                f"(transformers' Conv1D is none); choose from {abbreviate(every) or 'none'}"
             )
         kept = [name for name in found if name not in linears]
         if kept and (targets is not None or not linears):
             raise ConfigError(
                 f"[method] targets: {abbreviate(kept)}: expected layers of nn.Linear itself whose "
-                "weight nothing else uses, such as the embedding of a tied head, or attention"
+                "weight no other module uses, as with a tied head and in nn.MultiheadAttention"
             )
         dtypes = {linear.weight.dtype for linear in linears.values()}
         if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:

@@ -41,6 +41,10 @@ def build_vit():
     )
 
 
+def build_tied():
+    return build_llama(tie_word_embeddings=True)
+
+
 def build_frozen_embedding():
     model = build_llama()
     model.model.embed_tokens.requires_grad_(False)
@@ -70,7 +74,7 @@ class Block(nn.Module):
 
 MODELS = {
     "llama": (build_llama, 14),
-    "tied head": (lambda: build_llama(tie_word_embeddings=True), 14),
+    "tied head": (build_tied, 14),
     "frozen embedding": (build_frozen_embedding, 14),
     "biases": (lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=1)), 14),
     "bert": (lambda: BertForMaskedLM(BertConfig(**SIZES, hidden_dropout_prob=0.0)), 12),
@@ -235,69 +239,62 @@ class Shared(nn.Module):
         self.again = self.blocks[0]
 
 
-def small_gpt2():
+def build_gpt2():
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)
     )
 
 
-def encoder():
+def build_encoder():
     layer = nn.TransformerEncoderLayer(24, 2, 32, batch_first=True)
     return nn.TransformerEncoder(layer, 2)
 
 
-REFUSED = [
-    (build_llama, {"rank": 32}, ["[method] rank = 32", "q_proj"]),
-    (build_llama, {"rnk": 4}, ["rnk = 4: unknown key"]),
-    (build_llama, {"targets": ["query"]}, ["'query'", "q_proj"]),
-    (build_llama, {"interval": 1.0}, ["[method] interval = 1"]),
-    (build_llama, {"candidates_device": "host"}, ["host memory"]),
-    (lambda: build_llama(tie_word_embeddings=True), {"targets": ["lm_head"]}, ["lm_head", "tied"]),
-    (small_gpt2, {}, ["Conv1D", "lm_head"]),
-    (encoder, {}, ["layers.0.linear1", "attention"]),
-    (Shared, {"targets": ["0.0"]}, ["blocks.0.0"]),
-    (lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU()), {}, ["targets", "0"]),
-    (lambda: build_llama().double(), {}, ["torch.float64"]),
-    (lambda: torch.compile(build_llama()), {}, ["apply first"]),
-]
+PRODUCT = {"num_steps": 10, "rank": 4}
 
 
-@pytest.mark.parametrize(("build", "keys", "fragments"), REFUSED)
-def test_what_cannot_be_applied_is_refused_by_name(build, keys, fragments):
+@pytest.mark.parametrize(
+    ("build", "name", "keys", "fragments"),
+    [
+        (build_llama, "switchlora", {"rank": 32}, ["[method] rank = 32", "q_proj"]),
+        (build_llama, "switchlora", {"rnk": 4}, ["rnk = 4: unknown key"]),
+        (build_llama, "switchlora", {"targets": ["query"]}, ["'query'", "q_proj"]),
+        (build_llama, "switchlora", {"interval": 1.0}, ["[method] interval = 1"]),
+        (build_llama, "switchlora", {"candidates_device": "host"}, ["host memory"]),
+        (build_tied, "switchlora", {"targets": ["lm_head"]}, ["lm_head", "tied"]),
+        (build_gpt2, "switchlora", {}, ["Conv1D", "lm_head"]),
+        (build_encoder, "switchlora", {}, ["layers.0.linear1", "nn.MultiheadAttention"]),
+        (Shared, "switchlora", {"targets": ["0.0"]}, ["blocks.0.0"]),
+        (lambda: nn.Sequential(nn.Linear(8, 8)), "switchlora", {}, ["targets", "0"]),
+        (lambda: build_llama().double(), "switchlora", {}, ["torch.float64"]),
+        (lambda: torch.compile(build_llama()), "switchlora", {}, ["apply first"]),
+        (build_llama, "low_rank", PRODUCT, ["low_rank", "computes"]),
+        (build_llama, "sltrain", PRODUCT, ["sltrain", "computes"]),
+    ],
+)
+def test_what_cannot_be_applied_is_refused_by_name(build, name, keys, fragments):
     model = build()
     before = {name: type(module) for name, module in model.named_modules()}
     with pytest.raises(ConfigError) as error:
-        apply(model, **(SWITCHING | keys))
+        apply(model, name, **(SWITCHING | keys if name == "switchlora" else keys))
     assert all(fragment in str(error.value) for fragment in fragments), error.value
     assert "\n" not in str(error.value)
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
-@pytest.mark.parametrize("name", ["low_rank", "sltrain"])
-def test_a_method_that_changes_what_a_model_computes_is_refused(name):
-    with pytest.raises(ConfigError, match=f"{name}.*computes"):
-        apply(build_llama(), name, num_steps=10, rank=4)
-
-
 @pytest.mark.parametrize(
-    ("name", "fragments"),
+    ("build", "method", "optimizer", "fragments"),
     [
-        ("sgd", ["sgd", "adamw or muon"]),
-        ("adam", ["adam", "expected one of"]),
+        (build_llama, SWITCHING | {"name": "switchlora"}, "sgd", ["sgd", "adamw or muon"]),
+        (build_llama, SWITCHING | {"name": "switchlora"}, "adam", ["adam", "expected one of"]),
+        (lambda: nn.Linear(8, 8), {"name": "full_rank", "num_steps": 9}, "muon", ["ModuleList"]),
+        (lambda: nn.Linear(8, 8), {"name": "full_rank", "num_steps": 9}, "scale", ["head"]),
     ],
 )
-def test_an_optimizer_that_does_not_fit_is_refused(name, fragments):
-    method = apply(build_llama(), **SWITCHING)
+def test_an_optimizer_that_does_not_fit_is_refused(build, method, optimizer, fragments):
     with pytest.raises(ConfigError) as error:
-        method.optimizer(name, lr=1.0)
+        apply(build(), **method).optimizer(optimizer, lr=1.0)
     assert all(fragment in str(error.value) for fragment in fragments), error.value
-
-
-def test_muon_and_scale_say_what_a_model_lacks():
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
-    for name, lacks in (("muon", "ModuleList"), ("scale", "head")):
-        with pytest.raises(ConfigError, match=lacks):
-            apply(model, "full_rank", num_steps=9).optimizer(name, lr=1.0)
 
 
 @pytest.mark.parametrize("keys", [{}, {"contraction": "factored"}, {"dropout": 1e-9}])
