@@ -1,6 +1,7 @@
 """Spectra of the change of runs' weights since step 0, next to each other."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from switchtitan.checkpoint.load import find_given
+from switchtitan.errors import ConfigError
 from switchtitan.observability import PLOT_STYLE
+from switchtitan.observability.tensorboard import read_curves
 from switchtitan.spectra.spectrum import (
     NUMERICAL_RANK_THRESHOLD,
     RankSummary,
     mean_normalized_spectrum,
     summarize,
 )
-from switchtitan.spectra.telemetry import SPECTRA_FOLDER, read_spectra
 from switchtitan.spectra.weight_change import checkpoint_spectra
 
 _PANELS = {
@@ -38,7 +40,7 @@ class RunSpectra:
     by_kind: Mapping[str, float]
     """Kind of layer -> effective rank, averaged over blocks."""
     over_training: Mapping[int, float]
-    """Step up to the checkpoint's -> effective rank, as measured by telemetry; empty without it."""
+    """Step up to the checkpoint's -> effective rank in TensorBoard's events; empty without it."""
 
 
 def measure(runs: Mapping[str, Path]) -> dict[str, RunSpectra]:
@@ -83,12 +85,14 @@ def draw(runs: Mapping[str, RunSpectra]) -> Figure:
 def _measure(checkpoint: Path) -> RunSpectra:
     step, spectra = checkpoint_spectra(checkpoint)
     ranks = summarize(spectra)
-    measured = read_spectra(checkpoint.resolve().parents[1] / SPECTRA_FOLDER)
+    over_training = dict[int, float]()
+    with suppress(ConfigError, KeyError):  # a run without TensorBoard, or without telemetry
+        curve = read_curves(checkpoint.resolve().parents[1])["rank/effective_mean"]
+        over_training = {at: rank for at, rank in zip(*curve, strict=True) if at <= step}
     return RunSpectra(
         step,
         ranks,
         spectrum=dict(enumerate(mean_normalized_spectrum(spectra).tolist(), start=1)),
         by_kind={kind.removesuffix("_proj"): of for kind, of in ranks.effective_by_kind.items()},
-        # A run that resumed from an earlier checkpoint may have left later ones.
-        over_training={at: summarize(of).effective for at, of in measured.items() if at <= step},
+        over_training=over_training,
     )

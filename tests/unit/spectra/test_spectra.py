@@ -1,9 +1,8 @@
-"""Ranks of matrices with a known spectrum, of layers' names, and files of measurements."""
+"""Ranks of matrices with a known spectrum, and layers by kind."""
 
 import pytest
 import torch
 
-from switchtitan.errors import CheckpointError
 from switchtitan.spectra.spectrum import (
     effective_rank,
     layers_by_kind,
@@ -13,7 +12,6 @@ from switchtitan.spectra.spectrum import (
     singular_values,
     summarize,
 )
-from switchtitan.spectra.telemetry import read_spectra, write_spectra
 
 
 def matrix_with(values, num_rows, num_columns):
@@ -80,18 +78,3 @@ def test_spectra_are_normalized_layer_by_layer():
     # Shorter and unchanged layers count as zero.
     mean = mean_normalized_spectrum(spectra)
     torch.testing.assert_close(mean, torch.tensor([2, 1, 0.25]) / 3, rtol=1e-6, atol=0)
-
-
-def test_measurements_are_read_by_step(tmp_path):
-    folder = tmp_path / "spectra"
-    assert read_spectra(folder) == {}
-    for step, value in ((20, 2.0), (3, 3.0), (3, 4.0), (30, 5.0)):
-        write_spectra(folder, step, {"a": torch.tensor([value, 1.0]), "b": torch.ones(1)})
-    (folder / "notes.txt").write_text("mine")
-    measured = read_spectra(folder)
-    assert {step: of["a"][0].item() for step, of in measured.items()} == {3: 4, 20: 2, 30: 5}
-    assert list(measured) == [3, 20, 30]
-    file = write_spectra(folder, 10, {"a": torch.ones(9)})
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(CheckpointError, match=file.name):
-        read_spectra(folder)
