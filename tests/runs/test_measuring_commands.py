@@ -4,7 +4,7 @@ import json
 import math
 
 from support.commands import result_of, run
-from support.comparisons import GRID, finish_all, write_grid
+from support.comparisons import finish_all, write_grid
 from support.tiny_documents import make_documents, write_json_lines
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -113,20 +113,15 @@ def test_runs_become_one_page_or_a_picture(trained, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_each_comparison_of_a_command_is_reported(tmp_path):
-    files = []
-    for name, seeds in (("first", "[2, 3]"), ("second", "[4]")):
-        grid = GRID.replace("report_seeds = [2, 3]", f"report_seeds = {seeds}")
-        file = write_grid(tmp_path, grid)
-        files.append(file.rename(file.with_name(f"{name}.toml")))
-        finish_all(Comparison(load_comparison(files[-1]), tmp_path))
-    outcome = run("compare", *files, "--report-only")
+def test_finished_runs_of_a_comparison_are_reported(tmp_path):
+    file = write_grid(tmp_path)
+    finish_all(Comparison(load_comparison(file), tmp_path))
+    outcome = run("compare", file, "--report-only")
     assert outcome.status == 0, outcome.errors
-    reports = [tmp_path / "out" / "reports" / name for name in ("first", "second")]
-    assert outcome.output.split() == [str(folder / "report.md") for folder in reports]
-    num_lines = [len((folder / "runs.csv").read_text().splitlines()) for folder in reports]
-    # Six runs choose rates of both, and three rows are reported on two seeds and on one.
-    assert num_lines == [1 + 6 + 6, 1 + 6 + 3]
+    folder = tmp_path / "out" / "reports" / file.stem
+    assert outcome.output.split() == [str(folder / "report.md")]
+    # Six runs choose rates of two rows, and three rows are reported on two seeds.
+    assert len((folder / "runs.csv").read_text().splitlines()) == 1 + 6 + 6
 
 
 def test_a_machine_that_runs_tests_can_train_but_not_into_a_folder_of_the_system(tmp_path):
