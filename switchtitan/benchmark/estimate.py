@@ -141,8 +141,6 @@ class Fit:
     batch_size: dict[str, int]
     """The most sequences per micro-batch that fit, at most `MAX_BATCH_SIZE`, by GiB of memory; 0 if
     not even one fits."""
-    local_batch_size: dict[str, int]
-    """The largest of those that fit and divide a rank's share of the global batch."""
     peak: dict[int, int]
     """Estimated peak bytes on rank 0 by sequences per micro-batch, of all that were tried."""
 
@@ -176,7 +174,4 @@ def largest_batch_sizes(config: JobConfig, num_ranks: int, memories_gib: Sequenc
             for memory in memories_gib
         }
         peak(1)  # which the table shows
-    total = config.training.global_batch_size
-    divisors = [d for d in sizes if total % (num_ranks * d) == 0]
-    dividing = {gib: max([0, *(d for d in divisors if d <= most)]) for gib, most in found.items()}
-    return Fit(found, dividing, dict(sorted(peaks.items())))
+    return Fit(found, dict(sorted(peaks.items())))

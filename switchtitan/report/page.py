@@ -60,7 +60,7 @@ def read_run(folder: Path) -> RunRecord:
 
 def write_page(runs: Mapping[str, RunRecord], pictures: Pictures, file: Path) -> None:
     """Writes the page of runs by label."""
-    differing = _differing_keys(runs)
+    differing, same = _configurations(runs)
     parts = ["<h1>Runs</h1>", _html_table(_results(runs))]
     for heading, (figure, table) in pictures.items():
         svg = io.StringIO()
@@ -71,6 +71,7 @@ def write_page(runs: Mapping[str, RunRecord], pictures: Pictures, file: Path) ->
         parts += [] if table is None else [_html_table(table)]
     if len(differing) > 1:
         parts += ["<h2>Keys that differ</h2>", _html_table(differing)]
+    parts += [f"<details><summary>All other keys</summary>{_html_table(same)}</details>"]
     head = f'<meta charset="utf-8"><title>{escape(", ".join(runs))}</title><style>{_STYLE}</style>'
     write_atomically(file, "\n".join(["<!doctype html>", head, *parts, ""]))
 
@@ -99,14 +100,17 @@ def _shown(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _differing_keys(runs: Mapping[str, RunRecord]) -> Table:
-    """A row for each key of the configurations that is not the same in all runs."""
-    rows = [["key", *runs]]
-    for key in dict.fromkeys(key for record in runs.values() for key in record.config):
+def _configurations(runs: Mapping[str, RunRecord]) -> tuple[Table, Table]:
+    """Returns the keys that differ between runs, with all values, and all others with theirs."""
+    keys = dict.fromkeys(key for record in runs.values() for key in record.config)
+    differing, same = [["key", *runs]], [["key", "value"]]
+    for key in keys:
         values = [record.config.get(key, _NOT_KNOWN) for record in runs.values()]
         if len(set(values)) > 1:
-            rows.append([key, *values])
-    return rows
+            differing.append([key, *values])
+        else:
+            same.append([key, values[0]])
+    return differing, same
 
 
 def _html_table(rows: Table) -> str:

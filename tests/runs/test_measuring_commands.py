@@ -59,7 +59,6 @@ def test_the_largest_micro_batch_that_fits_is_in_a_record(trained):
     record = result_of("estimate", trained.config, "--world-size", 2, "--fit", 1e-4, 80)
     (found,) = record["fits"].values()
     assert found["batch_size"] == {"0.0001": 0, "80": MAX_BATCH_SIZE}
-    assert found["local_batch_size"] == {"0.0001": 0, "80": 4}  # of 8 / 2
 
 
 # Corpora

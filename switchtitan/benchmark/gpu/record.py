@@ -72,8 +72,6 @@ class Kernel(NamedTuple):
     """Of stack and local memory per thread."""
     shared_bytes: int
     """Per block."""
-    num_launches: int
-    """In the recorded step."""
 
 
 class StepOnGpu(NamedTuple):
@@ -115,7 +113,7 @@ def record_step(config: JobConfig, num_ranks: int = 1) -> StepOnGpu:
             stop_observing_regions(record.around)
             compiled.append(torch_inside.newly_compiled())
     launches = list(record.launches.items())
-    return StepOnGpu(launches, record.kernels(), compiled)
+    return StepOnGpu(launches, compiled_kernels(), compiled)
 
 
 class RecordLaunches(CountingMode):
@@ -124,7 +122,6 @@ class RecordLaunches(CountingMode):
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[Launch] = Counter()
-        self._tuners: Counter[Any] = Counter()
         self._regions = ["outside"]
         torch_inside.on_launch = self._launch
 
@@ -134,8 +131,7 @@ class RecordLaunches(CountingMode):
         yield
         self._regions.pop()
 
-    def _launch(self, tuner: Any, args: tuple) -> None:
-        self._tuners[tuner] += 1
+    def _launch(self, tuner: Any) -> None:
         meta = tuner.inductor_meta
         num_bytes = round(meta.get("kernel_num_gb", 0) * 1e9)
         self._add("triton", meta["kernel_name"], 1, num_bytes)
@@ -176,21 +172,21 @@ class RecordLaunches(CountingMode):
             dtypes[0].removeprefix("torch.") if flops else "",
         )
 
-    def kernels(self) -> list[Kernel]:
-        """Returns the Triton kernels that were compiled or launched."""
-        kernels = []
-        for tuner in dict.fromkeys([*torch_inside.tuners, *self._tuners]):
-            resources = [_resources(compiled) for compiled in tuner.compile_results]
-            registers, spilled, shared = (max(column) for column in zip(*resources, strict=True))
-            name, number = tuner.inductor_meta["kernel_name"], self._tuners[tuner]
-            kernels.append(Kernel(name, registers, spilled, shared, number))
-        return kernels
-
     def _add(self, *launch: Any) -> None:
         self.launches[Launch(self._regions[-1], *launch)] += 1
 
 
 torch_inside.let_random_pass(RecordLaunches)
+
+
+def compiled_kernels() -> list[Kernel]:
+    """Returns the Triton kernels that were compiled since `forget_compiled`."""
+    kernels = []
+    for tuner in dict.fromkeys(torch_inside.tuners):
+        resources = [_resources(compiled) for compiled in tuner.compile_results]
+        largest = (max(column) for column in zip(*resources, strict=True))
+        kernels.append(Kernel(tuner.inductor_meta["kernel_name"], *largest))
+    return kernels
 
 
 def num_bytes_of(name: str, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
