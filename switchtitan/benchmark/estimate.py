@@ -64,13 +64,29 @@ def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
     """
-    sequences_per_micro_batch = num_ranks * config.training.local_batch_size
-    num_micro_batches = config.training.global_batch_size // sequences_per_micro_batch
-    if num_micro_batches <= _NUM_SIMULATED + 1:
+    training = config.training
+    num_micro_batches = training.global_batch_size // (num_ranks * training.local_batch_size)
+    num_more = num_micro_batches - _NUM_SIMULATED
+    if num_more <= 0:
         return _simulate_step(config, num_ranks, num_micro_batches)
     fewer = _simulate_step(config, num_ranks, _NUM_SIMULATED - 1)
-    more = _simulate_step(config, num_ranks, _NUM_SIMULATED)
-    return _with_more_micro_batches(fewer, more, num_micro_batches - _NUM_SIMULATED)
+    few = _simulate_step(config, num_ranks, _NUM_SIMULATED)
+
+    def extrapolated(low: Number, high: Number) -> Number:
+        return high + num_more * (high - low)
+
+    communication = {
+        kind: CollectiveCount._make(map(extrapolated, fewer.communication[kind], count))
+        for kind, count in few.communication.items()
+    }
+    return replace(
+        few,
+        communication=communication,
+        forward_backward_flops=extrapolated(
+            fewer.forward_backward_flops, few.forward_backward_flops
+        ),
+        full_rank_flops=extrapolated(fewer.full_rank_flops, few.full_rank_flops),
+    )
 
 
 def _simulate_step(config: JobConfig, num_ranks: int, num_micro_batches: int) -> StepEstimate:
@@ -79,32 +95,6 @@ def _simulate_step(config: JobConfig, num_ranks: int, num_micro_batches: int) ->
         stepper.batches = fake_batches(size, seq_len, num_micro_batches)
         stepper.step()
         return measure_step(stepper, seq_len)
-
-
-def _with_more_micro_batches(
-    fewer: StepEstimate, more: StepEstimate, num_added: int
-) -> StepEstimate:
-    """Extrapolates to a step with `num_added` micro-batches more than `more`.
-
-    Args:
-        fewer: of a step with one micro-batch less than `more`.
-    """
-
-    def extrapolated(low: Number, high: Number) -> Number:
-        return high + num_added * (high - low)
-
-    communication = {
-        kind: CollectiveCount._make(map(extrapolated, fewer.communication[kind], count))
-        for kind, count in more.communication.items()
-    }
-    return replace(
-        more,
-        communication=communication,
-        forward_backward_flops=extrapolated(
-            fewer.forward_backward_flops, more.forward_backward_flops
-        ),
-        full_rank_flops=extrapolated(fewer.full_rank_flops, more.full_rank_flops),
-    )
 
 
 def measure_step(stepper: Stepper, seq_len: int) -> StepEstimate:
