@@ -102,10 +102,6 @@ class CollectiveCount(NamedTuple):
     """Bytes that each rank sends to its neighbour in a ring."""
 
 
-CommunicationCounts = Mapping[str, CollectiveCount]
-"""By kind; those that did not occur have zeros."""
-
-
 class CountCommunication(CountingMode):
     """A context that counts this rank's collectives, also in backward passes and of DTensors.
 

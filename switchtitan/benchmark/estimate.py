@@ -2,16 +2,11 @@
 the largest micro-batch that fits in a device's memory."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from switchtitan.benchmark.counters import (
-    CollectiveCount,
-    CommunicationCounts,
-    CountCommunication,
-    CountFlops,
-)
+from switchtitan.benchmark.counters import CollectiveCount, CountCommunication, CountFlops
 from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
 from switchtitan.benchmark.steppers import fake_batches, fake_stepper
 from switchtitan.checkpoint.save import CheckpointTensors
@@ -37,7 +32,8 @@ class StepEstimate:
     """Memory, communication and FLOPs of one rank's training step."""
 
     memory: MemoryUse
-    communication: CommunicationCounts
+    communication: Mapping[str, CollectiveCount]
+    """By kind; those that did not occur have zeros."""
     forward_backward_flops: int
     update_flops: int
     """FLOPs of matrix products in the optimizer's update."""

@@ -149,15 +149,9 @@ def launch_table(arch: str, step: StepOnGpu, *keys: str) -> list[str]:
     return _aligned(rows)
 
 
-def kernel_table(step: StepOnGpu) -> list[str]:
-    """Formats one line per Triton kernel."""
-    head = ("registers", "spilled", "shared", "")
-    return _aligned([head, *((*map(str, numbers), name) for name, *numbers in step.kernels)])
-
-
 def gpu_record(steps: Mapping[str, Mapping[str, StepOnGpu]]) -> dict[str, Any]:
-    """Returns by configuration: the bound on each card, and by architecture all launches, kernels
-    and compilations."""
+    """Returns by configuration: the bound on each card, and by architecture all launches and
+    compilations."""
     return {
         name: {
             "bounds_s": bounds_s(by_arch),
@@ -165,7 +159,6 @@ def gpu_record(steps: Mapping[str, Mapping[str, StepOnGpu]]) -> dict[str, Any]:
                 arch: {
                     **step._asdict(),
                     "launches": [{**launch._asdict(), "times": n} for launch, n in step.launches],
-                    "kernels": [kernel._asdict() for kernel in step.kernels],
                     "total": vars(costs_by(step.launches, card_of(arch))[()]),
                 }
                 for arch, step in by_arch.items()

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> dict[str, str]:
         curves = {label: record.curves for label, record in records.items()}
         pictures["Curves"] = draw_curves(curves), None
     if options.spectrum:
-        spectra = plots.measure(runs)
+        spectra = {label: plots.measure(folder) for label, folder in runs.items()}
         pictures["Change of the weights"] = plots.draw(spectra), plots.table(spectra)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -43,17 +43,30 @@ class RunSpectra:
     """Step up to the checkpoint's -> effective rank in TensorBoard's events; empty without it."""
 
 
-def measure(runs: Mapping[str, Path]) -> dict[str, RunSpectra]:
+def measure(run: Path) -> RunSpectra:
     """Computes spectra of the weights' change since step 0. Ranks compare runs of one model.
 
     Args:
-        runs: label -> run, or checkpoint. Of a run it is the newest complete checkpoint.
+        run: a run, of which it is the newest complete checkpoint, or a checkpoint.
 
     Raises:
-        CheckpointError: if there is no checkpoint, or a run's initial weights are no longer
+        CheckpointError: if there is no checkpoint, or the run's initial weights are no longer
             available.
     """
-    return {label: _measure(find_given(run)) for label, run in runs.items()}
+    checkpoint = find_given(run)
+    step, spectra = checkpoint_spectra(checkpoint)
+    ranks = summarize(spectra)
+    over_training = dict[int, float]()
+    with suppress(ConfigError, KeyError):  # a run without TensorBoard, or without telemetry
+        curve = read_curves(checkpoint.resolve().parents[1])["rank/effective_mean"]
+        over_training = {at: rank for at, rank in zip(*curve, strict=True) if at <= step}
+    return RunSpectra(
+        step,
+        ranks,
+        spectrum=dict(enumerate(mean_normalized_spectrum(spectra).tolist(), start=1)),
+        by_kind={kind.removesuffix("_proj"): of for kind, of in ranks.effective_by_kind.items()},
+        over_training=over_training,
+    )
 
 
 def table(runs: Mapping[str, RunSpectra]) -> list[list[str]]:
@@ -80,19 +93,3 @@ def draw(runs: Mapping[str, RunSpectra]) -> Figure:
             axes.set(yscale="log", ylim=(1e-5, 1.5))  # below is fp32 noise
     axes.legend()
     return figure
-
-
-def _measure(checkpoint: Path) -> RunSpectra:
-    step, spectra = checkpoint_spectra(checkpoint)
-    ranks = summarize(spectra)
-    over_training = dict[int, float]()
-    with suppress(ConfigError, KeyError):  # a run without TensorBoard, or without telemetry
-        curve = read_curves(checkpoint.resolve().parents[1])["rank/effective_mean"]
-        over_training = {at: rank for at, rank in zip(*curve, strict=True) if at <= step}
-    return RunSpectra(
-        step,
-        ranks,
-        spectrum=dict(enumerate(mean_normalized_spectrum(spectra).tolist(), start=1)),
-        by_kind={kind.removesuffix("_proj"): of for kind, of in ranks.effective_by_kind.items()},
-        over_training=over_training,
-    )

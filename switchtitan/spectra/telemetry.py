@@ -1,7 +1,7 @@
 """Measures the rank of each linear layer's change during training."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -27,8 +27,6 @@ class RankTelemetry:
     """A hook of the trainer that measures singular values of each linear layer's change."""
 
     model: nn.Module
-    dense_weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    """`Method.dense_weights` of the run's method."""
     origin: Origin
     """The weights at step 0."""
     reporter: Reporter
@@ -67,7 +65,7 @@ class RankTelemetry:
 
     @full_precision()
     def _measure(self, tensors: Mapping[str, Tensor]) -> Spectra:
-        changes = self.origin.changes(self.dense_weights(tensors))
+        changes = self.origin.changes(self.origin.method.dense_weights(tensors))
         return {name: singular_values(change.to(self.world.device)) for name, change in changes}
 
 

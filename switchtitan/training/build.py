@@ -343,7 +343,6 @@ def _open_telemetry(
         world.on_main(origin.open)
     return partial(
         RankTelemetry,
-        dense_weights=method.dense_weights,
         origin=origin,
         world=world,
         interval=config.spectrum.interval,

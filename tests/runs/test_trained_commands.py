@@ -313,7 +313,7 @@ def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     assert outcome.status == 0, outcome.errors
     assert picture.read_bytes().startswith(b"\x89PNG")
     curves = read_curves(trained.run)
-    (found,) = measure({"run": trained.run}).values()
+    found = measure(trained.run)
     # The checkpoint's weights are merged again: roundings of an fp32 product.
     about = partial(pytest.approx, rel=1e-4)
     assert found.by_kind["up"] == about(curves["rank/effective/up_proj"][1][-1])
@@ -321,6 +321,6 @@ def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     assert found.ranks.effective == about(measured[15])
     assert found.over_training == measured
     assert [*measured] == [5, 10, 15]
-    (earlier,) = measure({"run": trained.run / "checkpoints" / "step-000000010"}).values()
+    earlier = measure(trained.run / "checkpoints" / "step-000000010")
     assert [*earlier.over_training] == [5, 10]
     assert f"{found.ranks.effective:.1f}" in outcome.output

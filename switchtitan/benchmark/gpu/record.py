@@ -1,13 +1,9 @@
 """Records what compiled steps launch on a GPU: kernels, bytes and floating-point operations."""
 
 import math
-import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -62,24 +58,11 @@ class Launch(NamedTuple):
     """In which they are multiplied."""
 
 
-class Kernel(NamedTuple):
-    """A Triton kernel; the most of all configurations among which a GPU chooses by time."""
-
-    name: str
-    registers: int
-    """Per thread."""
-    spilled_bytes: int
-    """Of stack and local memory per thread."""
-    shared_bytes: int
-    """Per block."""
-
-
 class StepOnGpu(NamedTuple):
     """A compiled step on one architecture."""
 
     launches: list[tuple[Launch, int]]
     """Of the last step, and how often each happened."""
-    kernels: list[Kernel]
     compiled: list[list[str]]
     """Functions that each step compiled, each to one graph: a graph break is an error."""
 
@@ -113,7 +96,7 @@ def record_step(config: JobConfig, num_ranks: int = 1) -> StepOnGpu:
             stop_observing_regions(record.around)
             compiled.append(torch_inside.newly_compiled())
     launches = list(record.launches.items())
-    return StepOnGpu(launches, compiled_kernels(), compiled)
+    return StepOnGpu(launches, compiled)
 
 
 class RecordLaunches(CountingMode):
@@ -177,16 +160,6 @@ class RecordLaunches(CountingMode):
 
 
 torch_inside.let_random_pass(RecordLaunches)
-
-
-def compiled_kernels() -> list[Kernel]:
-    """Returns the Triton kernels that were compiled since `forget_compiled`."""
-    kernels = []
-    for tuner in dict.fromkeys(torch_inside.tuners):
-        resources = [_resources(compiled) for compiled in tuner.compile_results]
-        largest = (max(column) for column in zip(*resources, strict=True))
-        kernels.append(Kernel(tuner.inductor_meta["kernel_name"], *largest))
-    return kernels
 
 
 def num_bytes_of(name: str, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
@@ -277,18 +250,3 @@ def _num_launches_of_alike(lists: list[list[Tensor]]) -> int:
         if num_tensors == _TENSORS_PER_LAUNCH[len(lists)]:
             num_launches, num_tensors, num_blocks = num_launches + 1, 0, 0
     return num_launches + (num_blocks > 0)
-
-
-def _resources(compiled: Any) -> tuple[int, int, int]:
-    """Returns registers, spilled bytes and shared bytes of a compiled configuration."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.kernel.asm["cubin"])
-        file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    spilled = max(usage["STACK"], usage["LOCAL"])
-    return usage["REG"], spilled, compiled.kernel.metadata.shared
