@@ -10,7 +10,6 @@ step 0, which are drawn again from the seed or read from [checkpoint] initial_we
 newest checkpoint, and over training if [spectrum] interval was set."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from switchtitan.errors import ConfigError
@@ -40,7 +39,10 @@ def run(options: argparse.Namespace) -> dict[str, str]:
     folder is not a run's, or the file cannot be written."""
     output: Path = options.output
     is_page = output.suffix == ".html"
-    runs, records = _labelled(options.runs), {}
+    labels = [run.resolve().name for run in options.runs]
+    if len(set(labels)) < len(labels):
+        labels = [str(run) for run in options.runs]
+    runs, records = dict(zip(labels, options.runs, strict=True)), {}
     pictures: Pictures = {}
     if is_page or not options.spectrum:
         records = {label: read_run(folder) for label, folder in runs.items()}
@@ -61,12 +63,3 @@ def run(options: argparse.Namespace) -> dict[str, str]:
         raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
     print(output)
     return {"output": str(output)}
-
-
-def _labelled(runs: Sequence[Path]) -> dict[str, Path]:
-    """Returns runs by label: the folder's name if it is unique, otherwise the path as given."""
-    names = [run.resolve().name for run in runs]
-    return {
-        name if names.count(name) == 1 else str(run): run
-        for name, run in zip(names, runs, strict=True)
-    }

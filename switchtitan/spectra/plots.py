@@ -13,12 +13,7 @@ from switchtitan.checkpoint.load import find_given
 from switchtitan.errors import ConfigError
 from switchtitan.observability import PLOT_STYLE
 from switchtitan.observability.tensorboard import read_curves
-from switchtitan.spectra.spectrum import (
-    NUMERICAL_RANK_THRESHOLD,
-    RankSummary,
-    mean_normalized_spectrum,
-    summarize,
-)
+from switchtitan.spectra.spectrum import RankSummary, mean_normalized_spectrum, summarize
 from switchtitan.spectra.weight_change import checkpoint_spectra
 
 _PANELS = {
@@ -70,12 +65,14 @@ def measure(run: Path) -> RunSpectra:
 
 
 def table(runs: Mapping[str, RunSpectra]) -> list[list[str]]:
-    """Returns rows with the mean ranks over layers, and the full rank; the first is the head."""
-    rows = [["run", "step", "effective rank", f"above {NUMERICAL_RANK_THRESHOLD:.0%}", "of"]]
-    for label, run in runs.items():
-        ranks = [f"{run.ranks.effective:.1f}", f"{run.ranks.numerical:.1f}"]
-        rows.append([label, str(run.step), *ranks, str(len(run.spectrum))])
-    return rows
+    """Returns rows with the mean rank over layers, and the full rank; the first is the head."""
+    return [
+        ["run", "step", "effective rank", "of"],
+        *(
+            [label, str(run.step), f"{run.ranks.effective:.1f}", str(len(run.spectrum))]
+            for label, run in runs.items()
+        ),
+    ]
 
 
 @rc_context(PLOT_STYLE)

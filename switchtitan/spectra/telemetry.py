@@ -71,7 +71,7 @@ class RankTelemetry:
 
 def _metrics(ranks: RankSummary) -> dict[str, float]:
     """Returns ranks by TensorBoard tag."""
-    values = {"rank/effective_mean": ranks.effective, "rank/numerical_mean": ranks.numerical}
+    values = {"rank/effective_mean": ranks.effective}
     values |= {f"rank/effective/{kind}": of for kind, of in ranks.effective_by_kind.items()}
     by_layer = ranks.effective_by_layer.items()
     return values | {f"rank/effective_by_layer/{name}": rank for name, rank in by_layer}

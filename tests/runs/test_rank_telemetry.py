@@ -115,7 +115,7 @@ def test_measured_ranks_equal_those_of_merged_minus_starting_weights(corpora, sw
     assert ranks["rank/effective_mean"] == pytest.approx(summarize(expected).effective, rel=1e-4)
     of_q = {name: values for name, values in expected.items() if name.endswith("q_proj")}
     assert ranks["rank/effective/q_proj"] == pytest.approx(summarize(of_q).effective, rel=1e-4)
-    assert len(ranks) == 2 + 7 + NUM_LAYERS
+    assert len(ranks) == 1 + 7 + NUM_LAYERS
     # LoRA stays within its rank; W + s B A is rounded to fp32: 6e-8 of weights of 0.02.
     beyond = [values[6] / values[0] for values in measured.values()]
     if method == "lora":
