@@ -102,10 +102,6 @@ class CollectiveCount(NamedTuple):
     """Bytes that each rank sends to its neighbour in a ring."""
 
 
-CommunicationCounts = Mapping[str, CollectiveCount]
-"""By kind; those that did not occur have zeros."""
-
-
 class CountCommunication(CountingMode):
     """A context that counts this rank's collectives, also in backward passes and of DTensors.
 
@@ -121,7 +117,7 @@ class CountCommunication(CountingMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = {kind: CollectiveCount(0, 0.0) for kind, _ in _COLLECTIVES.values()}
+        self.counts = {kind: CollectiveCount(0, 0.0) for kind in _KINDS.values()}
 
     def count(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
         if not isinstance(func, torch._ops.OpOverload) or func.namespace not in _NAMESPACES:
@@ -129,11 +125,11 @@ class CountCommunication(CountingMode):
         name = func._schema.name.partition("::")[2]
         if name in _SEND_NOTHING:
             return
-        if name not in _COLLECTIVES:
+        starts = (kind for start, kind in _KINDS.items() if name.lstrip("_").startswith(start))
+        if (kind := next(starts, None)) is None:
             raise NotImplementedError(f"no rule for counting the bytes of {func}")
-        kind, counted = _COLLECTIVES[name]
-        tensors = tensors_in(result if counted is None else args[counted])
-        num_bytes = sum(tensor.nbytes for tensor in tensors)
+        parts = [args[_COUNTED[kind]]] if kind in _COUNTED else [*args, result]
+        num_bytes = max(sum(tensor.nbytes for tensor in tensors_in(part)) for part in parts)
         num_ranks = group_of(args).size()
         # An all_reduce is a reduce_scatter and an all_gather (Patarasu and Yuan 2009, "Bandwidth
         # optimal all-reduce algorithms for clusters of workstations").
@@ -153,25 +149,18 @@ def group_of(args: tuple) -> dist.ProcessGroup:
 
 _NAMESPACES = ("c10d", "_c10d_functional", "_dtensor")
 _SEND_NOTHING = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")
-# Those of c10d, in place, end with "_"; DTensors use the others.
-_COLLECTIVES = {
-    name: (kind, counted)
-    for kind, counted, names in (
-        ("all_gather", 0, "_allgather_base_ allgather_ allgather_into_tensor_coalesced_"),
-        ("all_gather", None, "all_gather_into_tensor all_gather_into_tensor_out"),
-        ("all_gather", None, "all_gather_into_tensor_coalesced"),
-        ("reduce_scatter", 1, "_reduce_scatter_base_ reduce_scatter_"),
-        ("reduce_scatter", 1, "reduce_scatter_tensor_coalesced_"),
-        ("reduce_scatter", 0, "reduce_scatter_tensor reduce_scatter_tensor_out"),
-        ("reduce_scatter", 0, "reduce_scatter_tensor_coalesced"),
-        ("all_reduce", 0, "allreduce_ allreduce_coalesced_ all_reduce all_reduce_"),
-        ("all_reduce", 0, "all_reduce_coalesced all_reduce_coalesced_"),
-        ("broadcast", 0, "broadcast_ broadcast"),
-        ("gather", 1, "gather_"),
-        ("scatter", 0, "scatter_"),
-        ("all_to_all", 1, "alltoall_base_"),
-    )
-    for name in names.split()
+_KINDS = {
+    "all_gather": "all_gather",
+    "allgather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "all_reduce": "all_reduce",
+    "allreduce": "all_reduce",
+    "broadcast": "broadcast",
+    "gather": "gather",
+    "scatter": "scatter",
+    "alltoall_base": "all_to_all",
 }
-"""Operation -> its kind, and which argument counts; None: the result. What counts is the full
-tensor, but for gather and scatter a shard, and for all_to_all a rank's input."""
+"""How an operation's name starts -> its kind. DTensors use others than `torch.distributed`."""
+_COUNTED = {"gather": 1, "scatter": 0, "all_to_all": 1}
+"""Kind -> the argument that counts: a shard, or a rank's input. Of other kinds it is the full
+tensor, which is the largest of arguments and result."""

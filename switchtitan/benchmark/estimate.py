@@ -2,16 +2,11 @@
 the largest micro-batch that fits in a device's memory."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from switchtitan.benchmark.counters import (
-    CollectiveCount,
-    CommunicationCounts,
-    CountCommunication,
-    CountFlops,
-)
+from switchtitan.benchmark.counters import CollectiveCount, CountCommunication, CountFlops
 from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
 from switchtitan.benchmark.steppers import fake_batches, fake_stepper
 from switchtitan.checkpoint.save import CheckpointTensors
@@ -37,7 +32,8 @@ class StepEstimate:
     """Memory, communication and FLOPs of one rank's training step."""
 
     memory: MemoryUse
-    communication: CommunicationCounts
+    communication: Mapping[str, CollectiveCount]
+    """By kind; those that did not occur have zeros."""
     forward_backward_flops: int
     update_flops: int
     """FLOPs of matrix products in the optimizer's update."""
@@ -64,13 +60,29 @@ def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
     Raises:
         EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
     """
-    sequences_per_micro_batch = num_ranks * config.training.local_batch_size
-    num_micro_batches = config.training.global_batch_size // sequences_per_micro_batch
-    if num_micro_batches <= _NUM_SIMULATED + 1:
+    training = config.training
+    num_micro_batches = training.global_batch_size // (num_ranks * training.local_batch_size)
+    num_more = num_micro_batches - _NUM_SIMULATED
+    if num_more <= 0:
         return _simulate_step(config, num_ranks, num_micro_batches)
     fewer = _simulate_step(config, num_ranks, _NUM_SIMULATED - 1)
-    more = _simulate_step(config, num_ranks, _NUM_SIMULATED)
-    return _with_more_micro_batches(fewer, more, num_micro_batches - _NUM_SIMULATED)
+    few = _simulate_step(config, num_ranks, _NUM_SIMULATED)
+
+    def extrapolated(low: Number, high: Number) -> Number:
+        return high + num_more * (high - low)
+
+    communication = {
+        kind: CollectiveCount._make(map(extrapolated, fewer.communication[kind], count))
+        for kind, count in few.communication.items()
+    }
+    return replace(
+        few,
+        communication=communication,
+        forward_backward_flops=extrapolated(
+            fewer.forward_backward_flops, few.forward_backward_flops
+        ),
+        full_rank_flops=extrapolated(fewer.full_rank_flops, few.full_rank_flops),
+    )
 
 
 def _simulate_step(config: JobConfig, num_ranks: int, num_micro_batches: int) -> StepEstimate:
@@ -79,32 +91,6 @@ def _simulate_step(config: JobConfig, num_ranks: int, num_micro_batches: int) ->
         stepper.batches = fake_batches(size, seq_len, num_micro_batches)
         stepper.step()
         return measure_step(stepper, seq_len)
-
-
-def _with_more_micro_batches(
-    fewer: StepEstimate, more: StepEstimate, num_added: int
-) -> StepEstimate:
-    """Extrapolates to a step with `num_added` micro-batches more than `more`.
-
-    Args:
-        fewer: of a step with one micro-batch less than `more`.
-    """
-
-    def extrapolated(low: Number, high: Number) -> Number:
-        return high + num_added * (high - low)
-
-    communication = {
-        kind: CollectiveCount._make(map(extrapolated, fewer.communication[kind], count))
-        for kind, count in more.communication.items()
-    }
-    return replace(
-        more,
-        communication=communication,
-        forward_backward_flops=extrapolated(
-            fewer.forward_backward_flops, more.forward_backward_flops
-        ),
-        full_rank_flops=extrapolated(fewer.full_rank_flops, more.full_rank_flops),
-    )
 
 
 def measure_step(stepper: Stepper, seq_len: int) -> StepEstimate:
@@ -141,8 +127,6 @@ class Fit:
     batch_size: dict[str, int]
     """The most sequences per micro-batch that fit, at most `MAX_BATCH_SIZE`, by GiB of memory; 0 if
     not even one fits."""
-    local_batch_size: dict[str, int]
-    """The largest of those that fit and divide a rank's share of the global batch."""
     peak: dict[int, int]
     """Estimated peak bytes on rank 0 by sequences per micro-batch, of all that were tried."""
 
@@ -176,7 +160,4 @@ def largest_batch_sizes(config: JobConfig, num_ranks: int, memories_gib: Sequenc
             for memory in memories_gib
         }
         peak(1)  # which the table shows
-    total = config.training.global_batch_size
-    divisors = [d for d in sizes if total % (num_ranks * d) == 0]
-    dividing = {gib: max([0, *(d for d in divisors if d <= most)]) for gib, most in found.items()}
-    return Fit(found, dividing, dict(sorted(peaks.items())))
+    return Fit(found, dict(sorted(peaks.items())))

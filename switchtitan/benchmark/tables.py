@@ -6,7 +6,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from switchtitan.benchmark.counters import CommunicationCounts
 from switchtitan.benchmark.estimate import MAX_BATCH_SIZE, Fit, StepEstimate
 from switchtitan.benchmark.gpu.record import StepOnGpu
 from switchtitan.benchmark.gpu.roofline import bounds_s, costs_by
@@ -47,8 +46,9 @@ def step_record(times: Mapping[str, StepTimes]) -> dict[str, Any]:
     }
 
 
-def communication_table(counts: Mapping[str, CommunicationCounts]) -> list[str]:
+def communication_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
     """Formats MiB that each rank sends in a step, and number of calls, by collective."""
+    counts = {name: estimate.communication for name, estimate in estimates.items()}
     first = next(iter(counts.values()))
     used = [kind for kind in first if any(of[kind].num_calls for of in counts.values())]
     rows = [("MiB/step", *used, "")]
@@ -97,15 +97,9 @@ def fit_table(fits: Mapping[str, Fit]) -> list[str]:
     rows = [(*(f"in {gib} GiB" for gib in memories_gib), "peak with 1, GiB", "")]
     for name, fit in fits.items():
         special = {0: "no", MAX_BATCH_SIZE: f"{MAX_BATCH_SIZE}+"}  # none; all that are tried
-        cells = [special.get(size, str(size)) for size in fit.local_batch_size.values()]
+        cells = [special.get(size, str(size)) for size in fit.batch_size.values()]
         rows.append((*cells, _gib(fit.peak[1]), name))
     return _aligned(rows)
-
-
-def fit_record(fits: Mapping[str, Fit]) -> dict[str, Any]:
-    """Returns by configuration: sequences per micro-batch that fit, and those that also divide the
-    global batch, by GiB of the device, and the estimated peaks in bytes, by sequences."""
-    return {name: asdict(fit) for name, fit in fits.items()}
 
 
 def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
@@ -155,15 +149,9 @@ def launch_table(arch: str, step: StepOnGpu, *keys: str) -> list[str]:
     return _aligned(rows)
 
 
-def kernel_table(step: StepOnGpu) -> list[str]:
-    """Formats one line per Triton kernel."""
-    head = ("registers", "spilled", "shared", "launches", "")
-    return _aligned([head, *((*map(str, numbers), name) for name, *numbers in step.kernels)])
-
-
 def gpu_record(steps: Mapping[str, Mapping[str, StepOnGpu]]) -> dict[str, Any]:
-    """Returns by configuration: the bound on each card, and by architecture all launches, kernels
-    and compilations."""
+    """Returns by configuration: the bound on each card, and by architecture all launches and
+    compilations."""
     return {
         name: {
             "bounds_s": bounds_s(by_arch),
@@ -171,7 +159,6 @@ def gpu_record(steps: Mapping[str, Mapping[str, StepOnGpu]]) -> dict[str, Any]:
                 arch: {
                     **step._asdict(),
                     "launches": [{**launch._asdict(), "times": n} for launch, n in step.launches],
-                    "kernels": [kernel._asdict() for kernel in step.kernels],
                     "total": vars(costs_by(step.launches, card_of(arch))[()]),
                 }
                 for arch, step in by_arch.items()

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu = _add(
         commands,
         "gpu",
-        "Compile steps for GPUs without one; print their kernels, launches, bytes and operations, "
+        "Compile steps for GPUs without one; print their launches, bytes and operations, "
         "and the least time of a step on some cards. Takes about a minute for each configuration.",
     )
     archs = "architectures to compile for (default: sm_90)"
@@ -97,8 +97,6 @@ def _run_gpu(options: argparse.Namespace) -> dict[str, Any]:
             lines += [
                 f"{name}, {arch}, rank 0 of {options.num_ranks}; compiled after the first step: "
                 f"{', '.join(late) or 'nothing'}",
-                "Triton kernels: registers and spilled bytes per thread, shared bytes per block",
-                *tables.kernel_table(step),
                 f"a step by region, and its bound on {card_of(arch).device_name}",
                 *tables.launch_table(arch, step, "region"),
                 "its operations with the highest bounds",

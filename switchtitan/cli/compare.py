@@ -1,10 +1,9 @@
-"""Runs or resumes declared comparisons of methods and reports the finished runs.
+"""Runs or resumes a declared comparison of methods and reports the finished runs.
 
-    switchtitan compare train_configs/comparisons/rank_16.toml [FILE ...] --jobs 2
+    switchtitan compare train_configs/comparisons/rank_16.toml --jobs 2
 
-Writes report.md, runs.csv and loss.png to `<output_dir>/reports/<name of the file>`,
-and updates them after every run. The same command resumes a stopped or killed comparison. Several
-files are run one after the other."""
+Writes report.md and runs.csv to `<output_dir>/reports/<name of the file>`, and updates them after
+every run. The same command resumes a stopped or killed comparison."""
 
 import argparse
 import logging
@@ -17,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from switchtitan.cli.main import positive_int
 from switchtitan.comparison.comparison import Comparison, check_plan, prepare_corpus
-from switchtitan.comparison.config import ComparisonConfig, load_comparison
+from switchtitan.comparison.config import load_comparison
 from switchtitan.comparison.report import write_report
 from switchtitan.comparison.runner import Environment, environments, train_all
 from switchtitan.comparison.runs import Run
@@ -27,42 +26,31 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    files = "a TOML file that declares a comparison"
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help=files)
+    file = "a TOML file that declares a comparison"
+    parser.add_argument("file", type=Path, metavar="FILE", help=file)
     jobs = "concurrent runs, each on its own GPU or on an equal share of the cores; default: 1"
     parser.add_argument("--jobs", type=positive_int, default=1, help=jobs)
     report_only = "do not train; report the finished runs"
     parser.add_argument("--report-only", action="store_true", help=report_only)
 
 
-def run(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Runs the comparisons one after the other; returns their reports. Raises a ConfigError if one
-    is invalid, or two have the same folder."""
+def run(options: argparse.Namespace) -> dict[str, str]:
+    """Runs the comparison; returns its report. Raises a ConfigError if it is invalid."""
     # Spectra for a report must not compete with the runs for cores.
     torch.set_num_threads(1)
-    # All files are checked before the first run of any.
-    comparisons: dict[Path, ComparisonConfig] = {}
-    for file in options.files:
-        config = load_comparison(file)
-        check_plan(config)
-        folder = config.output_dir / "reports" / file.stem
-        if folder in comparisons:
-            raise ConfigError(
-                f"{file}: another of these files has the same name and output_dir, so both would "
-                f"report to {folder}; rename one"
-            )
-        comparisons[folder] = config
+    config = load_comparison(options.file)
+    check_plan(config)
     jobs = environments(options.jobs)
-    for folder, config in comparisons.items():
-        with _lock(folder):
-            if options.report_only:
-                comparison = Comparison(config, folder)
-            else:
-                comparison = Comparison(config, folder, prepare_corpus(config))
-                _train(comparison, jobs)
-            write_report(folder, comparison.state())
-        print(folder / "report.md", flush=True)
-    return {"reports": [str(folder / "report.md") for folder in comparisons]}
+    folder = config.output_dir / "reports" / options.file.stem
+    with _lock(folder):
+        if options.report_only:
+            comparison = Comparison(config, folder)
+        else:
+            comparison = Comparison(config, folder, prepare_corpus(config))
+            _train(comparison, jobs)
+        write_report(folder, comparison.state())
+    print(folder / "report.md", flush=True)
+    return {"report": str(folder / "report.md")}
 
 
 def _lock(folder: Path) -> AbstractContextManager[object]:

@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 
 from switchtitan.registry import is_installed
 
-Status = Literal["ok", "optional", "warning", "missing"]
 _EXTRAS = {
     "torchao": ("torchao", 'for [optimizer] name = "adamw8bit"'),
     "gpu-compile": ("triton", "for switchtitan benchmark gpu, without a GPU"),
@@ -28,13 +27,16 @@ _EXTRAS = {
 _EAGER = "pass --compile.blocks false --compile.loss false --compile.optimizer false"
 
 
-class Finding(NamedTuple):
+class Check(NamedTuple):
     """One line of the report."""
 
-    status: Status
     name: str
-    detail: str
-    fix: str | None = None
+    fine: str
+    problem: str = ""
+    """Empty if there is none."""
+    fix: str = ""
+    status: Literal["optional", "warning", "missing"] = "warning"
+    """Of a problem."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,52 +46,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Prints and returns the findings."""
-    findings = []
-    for finding in _findings(options.output_dir):
-        findings.append(finding)
-        print(f"{finding.status:<8} {finding.name:<15} {finding.detail}", flush=True)
-        if finding.fix is not None:
-            print(f"{'':<25}-> {finding.fix}", flush=True)
-    can_train = all(finding.status != "missing" for finding in findings)
+    findings, can_train = [], True
+    for name, fine, problem, fix, severity in _checks(options.output_dir):
+        status, detail, remedy = (severity, problem, fix) if problem else ("ok", fine, None)
+        can_train &= status != "missing"
+        print(f"{status:<8} {name:<15} {detail}", flush=True)
+        if remedy is not None:
+            print(f"{'':<25}-> {remedy}", flush=True)
+        findings.append({"status": status, "name": name, "detail": detail, "fix": remedy})
     print("training works here" if can_train else "training cannot work here: see what is missing")
-    return {
-        "can_train": can_train,
-        "findings": [finding._asdict() for finding in findings],
-        "exit_status": 0 if can_train else 1,
-    }
+    return {"can_train": can_train, "findings": findings, "exit_status": 0 if can_train else 1}
 
 
-def _findings(output_dir: Path) -> Iterator[Finding]:
-    yield Finding("ok", "Python", f"{sys.version.split()[0]}, {sys.executable}")
+def _checks(output_dir: Path) -> Iterator[Check]:
+    yield Check("Python", f"{sys.version.split()[0]}, {sys.executable}")
     try:
         torch = importlib.import_module("torch")
     except Exception as error:  # a broken installation raises many kinds
         reason = str(error).partition("\n")[0] or type(error).__name__
         fix = "install torch as pytorch.org/get-started says"
-        yield Finding("missing", "torch", f"cannot be imported ({reason})", fix)
+        yield Check("torch", "", f"cannot be imported ({reason})", fix, "missing")
     else:
-        yield Finding("ok", "torch", torch.__version__)
-        yield from _findings_with_torch()
+        yield Check("torch", torch.__version__)
+        yield from _checks_with_torch()
     for extra, (package, purpose) in _EXTRAS.items():
         problem = "" if is_installed(package) else f"{package} is not installed, {purpose}"
         fix = f"run pip install '.[{extra}]' in the checkout if you need it"
-        yield _finding(extra, problem, fix, f"{package} is installed, {purpose}", "optional")
+        yield Check(extra, f"{package} is installed, {purpose}", problem, fix, "optional")
     folder = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    places = {  # for a few checkpoints, compiled code, and the data loader's batches
-        "outputs": (folder, 5, "free space"),
-        "temp": (Path(tempfile.gettempdir()), 1, "free space"),
-        "shared memory": (
-            Path("/dev/shm"),
-            1,
-            "start the container with --shm-size 8g, or set [data] num_workers = 0",
-        ),
-    }
-    for name, (place, least_gib, fix) in places.items():
+    workers = "start the container with --shm-size 8g, or set [data] num_workers = 0"
+    for name, place, least_gib, fix in (
+        ("outputs", folder, 5, "free space"),  # for a few checkpoints
+        ("temp", Path(tempfile.gettempdir()), 1, "free space"),  # for compiled code
+        ("shared memory", Path("/dev/shm"), 1, workers),  # for batches
+    ):
         if place.is_dir():
             free_gib = shutil.disk_usage(place).free / 2**30
             detail = f"{free_gib:.1f} GiB free for {place}"
-            fix = f"{fix}: less than {least_gib} GiB is short"
-            yield _finding(name, detail if free_gib < least_gib else "", fix, detail)
+            problem = detail if free_gib < least_gib else ""
+            yield Check(name, detail, problem, f"{fix}: less than {least_gib} GiB is short")
     problem = ""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -97,10 +92,10 @@ def _findings(output_dir: Path) -> Iterator[Finding]:
     except OSError as error:
         problem = f"no file can be written and locked in {folder} ({error.strerror})"
     fix = "choose another folder as [job] output_dir; on Lustre, mount with -o flock"
-    yield _finding("writing", problem, fix, f"files are written and locked in {folder}", "missing")
+    yield Check("writing", f"files are written and locked in {folder}", problem, fix, "missing")
 
 
-def _findings_with_torch() -> Iterator[Finding]:
+def _checks_with_torch() -> Iterator[Check]:
     import torch
 
     from switchtitan.distributed.dtype import bf16_support
@@ -111,18 +106,13 @@ def _findings_with_torch() -> Iterator[Finding]:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = "cuda" if num_gpus else "cpu"
     problem, _, fix = (missing_toolchain(device) or "").partition("; ")
-    yield _finding("compiler", problem, f"{fix}; until then, {_EAGER}", "torch.compile builds code")
+    yield Check("compiler", "torch.compile builds code", problem, f"{fix}; until then, {_EAGER}")
     support = bf16_support(torch.device(device))
     problem = "" if support.is_native else support.evidence
-    yield _finding("bfloat16", problem, 'dtype = "auto" trains in float32', support.evidence)
+    yield Check("bfloat16", support.evidence, problem, 'dtype = "auto" trains in float32')
     for index in range(num_gpus):
         gpu = torch.cuda.get_device_properties(index)
-        yield Finding("ok", f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB")
+        yield Check(f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB")
     if not num_gpus:
         problem, _, fix = (unusable_gpu() or "").partition("; ")
-        yield _finding("GPU", problem, fix, "none: trains on the CPU", "missing")
-
-
-def _finding(name: str, problem: str, fix: str, fine: str, status: Status = "warning") -> Finding:
-    """Returns what is fine, or the problem if there is one."""
-    return Finding(status, name, problem, fix) if problem else Finding("ok", name, fine)
+        yield Check("GPU", "none: trains on the CPU", problem, fix, "missing")

@@ -8,11 +8,12 @@ one process only.
 
     switchtitan estimate CONFIG ... --world-size N --fit 24 80
 
-prints instead the largest local batch size that fits on devices with 24 and 80 GiB."""
+prints instead the most sequences per micro-batch that fit on devices with 24 and 80 GiB."""
 
 import argparse
 import math
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from switchtitan.benchmark import tables
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="FILE or FILE:key=value,...")
     parser.add_argument("--world-size", type=positive_int, required=True, help="number of ranks")
     size = number(float, lambda gib: 0 < gib < math.inf, "GiB of memory, for example 24")
-    fit = "estimate only the largest local_batch_size that fits on devices with this memory"
+    fit = "estimate only the most sequences per micro-batch that fit on devices with this memory"
     parser.add_argument("--fit", nargs="+", type=size, metavar="GIB", help=fit)
 
 
@@ -42,15 +43,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             name: largest_batch_sizes(config, num_ranks, options.fit)
             for name, config in configs.items()
         }
-        lines = [
-            f"largest local_batch_size on each of {num_ranks} ranks that fits and divides their "
-            "batch",
-            *tables.fit_table(fits),
-        ]
-        found = {"fits": tables.fit_record(fits)}
+        title = f"the most sequences per micro-batch that fit on each of {num_ranks} ranks"
+        lines = [title, *tables.fit_table(fits)]
+        found = {"fits": {name: asdict(fit) for name, fit in fits.items()}}
     else:
         estimates = {name: estimate_step(config, num_ranks) for name, config in configs.items()}
-        communication = {name: estimate.communication for name, estimate in estimates.items()}
         lines = [
             "values that train, that are frozen and in buffers; the run; a checkpoint",
             *tables.size_table(estimates, configs),
@@ -58,7 +55,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             *tables.memory_table(estimates),
             *(f"  {kind}: {meaning}" for kind, meaning in KINDS.items()),
             "sent by each rank in a step with ring algorithms, in MiB (number of collectives)",
-            *tables.communication_table(communication),
+            *tables.communication_table(estimates),
             "floating-point operations of each rank in a step",
             *tables.flops_table(estimates),
         ]

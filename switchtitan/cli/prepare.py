@@ -6,8 +6,8 @@
 
 --config FILE uses the [data] section of a training configuration. Its keys are options too, with or
 without `data.`; docs/CONFIGURATION.md and `switchtitan train --help-all` describe them. The same
-command resumes a stopped preparation. --show also prints sequences as the model sees them: each
-document as text, and the end token in brackets where it ends."""
+command resumes a stopped preparation. --show also prints sequences as the model sees them, with
+the end tokens of documents."""
 
 import argparse
 import math
@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from switchtitan.cli.main import positive_int
 from switchtitan.config import find_config, load_config, read_with_bases, split_arguments
 from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import INDEX_FILE, Corpus, SplitName, open_prepared
 from switchtitan.data.prepare import open_corpus
-from switchtitan.data.sequences import document_ids
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, print_note
 from switchtitan.registry import Section
@@ -123,31 +121,16 @@ def _show_source(source: Corpus) -> dict[str, Any]:
 def _show_sequences(
     corpus: Corpus, split: SplitName, seq_len: int, num_sequences: int, seed: int | None
 ) -> dict[str, Any]:
-    """Prints and returns some sequences of a corpus, by documents."""
+    """Prints and returns some sequences of a corpus."""
     if seed is not None and split != "train":
         raise ConfigError(f"--seed {seed} has no effect with --split {split}; leave one out")
     sequences, shown = corpus.split(split, seq_len), []
+    tokenizer = corpus.tokenizer().tokenizer
     total = len(sequences) if split == "train" else sequences.num_unshuffled
     for index in sequences.ordered(seed, np.arange(min(num_sequences, total))).tolist():
-        pieces = _documents(corpus, sequences[index][:-1])
-        shown.append({"index": index, "documents": pieces})
-        print(
-            f"\n--- sequence {index:,} of {total:,} in the {split} split: {seq_len} tokens, "
-            f"{len(pieces)} document(s) ---"
-        )
-        for piece in pieces:
-            print(piece["text"] + f"[{corpus.index.tokenizer.eos_token}]" * piece["ends"])
+        tokens = sequences[index][:-1].tolist()
+        text = tokenizer.decode(tokens, skip_special_tokens=False)
+        shown.append({"index": index, "tokens": tokens, "text": text})
+        print(f"\n--- sequence {index:,} of {total:,} in the {split} split: {seq_len} tokens ---")
+        print(text)
     return {"split": split, "seq_len": seq_len, "num_sequences": total, "sequences": shown}
-
-
-def _documents(corpus: Corpus, tokens: Tensor) -> list[dict[str, Any]]:
-    """Returns the tokens [seq] of a sequence, by document."""
-    ids = document_ids(tokens, corpus.eos_id)
-    tokenizer = corpus.tokenizer().tokenizer
-    pieces = []
-    for number in ids.unique():
-        own = tokens[ids == number].tolist()
-        ends = own[-1] == corpus.eos_id
-        text = tokenizer.decode(own[:-1] if ends else own, skip_special_tokens=False)
-        pieces.append({"text": text, "ends": ends, "tokens": own})
-    return pieces

@@ -10,7 +10,6 @@ step 0, which are drawn again from the seed or read from [checkpoint] initial_we
 newest checkpoint, and over training if [spectrum] interval was set."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from switchtitan.errors import ConfigError
@@ -40,14 +39,17 @@ def run(options: argparse.Namespace) -> dict[str, str]:
     folder is not a run's, or the file cannot be written."""
     output: Path = options.output
     is_page = output.suffix == ".html"
-    runs, records = _labelled(options.runs), {}
+    labels = [run.resolve().name for run in options.runs]
+    if len(set(labels)) < len(labels):
+        labels = [str(run) for run in options.runs]
+    runs, records = dict(zip(labels, options.runs, strict=True)), {}
     pictures: Pictures = {}
     if is_page or not options.spectrum:
         records = {label: read_run(folder) for label, folder in runs.items()}
         curves = {label: record.curves for label, record in records.items()}
         pictures["Curves"] = draw_curves(curves), None
     if options.spectrum:
-        spectra = plots.measure(runs)
+        spectra = {label: plots.measure(folder) for label, folder in runs.items()}
         pictures["Change of the weights"] = plots.draw(spectra), plots.table(spectra)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -61,12 +63,3 @@ def run(options: argparse.Namespace) -> dict[str, str]:
         raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
     print(output)
     return {"output": str(output)}
-
-
-def _labelled(runs: Sequence[Path]) -> dict[str, Path]:
-    """Returns runs by label: the folder's name if it is unique, otherwise the path as given."""
-    names = [run.resolve().name for run in runs]
-    return {
-        name if names.count(name) == 1 else str(run): run
-        for name, run in zip(names, runs, strict=True)
-    }

@@ -17,10 +17,8 @@ from switchtitan.comparison.runs import (
     read_csv,
     read_folder,
 )
-from switchtitan.config import toml_value
 from switchtitan.data.prepare import open_corpus
 from switchtitan.errors import ConfigError
-from switchtitan.job.config import print_note
 
 FindResult = Callable[[Run], RunResult | None]
 """Returns the result of a run, None if it is not finished."""
@@ -151,20 +149,10 @@ class Comparison:
 def check_plan(config: ComparisonConfig) -> None:
     """Checks before any run that all rows can be trained, with all their values, and reported.
 
-    Prints the values of keys whose default has changed, since they decide what rows mean.
-
     Raises:
         ConfigError: if they cannot.
     """
     for run in _first_runs(config):
-        method = run.config.method
-        for key, former in method.former_defaults.items():
-            value, default = getattr(method, key), type(method).model_fields[key].default
-            if value != former:
-                print_note(
-                    f"row {run.row}: [method] {key} = {toml_value(value)}; its default, which was "
-                    f"{toml_value(former)}, is now {toml_value(default)}"
-                )
         training, evaluation = run.config.training, run.config.evaluation
         problem = None
         if training.dtype == "auto":

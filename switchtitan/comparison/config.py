@@ -96,8 +96,8 @@ class ComparisonConfig(Section):
     finished_runs: tuple[Path, ...] = ()
     """The `runs.csv` of earlier reports, relative to this file: a run whose configuration one of
     them has is finished, also without its folder."""
-    rows: tuple[RowConfig, ...]
-    """The rows of the table, at least two."""
+    rows: tuple[RowConfig, ...] = Field(min_length=2)
+    """The rows of the table."""
 
     @model_validator(mode="after")
     def _check(self) -> "ComparisonConfig":
@@ -119,8 +119,6 @@ class ComparisonConfig(Section):
                 listed = ", ".join(f"{row} has {count}" for row, count in counts.items())
                 yield f"{key}: expected the same number of values in all rows: {listed}"
         names = [row.name for row in self.rows]
-        if len(names) < 2:
-            yield f"rows: {len(names)}: expected at least 2"
         if self.baseline not in names:
             yield f"baseline = {self.baseline!r}: expected one of {', '.join(names)}"
         for row in self.rows:

@@ -1,25 +1,17 @@
-"""The report of a comparison: Markdown tables, a CSV file of its runs, and a picture."""
+"""The report of a comparison: Markdown tables, and a CSV file of its runs."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
-
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
 from switchtitan.comparison.comparison import RUNS_FILE, State, best_value
 from switchtitan.comparison.config import RowConfig, is_rate
 from switchtitan.comparison.runs import RunResult, short_name, write_csv
 from switchtitan.comparison.statistics import Difference, adjusted, difference, verdict
-from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
-from switchtitan.observability import PLOT_STYLE
-from switchtitan.observability.tensorboard import read_curves
 
 UNKNOWN = "-"
-_NUM_COLOURS = 10
 _LEGEND = (
     "(edge): the best learning rate is the lowest or the highest one tried. Bits per byte: nats of "
     "all tokens / (ln 2 x UTF-8 bytes of their text). Effective rank: exp of the entropy of the "
@@ -30,11 +22,10 @@ _LEGEND = (
 
 
 def write_report(folder: Path, state: State) -> None:
-    """Writes `report.md`, `runs.csv` and `loss.png`."""
+    """Writes `report.md` and `runs.csv`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / RUNS_FILE, state.finished)
     write_atomically(folder / "report.md", markdown(state))
-    draw_curves(state).savefig(folder / "loss.png", dpi=120)
 
 
 def markdown(state: State) -> str:
@@ -45,7 +36,6 @@ def markdown(state: State) -> str:
     parts = [
         f"# {config.name}",
         f"{len(state.finished)} of {config.num_runs} runs are finished.",
-        *_facts([result for result in state.finished.values() if not result.diverged]),
         f"{', '.join(map(short_name, config.axes))}: given, or chosen by the validation loss after "
         f"the last step, with seed {config.selection_seed}. Losses are on the test split: mean ± "
         f"standard deviation over seeds {', '.join(map(str, config.report_seeds))}. Differences to "
@@ -144,44 +134,3 @@ def _tried(losses: Mapping[float, float]) -> str:
         bold = "**" if value == best_value(losses) else ""
         cells.append(f"{bold}{value:g}: {loss}{bold}")
     return ", ".join(cells)
-
-
-def _facts(results: Sequence[RunResult]) -> Iterator[str]:
-    """Yields a sentence about tokens, corpus, versions and hardware of runs, if there are any."""
-
-    def distinct(figure: str) -> str:
-        return " and ".join(sorted({str(getattr(of, figure) or "unknown") for of in results}))
-
-    if results:
-        yield (
-            f"{distinct('tokens')} tokens per run of corpus {distinct('corpus')} (fingerprint "
-            f"{distinct('corpus_fingerprint')}), torch {distinct('torch')}, {distinct('device')}, "
-            f"CPU capability {distinct('cpu_capability')}, {distinct('num_threads')} thread(s), "
-            f"commit {distinct('commit')}."
-        )
-
-
-@rc_context(PLOT_STYLE)
-def draw_curves(state: State) -> Figure:
-    """Plots validation loss over training: a line for each reported run with a folder here."""
-    figure = Figure(figsize=(9, 5))
-    axes = figure.subplots()
-    drawn: list[float] = []
-    for place, row in enumerate(state.config.rows):
-        style = f"C{place % _NUM_COLOURS}" + ("-" if place < _NUM_COLOURS else "--")
-        label: str | None = row.title
-        for run, result in state.reported(row.name).items():
-            if result.diverged:
-                continue
-            with suppress(ConfigError):  # no such folder on this machine
-                steps, losses = read_curves(run.folder).get("loss/validation", ([], []))
-                m_tokens = (result.tokens or 0) / result.steps / 1e6
-                axes.plot([step * m_tokens for step in steps], losses, style, label=label)
-                # Without the untrained model's loss, which would hide the differences.
-                drawn += losses[1:]
-                label = None
-    axes.set(title=state.config.name, xlabel="M tokens", ylabel="validation loss (nats per token)")
-    if drawn:
-        axes.set_ylim(min(drawn) * 0.98, max(drawn) * 1.02)
-        axes.legend()
-    return figure

@@ -1,6 +1,7 @@
 """Spectra of the change of runs' weights since step 0, next to each other."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from switchtitan.checkpoint.load import find_given
+from switchtitan.errors import ConfigError
 from switchtitan.observability import PLOT_STYLE
-from switchtitan.spectra.spectrum import (
-    NUMERICAL_RANK_THRESHOLD,
-    RankSummary,
-    mean_normalized_spectrum,
-    summarize,
-)
-from switchtitan.spectra.telemetry import SPECTRA_FOLDER, read_spectra
+from switchtitan.observability.tensorboard import read_curves
+from switchtitan.spectra.spectrum import RankSummary, mean_normalized_spectrum, summarize
 from switchtitan.spectra.weight_change import checkpoint_spectra
 
 _PANELS = {
@@ -38,29 +35,44 @@ class RunSpectra:
     by_kind: Mapping[str, float]
     """Kind of layer -> effective rank, averaged over blocks."""
     over_training: Mapping[int, float]
-    """Step up to the checkpoint's -> effective rank, as measured by telemetry; empty without it."""
+    """Step up to the checkpoint's -> effective rank in TensorBoard's events; empty without it."""
 
 
-def measure(runs: Mapping[str, Path]) -> dict[str, RunSpectra]:
+def measure(run: Path) -> RunSpectra:
     """Computes spectra of the weights' change since step 0. Ranks compare runs of one model.
 
     Args:
-        runs: label -> run, or checkpoint. Of a run it is the newest complete checkpoint.
+        run: a run, of which it is the newest complete checkpoint, or a checkpoint.
 
     Raises:
-        CheckpointError: if there is no checkpoint, or a run's initial weights are no longer
+        CheckpointError: if there is no checkpoint, or the run's initial weights are no longer
             available.
     """
-    return {label: _measure(find_given(run)) for label, run in runs.items()}
+    checkpoint = find_given(run)
+    step, spectra = checkpoint_spectra(checkpoint)
+    ranks = summarize(spectra)
+    over_training = dict[int, float]()
+    with suppress(ConfigError, KeyError):  # a run without TensorBoard, or without telemetry
+        curve = read_curves(checkpoint.resolve().parents[1])["rank/effective_mean"]
+        over_training = {at: rank for at, rank in zip(*curve, strict=True) if at <= step}
+    return RunSpectra(
+        step,
+        ranks,
+        spectrum=dict(enumerate(mean_normalized_spectrum(spectra).tolist(), start=1)),
+        by_kind={kind.removesuffix("_proj"): of for kind, of in ranks.effective_by_kind.items()},
+        over_training=over_training,
+    )
 
 
 def table(runs: Mapping[str, RunSpectra]) -> list[list[str]]:
-    """Returns rows with the mean ranks over layers, and the full rank; the first is the head."""
-    rows = [["run", "step", "effective rank", f"above {NUMERICAL_RANK_THRESHOLD:.0%}", "of"]]
-    for label, run in runs.items():
-        ranks = [f"{run.ranks.effective:.1f}", f"{run.ranks.numerical:.1f}"]
-        rows.append([label, str(run.step), *ranks, str(len(run.spectrum))])
-    return rows
+    """Returns rows with the mean rank over layers, and the full rank; the first is the head."""
+    return [
+        ["run", "step", "effective rank", "of"],
+        *(
+            [label, str(run.step), f"{run.ranks.effective:.1f}", str(len(run.spectrum))]
+            for label, run in runs.items()
+        ),
+    ]
 
 
 @rc_context(PLOT_STYLE)
@@ -78,17 +90,3 @@ def draw(runs: Mapping[str, RunSpectra]) -> Figure:
             axes.set(yscale="log", ylim=(1e-5, 1.5))  # below is fp32 noise
     axes.legend()
     return figure
-
-
-def _measure(checkpoint: Path) -> RunSpectra:
-    step, spectra = checkpoint_spectra(checkpoint)
-    ranks = summarize(spectra)
-    measured = read_spectra(checkpoint.resolve().parents[1] / SPECTRA_FOLDER)
-    return RunSpectra(
-        step,
-        ranks,
-        spectrum=dict(enumerate(mean_normalized_spectrum(spectra).tolist(), start=1)),
-        by_kind={kind.removesuffix("_proj"): of for kind, of in ranks.effective_by_kind.items()},
-        # A run that resumed from an earlier checkpoint may have left later ones.
-        over_training={at: summarize(of).effective for at, of in measured.items() if at <= step},
-    )

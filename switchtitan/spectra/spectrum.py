@@ -1,4 +1,4 @@
-"""Computes ranks of matrices from their singular values, on plain tensors."""
+"""Computes effective ranks of matrices from their singular values, on plain tensors."""
 
 from collections.abc import Iterable, Mapping
 from statistics import fmean
@@ -7,18 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NUMERICAL_RANK_THRESHOLD = 0.01
-"""The numerical rank counts singular values above this share of the largest one."""
-
 Spectra = Mapping[str, Tensor]
 """Singular values [min(out, in)] by the layer's qualified name, largest first."""
 
 
 class RankSummary(NamedTuple):
-    """Ranks averaged over layers."""
+    """Effective ranks, averaged over layers."""
 
     effective: float
-    numerical: float
     effective_by_kind: dict[str, float]
     """By the layers' local name, e.g. "q_proj"."""
     effective_by_layer: dict[str, float]
@@ -50,11 +46,6 @@ def effective_rank(values: Tensor) -> float:
     return torch.special.entr(values.double() / total).sum().exp().item()
 
 
-def numerical_rank(values: Tensor) -> int:
-    """Returns the number of singular values [n] above `NUMERICAL_RANK_THRESHOLD` of the largest."""
-    return int((values > NUMERICAL_RANK_THRESHOLD * values.max()).sum())
-
-
 def layers_by_kind(names: Iterable[str]) -> dict[str, list[str]]:
     """Groups layers, in order of first occurrence, by their name in a part of a block: "up_proj" is
     that of "model.layers.0.mlp.up_proj"."""
@@ -71,7 +62,6 @@ def summarize(spectra: Spectra) -> RankSummary:
     effective = {name: effective_rank(values) for name, values in spectra.items()}
     return RankSummary(
         effective=fmean(effective.values()),
-        numerical=fmean(map(numerical_rank, spectra.values())),
         effective_by_kind={
             kind: fmean(effective[name] for name in names)
             for kind, names in layers_by_kind(spectra).items()

@@ -35,7 +35,7 @@ class Origin:
         checksum: str | None,
         method: Method,
     ) -> None:
-        self._config, self._seed, self._method = config, seed, method
+        self._config, self._seed, self.method = config, seed, method
         self._model = plain_model(config)
         blocks = tuple(f"{block}." for block in self._model.blocks())
         self.layers = [
@@ -79,7 +79,7 @@ class Origin:
             weight = plain_value(self._model, self._seed, name, shape)
         else:
             weight = self._read(name, range(shape[0])).to(torch.float32)
-        start = self._method.starting_weight(name, weight)
+        start = self.method.starting_weight(name, weight)
         if start is not weight:
             # It may be a decomposition, which takes longer than the measurement.
             self._computed[name] = start

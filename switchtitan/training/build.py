@@ -333,7 +333,7 @@ def _open_telemetry(
     Raises a CheckpointError if the weights that a resumed run started from are missing."""
     if config.spectrum.interval is None:
         return None
-    from switchtitan.spectra.telemetry import SPECTRA_FOLDER, RankTelemetry
+    from switchtitan.spectra.telemetry import RankTelemetry
     from switchtitan.spectra.weight_change import Origin
 
     method = METHODS.build(config.method, config.training.steps, config.job.seed)
@@ -343,9 +343,7 @@ def _open_telemetry(
         world.on_main(origin.open)
     return partial(
         RankTelemetry,
-        dense_weights=method.dense_weights,
         origin=origin,
-        folder=config.job.output_dir / SPECTRA_FOLDER,
         world=world,
         interval=config.spectrum.interval,
         num_steps=config.training.steps,

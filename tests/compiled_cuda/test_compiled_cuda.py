@@ -210,7 +210,7 @@ def test_a_launch_takes_its_bytes_or_its_operations_and_a_collective_nothing():
         (Launch("forward", "extern", "mm", 1, 10, int(4 * flops_per_s), "bfloat16"), 1),
         (Launch("forward", "collective", "all_reduce_", 1, int(bandwidth), 0, ""), 9),
     ]
-    step = StepOnGpu(launches, [], [])
+    step = StepOnGpu(launches, [])
     bounds = bounds_s({"sm_90": step})
     assert bounds["H100 SXM"] == pytest.approx(2 + 4)
     # Other cards run other code.

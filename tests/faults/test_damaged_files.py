@@ -39,7 +39,6 @@ READ = {
     "initial weights": "weights.safetensors",
 }
 NEVER_READ = {
-    "spectra": f"run/spectra/{NEWEST}.safetensors",
     "results.json": "run/results.json",
     "TensorBoard's events": "run/tensorboard/events.*",
     "config.toml": "run/config.toml",
@@ -98,12 +97,10 @@ def end_of(home):
     checkpoint = home / "run" / "checkpoints" / f"step-{END:09d}"
     metadata = verify(checkpoint)
     results = json.loads((home / "run" / "results.json").read_text())
-    spectra = home / "run" / "spectra" / f"step-{END:09d}.safetensors"
     return {
         "tensors": tensor_checksums(checkpoint),
         "state": json.loads(json.dumps(metadata.train_state)),
         "results": {key: results[key] for key in ("step", "loss/validation", "seed", "corpus")},
-        "spectra": spectra.read_bytes(),
     }
 
 

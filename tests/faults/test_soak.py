@@ -22,8 +22,8 @@ RISES = {
     "open_files": 0.5,
     "threads": 0.5,
 }
-"""Quantity -> its greatest rise between the first and the last sample, by a straight line. Events,
-spectra and the log grow with the steps, by design."""
+"""Quantity -> its greatest rise between the first and the last sample, by a straight line. Events
+and the log grow with the steps, by design."""
 pytestmark = pytest.mark.skipif(not IS_LONG, reason="part of the long form")
 
 

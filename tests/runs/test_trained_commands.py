@@ -22,9 +22,8 @@ from tokenizers import Tokenizer, processors
 from switchtitan.config import toml_value
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import train_tokenizer
+from switchtitan.observability.tensorboard import read_curves
 from switchtitan.spectra.plots import measure
-from switchtitan.spectra.spectrum import summarize
-from switchtitan.spectra.telemetry import read_spectra, write_spectra
 
 TEXT = "def größe(self, 日本):\n    return self.x  # €\n" * 9
 PROMPT = "def größe(self):\n    return "
@@ -313,14 +312,15 @@ def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     outcome = run("report", trained.run, "--spectrum", "--output", picture)
     assert outcome.status == 0, outcome.errors
     assert picture.read_bytes().startswith(b"\x89PNG")
-    measured = {step: summarize(of) for step, of in read_spectra(trained.run / "spectra").items()}
-    # As a run leaves it that resumes from an earlier checkpoint.
-    later = write_spectra(trained.run / "spectra", 20, {"up_proj": torch.ones(1)})
-    (found,) = measure({"run": trained.run}).values()
-    later.unlink()
+    curves = read_curves(trained.run)
+    found = measure(trained.run)
     # The checkpoint's weights are merged again: roundings of an fp32 product.
     about = partial(pytest.approx, rel=1e-4)
-    assert found.ranks.effective == about(measured[15].effective)
-    assert found.by_kind["up"] == about(measured[15].effective_by_kind["up_proj"])
-    assert found.over_training == {step: measured[step].effective for step in (5, 10, 15)}
+    assert found.by_kind["up"] == about(curves["rank/effective/up_proj"][1][-1])
+    measured = dict(zip(*curves["rank/effective_mean"], strict=True))
+    assert found.ranks.effective == about(measured[15])
+    assert found.over_training == measured
+    assert [*measured] == [5, 10, 15]
+    earlier = measure(trained.run / "checkpoints" / "step-000000010")
+    assert [*earlier.over_training] == [5, 10]
     assert f"{found.ranks.effective:.1f}" in outcome.output

@@ -3,6 +3,11 @@
 Its functions run in a process of `call_with_gpus`.
 """
 
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import tomli
@@ -12,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from support.packages import HAS_TORCHAO
 from support.tiny import METHOD_KEYS, MINI
-from switchtitan.benchmark.gpu.record import RecordLaunches, StepOnGpu, record_step
+from switchtitan.benchmark.gpu import torch_inside
+from switchtitan.benchmark.gpu.record import Launch, RecordLaunches, record_step
 from switchtitan.job.config import JobConfig, parse_unchecked
 from switchtitan.methods.operations import copy_in_backward
 from switchtitan.models.llama.model import MLP, Attention
@@ -60,8 +66,50 @@ def config_of(name: str) -> JobConfig:
     return parse_unchecked(["--config", "llama_60m.toml", *words])
 
 
-def record_cases() -> dict[str, StepOnGpu]:
-    return {name: record_step(config_of(name)) for name in CASES}
+class Kernel(NamedTuple):
+    """A Triton kernel; the most of all configurations among which a GPU chooses by time."""
+
+    name: str
+    spilled_bytes: int
+    """Of stack and local memory per thread."""
+    shared_bytes: int
+    """Per block."""
+
+
+class Recorded(NamedTuple):
+    """A `StepOnGpu`, with all Triton kernels of its configuration."""
+
+    launches: list[tuple[Launch, int]]
+    compiled: list[list[str]]
+    kernels: list[Kernel]
+
+
+def record(name: str) -> Recorded:
+    step = record_step(config_of(name))
+    kernels = []
+    for tuner in dict.fromkeys(torch_inside.tuners):
+        resources = [_resources(compiled) for compiled in tuner.compile_results]
+        largest = (max(column) for column in zip(*resources, strict=True))
+        kernels.append(Kernel(tuner.inductor_meta["kernel_name"], *largest))
+    return Recorded(*step, kernels)
+
+
+def _resources(compiled: Any) -> tuple[int, int]:
+    """Returns spilled bytes and shared bytes of a compiled configuration."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.kernel.asm["cubin"])
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    spilled = max(int(value) for value in re.findall(r"(?:STACK|LOCAL):(\d+)", text))
+    return spilled, compiled.kernel.metadata.shared
+
+
+def record_cases() -> dict[str, Recorded]:
+    return {name: record(name) for name in CASES}
 
 
 def bytes_of_parts() -> int:
@@ -87,7 +135,7 @@ class _Copy(torch.autograd.Function):
         return grad
 
 
-def with_second_copy_of_q() -> StepOnGpu:
+def with_second_copy_of_q() -> Recorded:
     """A step of full rank in which each block copies q once more."""
     project = Attention.forward
 
@@ -100,10 +148,10 @@ def with_second_copy_of_q() -> StepOnGpu:
             self.attend = attend
 
     with patch.object(Attention, "forward", forward):
-        return record_step(config_of("full rank"))
+        return record("full rank")
 
 
-def with_few_registers() -> StepOnGpu:
+def with_few_registers() -> Recorded:
     """A step of full rank whose kernels may use 24 registers per thread, and must spill."""
     from triton.backends.nvidia.compiler import CUDABackend
 
@@ -113,10 +161,10 @@ def with_few_registers() -> StepOnGpu:
         return parse(backend, {**options, "maxnreg": 24})
 
     with patch.object(CUDABackend, "parse_options", parse_with_limit):
-        return record_step(config_of("full rank"))
+        return record("full rank")
 
 
-def with_a_number_per_step() -> StepOnGpu:
+def with_a_number_per_step() -> Recorded:
     """A step of full rank whose blocks multiply by a Python number that every step changes."""
     multiply, take_step = MLP.forward, Stepper.step
 
@@ -132,7 +180,7 @@ def with_a_number_per_step() -> StepOnGpu:
         patch.object(MLP, "forward", forward),
         patch.object(Stepper, "step", step),
     ):
-        return record_step(config_of("full rank"))
+        return record("full rank")
 
 
 PLANTS = {
@@ -141,6 +189,6 @@ PLANTS = {
 }
 
 
-def record_plants() -> tuple[dict[str, StepOnGpu], int]:
+def record_plants() -> tuple[dict[str, Recorded], int]:
     plants = {name: plant() for name, plant in PLANTS.items()}
     return plants, bytes_of_parts()

@@ -1,13 +1,9 @@
 """Records what compiled steps launch on a GPU: kernels, bytes and floating-point operations."""
 
 import math
-import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -62,26 +58,11 @@ class Launch(NamedTuple):
     """In which they are multiplied."""
 
 
-class Kernel(NamedTuple):
-    """A Triton kernel; the most of all configurations among which a GPU chooses by time."""
-
-    name: str
-    registers: int
-    """Per thread."""
-    spilled_bytes: int
-    """Of stack and local memory per thread."""
-    shared_bytes: int
-    """Per block."""
-    num_launches: int
-    """In the recorded step."""
-
-
 class StepOnGpu(NamedTuple):
     """A compiled step on one architecture."""
 
     launches: list[tuple[Launch, int]]
     """Of the last step, and how often each happened."""
-    kernels: list[Kernel]
     compiled: list[list[str]]
     """Functions that each step compiled, each to one graph: a graph break is an error."""
 
@@ -115,7 +96,7 @@ def record_step(config: JobConfig, num_ranks: int = 1) -> StepOnGpu:
             stop_observing_regions(record.around)
             compiled.append(torch_inside.newly_compiled())
     launches = list(record.launches.items())
-    return StepOnGpu(launches, record.kernels(), compiled)
+    return StepOnGpu(launches, compiled)
 
 
 class RecordLaunches(CountingMode):
@@ -124,7 +105,6 @@ class RecordLaunches(CountingMode):
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[Launch] = Counter()
-        self._tuners: Counter[Any] = Counter()
         self._regions = ["outside"]
         torch_inside.on_launch = self._launch
 
@@ -134,8 +114,7 @@ class RecordLaunches(CountingMode):
         yield
         self._regions.pop()
 
-    def _launch(self, tuner: Any, args: tuple) -> None:
-        self._tuners[tuner] += 1
+    def _launch(self, tuner: Any) -> None:
         meta = tuner.inductor_meta
         num_bytes = round(meta.get("kernel_num_gb", 0) * 1e9)
         self._add("triton", meta["kernel_name"], 1, num_bytes)
@@ -175,16 +154,6 @@ class RecordLaunches(CountingMode):
             flops,
             dtypes[0].removeprefix("torch.") if flops else "",
         )
-
-    def kernels(self) -> list[Kernel]:
-        """Returns the Triton kernels that were compiled or launched."""
-        kernels = []
-        for tuner in dict.fromkeys([*torch_inside.tuners, *self._tuners]):
-            resources = [_resources(compiled) for compiled in tuner.compile_results]
-            registers, spilled, shared = (max(column) for column in zip(*resources, strict=True))
-            name, number = tuner.inductor_meta["kernel_name"], self._tuners[tuner]
-            kernels.append(Kernel(name, registers, spilled, shared, number))
-        return kernels
 
     def _add(self, *launch: Any) -> None:
         self.launches[Launch(self._regions[-1], *launch)] += 1
@@ -281,18 +250,3 @@ def _num_launches_of_alike(lists: list[list[Tensor]]) -> int:
         if num_tensors == _TENSORS_PER_LAUNCH[len(lists)]:
             num_launches, num_tensors, num_blocks = num_launches + 1, 0, 0
     return num_launches + (num_blocks > 0)
-
-
-def _resources(compiled: Any) -> tuple[int, int, int]:
-    """Returns registers, spilled bytes and shared bytes of a compiled configuration."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.kernel.asm["cubin"])
-        file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    spilled = max(usage["STACK"], usage["LOCAL"])
-    return usage["REG"], spilled, compiled.kernel.metadata.shared

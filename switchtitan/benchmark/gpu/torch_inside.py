@@ -228,7 +228,7 @@ running_graphs: list[object] = []
 """Compiled graphs that are running: operations in them are called by generated code."""
 tuners: list[Any] = []
 """What holds the compiled configurations of a Triton kernel, of all that were compiled."""
-on_launch: Callable[[Any, tuple], None] = lambda tuner, args: None  # noqa: E731
+on_launch: Callable[[Any], None] = lambda tuner: None  # noqa: E731
 """Called instead of each launch of a Triton kernel."""
 
 
@@ -249,7 +249,7 @@ def _install_triton(capability: int) -> None:
 
     _replace(f"{_TUNER}._make_launchers", lambda tuner: tuners.append(tuner))
     _replace(f"{_TUNER}._dynamic_scale_rblock", lambda tuner: None)
-    _replace(f"{_TUNER}.run", lambda tuner, *args, stream=None, **keys: on_launch(tuner, args))
+    _replace(f"{_TUNER}.run", lambda tuner, *args, **keys: on_launch(tuner))
 
 
 def value_error() -> type[Exception]:

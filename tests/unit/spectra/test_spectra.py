@@ -1,19 +1,16 @@
-"""Ranks of matrices with a known spectrum, of layers' names, and files of measurements."""
+"""Ranks of matrices with a known spectrum, and layers by kind."""
 
 import pytest
 import torch
 
-from switchtitan.errors import CheckpointError
 from switchtitan.spectra.spectrum import (
     effective_rank,
     layers_by_kind,
     mean_normalized_spectrum,
     normalized_by_kind,
-    numerical_rank,
     singular_values,
     summarize,
 )
-from switchtitan.spectra.telemetry import read_spectra, write_spectra
 
 
 def matrix_with(values, num_rows, num_columns):
@@ -41,17 +38,14 @@ def test_ranks_of_equal_singular_values_are_their_number(rank):
     values = singular_values(matrix_with([2.5] * rank, 13, 7))
     # The zeros are fp32 roundings of about 1e-7 in the matrix, in the entropy times their log.
     assert effective_rank(values) == pytest.approx(rank, rel=2e-5)
-    assert numerical_rank(values) == rank
 
 
 def test_ranks_of_unequal_singular_values_and_of_zeros_match_a_hand_calculation():
     # Shares 1/2, 1/4, 1/4: the entropy is 1.5 log 2.
     for scale in (1, 100):
         assert effective_rank(scale * torch.tensor([2.0, 1.0, 1.0, 0.0])) == pytest.approx(2**1.5)
-    # Above one percent of the largest.
-    assert numerical_rank(torch.tensor([3.0, 0.5, 0.031, 0.029, 0.0])) == 3
     unchanged = singular_values(torch.zeros(4, 6))
-    assert (effective_rank(unchanged), numerical_rank(unchanged)) == (0, 0)
+    assert effective_rank(unchanged) == 0
 
 
 def test_a_summary_averages_over_layers_and_kinds():
@@ -61,7 +55,7 @@ def test_a_summary_averages_over_layers_and_kinds():
         "model.layers.1.self_attn.q_proj": torch.tensor([5.0, 5.0, 0.0, 0.0]),
     }
     summary = summarize(spectra)
-    assert summary.effective == summary.numerical == pytest.approx((4 + 1 + 2) / 3)
+    assert summary.effective == pytest.approx((4 + 1 + 2) / 3)
     assert summary.effective_by_kind == pytest.approx({"q_proj": 3, "up_proj": 1})
     assert summary.effective_by_layer == pytest.approx(dict(zip(spectra, (4, 1, 2), strict=True)))
     assert list(layers_by_kind(spectra)) == ["q_proj", "up_proj"]
@@ -80,18 +74,3 @@ def test_spectra_are_normalized_layer_by_layer():
     # Shorter and unchanged layers count as zero.
     mean = mean_normalized_spectrum(spectra)
     torch.testing.assert_close(mean, torch.tensor([2, 1, 0.25]) / 3, rtol=1e-6, atol=0)
-
-
-def test_measurements_are_read_by_step(tmp_path):
-    folder = tmp_path / "spectra"
-    assert read_spectra(folder) == {}
-    for step, value in ((20, 2.0), (3, 3.0), (3, 4.0), (30, 5.0)):
-        write_spectra(folder, step, {"a": torch.tensor([value, 1.0]), "b": torch.ones(1)})
-    (folder / "notes.txt").write_text("mine")
-    measured = read_spectra(folder)
-    assert {step: of["a"][0].item() for step, of in measured.items()} == {3: 4, 20: 2, 30: 5}
-    assert list(measured) == [3, 20, 30]
-    file = write_spectra(folder, 10, {"a": torch.ones(9)})
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(CheckpointError, match=file.name):
-        read_spectra(folder)
