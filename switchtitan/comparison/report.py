@@ -1,7 +1,7 @@
 """The report of a comparison: Markdown tables, and a CSV file of its runs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 
@@ -36,6 +36,7 @@ def markdown(state: State) -> str:
     parts = [
         f"# {config.name}",
         f"{len(state.finished)} of {config.num_runs} runs are finished.",
+        *_facts([result for result in state.finished.values() if not result.diverged]),
         f"{', '.join(map(short_name, config.axes))}: given, or chosen by the validation loss after "
         f"the last step, with seed {config.selection_seed}. Losses are on the test split: mean ± "
         f"standard deviation over seeds {', '.join(map(str, config.report_seeds))}. Differences to "
@@ -134,3 +135,18 @@ def _tried(losses: Mapping[float, float]) -> str:
         bold = "**" if value == best_value(losses) else ""
         cells.append(f"{bold}{value:g}: {loss}{bold}")
     return ", ".join(cells)
+
+
+def _facts(results: Sequence[RunResult]) -> Iterator[str]:
+    """Yields a sentence about tokens, corpus, versions and hardware of runs, if there are any."""
+
+    def distinct(figure: str) -> str:
+        return " and ".join(sorted({str(getattr(of, figure) or "unknown") for of in results}))
+
+    if results:
+        yield (
+            f"{distinct('tokens')} tokens per run of corpus {distinct('corpus')} (fingerprint "
+            f"{distinct('corpus_fingerprint')}), torch {distinct('torch')}, {distinct('device')}, "
+            f"CPU capability {distinct('cpu_capability')}, {distinct('num_threads')} thread(s), "
+            f"commit {distinct('commit')}."
+        )

@@ -86,6 +86,8 @@ def test_a_scheduler_s_rates_are_those_of_a_loop_that_sets_them(build):
         losses += run_loop(model, optimizer, [step], scheduler)
     assert len(set(rates)) > 3
     again, _, other = start_loop()
+    assert run_loop(again, other, range(6))[1:] != losses[1:]
+    again, _, other = start_loop()
     for step, rate in enumerate(rates):
         for group in other.param_groups:
             group["lr"] = rate
