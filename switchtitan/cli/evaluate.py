@@ -28,12 +28,11 @@ from switchtitan.generation.trained import (
     TrainedModel,
     check_tokens,
     find_tokenizer,
-    load_for_evaluation,
+    for_evaluation,
     open_tokenizer,
     open_trained_model,
-    saved_config,
 )
-from switchtitan.job.config import EvaluationConfig, JobConfig
+from switchtitan.job.config import EvaluationConfig, JobConfig, parse_saved, parse_unchecked
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.log import perplexity_of
 from switchtitan.progress import progress_bar
@@ -65,10 +64,12 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     them cannot be read."""
     if options.text is not None and options.split is not None:
         raise ConfigError(f"--split {options.split} has no effect with --text; leave it out")
-    config = None if options.config is None else load_for_evaluation(options.config)
+    config = None
+    if options.config is not None:
+        config = for_evaluation(parse_unchecked(["--config", options.config]))
     trained = open_trained_model(options.target, None if config is None else config.model)
     if trained.metadata is not None:
-        config = saved_config(trained.metadata)
+        config = for_evaluation(parse_saved(trained.metadata.config))
     with temporary_world():
         world = start_world(ParallelismConfig())
         longest = min(trained.max_positions or _MAX_SEQ_LEN, _MAX_SEQ_LEN)

@@ -25,11 +25,12 @@ from switchtitan.generation.decoding import Sampler, continuation
 from switchtitan.generation.text import prompt_ids, read_text, text_pieces
 from switchtitan.generation.trained import (
     check_tokens,
-    load_for_evaluation,
+    for_evaluation,
     open_tokenizer,
     open_trained_model,
     stop_tokens,
 )
+from switchtitan.job.config import parse_unchecked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +64,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     prompt: str | None = options.prompt
     if prompt is None:
         prompt = read_text("--prompt-file", options.prompt_file)
-    section = None if options.config is None else load_for_evaluation(options.config).model
+    section = None
+    if options.config is not None:
+        section = for_evaluation(parse_unchecked(["--config", options.config])).model
     trained = open_trained_model(options.target, section)
     documents = open_tokenizer(trained, options.tokenizer)
     tokenizer = documents.tokenizer

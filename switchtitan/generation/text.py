@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from switchtitan.contracts import IGNORED_TARGET, Batch
 from switchtitan.data.sequences import document_ids
@@ -38,15 +37,13 @@ def text_pieces(
 
     Special tokens have no text. The last piece is what was held back until the tokens ended.
     """
-    stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
     read, num_shown = list(prompt), len(tokenizer.decode(list(prompt)))
     for token in tokens:
         read.append(token)
-        try:
-            piece = stream.step(tokenizer, token) or ""
-        except Exception:  # nothing narrower: bytes that are no character took back a shown one
-            piece = tokenizer.decode(read)[num_shown:]
-            stream = DecodeStream(ids=list(read), skip_special_tokens=True)
+        # The text of a token depends on those before it.
+        piece = tokenizer.decode(read)[num_shown:]
+        if piece.endswith("\N{REPLACEMENT CHARACTER}"):  # a part of a character, so far
+            piece = ""
         num_shown += len(piece)
         yield piece
     yield tokenizer.decode(read)[num_shown:]

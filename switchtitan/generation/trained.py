@@ -21,7 +21,7 @@ from switchtitan.hub.huggingface import CONFIG_NAME, read_config
 from switchtitan.hub.initial_weights import read_initial_weights, read_model_folder
 from switchtitan.hub.peft_folder import folders_of
 from switchtitan.job.checks import check_device, check_held_out
-from switchtitan.job.config import JobConfig, parse_saved, parse_unchecked
+from switchtitan.job.config import JobConfig
 from switchtitan.models import MODELS, plain_model
 
 
@@ -98,19 +98,9 @@ def open_trained_model(path: Path, config: ModelConfig | None = None) -> Trained
     return TrainedModel(checkpoint, dense.config, dense.read(), dense.metadata, {})
 
 
-def saved_config(metadata: CheckpointMetadata) -> JobConfig:
-    """Returns the configuration of the run that saved a checkpoint. Raises a ConfigError if this
-    version does not accept it."""
-    return _for_evaluation(parse_saved(metadata.config))
-
-
-def load_for_evaluation(file: str) -> JobConfig:
-    """Loads a configuration. Raises a ConfigError if it is invalid."""
-    return _for_evaluation(parse_unchecked(["--config", file]))
-
-
-def _for_evaluation(config: JobConfig) -> JobConfig:
-    """Checks only what an evaluation needs, and chooses kernels that this machine has."""
+def for_evaluation(config: JobConfig) -> JobConfig:
+    """Returns a configuration with kernels that this machine has. Raises a ConfigError if its model
+    cannot be evaluated here on its data."""
     config = config.model_copy(update={"model": config.model.on_any_machine()})
     raise_together([*check_device(config, device_type()), *check_held_out(config)])
     return config
@@ -139,13 +129,13 @@ def open_tokenizer(trained: TrainedModel, given: Path | None = None) -> Document
 def find_tokenizer(trained: TrainedModel, given: Path | None = None) -> DocumentTokenizer | None:
     """Like `open_tokenizer`, but None if there is none next to weights. Raises a CorpusError if the
     tokenizer or the run's corpus cannot be read."""
-    if given is not None and trained.metadata is not None:
-        first, *_ = recorded_sources(trained.metadata.run, trained.source)
-        return read_tokenizer(given, bos=None if first.bos else False)
+    metadata = trained.metadata
     if given is not None:
-        return read_tokenizer(given)
-    if trained.metadata is not None:
-        return corpus_of_run(trained.metadata, trained.source).tokenizer()
+        tokenizer = read_tokenizer(given)
+        has_bos = metadata is None or recorded_sources(metadata.run, trained.source)[0].bos
+        return tokenizer if has_bos else tokenizer.without_bos()
+    if metadata is not None:
+        return corpus_of_run(metadata, trained.source).tokenizer()
     found = _find_beside(trained.source, "tokenizer.json")
     return None if found is None else read_tokenizer(found.parent)
 

@@ -4,7 +4,6 @@ the batches of a text that it is evaluated on."""
 import itertools
 import json
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +15,13 @@ from switchtitan.data.tokenizer import read_tokenizer, train_tokenizer
 from switchtitan.generation.text import text_batches
 from switchtitan.generation.trained import (
     TrainedModel,
+    for_evaluation,
     open_tokenizer,
     open_trained_model,
-    saved_config,
     stop_tokens,
 )
 from switchtitan.hub.peft_folder import ADAPTER_CONFIG_NAME, ADAPTER_NAME
+from switchtitan.job.config import parse_saved
 
 
 class WatchedTensors(dict):
@@ -91,8 +91,7 @@ def test_an_adapter_has_the_tokenizer_and_the_stops_of_its_base_or_its_own(base,
 def test_a_checkpoint_of_a_compiled_run_is_opened_without_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     saved = tiny_toml("outputs", "full_rank", {"[compile]": "[compile]\nblocks = true"})
-    config = saved_config(SimpleNamespace(config=saved))
-    assert config.compile.blocks
+    assert for_evaluation(parse_saved(saved)).compile.blocks
 
 
 # A text that is evaluated.
