@@ -22,7 +22,7 @@ from switchtitan.distributed.precision import use_full_precision
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import ConfigError
 from switchtitan.generation.decoding import Sampler, continuation
-from switchtitan.generation.text import prompt_ids, read_text, text_pieces
+from switchtitan.generation.text import read_text, text_pieces
 from switchtitan.generation.trained import (
     check_tokens,
     for_evaluation,
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     # As transformers does: a prompt may have special tokens, unlike a document.
     tokenizer.encode_special_tokens = False
     # An empty prompt begins a document, which follows the end of another.
-    prompt_tokens = prompt_ids(documents, prompt) or [documents.eos_id]
+    prompt_tokens = documents.encode_documents([prompt])[0] or [documents.eos_id]
     check_tokens(trained, prompt_tokens)
     num_tokens, limit = len(prompt_tokens) + options.max_new_tokens, trained.max_positions
     if limit is not None and num_tokens > limit:

@@ -24,12 +24,6 @@ def read_text(option: str, file: str) -> str:
         ) from error
 
 
-def prompt_ids(documents: DocumentTokenizer, text: str) -> list[int]:
-    """Returns the tokens of a text that is to be continued: without a token that ends a text."""
-    ids: list[int] = documents.tokenizer.encode(text, add_special_tokens=False).ids
-    return documents.bos_ids + ids
-
-
 def text_pieces(
     tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]
 ) -> Iterator[str]:
