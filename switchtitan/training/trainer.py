@@ -1,5 +1,6 @@
 """Decides when a run evaluates, saves, reports and stops, for any model and method."""
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput, peak_memory_gib
 from switchtitan.regions import region
 from switchtitan.training.evaluate import Evaluator
-from switchtitan.training.step import GarbageCollection, Stepper, StepResult
+from switchtitan.training.step import Stepper, StepResult
 from switchtitan.training.stop import Stop, Stopped
 
 if TYPE_CHECKING:
@@ -164,11 +165,10 @@ class Trainer:
         state = self._state
         skipped_in_a_row = 0
         profiler = self.profiler or nullcontext()
-        with self._region_times, profiler, GarbageCollection() as garbage:
+        with self._region_times, profiler:
             try:
                 while state.step < self.num_steps:
                     result = self.stepper.step()
-                    garbage.step()
                     skipped_in_a_row = skipped_in_a_row + 1 if result.is_skipped else 0
                     if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                         raise self._divergence(
@@ -180,11 +180,17 @@ class Trainer:
                     if not self._has_stepped:
                         self._has_stepped = True
                         self._set_timeout(is_first=False)
+                        # Otherwise Python's collector visits all objects that torch.compile leaves,
+                        # for 0.25 s in a step, and the other ranks wait.
+                        gc.collect()
+                        gc.freeze()
                     if state.step < self.num_steps:
                         self.stop.raise_if_due()
             except Stopped:
                 self._save_last_step()
                 raise
+            finally:
+                gc.unfreeze()
         if self.profiler is not None:
             self._world.together(lambda: None)  # a trace may have been written at the end
         self._save_last_step()
