@@ -38,8 +38,6 @@ from torch.distributed.tensor import DTensor
 
 from switchtitan.checkpoint.config import RESUME_NEVER, CheckpointConfig
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.norms import non_finite
-from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.shards import local, replica_group, with_local
 from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError
@@ -102,37 +100,14 @@ class CheckpointTensors:
 
     def __init__(self, model: nn.Module, optimizer: TrainingOptimizer) -> None:
         self.optimizer = optimizer
-        self._device = next(model.parameters()).device
         state = model.state_dict(keep_vars=True)
-        self._model_tensors = {f"{MODEL}{name}": tensor.detach() for name, tensor in state.items()}
+        self.model = {f"{MODEL}{name}": tensor.detach() for name, tensor in state.items()}
+        """Those of the model, by name."""
 
     def __call__(self) -> dict[str, Tensor]:
         """Returns all tensors by name, with the current optimizer state."""
-        return self._model_tensors | _prefixed(self.optimizer.state_dict())
-
-    def held(self, collected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Returns all tensors by name, and values outside the state that every rank computes.
-
-        Args:
-            collected: what a call returned, since the state of some optimizers takes time.
-        """
-        return {**(collected or self()), **_prefixed(self.optimizer.replicated())}
-
-    def check_state(
-        self, numbers: Mapping[str, float], collected: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Compares replicas of what is `held`, and numbers. Raises a RanksDisagreeError."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            alike = {name: torch.tensor(number) for name, number in numbers.items()}
-            check_replicas(self.held(collected) | alike, self._device)
-
-    def non_finite(self) -> list[str]:
-        """Returns the names of the model's tensors with an inf or nan, see `norms.non_finite`."""
-        return non_finite(self._model_tensors, self._device)
-
-
-def _prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{OPTIMIZER}{name}": tensor for name, tensor in state.items()}
+        state = self.optimizer.state_dict()
+        return self.model | {f"{OPTIMIZER}{name}": tensor for name, tensor in state.items()}
 
 
 class Checkpointer:

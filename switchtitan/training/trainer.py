@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from switchtitan.checkpoint.save import Checkpointer, CheckpointTensors
+from switchtitan.checkpoint.save import OPTIMIZER, Checkpointer, CheckpointTensors
 from switchtitan.distributed.fsdp import num_device_bytes
+from switchtitan.distributed.norms import non_finite
+from switchtitan.distributed.replicas import check_replicas
 from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
 from switchtitan.observability.log import perplexity_of
 from switchtitan.observability.region_times import RegionTimes
@@ -137,7 +139,7 @@ class Trainer:
             tensors = self.tensors()
             self.check_ranks(tensors)
             # A finite gradient can still overflow a weight.
-            if names := self.tensors.non_finite():
+            if names := non_finite(self.tensors.model, self._world.device):
                 raise self._divergence(
                     f"weights are not finite at step {state.step} ({abbreviate(names)})"
                 )
@@ -149,8 +151,10 @@ class Trainer:
         Raises a RanksDisagreeError on every rank if ranks differ.
 
         Args:
-            tensors: what `self.tensors` returned.
+            tensors: what `self.tensors` returned, since the state of some optimizers takes time.
         """
+        if self._world.size == 1:
+            return
         state = self._state
         numbers = {
             "training.step": state.step,
@@ -158,7 +162,10 @@ class Trainer:
             "training.tokens_seen": state.tokens_seen,
             "training.lr_factor": self.stepper.lr_schedule(state.step),
         }
-        self.tensors.check_state(numbers, tensors)
+        alike = {name: torch.tensor(number) for name, number in numbers.items()}
+        replicated = self.stepper.optimizer.replicated()
+        alike |= {f"{OPTIMIZER}{name}": tensor for name, tensor in replicated.items()}
+        check_replicas({**(tensors or self.tensors()), **alike}, self._world.device)
 
     def _take_steps(self) -> None:
         """Takes steps until the last one or the stop, and completes the save of that step."""

@@ -243,9 +243,7 @@ def test_a_save_in_progress_is_finished_when_ranks_disagree(corpora, monkeypatch
         threading.Timer(0.3, may_write.set).start()
         raise RanksDisagreeError("ranks no longer hold the same weights")
 
-    before_each_step(
-        trainer, lambda step: step == 2 and setattr(trainer.tensors, "check_state", disagree)
-    )
+    before_each_step(trainer, lambda step: step == 2 and setattr(trainer, "check_ranks", disagree))
     with pytest.raises(RanksDisagreeError):
         trainer.train()
     assert trainer.stepper.state.step == 3
