@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,6 @@ class Profiler:
         output_dir: of the run.
         steps_done: steps done before this run. If they include the first one to trace, later ones
             are traced, unless the run has a trace.
-        report: called with a table of the operations and regions of the trace.
     """
 
     def __init__(
@@ -39,14 +38,12 @@ class Profiler:
         *,
         rank: int = 0,
         steps_done: int = 0,
-        report: Callable[[str], object] = lambda table: None,
     ) -> None:
         self._config = config
         self._output_dir = output_dir
         self._rank = rank
         self._is_observed = config.ranks == "all" or rank in config.ranks
         self._steps_done = steps_done
-        self._report = report
         self._profile: profiler.profile | None = None
         self._first_step = max(config.start_step, steps_done + 2)
         self._last_step = self._first_step + config.num_steps - 1
@@ -137,7 +134,6 @@ class Profiler:
             return
         self.trace = path
         logger.info("wrote a trace to %s, and its table of operations as .txt", path)
-        self._report(table)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from tqdm import tqdm
 
+from switchtitan.config import parse_toml
 from switchtitan.errors import EnvironmentMismatchError, OutputError
 from switchtitan.files import write_atomically
 from switchtitan.observability import RESULTS_FILE, TENSORBOARD_FOLDER
@@ -30,10 +31,9 @@ class Reporter:
     Args:
         run_name: for Weights & Biases.
         start_step: steps done before this run.
-        description: the run's configuration, shown in TensorBoard's text tab.
+        description: the run's configuration in TOML, shown in TensorBoard's text tab.
         facts: hardware, versions and sizes, added to `results.json`.
         first_validation_loss: of a resumed run, shown in the summary.
-        hparams: values of the configuration by which TensorBoard compares runs.
     """
 
     def __init__(
@@ -48,7 +48,6 @@ class Reporter:
         description: str = "",
         facts: Mapping[str, object] | None = None,
         first_validation_loss: float | None = None,
-        hparams: Mapping[str, bool | float | str] | None = None,
     ) -> None:
         self._interval = config.interval
         self._num_steps = num_steps
@@ -61,14 +60,12 @@ class Reporter:
         self._is_finished = False
         self._wandb: Any = None
         if is_main and "wandb" in config.trackers:
-            self._wandb = _start_wandb(output_dir, run_name, hparams or {})
+            self._wandb = _start_wandb(output_dir, run_name, description)
         self._tensorboard: TensorBoardWriter | None = None
         if is_main and config.tensorboard:
             from switchtitan.observability import tensorboard
 
-            self._tensorboard = tensorboard.TensorBoardWriter(
-                self._folder, start_step, description, hparams
-            )
+            self._tensorboard = tensorboard.TensorBoardWriter(self._folder, start_step, description)
         self._bar = tqdm(
             total=num_steps,
             initial=start_step,
@@ -105,11 +102,6 @@ class Reporter:
             self._wandb.log({**values, "step": step})
         for line in self._table.lines(step, values):
             logger.info("%s", line)
-
-    def report_table(self, step: int, title: str, table: str) -> None:
-        """Shows a table of characters in TensorBoard's text tab."""
-        if self._tensorboard is not None:
-            self._tensorboard.write_text(title, table, step)
 
     def report_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Writes a histogram of each finite tensor, of any shape, by tag, to TensorBoard."""
@@ -185,8 +177,6 @@ class Reporter:
     def close(self) -> None:
         """Releases the files and the terminal."""
         self._bar.close()
-        if self._tensorboard is not None and self._is_finished:
-            self._tensorboard.finish()
         if self._wandb is not None:
             # One that is not finished counts as failed.
             self._wandb.finish(exit_code=0 if self._is_finished else 1)
@@ -203,7 +193,7 @@ class Reporter:
         return None
 
 
-def _start_wandb(output_dir: Path, run_name: str, hparams: Mapping[str, bool | float | str]) -> Any:
+def _start_wandb(output_dir: Path, run_name: str, description: str) -> Any:
     """Starts a run of the project `switchtitan`, or of `WANDB_PROJECT`; resumes `output_dir`'s.
 
     Raises:
@@ -222,7 +212,7 @@ def _start_wandb(output_dir: Path, run_name: str, hparams: Mapping[str, bool | f
             name=f"{run_name}-{run_id}",
             id=run_id,
             resume="allow",
-            config=dict(hparams),
+            config=parse_toml(description, "the configuration"),
             settings=wandb.Settings(console="off", silent=True),
         )
     except Exception as error:

@@ -1,7 +1,6 @@
 """TensorBoard's event files of a run: written, and read back.
 
-Written without torch's SummaryWriter, whose thread prints a traceback if the disk is full, and
-whose `add_hparams` makes a run folder of its own.
+Written without torch's SummaryWriter, whose thread prints a traceback if the disk is full.
 """
 
 import io
@@ -51,27 +50,17 @@ class TensorBoardWriter:
         start_step: steps done before this run. TensorBoard drops later points of an interrupted
             run, so that no step has two points.
         description: the configuration, shown as text.
-        hparams: values by which the HParams page compares runs.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        start_step: int,
-        description: str = "",
-        hparams: Mapping[str, bool | float | str] | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, start_step: int, description: str = "") -> None:
         # Readers take the files in the order of their names.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = folder / name
         self._has_failed = False
         purge = SessionLog(status=SessionLog.START)
-        # Not the experiment, whose keys would be those of the page: other methods have others.
-        _, begin, self._end = summary.hparams(dict(hparams or {}), {})
         self._unwritten = [
             Event(file_version="brain.Event:2"),
             Event(step=start_step + 1 if start_step else 0, session_log=purge),
-            Event(summary=begin),
         ]
         self._add()
         if description:
@@ -94,10 +83,6 @@ class TensorBoardWriter:
         """Shows `text` verbatim, in a fixed-width font: lines that Markdown finds indented."""
         indented = "\n".join(f"    {line}" for line in text.split("\n"))
         self._add(Event(step=step, summary=summary.text(tag, indented)))
-
-    def finish(self) -> None:
-        """Marks the run as finished."""
-        self._add(Event(summary=self._end))
 
     def _add(self, *events: Event) -> None:
         contents = io.BytesIO()

@@ -42,7 +42,6 @@ from switchtitan.observability.throughput import Throughput
 from switchtitan.optim.lr_schedule import build_lr_schedule
 from switchtitan.training.describe import (
     changed_keys,
-    compared_values,
     describe_run,
     read_run,
     run_facts,
@@ -148,7 +147,6 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         description=resolved,
         facts=run_facts(config, world, stepper.model, corpus, compute_dtype),
         first_validation_loss=state.first_validation_loss,
-        hparams=compared_values(config, world.size),
     )
     return Trainer(
         stepper=stepper,
@@ -160,7 +158,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         tensors=tensors,
         reporter=reporter,
         throughput=throughput,
-        profiler=_build_profiler(config, world, state, reporter),
+        profiler=_build_profiler(config, world, state),
         hooks=[telemetry(model=stepper.model, reporter=reporter)] if telemetry else [],
         stop=stop or Stop(),
     )
@@ -307,9 +305,7 @@ def build_memory_snapshots(config: JobConfig, world: World) -> AbstractContextMa
     return snapshot_if_memory_runs_out(config.job.output_dir, world.rank, has_history)
 
 
-def _build_profiler(
-    config: JobConfig, world: World, state: TrainState, reporter: Reporter
-) -> "Profiler | None":
+def _build_profiler(config: JobConfig, world: World, state: TrainState) -> "Profiler | None":
     keys = config.profiler
     if not keys.enabled and keys.memory_snapshot_step is None:
         return None
@@ -317,13 +313,7 @@ def _build_profiler(
 
     if world.device.type != "cuda":
         keys = keys.model_copy(update={"memory_snapshot_step": None})
-    return Profiler(
-        keys,
-        config.job.output_dir,
-        rank=world.rank,
-        steps_done=state.step,
-        report=lambda table: reporter.report_table(state.step, "profile", table),
-    )
+    return Profiler(keys, config.job.output_dir, rank=world.rank, steps_done=state.step)
 
 
 def _open_telemetry(
