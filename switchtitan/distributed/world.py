@@ -210,11 +210,6 @@ def is_launched() -> bool:
     return bool(os.environ.get("WORLD_SIZE"))
 
 
-def num_ranks_from_launcher() -> int:
-    """Returns the number of ranks that the launcher started; 1 without a launcher."""
-    return place_from_launcher()[1]
-
-
 def place_from_launcher() -> tuple[int, int, int]:
     """Returns this process's rank, the number of ranks, and its rank on this machine, as its
     launcher says: (0, 1, 0) without one."""

@@ -35,7 +35,6 @@ class Profiler:
         self,
         config: ProfilerConfig,
         output_dir: Path,
-        *,
         rank: int = 0,
         steps_done: int = 0,
     ) -> None:
@@ -47,9 +46,10 @@ class Profiler:
         self._profile: profiler.profile | None = None
         self._first_step = max(config.start_step, steps_done + 2)
         self._last_step = self._first_step + config.num_steps - 1
-        self._snapshot_step = config.memory_snapshot_step
-        if self._snapshot_step is not None:  # a resumed run may be past it
-            self._snapshot_step = max(self._snapshot_step, steps_done + 1)
+        self._snapshot_step = None
+        if config.memory_snapshot_step is not None and torch.cuda.is_available():
+            # A resumed run may be past it.
+            self._snapshot_step = max(config.memory_snapshot_step, steps_done + 1)
         self.trace: Path | None = None
         """The trace file; None before it is written."""
 
@@ -137,13 +137,15 @@ class Profiler:
 
 
 @contextmanager
-def snapshot_if_memory_runs_out(output_dir: Path, rank: int, has_history: bool) -> Iterator[None]:
+def snapshot_if_memory_runs_out(
+    config: ProfilerConfig, output_dir: Path, rank: int
+) -> Iterator[None]:
     """Returns a context that writes a snapshot of GPU memory if it runs out inside.
 
-    Args:
-        has_history: record allocations with their stacks from here on, until `Profiler` has written
-            its snapshot.
+    With `memory_snapshot_step`, it has all allocations from here on, with their stacks, unless
+    `Profiler` has written its snapshot.
     """
+    has_history = config.memory_snapshot_step is not None and torch.cuda.is_available()
     if has_history:
         torch.cuda.memory._record_memory_history(max_entries=MAX_EVENTS)
     try:

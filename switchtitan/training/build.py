@@ -5,7 +5,6 @@ What most runs do not use is imported where it is built.
 
 import logging
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +36,7 @@ from switchtitan.methods import METHODS
 from switchtitan.models import plain_model
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.environment import versions
+from switchtitan.observability.profiler import Profiler
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput
 from switchtitan.optim.lr_schedule import build_lr_schedule
@@ -54,7 +54,6 @@ from switchtitan.training.stop import Stop
 from switchtitan.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from switchtitan.observability.profiler import Profiler
     from switchtitan.spectra.telemetry import RankTelemetry
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     checkpoint = world.on_main(lambda: find_checkpoint(checkpoints, config.checkpoint))
     state, changes = TrainState(), list[str]()
     if checkpoint is None:
-        corpus = open_checked_corpus(config, world)
+        corpus = open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
     else:
         metadata, state = read_run(checkpoint, config, identity)
         changes = changed_keys(metadata.config, resolved)
@@ -158,7 +157,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         tensors=tensors,
         reporter=reporter,
         throughput=throughput,
-        profiler=_build_profiler(config, world, state),
+        profiler=Profiler(config.profiler, config.job.output_dir, world.rank, state.step),
         hooks=[telemetry(model=stepper.model, reporter=reporter)] if telemetry else [],
         stop=stop or Stop(),
     )
@@ -215,11 +214,6 @@ def build_stepper(
         on_nonfinite=config.training.on_nonfinite,
         state=state or TrainState(),
     )
-
-
-def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
-    """Opens the corpus, preparing it if necessary, and checks that its token ids fit the model."""
-    return open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
 
 
 def _reopen_corpus(
@@ -293,27 +287,6 @@ def _open_initial_weights(
             config.method.name,
         )
     return read_rows
-
-
-def build_memory_snapshots(config: JobConfig, world: World) -> AbstractContextManager[None]:
-    """Builds a context that writes a snapshot of GPU memory if that runs out."""
-    if world.device.type != "cuda":
-        return nullcontext()
-    from switchtitan.observability.profiler import snapshot_if_memory_runs_out
-
-    has_history = config.profiler.memory_snapshot_step is not None
-    return snapshot_if_memory_runs_out(config.job.output_dir, world.rank, has_history)
-
-
-def _build_profiler(config: JobConfig, world: World, state: TrainState) -> "Profiler | None":
-    keys = config.profiler
-    if not keys.enabled and keys.memory_snapshot_step is None:
-        return None
-    from switchtitan.observability.profiler import Profiler
-
-    if world.device.type != "cuda":
-        keys = keys.model_copy(update={"memory_snapshot_step": None})
-    return Profiler(keys, config.job.output_dir, rank=world.rank, steps_done=state.step)
 
 
 def _open_telemetry(

@@ -16,6 +16,7 @@ from switchtitan.distributed.norms import non_finite
 from switchtitan.distributed.replicas import check_replicas
 from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
 from switchtitan.observability.log import perplexity_of
+from switchtitan.observability.profiler import Profiler
 from switchtitan.observability.region_times import RegionTimes
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput, peak_memory_gib
@@ -25,7 +26,6 @@ from switchtitan.training.step import Stepper, StepResult
 from switchtitan.training.stop import Stop, Stopped
 
 if TYPE_CHECKING:
-    from switchtitan.observability.profiler import Profiler
     from switchtitan.spectra.telemetry import RankTelemetry
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Trainer:
     """The tensors of the run's checkpoints."""
     reporter: Reporter
     throughput: Throughput
-    profiler: "Profiler | None"
+    profiler: Profiler
     hooks: "Sequence[RankTelemetry]"
     """What else to do between steps, in order, on all ranks: before evaluations and saves."""
     stop: Stop
@@ -171,8 +171,7 @@ class Trainer:
         """Takes steps until the last one or the stop, and completes the save of that step."""
         state = self._state
         skipped_in_a_row = 0
-        profiler = self.profiler or nullcontext()
-        with self._region_times, profiler:
+        with self._region_times, self.profiler:
             try:
                 while state.step < self.num_steps:
                     result = self.stepper.step()
@@ -198,8 +197,7 @@ class Trainer:
                 raise
             finally:
                 gc.unfreeze()
-        if self.profiler is not None:
-            self._world.together(lambda: None)  # a trace may have been written at the end
+        self._world.together(lambda: None)  # a trace may have been written at the end
         self._save_last_step()
 
     def _set_timeout(self, is_first: bool) -> None:
@@ -213,12 +211,11 @@ class Trainer:
         """Does what is due after an update; not after skipped batches: the step did not advance."""
         step = self._state.step
         self._running_loss.add(result)
-        if self.profiler is not None:
-            is_slow = self.profiler.is_slow_next
-            with self.throughput.excluded() if is_slow else nullcontext():
-                self.profiler.step()
-                if is_slow:
-                    self._world.together(lambda: None)  # ranks that write nothing wait
+        is_slow = self.profiler.is_slow_next
+        with self.throughput.excluded() if is_slow else nullcontext():
+            self.profiler.step()
+            if is_slow:
+                self._world.together(lambda: None)  # ranks that write nothing wait
         self.checkpointer.poll(step)
         self.reporter.advance(step)
         check_interval = self.stepper.parallelism.check_interval
@@ -297,8 +294,9 @@ class Trainer:
         # The times of the last evaluation and save.
         if last_values := self._region_times.means():
             self.reporter.report(state.step, last_values)
-        trace = None if self.profiler is None else self.profiler.trace
-        self.reporter.summary(values, checkpoint=self.checkpointer.latest, trace=trace)
+        self.reporter.summary(
+            values, checkpoint=self.checkpointer.latest, trace=self.profiler.trace
+        )
 
     def _resume_hint(self) -> str:
         checkpoint = self.checkpointer.latest

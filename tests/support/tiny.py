@@ -5,14 +5,10 @@ import re
 
 import torch
 
+from switchtitan.data.prepare import open_corpus
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import parse_arguments
-from switchtitan.training.build import (
-    build_batches,
-    build_stepper,
-    build_trainer,
-    open_checked_corpus,
-)
+from switchtitan.training.build import build_batches, build_stepper, build_trainer
 from switchtitan.training.step import TrainState
 
 COMPILED = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")
@@ -124,8 +120,8 @@ def tiny_stepper(config):
     """A tiny run's stepper on the ranks of this process group; the caller closes it."""
     torch.set_num_threads(1)
     world = start_world(config.parallelism)
-    batches = build_batches(config, open_checked_corpus(config, world), world, TrainState())
-    return build_stepper(config, world, batches)
+    corpus = open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
+    return build_stepper(config, world, build_batches(config, corpus, world, TrainState()))
 
 
 def train_steps(trainer, num_steps):

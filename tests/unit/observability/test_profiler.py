@@ -97,13 +97,15 @@ def calls(monkeypatch):
         Path(file).touch()
 
     module = "torch.cuda.memory"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(f"{module}._record_memory_history", lambda **keys: calls.append(keys))
     monkeypatch.setattr(f"{module}._dump_snapshot", dump)
     return calls
 
 
 def run_out_of_memory(folder, has_history, error):
-    with pytest.raises(type(error)) as raised, snapshot_if_memory_runs_out(folder, 0, has_history):
+    config = ProfilerConfig(memory_snapshot_step=7 if has_history else None)
+    with pytest.raises(type(error)) as raised, snapshot_if_memory_runs_out(config, folder, 0):
         raise error
     assert raised.value is error
 
