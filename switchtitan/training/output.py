@@ -36,15 +36,17 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
     ranks see another one.
 
     The lock ends with the main rank's process. After an error, a background save may continue until
-    then, and keeps the lock.
+    then, and keeps the lock. A folder that was created is removed if nothing was written there.
     """
     lock = FileLock(output_dir / LOCK_FILE)
     owner_file = output_dir / OWNER_FILE
+    created: list[Path] = []
     key = f"[job] output_dir = {str(output_dir)!r}"
 
     def acquire() -> str:
         owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}"
         try:
+            created.extend(p for p in (output_dir, *output_dir.parents) if not p.exists())
             output_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=_ENDS_WITHIN_S)
             owner_file.write_text(owner, encoding="utf-8")
@@ -66,18 +68,20 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
         yield
     finally:
         if not lock.is_locked or join_writers(_WRITER_ENDS_WITHIN_S):
-            _release(lock, owner_file)
+            _release(lock, owner_file, created)
         else:
             # The interpreter joins threads before it calls this.
-            atexit.register(_release, lock, owner_file)
+            atexit.register(_release, lock, owner_file, created)
 
 
-def _release(lock: FileLock, owner_file: Path) -> None:
-    """Releases the lock if it is held; removes its files."""
+def _release(lock: FileLock, owner_file: Path, created: list[Path]) -> None:
+    """Releases the lock if it is held; removes its files, and folders in which nothing else is."""
     if lock.is_locked:
         with suppress(OSError):
             owner_file.unlink()
             Path(lock.lock_file).unlink()  # filelock notices it, and tries again
+            for folder in created:
+                folder.rmdir()
         lock.release()
 
 

@@ -26,7 +26,7 @@ def test_a_second_run_is_refused_until_the_first_one_ends(tmp_path, monkeypatch)
         with refused("[job] output_dir", owner, error=ConfigError), lock_output_dir(folder, world):
             pytest.fail("owns the folder too")
         assert (folder / OWNER_FILE).exists()
-    assert not list(folder.iterdir())
+    assert not list(tmp_path.iterdir())
     with lock_output_dir(folder, world):
         (folder / "train.log").touch()
     assert [file.name for file in folder.iterdir()] == ["train.log"]
