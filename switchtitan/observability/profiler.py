@@ -32,11 +32,7 @@ class Profiler:
     """
 
     def __init__(
-        self,
-        config: ProfilerConfig,
-        output_dir: Path,
-        rank: int = 0,
-        steps_done: int = 0,
+        self, config: ProfilerConfig, output_dir: Path, rank: int = 0, steps_done: int = 0
     ) -> None:
         self._config = config
         self._output_dir = output_dir

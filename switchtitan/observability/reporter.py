@@ -33,7 +33,6 @@ class Reporter:
         start_step: steps done before this run.
         description: the run's configuration in TOML, shown in TensorBoard's text tab.
         facts: hardware, versions and sizes, added to `results.json`.
-        first_validation_loss: of a resumed run, shown in the summary.
     """
 
     def __init__(
@@ -47,7 +46,6 @@ class Reporter:
         is_main: bool,
         description: str = "",
         facts: Mapping[str, object] | None = None,
-        first_validation_loss: float | None = None,
     ) -> None:
         self._interval = config.interval
         self._num_steps = num_steps
@@ -76,8 +74,6 @@ class Reporter:
             # Its own estimate of the time left counts compilation.
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
-        self._validation_losses = [] if first_validation_loss is None else [first_validation_loss]
-        self._train_loss: float | None = None
 
     def is_due(self, step: int) -> bool:
         """Whether to report training metrics of `step`: every `interval` steps, first and last."""
@@ -91,9 +87,6 @@ class Reporter:
         """Writes `values`, by name, to TensorBoard; prints those with a column on the console."""
         if not self._is_main:
             return
-        self._train_loss = values.get("loss/train", self._train_loss)
-        if "loss/validation" in values:
-            self._validation_losses.append(values["loss/validation"])
         if (eta_s := values.get("throughput/eta_s")) is not None:
             self._bar.set_postfix_str(f"ETA {format_duration(eta_s)}", refresh=False)
         if self._tensorboard is not None:
@@ -122,10 +115,11 @@ class Reporter:
         self,
         values: Mapping[str, float | None],
         *,
+        first_validation_loss: float | None = None,
         checkpoint: Path | None = None,
         trace: Path | None = None,
     ) -> None:
-        """Prints the final losses, speed and paths; writes `values`, by name, to `results.json`.
+        """Prints the losses, speed and paths; writes `values`, by name, to `results.json`.
 
         Raises:
             OutputError: on the main rank, after printing, if the file cannot be written.
@@ -136,11 +130,11 @@ class Reporter:
         self._is_finished = True
         failure = self._write_results(values)
         rows = dict[str, str]()
-        if losses := [*self._validation_losses[:1], *self._validation_losses[1:][-1:]]:
-            rows["validation loss"] = " -> ".join(f"{loss:.4f}" for loss in losses)
-            rows["perplexity"] = " -> ".join(f"{perplexity_of(loss):.2f}" for loss in losses)
-        elif self._train_loss is not None:
-            rows["training loss"] = f"{self._train_loss:.4f}"
+        # One, if the first evaluation was the last.
+        losses = dict.fromkeys((first_validation_loss, values.get("loss/validation")))
+        if known := [loss for loss in losses if loss is not None]:
+            rows["validation loss"] = " -> ".join(f"{loss:.4f}" for loss in known)
+            rows["perplexity"] = " -> ".join(f"{perplexity_of(loss):.2f}" for loss in known)
         if (test_loss := values.get("loss/test")) is not None:
             rows["test loss"] = f"{test_loss:.4f}"
         if num_skipped := values.get("batches_skipped"):

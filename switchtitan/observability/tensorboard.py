@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import socket
+import textwrap
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -58,13 +59,14 @@ class TensorBoardWriter:
         self._file = folder / name
         self._has_failed = False
         purge = SessionLog(status=SessionLog.START)
+        # Lines that Markdown finds indented are shown verbatim.
+        text = summary.text("configuration", textwrap.indent(description, "    "))
         self._unwritten = [
             Event(file_version="brain.Event:2"),
             Event(step=start_step + 1 if start_step else 0, session_log=purge),
+            Event(step=start_step, summary=text),
         ]
         self._add()
-        if description:
-            self.write_text("configuration", description, start_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one point per metric."""
@@ -78,11 +80,6 @@ class TensorBoardWriter:
         """Adds one histogram per tag, of all values of its tensor, with exponential bins."""
         for tag, tensor in values.items():
             self._add(Event(step=step, summary=summary.histogram(tag, tensor, _BIN_EDGES)))
-
-    def write_text(self, tag: str, text: str, step: int) -> None:
-        """Shows `text` verbatim, in a fixed-width font: lines that Markdown finds indented."""
-        indented = "\n".join(f"    {line}" for line in text.split("\n"))
-        self._add(Event(step=step, summary=summary.text(tag, indented)))
 
     def _add(self, *events: Event) -> None:
         contents = io.BytesIO()

@@ -145,7 +145,6 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         is_main=world.is_main,
         description=resolved,
         facts=run_facts(config, world, stepper.model, corpus, compute_dtype),
-        first_validation_loss=state.first_validation_loss,
     )
     return Trainer(
         stepper=stepper,

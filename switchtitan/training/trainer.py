@@ -295,7 +295,10 @@ class Trainer:
         if last_values := self._region_times.means():
             self.reporter.report(state.step, last_values)
         self.reporter.summary(
-            values, checkpoint=self.checkpointer.latest, trace=self.profiler.trace
+            values,
+            first_validation_loss=state.first_validation_loss,
+            checkpoint=self.checkpointer.latest,
+            trace=self.profiler.trace,
         )
 
     def _resume_hint(self) -> str:
