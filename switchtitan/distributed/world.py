@@ -72,10 +72,6 @@ class World:
             _set_timeout(self.host_group, self.timeout)
         return values
 
-    def broadcast(self, value: T) -> T:
-        """Returns the main rank's picklable `value` on all ranks; may take days."""
-        return self.gather(value)[0]
-
     def together(self, function: Callable[[], T]) -> list[T]:
         """Calls `function` on every rank; returns the results of all, in rank order; may take days.
 

@@ -86,24 +86,19 @@ class Throughput:
             values["throughput/mfu"] = flops_per_s / self._peak
         return values
 
-    @property
-    def wall_time_s(self) -> float:
-        """Seconds since this object was created."""
-        return time.perf_counter() - self._began_at
-
-    @property
-    def mean_tokens_per_s(self) -> float:
-        """Mean without the first window, which includes compilation, unless it is the only one."""
-        if self._steady_s == 0.0:
-            return self._tokens_per_s
-        return (self._step - self._first_step) * self._tokens_per_step / self._steady_s
-
-    @property
-    def mean_mfu(self) -> float | None:
-        """MFU at `mean_tokens_per_s`; None if the device's peak FLOP/s is unknown."""
-        if self._peak is None:
-            return None
-        return self.mean_tokens_per_s * self._flops_per_token_and_device / self._peak
+    def means(self) -> dict[str, float | None]:
+        """Returns means of the run, and the seconds since this object was created, by name. Without
+        the first window, which includes compilation, unless it is the only one."""
+        tokens_per_s = self._tokens_per_s
+        if self._steady_s > 0.0:
+            num_steps = self._step - self._first_step
+            tokens_per_s = num_steps * self._tokens_per_step / self._steady_s
+        flops_per_s = tokens_per_s * self._flops_per_token_and_device
+        return {
+            "throughput/tokens_per_s": tokens_per_s or None,
+            "throughput/mfu": None if self._peak is None else flops_per_s / self._peak,
+            "throughput/wall_time_s": time.perf_counter() - self._began_at,
+        }
 
 
 def peak_memory_gib(device: torch.device) -> float:

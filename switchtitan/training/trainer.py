@@ -88,7 +88,7 @@ class Trainer:
                     self.num_steps,
                 )
                 # All ranks must agree.
-                if self._world.broadcast(self.reporter.has_results(state.step)):
+                if self._world.on_main(lambda: self.reporter.has_results(state.step)):
                     return
             elif self.num_steps < self.evaluate_interval and state.evaluated_at is None:
                 logger.info(
@@ -255,7 +255,7 @@ class Trainer:
         state, world = self._state, self._world
         world.synchronize()
         values = {
-            "loss/train": world.mean(self._running_loss.mean()).item(),
+            "loss/train": world.mean(self._running_loss.take_mean()).item(),
             "optimizer/grad_norm": grad_norm.item(),
             **self.stepper.optimizer.metrics(),
             **self.throughput.measure(state.step),
@@ -265,7 +265,6 @@ class Trainer:
             **self._region_times.means(),
         }
         self.reporter.report(state.step, values)
-        self._running_loss.reset()
 
     def _finalize(self) -> None:
         """Evaluates on the test split and writes the results; again if it was stopped before."""
@@ -279,9 +278,7 @@ class Trainer:
             "step": state.step,
             "tokens_seen": state.tokens_seen,
             "batches_skipped": state.num_skipped,
-            "throughput/tokens_per_s": self.throughput.mean_tokens_per_s or None,
-            "throughput/mfu": self.throughput.mean_mfu,
-            "throughput/wall_time_s": self.throughput.wall_time_s,
+            **self.throughput.means(),
             "memory/peak_gib": peak_memory_gib(device),
             "memory/state_gib": num_device_bytes(self.tensors().values(), device) / 2**30,
         }
@@ -344,13 +341,12 @@ class RunningLoss:
 
     @property
     def all_finite(self) -> bool:
-        """Whether all gradients so far were finite, also before a `reset`. Waits for the device."""
+        """Whether all gradients so far were finite. Waits for the device."""
         return bool(self._all_finite)
 
-    def mean(self) -> Tensor:
-        """This rank's mean loss since the last `reset`, 0-dim."""
-        return self._loss_sum / self._num_steps
-
-    def reset(self) -> None:
+    def take_mean(self) -> Tensor:
+        """Returns this rank's mean loss since the last call, 0-dim."""
+        mean = self._loss_sum / self._num_steps
         self._loss_sum.zero_()
         self._num_steps = 0
+        return mean
