@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,43 +110,34 @@ class CheckpointTensors:
         return self.model | {f"{OPTIMIZER}{name}": tensor for name, tensor in state.items()}
 
 
+@dataclass(eq=False)
 class Checkpointer:
-    """Saves a run's state to `folder`; all collective.
+    """Saves a run's state to `folder`; all collective."""
 
-    Args:
-        folder: `<output_dir>/checkpoints`, seen by all ranks; created on first use.
-        identity, run, versions: see `CheckpointMetadata`.
-        latest: the checkpoint to resume from if the run stopped now; later the newest complete one.
-    """
+    folder: Path
+    """`<output_dir>/checkpoints`, seen by all ranks; created on first use."""
+    config: CheckpointConfig
+    world: World
+    described: Mapping[str, Mapping[str, JsonValue]]
+    """`identity`, `run` and `versions` of `CheckpointMetadata`."""
+    latest: Path | None = None
+    """The checkpoint to resume from if the run stopped now; later the newest complete one."""
 
-    def __init__(
-        self,
-        folder: Path,
-        config: CheckpointConfig,
-        world: World,
-        *,
-        identity: Mapping[str, JsonValue],
-        run: Mapping[str, JsonValue],
-        versions: Mapping[str, str],
-        latest: Path | None = None,
-    ) -> None:
-        self._folder, self.config, self._world = folder, config, world
+    def __post_init__(self) -> None:
         # A thread and the training loop must not share a group, nor its later timeout.
-        group = dist.new_group(backend="gloo", timeout=world.timeout)
-        self._writers = replace(world, host_group=group)
-        self._described = {"identity": identity, "run": run, "versions": versions}
+        group = dist.new_group(backend="gloo", timeout=self.world.timeout)
+        self._writers = replace(self.world, host_group=group)
         self._host_copies: dict[str, Tensor] = {}
         self._in_flight: Future[Path] | None = None
-        self.latest = latest
         # Newer ones were found damaged by the search for `latest`.
-        newest = sys.maxsize if latest is None else step_of(latest.resolve())
-        self._skipped = {path for path in list_step_folders(folder) if step_of(path) > newest}
+        newest = sys.maxsize if self.latest is None else step_of(self.latest.resolve())
+        self._skipped = {path for path in list_step_folders(self.folder) if step_of(path) > newest}
 
     @property
     def resumes_newest(self) -> bool:
         """Whether the same command resumes from the newest checkpoint."""
         given = self.config.resume_path
-        names_own = given is not None and Path(given).parent == self._folder.resolve()
+        names_own = given is not None and Path(given).parent == self.folder.resolve()
         return self.config.resume != RESUME_NEVER and not names_own
 
     def save(
@@ -162,8 +153,8 @@ class Checkpointer:
             tensors: DTensors, or plain tensors that are the same on every rank.
         """
         self.finish()
-        described = {"format_version": FORMAT_VERSION, "step": step, "train_state": train_state}
-        metadata = CheckpointMetadata.model_validate_json(json.dumps(described | self._described))
+        state = {"format_version": FORMAT_VERSION, "step": step, "train_state": train_state}
+        metadata = CheckpointMetadata.model_validate_json(json.dumps({**state, **self.described}))
         metadata.run["saved_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         own = {name: tensors[name] for name in tensors if self._writes(name, tensors[name])}
         if not self.config.async_save:
@@ -171,7 +162,7 @@ class Checkpointer:
             return
         # Not dcp.async_save: if one rank cannot copy, the others would hang.
         copies: dict[str, Tensor] = {}
-        self._world.together(lambda: copies.update(copy_to_host(own, self._host_copies)))
+        self.world.together(lambda: copies.update(copy_to_host(own, self._host_copies)))
         # The interpreter waits for the thread at its exit, also after Ctrl-C.
         thread = ThreadPoolExecutor(1, thread_name_prefix=_WRITER)
         self._in_flight = thread.submit(self._write, metadata, copies)
@@ -180,7 +171,7 @@ class Checkpointer:
     def _writes(self, name: str, tensor: Tensor) -> bool:
         """Whether a hash of the name chooses this rank among those that hold the same values."""
         is_sharded = isinstance(tensor, DTensor)
-        group = replica_group(tensor) if is_sharded else self._world.host_group
+        group = replica_group(tensor) if is_sharded else self.world.host_group
         return group is None or zlib.crc32(name.encode()) % group.size() == group.rank()
 
     def poll(self, step: int) -> None:
@@ -191,7 +182,7 @@ class Checkpointer:
         """
         if self._in_flight is not None and step % POLL_INTERVAL == 0:
             is_done = torch.tensor(int(self._in_flight.done()))
-            dist.all_reduce(is_done, dist.ReduceOp.MIN, group=self._world.host_group)
+            dist.all_reduce(is_done, dist.ReduceOp.MIN, group=self.world.host_group)
             if is_done:
                 self.finish()
 
@@ -204,7 +195,7 @@ class Checkpointer:
     def _write(self, metadata: CheckpointMetadata, tensors: dict[str, Tensor]) -> Path:
         """Writes a checkpoint and deletes older ones; every rank gets the same result or error."""
         started_at, writers = time.monotonic(), self._writers
-        final = self._folder / f"step-{metadata.step:09d}"
+        final = self.folder / f"step-{metadata.step:09d}"
         partial = _partial_folder(final)
         try:
             writers.on_main(lambda: _make_partial_folder(final))
@@ -214,7 +205,7 @@ class Checkpointer:
             if writers.is_main and os.path.exists(partial):
                 _remove(partial)
             raise CheckpointError(
-                f"cannot save step {metadata.step} to {self._folder}: {error}; older checkpoints "
+                f"cannot save step {metadata.step} to {self.folder}: {error}; older checkpoints "
                 "are untouched"
             ) from error
         if writers.is_main:
@@ -233,7 +224,7 @@ class Checkpointer:
         """
         num_newest, keep_every = 0, self.config.keep_every
         try:
-            folders = list_step_folders(self._folder) if self.config.keep_latest else []
+            folders = list_step_folders(self.folder) if self.config.keep_latest else []
         except CheckpointError as error:
             logger.warning("could not delete older checkpoints: %s", error)
             return

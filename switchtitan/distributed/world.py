@@ -51,10 +51,6 @@ class World:
         """The mesh for FSDP: [shard], or [replicate, shard] with several replicas (HSDP)."""
         return self.mesh if self.mesh.size(0) > 1 else self.mesh["shard"]
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns the mean of `values` over all ranks; collective."""
-        return self.sum(values) / self.size
-
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Returns the sum of `values` over all ranks; collective, not in place."""
         total = values.detach().clone()

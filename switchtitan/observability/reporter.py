@@ -6,6 +6,7 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,49 +26,40 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Reporter:
-    """Reports metrics on the main rank; does nothing on other ranks.
+    """Reports metrics on the main rank; does nothing on other ranks."""
 
-    Args:
-        run_name: for Weights & Biases.
-        start_step: steps done before this run.
-        description: the run's configuration in TOML, shown in TensorBoard's text tab.
-        facts: hardware, versions and sizes, added to `results.json`.
-    """
+    config: MetricsConfig
+    output_dir: Path
+    num_steps: int
+    is_main: bool
+    start_step: int = 0
+    """Steps done before this run."""
+    description: str = ""
+    """The run's configuration in TOML, shown in TensorBoard's text tab."""
+    facts: Mapping[str, object] = field(default_factory=dict)
+    """Hardware, versions and sizes, added to `results.json`."""
 
-    def __init__(
-        self,
-        config: MetricsConfig,
-        output_dir: Path,
-        *,
-        run_name: str = "",
-        num_steps: int,
-        start_step: int = 0,
-        is_main: bool,
-        description: str = "",
-        facts: Mapping[str, object] | None = None,
-    ) -> None:
-        self._interval = config.interval
-        self._num_steps = num_steps
-        self._start_step = start_step
-        self._is_main = is_main
-        self._table = ConsoleTable(num_steps)
-        self._folder = output_dir / TENSORBOARD_FOLDER
-        self._results = output_dir / RESULTS_FILE
-        self._facts = dict(facts or {})
+    def __post_init__(self) -> None:
+        self._table = ConsoleTable(self.num_steps)
+        self._folder = self.output_dir / TENSORBOARD_FOLDER
+        self._results = self.output_dir / RESULTS_FILE
         self._is_finished = False
         self._wandb: Any = None
-        if is_main and "wandb" in config.trackers:
-            self._wandb = _start_wandb(output_dir, run_name, description)
+        if self.is_main and "wandb" in self.config.trackers:
+            self._wandb = _start_wandb(self.output_dir, self.description)
         self._tensorboard: TensorBoardWriter | None = None
-        if is_main and config.tensorboard:
+        if self.is_main and self.config.tensorboard:
             from switchtitan.observability import tensorboard
 
-            self._tensorboard = tensorboard.TensorBoardWriter(self._folder, start_step, description)
+            self._tensorboard = tensorboard.TensorBoardWriter(
+                self._folder, self.start_step, self.description
+            )
         self._bar = tqdm(
-            total=num_steps,
-            initial=start_step,
-            disable=not (is_main and config.progress_bar and sys.stderr.isatty()),
+            total=self.num_steps,
+            initial=self.start_step,
+            disable=not (self.is_main and self.config.progress_bar and sys.stderr.isatty()),
             leave=False,
             unit="step",
             dynamic_ncols=True,
@@ -77,7 +69,7 @@ class Reporter:
 
     def is_due(self, step: int) -> bool:
         """Whether to report training metrics of `step`: every `interval` steps, first and last."""
-        return step % self._interval == 0 or step in (self._start_step + 1, self._num_steps)
+        return step % self.config.interval == 0 or step in (self.start_step + 1, self.num_steps)
 
     def advance(self, step: int) -> None:
         """Moves the progress bar to `step`; call it after each step."""
@@ -85,7 +77,7 @@ class Reporter:
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Writes `values`, by name, to TensorBoard; prints those with a column on the console."""
-        if not self._is_main:
+        if not self.is_main:
             return
         if (eta_s := values.get("throughput/eta_s")) is not None:
             self._bar.set_postfix_str(f"ETA {format_duration(eta_s)}", refresh=False)
@@ -104,7 +96,7 @@ class Reporter:
     def has_results(self, step: int) -> bool:
         """Whether the results file exists, and is of this run at `step`."""
         expected: dict[str, object] = {"step": step, "diverged": None}
-        expected |= {key: self._facts[key] for key in ("seed", "corpus") if key in self._facts}
+        expected |= {key: self.facts[key] for key in ("seed", "corpus") if key in self.facts}
         try:
             saved = json.loads(self._results.read_text(encoding="utf-8"))
             return {key: saved.get(key) for key in expected} == expected
@@ -124,7 +116,7 @@ class Reporter:
         Raises:
             OutputError: on the main rank, after printing, if the file cannot be written.
         """
-        if not self._is_main:
+        if not self.is_main:
             return
         self._bar.close()
         self._is_finished = True
@@ -139,7 +131,7 @@ class Reporter:
             rows["test loss"] = f"{test_loss:.4f}"
         if num_skipped := values.get("batches_skipped"):
             rows["batches skipped"] = f"{num_skipped:.0f}, not finite"
-        since = f" since step {self._start_step}" if self._start_step > 0 else ""
+        since = f" since step {self.start_step}" if self.start_step > 0 else ""
         if speed := values.get("throughput/tokens_per_s"):
             rows["tokens/s"] = tqdm.format_sizeof(speed) + since
         if wall_time_s := values.get("throughput/wall_time_s"):
@@ -165,7 +157,7 @@ class Reporter:
     def report_divergence(self, step: int, num_skipped: int) -> None:
         """Writes `results.json` of a run that stopped since its numbers were not finite."""
         values = {"step": step, "diverged": True, "batches_skipped": num_skipped}
-        if self._is_main and (failure := self._write_results(values)):
+        if self.is_main and (failure := self._write_results(values)):
             logger.error("%s: cannot be written (%s)", self._results, failure)
 
     def close(self) -> None:
@@ -178,7 +170,7 @@ class Reporter:
 
     def _write_results(self, values: Mapping[str, object]) -> OSError | None:
         """Returns the error if the file cannot be written."""
-        contents = json.dumps(dict(values) | self._facts, indent=2) + "\n"
+        contents = json.dumps({**values, **self.facts}, indent=2) + "\n"
         try:
             self._results.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._results, contents)
@@ -187,7 +179,7 @@ class Reporter:
         return None
 
 
-def _start_wandb(output_dir: Path, run_name: str, description: str) -> Any:
+def _start_wandb(output_dir: Path, description: str) -> Any:
     """Starts a run of the project `switchtitan`, or of `WANDB_PROJECT`; resumes `output_dir`'s.
 
     Raises:
@@ -199,14 +191,15 @@ def _start_wandb(output_dir: Path, run_name: str, description: str) -> Any:
     if not file.exists():
         write_atomically(file, uuid.uuid4().hex[:8])
     run_id = file.read_text(encoding="utf-8").strip()
+    config = parse_toml(description, "the configuration")
     try:
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "switchtitan"),
             dir=str(output_dir),
-            name=f"{run_name}-{run_id}",
+            name=f"{config['job']['name']}-{run_id}",
             id=run_id,
             resume="allow",
-            config=parse_toml(description, "the configuration"),
+            config=config,
             settings=wandb.Settings(console="off", silent=True),
         )
     except Exception as error:

@@ -119,9 +119,11 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         checkpoints,
         config.checkpoint,
         world,
-        identity=identity | {"corpus": {"fingerprint": corpus.fingerprint}},
-        run={"config": resolved, "num_ranks": world.size, **record(corpus)},
-        versions=versions(),
+        {
+            "identity": identity | {"corpus": {"fingerprint": corpus.fingerprint}},
+            "run": {"config": resolved, "num_ranks": world.size, **record(corpus)},
+            "versions": versions(),
+        },
         latest=checkpoint,
     )
     seq_len = config.data.seq_len
@@ -129,8 +131,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     has_peak = compute_dtype.dtype == torch.bfloat16
     throughput = Throughput(
         tokens_per_step=config.training.global_batch_size * seq_len,
-        flops_per_token=stepper.model.num_flops_per_token(seq_len),
-        num_devices=world.size,
+        flops_per_token=stepper.model.num_flops_per_token(seq_len) / world.size,
         peak_flops_per_s=peak_flops_per_s(device_name(world.device)) if has_peak else None,
         num_steps=config.training.steps,
         synchronize=world.synchronize,
@@ -139,7 +140,6 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     reporter = Reporter(
         config.metrics,
         config.job.output_dir,
-        run_name=config.job.name,
         num_steps=config.training.steps,
         start_step=state.step,
         is_main=world.is_main,

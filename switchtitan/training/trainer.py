@@ -255,7 +255,7 @@ class Trainer:
         state, world = self._state, self._world
         world.synchronize()
         values = {
-            "loss/train": world.mean(self._running_loss.take_mean()).item(),
+            "loss/train": (world.sum(self._running_loss.take_mean()) / world.size).item(),
             "optimizer/grad_norm": grad_norm.item(),
             **self.stepper.optimizer.metrics(),
             **self.throughput.measure(state.step),

@@ -1,11 +1,4 @@
-"""Attention backends by name, their requirements, and keys and values that are kept between calls.
-
-| name       | attends to                                | requires                           |
-|------------|-------------------------------------------|------------------------------------|
-| sdpa       | all earlier tokens of the packed sequence | nothing                            |
-| flex       | earlier tokens of the same document       | CUDA; on a CPU forward only        |
-| flash_attn | all earlier tokens of the packed sequence | CUDA, bfloat16, package flash-attn |
-"""
+"""Attention backends by name, and keys and values that are kept between calls."""
 
 import functools
 import importlib

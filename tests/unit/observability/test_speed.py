@@ -27,7 +27,7 @@ def clock(monkeypatch):
 
 
 def throughput_of(**arguments):
-    defaults = {"tokens_per_step": 600, "flops_per_token": 4e9, "num_devices": 2}
+    defaults = {"tokens_per_step": 600, "flops_per_token": 2e9}
     defaults |= {"peak_flops_per_s": 3e12, "num_steps": 110, "start_step": 10}
     defaults |= {"synchronize": lambda: None}
     return Throughput(**(defaults | arguments))
@@ -40,7 +40,7 @@ def test_speed_is_tokens_over_time(clock):
     clock.now += 20
     expected = {
         "throughput/tokens_per_s": 300,  # 10 steps of 600 tokens in 20 s
-        "throughput/tflop_per_s_per_device": 0.6,  # 300 tokens/s of 4e9 on 2 devices
+        "throughput/tflop_per_s_per_device": 0.6,  # 300 tokens/s of 2e9
         "throughput/mfu": 0.2,
         "throughput/eta_s": 89 * 2,
     }
