@@ -36,7 +36,7 @@ from torch.distributed.checkpoint import CheckpointException, filesystem
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.tensor import DTensor
 
-from switchtitan.checkpoint.config import RESUME_NEVER, CheckpointConfig
+from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.shards import local, replica_group, with_local
 from switchtitan.distributed.world import World
@@ -132,13 +132,6 @@ class Checkpointer:
         # Newer ones were found damaged by the search for `latest`.
         newest = sys.maxsize if self.latest is None else step_of(self.latest.resolve())
         self._skipped = {path for path in list_step_folders(self.folder) if step_of(path) > newest}
-
-    @property
-    def resumes_newest(self) -> bool:
-        """Whether the same command resumes from the newest checkpoint."""
-        given = self.config.resume_path
-        names_own = given is not None and Path(given).parent == self.folder.resolve()
-        return self.config.resume != RESUME_NEVER and not names_own
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from switchtitan.checkpoint.config import RESUME_AUTO
 from switchtitan.checkpoint.save import OPTIMIZER, Checkpointer, CheckpointTensors
 from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.distributed.norms import non_finite
@@ -302,7 +303,8 @@ class Trainer:
         checkpoint = self.checkpointer.latest
         if checkpoint is None:
             return "there is no checkpoint yet; the same command starts from scratch"
-        option = "" if self.checkpointer.resumes_newest else " with --checkpoint.resume auto"
+        is_auto = self.checkpointer.config.resume == RESUME_AUTO
+        option = "" if is_auto else " with --checkpoint.resume auto"
         return f"the same command{option} resumes from {checkpoint}"
 
     def _stop_if_diverged(self) -> None:
