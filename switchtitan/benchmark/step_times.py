@@ -1,5 +1,6 @@
 """Times training steps of several configurations in alternation in one process."""
 
+import gc
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from switchtitan.config import toml_value
 from switchtitan.distributed.world import temporary_world
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.job.config import JobConfig
-from switchtitan.training.step import GarbageCollection, Stepper
+from switchtitan.training.step import Stepper
 
 WARM_UP_STEPS = 3
 """Untimed steps of each configuration: they compile, allocate and fill caches."""
@@ -93,8 +94,6 @@ def time_steps_side_by_side(
         temporary_world(),
         ExitStack() as contexts,
         torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
-        # As in training, garbage collection does not run inside a step, but between turns, untimed.
-        GarbageCollection() as garbage,
     ):
         steppers = {
             name: contexts.enter_context(real_stepper(config)) for name, config in configs.items()
@@ -103,10 +102,13 @@ def time_steps_side_by_side(
         for _ in range(WARM_UP_STEPS):
             for name, stepper in steppers.items():
                 _take_steps(name, stepper, 1)
+        # As in training, Python's collector does not visit what the first steps leave.
+        gc.collect()
+        gc.freeze()
+        contexts.callback(gc.unfreeze)
         contexts.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
         for index in range(rounds):
             for name in reversed(steppers) if index % 2 else steppers:
-                garbage.step()
                 step_s[name].append(_take_steps(name, steppers[name], steps_per_round))
     return {
         name: StepTimes(

@@ -10,12 +10,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from switchtitan.contracts import Batch
+from switchtitan.data.prepare import open_corpus
 from switchtitan.distributed.config import CompileConfig
 from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.world import World, mesh_shape, start_world, stop_world
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.log import configure_logging
-from switchtitan.training.build import build_batches, build_stepper, open_checked_corpus
+from switchtitan.training.build import build_batches, build_stepper
 from switchtitan.training.step import Stepper, TrainState
 
 
@@ -24,7 +25,8 @@ def real_stepper(config: JobConfig) -> Iterator[Stepper]:
     """Yields the stepper of a new run and closes it; writes no files but the corpus."""
     world = start_world(config.parallelism)
     configure_logging(is_main=world.is_main, rank=world.rank)
-    batches = build_batches(config, open_checked_corpus(config, world), world, TrainState())
+    corpus = open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
+    batches = build_batches(config, corpus, world, TrainState())
     dtype = dtype_on(world.device, config.training.dtype, world=world).dtype
     stepper = build_stepper(config, world, batches, compute_dtype=dtype)
     try:

@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,10 +36,8 @@ from torch.distributed.checkpoint import CheckpointException, filesystem
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.tensor import DTensor
 
-from switchtitan.checkpoint.config import RESUME_NEVER, CheckpointConfig
+from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.contracts import TrainingOptimizer
-from switchtitan.distributed.norms import non_finite
-from switchtitan.distributed.replicas import check_replicas
 from switchtitan.distributed.shards import local, replica_group, with_local
 from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError
@@ -102,77 +100,38 @@ class CheckpointTensors:
 
     def __init__(self, model: nn.Module, optimizer: TrainingOptimizer) -> None:
         self.optimizer = optimizer
-        self._device = next(model.parameters()).device
         state = model.state_dict(keep_vars=True)
-        self._model_tensors = {f"{MODEL}{name}": tensor.detach() for name, tensor in state.items()}
+        self.model = {f"{MODEL}{name}": tensor.detach() for name, tensor in state.items()}
+        """Those of the model, by name."""
 
     def __call__(self) -> dict[str, Tensor]:
         """Returns all tensors by name, with the current optimizer state."""
-        return self._model_tensors | _prefixed(self.optimizer.state_dict())
-
-    def held(self, collected: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Returns all tensors by name, and values outside the state that every rank computes.
-
-        Args:
-            collected: what a call returned, since the state of some optimizers takes time.
-        """
-        return {**(collected or self()), **_prefixed(self.optimizer.replicated())}
-
-    def check_state(
-        self, numbers: Mapping[str, float], collected: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Compares replicas of what is `held`, and numbers. Raises a RanksDisagreeError."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            alike = {name: torch.tensor(number) for name, number in numbers.items()}
-            check_replicas(self.held(collected) | alike, self._device)
-
-    def non_finite(self) -> list[str]:
-        """Returns the names of the model's tensors with an inf or nan, see `norms.non_finite`."""
-        return non_finite(self._model_tensors, self._device)
+        state = self.optimizer.state_dict()
+        return self.model | {f"{OPTIMIZER}{name}": tensor for name, tensor in state.items()}
 
 
-def _prefixed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{OPTIMIZER}{name}": tensor for name, tensor in state.items()}
-
-
+@dataclass(eq=False)
 class Checkpointer:
-    """Saves a run's state to `folder`; all collective.
+    """Saves a run's state to `folder`; all collective."""
 
-    Args:
-        folder: `<output_dir>/checkpoints`, seen by all ranks; created on first use.
-        identity, run, versions: see `CheckpointMetadata`.
-        latest: the checkpoint to resume from if the run stopped now; later the newest complete one.
-    """
+    folder: Path
+    """`<output_dir>/checkpoints`, seen by all ranks; created on first use."""
+    config: CheckpointConfig
+    world: World
+    described: Mapping[str, Mapping[str, JsonValue]]
+    """`identity`, `run` and `versions` of `CheckpointMetadata`."""
+    latest: Path | None = None
+    """The checkpoint to resume from if the run stopped now; later the newest complete one."""
 
-    def __init__(
-        self,
-        folder: Path,
-        config: CheckpointConfig,
-        world: World,
-        *,
-        identity: Mapping[str, JsonValue],
-        run: Mapping[str, JsonValue],
-        versions: Mapping[str, str],
-        latest: Path | None = None,
-    ) -> None:
-        self._folder, self.config, self._world = folder, config, world
+    def __post_init__(self) -> None:
         # A thread and the training loop must not share a group, nor its later timeout.
-        group = dist.new_group(backend="gloo", timeout=world.timeout)
-        self._writers = replace(world, host_group=group)
-        self._described = {"identity": identity, "run": run, "versions": versions}
+        group = dist.new_group(backend="gloo", timeout=self.world.timeout)
+        self._writers = replace(self.world, host_group=group)
         self._host_copies: dict[str, Tensor] = {}
         self._in_flight: Future[Path] | None = None
-        self.latest = latest
         # Newer ones were found damaged by the search for `latest`.
-        newest = sys.maxsize if latest is None else step_of(latest.resolve())
-        self._skipped = {path for path in list_step_folders(folder) if step_of(path) > newest}
-
-    @property
-    def resumes_newest(self) -> bool:
-        """Whether the same command resumes from the newest checkpoint."""
-        given = self.config.resume_path
-        names_own = given is not None and Path(given).parent == self._folder.resolve()
-        return self.config.resume != RESUME_NEVER and not names_own
+        newest = sys.maxsize if self.latest is None else step_of(self.latest.resolve())
+        self._skipped = {path for path in list_step_folders(self.folder) if step_of(path) > newest}
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]
@@ -187,8 +146,8 @@ class Checkpointer:
             tensors: DTensors, or plain tensors that are the same on every rank.
         """
         self.finish()
-        described = {"format_version": FORMAT_VERSION, "step": step, "train_state": train_state}
-        metadata = CheckpointMetadata.model_validate_json(json.dumps(described | self._described))
+        state = {"format_version": FORMAT_VERSION, "step": step, "train_state": train_state}
+        metadata = CheckpointMetadata.model_validate_json(json.dumps({**state, **self.described}))
         metadata.run["saved_at"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         own = {name: tensors[name] for name in tensors if self._writes(name, tensors[name])}
         if not self.config.async_save:
@@ -196,7 +155,7 @@ class Checkpointer:
             return
         # Not dcp.async_save: if one rank cannot copy, the others would hang.
         copies: dict[str, Tensor] = {}
-        self._world.together(lambda: copies.update(copy_to_host(own, self._host_copies)))
+        self.world.together(lambda: copies.update(copy_to_host(own, self._host_copies)))
         # The interpreter waits for the thread at its exit, also after Ctrl-C.
         thread = ThreadPoolExecutor(1, thread_name_prefix=_WRITER)
         self._in_flight = thread.submit(self._write, metadata, copies)
@@ -205,7 +164,7 @@ class Checkpointer:
     def _writes(self, name: str, tensor: Tensor) -> bool:
         """Whether a hash of the name chooses this rank among those that hold the same values."""
         is_sharded = isinstance(tensor, DTensor)
-        group = replica_group(tensor) if is_sharded else self._world.host_group
+        group = replica_group(tensor) if is_sharded else self.world.host_group
         return group is None or zlib.crc32(name.encode()) % group.size() == group.rank()
 
     def poll(self, step: int) -> None:
@@ -216,7 +175,7 @@ class Checkpointer:
         """
         if self._in_flight is not None and step % POLL_INTERVAL == 0:
             is_done = torch.tensor(int(self._in_flight.done()))
-            dist.all_reduce(is_done, dist.ReduceOp.MIN, group=self._world.host_group)
+            dist.all_reduce(is_done, dist.ReduceOp.MIN, group=self.world.host_group)
             if is_done:
                 self.finish()
 
@@ -229,7 +188,7 @@ class Checkpointer:
     def _write(self, metadata: CheckpointMetadata, tensors: dict[str, Tensor]) -> Path:
         """Writes a checkpoint and deletes older ones; every rank gets the same result or error."""
         started_at, writers = time.monotonic(), self._writers
-        final = self._folder / f"step-{metadata.step:09d}"
+        final = self.folder / f"step-{metadata.step:09d}"
         partial = _partial_folder(final)
         try:
             writers.on_main(lambda: _make_partial_folder(final))
@@ -239,7 +198,7 @@ class Checkpointer:
             if writers.is_main and os.path.exists(partial):
                 _remove(partial)
             raise CheckpointError(
-                f"cannot save step {metadata.step} to {self._folder}: {error}; older checkpoints "
+                f"cannot save step {metadata.step} to {self.folder}: {error}; older checkpoints "
                 "are untouched"
             ) from error
         if writers.is_main:
@@ -258,7 +217,7 @@ class Checkpointer:
         """
         num_newest, keep_every = 0, self.config.keep_every
         try:
-            folders = list_step_folders(self._folder) if self.config.keep_latest else []
+            folders = list_step_folders(self.folder) if self.config.keep_latest else []
         except CheckpointError as error:
             logger.warning("could not delete older checkpoints: %s", error)
             return

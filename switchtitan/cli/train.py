@@ -16,7 +16,8 @@ from switchtitan.distributed.world import (
 from switchtitan.errors import UserError, exit_for, recorded_end
 from switchtitan.job.config import parse_arguments
 from switchtitan.observability.log import configure_logging
-from switchtitan.training.build import build_memory_snapshots, build_trainer
+from switchtitan.observability.profiler import snapshot_if_memory_runs_out
+from switchtitan.training.build import build_trainer
 from switchtitan.training.output import lock_output_dir
 from switchtitan.training.stop import Stop, Stopped
 
@@ -52,7 +53,9 @@ def _train(words: Sequence[str], stop: Stop) -> None:
         stop.add(signal.Signals[config.job.stop_signal])
     world = start_world(config.parallelism)
     configure_logging(is_main=world.is_main, rank=world.rank)
-    with lock_output_dir(config.job.output_dir, world), build_memory_snapshots(config, world):
+    output_dir = config.job.output_dir
+    snapshots = snapshot_if_memory_runs_out(config.profiler, output_dir, world.rank)
+    with lock_output_dir(output_dir, world), snapshots:
         trainer = build_trainer(config, world, stop=stop)
         if world.size == 1 and world.device.type == "cpu":
             load.warn(torch.get_num_threads(), num_cores())

@@ -65,8 +65,6 @@ def check_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> None:
     Raises:
         RanksDisagreeError: on every rank, if a tensor differs; names the first few.
     """
-    if not dist.is_initialized():
-        return
     num_ranks = dist.get_world_size()
     held_alike = {name: part for name, part in tensors.items() if _part(part)[1] < num_ranks}
     if not held_alike:

@@ -51,10 +51,6 @@ class World:
         """The mesh for FSDP: [shard], or [replicate, shard] with several replicas (HSDP)."""
         return self.mesh if self.mesh.size(0) > 1 else self.mesh["shard"]
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns the mean of `values` over all ranks; collective."""
-        return self.sum(values) / self.size
-
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Returns the sum of `values` over all ranks; collective, not in place."""
         total = values.detach().clone()
@@ -71,10 +67,6 @@ class World:
         finally:
             _set_timeout(self.host_group, self.timeout)
         return values
-
-    def broadcast(self, value: T) -> T:
-        """Returns the main rank's picklable `value` on all ranks; may take days."""
-        return self.gather(value)[0]
 
     def together(self, function: Callable[[], T]) -> list[T]:
         """Calls `function` on every rank; returns the results of all, in rank order; may take days.
@@ -208,11 +200,6 @@ def _limit_other_threads() -> None:
 def is_launched() -> bool:
     """Whether a launcher has started this process as one of its ranks."""
     return bool(os.environ.get("WORLD_SIZE"))
-
-
-def num_ranks_from_launcher() -> int:
-    """Returns the number of ranks that the launcher started; 1 without a launcher."""
-    return place_from_launcher()[1]
 
 
 def place_from_launcher() -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """Writes folders that `transformers.AutoModelForCausalLM.from_pretrained` loads."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,7 @@ from switchtitan.progress import progress_bar
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Larger weights are split over several files."""
-# No TOML string that a configuration shows contains the fence at the start of a line.
+# No string of JSON or TOML contains the fence at the start of a line.
 _CARD = """\
 ---
 library_name: transformers
@@ -42,12 +43,13 @@ tags: [switchtitan]
 # A language model trained with switchtitan
 
 {files}
-
-| | |
-|---|---|
-{rows}
-
 The run did not tune it to follow instructions. Its license is for its owner to choose.
+
+## Checkpoint
+
+~~~~~~~~json
+{about}
+~~~~~~~~
 
 ## Configuration of the run
 
@@ -171,32 +173,14 @@ def _write_weights(
 
 
 def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, files: str) -> None:
-    """Writes what the model is, how it was trained, its losses and its configuration.
+    """Writes what the model is, its checkpoint's losses and facts, and the run's configuration.
 
     Args:
         command: that exported it.
         files: a sentence on what the folder holds and how to load it.
     """
-    state = metadata.train_state
-    facts = {
-        **{key: metadata.identity_value(key, "name", str) for key in ("method", "model")},
-        "corpus": metadata.run.get("corpus"),
-        "steps": metadata.step,
-        "tokens seen": state.get("tokens_seen"),
-        "started from": state.get("initial_weights") or "random weights",
-        "validation loss before training": state.get("first_validation_loss"),
-        "last validation loss": state.get("last_validation_loss"),
-        # Of earlier weights, if a signal has stopped the last evaluation.
-        "evaluated after step": state.get("evaluated_at"),
-        "compute dtype": state.get("compute_dtype"),
-        "trained with": ", ".join(f"{key} {value}" for key, value in metadata.versions.items()),
-        "exported by": f"`{command}`",
-    }
-    rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if value is not None]
-    card = _CARD.format(files=files, rows="\n".join(rows), config=metadata.config.strip())
+    facts = metadata.model_dump(include={"step", "train_state", "run", "versions"})
+    facts["run"].pop("config")
+    about = json.dumps(facts | {"exported_by": command}, indent=2)
+    card = _CARD.format(files=files, about=about, config=metadata.config.strip())
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _cell(value: object) -> str:
-    text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")

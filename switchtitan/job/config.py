@@ -28,7 +28,7 @@ from switchtitan.distributed.config import (
     CompileConfig,
     ParallelismConfig,
 )
-from switchtitan.distributed.world import device_type, num_ranks_from_launcher
+from switchtitan.distributed.world import device_type, place_from_launcher
 from switchtitan.job.checks import check, keys_without_effect
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS, plain_model
@@ -168,7 +168,7 @@ def parse_arguments(
         say: called with a note on each key that is dropped or has no effect.
     """
     config = parse_unchecked(argv, say)
-    num_ranks, device = num_ranks or num_ranks_from_launcher(), device_type()
+    num_ranks, device = num_ranks or place_from_launcher()[1], device_type()
     raise_together(check(config, num_ranks, device))
     for message in keys_without_effect(config, num_ranks, device):
         say(message)

@@ -30,7 +30,7 @@ class ProfilerConfig(Section):
 
     enabled: bool = False
     """Trace some steps, once per run. Traces are written next to TensorBoard's scalars, each with
-    a table of its operations; rank 0's table is on TensorBoard's text page too."""
+    a table of its operations."""
 
     ranks: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...] = (0,)
     """Ranks to trace, counted from 0, or "all"; one file each. Memory snapshots are of them too."""

@@ -3,8 +3,9 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,46 +23,36 @@ MAX_EVENTS = 100_000
 """Allocations and frees that the history keeps, the latest ones; each holds a stack."""
 
 
+@dataclass(eq=False)
 class Profiler:
-    """A context in which `step` is called after each optimizer step: traces some, as configured.
+    """A context in which `step` is called after each optimizer step: traces some, as configured."""
 
-    Args:
-        output_dir: of the run.
-        steps_done: steps done before this run. If they include the first one to trace, later ones
-            are traced, unless the run has a trace.
-        report: called with a table of the operations and regions of the trace.
-    """
+    config: ProfilerConfig
+    output_dir: Path
+    rank: int = 0
+    steps_done: int = 0
+    """Steps of the run so far. If a run begins past the first step to trace, later ones are traced,
+    unless it has a trace."""
 
-    def __init__(
-        self,
-        config: ProfilerConfig,
-        output_dir: Path,
-        *,
-        rank: int = 0,
-        steps_done: int = 0,
-        report: Callable[[str], object] = lambda table: None,
-    ) -> None:
-        self._config = config
-        self._output_dir = output_dir
-        self._rank = rank
-        self._is_observed = config.ranks == "all" or rank in config.ranks
-        self._steps_done = steps_done
-        self._report = report
+    def __post_init__(self) -> None:
+        config = self.config
+        self._is_observed = config.ranks == "all" or self.rank in config.ranks
         self._profile: profiler.profile | None = None
-        self._first_step = max(config.start_step, steps_done + 2)
+        self._first_step = max(config.start_step, self.steps_done + 2)
         self._last_step = self._first_step + config.num_steps - 1
-        self._snapshot_step = config.memory_snapshot_step
-        if self._snapshot_step is not None:  # a resumed run may be past it
-            self._snapshot_step = max(self._snapshot_step, steps_done + 1)
+        self._snapshot_step = None
+        if config.memory_snapshot_step is not None and torch.cuda.is_available():
+            # A resumed run may be past it.
+            self._snapshot_step = max(config.memory_snapshot_step, self.steps_done + 1)
         self.trace: Path | None = None
         """The trace file; None before it is written."""
 
     def __enter__(self) -> "Profiler":
-        config, folder = self._config, self._output_dir / TENSORBOARD_FOLDER
+        config, folder = self.config, self.output_dir / TENSORBOARD_FOLDER
         if not (config.enabled and self._is_observed):
             return self
         is_past = config.start_step < self._first_step
-        if is_past and any(folder.glob(f"rank{self._rank}.*{_TRACE_SUFFIX}")):
+        if is_past and any(folder.glob(f"rank{self.rank}.*{_TRACE_SUFFIX}")):
             more = f"for another, set [profiler] start_step = {self._first_step} or more"
             logger.info("no new trace: %s has one; %s", folder, more)
             return self
@@ -69,7 +60,7 @@ class Profiler:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         self._profile = profiler.profile(
             schedule=profiler.schedule(
-                skip_first=self._first_step - 2 - self._steps_done,
+                skip_first=self._first_step - 2 - self.steps_done,
                 wait=0,
                 warmup=1,
                 active=config.num_steps,
@@ -88,20 +79,20 @@ class Profiler:
     def is_slow_next(self) -> bool:
         """Whether the next `step` starts or writes a trace, or writes a snapshot, on some rank."""
         slow = {self._snapshot_step}
-        if self._config.enabled:
+        if self.config.enabled:
             slow |= {self._first_step - 2, self._first_step - 1, self._last_step}
-        return self._steps_done + 1 in slow
+        return self.steps_done + 1 in slow
 
     def step(self) -> None:
         """Counts one optimizer step."""
-        self._steps_done += 1
+        self.steps_done += 1
         if self._profile is not None:
             self._profile.step()
-            if self._steps_done >= self._last_step:
+            if self.steps_done >= self._last_step:
                 self._stop()
-        if self._steps_done == self._snapshot_step:
+        if self.steps_done == self._snapshot_step:
             if self._is_observed:
-                _write_snapshot(self._output_dir, self._rank, f"step-{self._steps_done:09d}")
+                _write_snapshot(self.output_dir, self.rank, f"step-{self.steps_done:09d}")
             # Recording slows down allocations.
             torch.cuda.memory._record_memory_history(enabled=None)
 
@@ -116,11 +107,11 @@ class Profiler:
 
     def _write(self, profile: profiler.profile) -> None:
         """Writes the trace; logs a warning if that fails, for example on a full disk."""
-        folder = self._output_dir / TENSORBOARD_FOLDER
+        folder = self.output_dir / TENSORBOARD_FOLDER
         sort_by = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
         table = profile.key_averages().table(sort_by, row_limit=_TABLE_ROWS)
         # As tensorboard_trace_handler names it.
-        path = folder / f"rank{self._rank}.{time.time_ns()}{_TRACE_SUFFIX}"
+        path = folder / f"rank{self.rank}.{time.time_ns()}{_TRACE_SUFFIX}"
         unfinished = path.with_name(f".{path.name}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -137,17 +128,18 @@ class Profiler:
             return
         self.trace = path
         logger.info("wrote a trace to %s, and its table of operations as .txt", path)
-        self._report(table)
 
 
 @contextmanager
-def snapshot_if_memory_runs_out(output_dir: Path, rank: int, has_history: bool) -> Iterator[None]:
+def snapshot_if_memory_runs_out(
+    config: ProfilerConfig, output_dir: Path, rank: int
+) -> Iterator[None]:
     """Returns a context that writes a snapshot of GPU memory if it runs out inside.
 
-    Args:
-        has_history: record allocations with their stacks from here on, until `Profiler` has written
-            its snapshot.
+    With `memory_snapshot_step`, it has all allocations from here on, with their stacks, unless
+    `Profiler` has written its snapshot.
     """
+    has_history = config.memory_snapshot_step is not None and torch.cuda.is_available()
     if has_history:
         torch.cuda.memory._record_memory_history(max_entries=MAX_EVENTS)
     try:

@@ -26,7 +26,6 @@ class RegionTimes:
         self._inside: str | None = None
         self._ended = deque[tuple[str, str | None, _Mark, _Mark]]()
         """Name, region around it, beginning and end."""
-        self._free_events: list[torch.cuda.Event] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._num_calls: Counter[str] = Counter()
 
@@ -71,9 +70,7 @@ class RegionTimes:
     def _mark(self) -> _Mark:
         if not self._is_on_gpu:
             return time.perf_counter()
-        # Creating an event takes longer than recording it again.
-        free = self._free_events
-        event = free.pop() if free else torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
@@ -87,7 +84,6 @@ class RegionTimes:
                 return  # does not wait for the device
             else:
                 seconds = began.elapsed_time(ended) / 1000
-                self._free_events += [began, ended]
             self._ended.popleft()
             self._seconds[name] += seconds
             self._num_calls[name] += 1

@@ -6,12 +6,14 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from tqdm import tqdm
 
+from switchtitan.config import parse_toml
 from switchtitan.errors import EnvironmentMismatchError, OutputError
 from switchtitan.files import write_atomically
 from switchtitan.observability import RESULTS_FILE, TENSORBOARD_FOLDER
@@ -24,67 +26,50 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Reporter:
-    """Reports metrics on the main rank; does nothing on other ranks.
+    """Reports metrics on the main rank; does nothing on other ranks."""
 
-    Args:
-        run_name: for Weights & Biases.
-        start_step: steps done before this run.
-        description: the run's configuration, shown in TensorBoard's text tab.
-        facts: hardware, versions and sizes, added to `results.json`.
-        first_validation_loss: of a resumed run, shown in the summary.
-        hparams: values of the configuration by which TensorBoard compares runs.
-    """
+    config: MetricsConfig
+    output_dir: Path
+    num_steps: int
+    is_main: bool
+    start_step: int = 0
+    """Steps done before this run."""
+    description: str = ""
+    """The run's configuration in TOML, shown in TensorBoard's text tab."""
+    facts: Mapping[str, object] = field(default_factory=dict)
+    """Hardware, versions and sizes, added to `results.json`."""
 
-    def __init__(
-        self,
-        config: MetricsConfig,
-        output_dir: Path,
-        *,
-        run_name: str = "",
-        num_steps: int,
-        start_step: int = 0,
-        is_main: bool,
-        description: str = "",
-        facts: Mapping[str, object] | None = None,
-        first_validation_loss: float | None = None,
-        hparams: Mapping[str, bool | float | str] | None = None,
-    ) -> None:
-        self._interval = config.interval
-        self._num_steps = num_steps
-        self._start_step = start_step
-        self._is_main = is_main
-        self._table = ConsoleTable(num_steps)
-        self._folder = output_dir / TENSORBOARD_FOLDER
-        self._results = output_dir / RESULTS_FILE
-        self._facts = dict(facts or {})
+    def __post_init__(self) -> None:
+        self._table = ConsoleTable(self.num_steps)
+        self._folder = self.output_dir / TENSORBOARD_FOLDER
+        self._results = self.output_dir / RESULTS_FILE
         self._is_finished = False
         self._wandb: Any = None
-        if is_main and "wandb" in config.trackers:
-            self._wandb = _start_wandb(output_dir, run_name, hparams or {})
+        if self.is_main and "wandb" in self.config.trackers:
+            self._wandb = _start_wandb(self.output_dir, self.description)
         self._tensorboard: TensorBoardWriter | None = None
-        if is_main and config.tensorboard:
+        if self.is_main and self.config.tensorboard:
             from switchtitan.observability import tensorboard
 
             self._tensorboard = tensorboard.TensorBoardWriter(
-                self._folder, start_step, description, hparams
+                self._folder, self.start_step, self.description
             )
         self._bar = tqdm(
-            total=num_steps,
-            initial=start_step,
-            disable=not (is_main and config.progress_bar and sys.stderr.isatty()),
+            total=self.num_steps,
+            initial=self.start_step,
+            disable=not (self.is_main and self.config.progress_bar and sys.stderr.isatty()),
             leave=False,
             unit="step",
             dynamic_ncols=True,
             # Its own estimate of the time left counts compilation.
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
-        self._validation_losses = [] if first_validation_loss is None else [first_validation_loss]
-        self._train_loss: float | None = None
 
     def is_due(self, step: int) -> bool:
         """Whether to report training metrics of `step`: every `interval` steps, first and last."""
-        return step % self._interval == 0 or step in (self._start_step + 1, self._num_steps)
+        return step % self.config.interval == 0 or step in (self.start_step + 1, self.num_steps)
 
     def advance(self, step: int) -> None:
         """Moves the progress bar to `step`; call it after each step."""
@@ -92,11 +77,8 @@ class Reporter:
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Writes `values`, by name, to TensorBoard; prints those with a column on the console."""
-        if not self._is_main:
+        if not self.is_main:
             return
-        self._train_loss = values.get("loss/train", self._train_loss)
-        if "loss/validation" in values:
-            self._validation_losses.append(values["loss/validation"])
         if (eta_s := values.get("throughput/eta_s")) is not None:
             self._bar.set_postfix_str(f"ETA {format_duration(eta_s)}", refresh=False)
         if self._tensorboard is not None:
@@ -106,11 +88,6 @@ class Reporter:
         for line in self._table.lines(step, values):
             logger.info("%s", line)
 
-    def report_table(self, step: int, title: str, table: str) -> None:
-        """Shows a table of characters in TensorBoard's text tab."""
-        if self._tensorboard is not None:
-            self._tensorboard.write_text(title, table, step)
-
     def report_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Writes a histogram of each finite tensor, of any shape, by tag, to TensorBoard."""
         if self._tensorboard is not None:
@@ -119,7 +96,7 @@ class Reporter:
     def has_results(self, step: int) -> bool:
         """Whether the results file exists, and is of this run at `step`."""
         expected: dict[str, object] = {"step": step, "diverged": None}
-        expected |= {key: self._facts[key] for key in ("seed", "corpus") if key in self._facts}
+        expected |= {key: self.facts[key] for key in ("seed", "corpus") if key in self.facts}
         try:
             saved = json.loads(self._results.read_text(encoding="utf-8"))
             return {key: saved.get(key) for key in expected} == expected
@@ -130,30 +107,31 @@ class Reporter:
         self,
         values: Mapping[str, float | None],
         *,
+        first_validation_loss: float | None = None,
         checkpoint: Path | None = None,
         trace: Path | None = None,
     ) -> None:
-        """Prints the final losses, speed and paths; writes `values`, by name, to `results.json`.
+        """Prints the losses, speed and paths; writes `values`, by name, to `results.json`.
 
         Raises:
             OutputError: on the main rank, after printing, if the file cannot be written.
         """
-        if not self._is_main:
+        if not self.is_main:
             return
         self._bar.close()
         self._is_finished = True
         failure = self._write_results(values)
         rows = dict[str, str]()
-        if losses := [*self._validation_losses[:1], *self._validation_losses[1:][-1:]]:
-            rows["validation loss"] = " -> ".join(f"{loss:.4f}" for loss in losses)
-            rows["perplexity"] = " -> ".join(f"{perplexity_of(loss):.2f}" for loss in losses)
-        elif self._train_loss is not None:
-            rows["training loss"] = f"{self._train_loss:.4f}"
+        # One, if the first evaluation was the last.
+        losses = dict.fromkeys((first_validation_loss, values.get("loss/validation")))
+        if known := [loss for loss in losses if loss is not None]:
+            rows["validation loss"] = " -> ".join(f"{loss:.4f}" for loss in known)
+            rows["perplexity"] = " -> ".join(f"{perplexity_of(loss):.2f}" for loss in known)
         if (test_loss := values.get("loss/test")) is not None:
             rows["test loss"] = f"{test_loss:.4f}"
         if num_skipped := values.get("batches_skipped"):
             rows["batches skipped"] = f"{num_skipped:.0f}, not finite"
-        since = f" since step {self._start_step}" if self._start_step > 0 else ""
+        since = f" since step {self.start_step}" if self.start_step > 0 else ""
         if speed := values.get("throughput/tokens_per_s"):
             rows["tokens/s"] = tqdm.format_sizeof(speed) + since
         if wall_time_s := values.get("throughput/wall_time_s"):
@@ -179,14 +157,12 @@ class Reporter:
     def report_divergence(self, step: int, num_skipped: int) -> None:
         """Writes `results.json` of a run that stopped since its numbers were not finite."""
         values = {"step": step, "diverged": True, "batches_skipped": num_skipped}
-        if self._is_main and (failure := self._write_results(values)):
+        if self.is_main and (failure := self._write_results(values)):
             logger.error("%s: cannot be written (%s)", self._results, failure)
 
     def close(self) -> None:
         """Releases the files and the terminal."""
         self._bar.close()
-        if self._tensorboard is not None and self._is_finished:
-            self._tensorboard.finish()
         if self._wandb is not None:
             # One that is not finished counts as failed.
             self._wandb.finish(exit_code=0 if self._is_finished else 1)
@@ -194,7 +170,7 @@ class Reporter:
 
     def _write_results(self, values: Mapping[str, object]) -> OSError | None:
         """Returns the error if the file cannot be written."""
-        contents = json.dumps(dict(values) | self._facts, indent=2) + "\n"
+        contents = json.dumps({**values, **self.facts}, indent=2) + "\n"
         try:
             self._results.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._results, contents)
@@ -203,7 +179,7 @@ class Reporter:
         return None
 
 
-def _start_wandb(output_dir: Path, run_name: str, hparams: Mapping[str, bool | float | str]) -> Any:
+def _start_wandb(output_dir: Path, description: str) -> Any:
     """Starts a run of the project `switchtitan`, or of `WANDB_PROJECT`; resumes `output_dir`'s.
 
     Raises:
@@ -215,14 +191,15 @@ def _start_wandb(output_dir: Path, run_name: str, hparams: Mapping[str, bool | f
     if not file.exists():
         write_atomically(file, uuid.uuid4().hex[:8])
     run_id = file.read_text(encoding="utf-8").strip()
+    config = parse_toml(description, "the configuration")
     try:
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "switchtitan"),
             dir=str(output_dir),
-            name=f"{run_name}-{run_id}",
+            name=f"{config['job']['name']}-{run_id}",
             id=run_id,
             resume="allow",
-            config=dict(hparams),
+            config=config,
             settings=wandb.Settings(console="off", silent=True),
         )
     except Exception as error:

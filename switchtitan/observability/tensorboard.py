@@ -1,13 +1,13 @@
 """TensorBoard's event files of a run: written, and read back.
 
-Written without torch's SummaryWriter, whose thread prints a traceback if the disk is full, and
-whose `add_hparams` makes a run folder of its own.
+Written without torch's SummaryWriter, whose thread prints a traceback if the disk is full.
 """
 
 import io
 import logging
 import os
 import socket
+import textwrap
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -51,31 +51,22 @@ class TensorBoardWriter:
         start_step: steps done before this run. TensorBoard drops later points of an interrupted
             run, so that no step has two points.
         description: the configuration, shown as text.
-        hparams: values by which the HParams page compares runs.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        start_step: int,
-        description: str = "",
-        hparams: Mapping[str, bool | float | str] | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, start_step: int, description: str = "") -> None:
         # Readers take the files in the order of their names.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = folder / name
         self._has_failed = False
         purge = SessionLog(status=SessionLog.START)
-        # Not the experiment, whose keys would be those of the page: other methods have others.
-        _, begin, self._end = summary.hparams(dict(hparams or {}), {})
+        # Lines that Markdown finds indented are shown verbatim.
+        text = summary.text("configuration", textwrap.indent(description, "    "))
         self._unwritten = [
             Event(file_version="brain.Event:2"),
             Event(step=start_step + 1 if start_step else 0, session_log=purge),
-            Event(summary=begin),
+            Event(step=start_step, summary=text),
         ]
         self._add()
-        if description:
-            self.write_text("configuration", description, start_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one point per metric."""
@@ -89,15 +80,6 @@ class TensorBoardWriter:
         """Adds one histogram per tag, of all values of its tensor, with exponential bins."""
         for tag, tensor in values.items():
             self._add(Event(step=step, summary=summary.histogram(tag, tensor, _BIN_EDGES)))
-
-    def write_text(self, tag: str, text: str, step: int) -> None:
-        """Shows `text` verbatim, in a fixed-width font: lines that Markdown finds indented."""
-        indented = "\n".join(f"    {line}" for line in text.split("\n"))
-        self._add(Event(step=step, summary=summary.text(tag, indented)))
-
-    def finish(self) -> None:
-        """Marks the run as finished."""
-        self._add(Event(summary=self._end))
 
     def _add(self, *events: Event) -> None:
         contents = io.BytesIO()

@@ -5,40 +5,32 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 
+@dataclass(kw_only=True, eq=False)
 class Throughput:
     """Measures tokens per second, model FLOP/s, model FLOP/s utilization (MFU) and the time left.
 
     MFU counts the FLOPs of full-rank training for every method, so that it compares methods by
     speed. (PaLM, arXiv 2204.02311, appendix B)
-
-    Args:
-        tokens_per_step: of the global batch, which `num_devices` share.
-        flops_per_token: of forward and backward.
-        peak_flops_per_s: of one device; None if unknown, then MFU is not reported.
-        synchronize: waits until the device has done all queued work.
-        start_step: steps done before this run, of `num_steps`.
     """
 
-    def __init__(
-        self,
-        *,
-        tokens_per_step: int,
-        flops_per_token: float,
-        num_devices: int,
-        peak_flops_per_s: float | None,
-        num_steps: int,
-        synchronize: Callable[[], None],
-        start_step: int = 0,
-    ) -> None:
-        self._tokens_per_step = tokens_per_step
-        self._flops_per_token_and_device = flops_per_token / num_devices
-        self._peak = peak_flops_per_s
-        self._num_steps, self._step = num_steps, start_step
-        self._synchronize = synchronize
+    tokens_per_step: int
+    flops_per_token: float
+    """Of forward and backward, per device."""
+    peak_flops_per_s: float | None
+    """Of one device; None if unknown, then MFU is not reported."""
+    num_steps: int
+    synchronize: Callable[[], None]
+    """Waits until the device has done all queued work."""
+    start_step: int = 0
+    """Steps done before this run, of `num_steps`."""
+
+    def __post_init__(self) -> None:
+        self._step = self.start_step
         self._began_at = self._window_began_at = time.perf_counter()
         self._excluded_s = 0.0
         self._first_step, self._first_at = 0, 0.0
@@ -49,7 +41,7 @@ class Throughput:
     @contextmanager
     def excluded(self) -> Iterator[None]:
         """Excludes the time inside (evaluation, saving) from the speed, not from the time left."""
-        self._synchronize()  # what is inside may wait for steps that are queued
+        self.synchronize()  # what is inside may wait for steps that are queued
         began_at = time.perf_counter()
         try:
             yield
@@ -66,44 +58,39 @@ class Throughput:
         num_steps = step - self._step
         assert num_steps > 0, f"measured twice at step {step}"
         elapsed_s = max(now - self._window_began_at - self._excluded_s, 1e-9)
-        self._tokens_per_s = num_steps * self._tokens_per_step / elapsed_s
+        self._tokens_per_s = num_steps * self.tokens_per_step / elapsed_s
         self._step, self._window_began_at, self._excluded_s = step, now, 0.0
         if self._first_at == 0.0:
             self._first_step, self._first_at = step, now
-            if step < self._num_steps:
+            if step < self.num_steps:
                 return {}
         else:
             self._steady_s += elapsed_s
-        flops_per_s = self._tokens_per_s * self._flops_per_token_and_device
+        flops_per_s = self._tokens_per_s * self.flops_per_token
         # With what is excluded from the speed.
         s_per_step = (now - self._first_at) / max(1, step - self._first_step)
         values = {
             "throughput/tokens_per_s": self._tokens_per_s,
             "throughput/tflop_per_s_per_device": flops_per_s / 1e12,
-            "throughput/eta_s": (self._num_steps - step) * s_per_step,
+            "throughput/eta_s": (self.num_steps - step) * s_per_step,
         }
-        if self._peak is not None:
-            values["throughput/mfu"] = flops_per_s / self._peak
+        if self.peak_flops_per_s is not None:
+            values["throughput/mfu"] = flops_per_s / self.peak_flops_per_s
         return values
 
-    @property
-    def wall_time_s(self) -> float:
-        """Seconds since this object was created."""
-        return time.perf_counter() - self._began_at
-
-    @property
-    def mean_tokens_per_s(self) -> float:
-        """Mean without the first window, which includes compilation, unless it is the only one."""
-        if self._steady_s == 0.0:
-            return self._tokens_per_s
-        return (self._step - self._first_step) * self._tokens_per_step / self._steady_s
-
-    @property
-    def mean_mfu(self) -> float | None:
-        """MFU at `mean_tokens_per_s`; None if the device's peak FLOP/s is unknown."""
-        if self._peak is None:
-            return None
-        return self.mean_tokens_per_s * self._flops_per_token_and_device / self._peak
+    def means(self) -> dict[str, float | None]:
+        """Returns means of the run, and the seconds since this object was created, by name. Without
+        the first window, which includes compilation, unless it is the only one."""
+        tokens_per_s = self._tokens_per_s
+        if self._steady_s > 0.0:
+            num_steps = self._step - self._first_step
+            tokens_per_s = num_steps * self.tokens_per_step / self._steady_s
+        peak = self.peak_flops_per_s
+        return {
+            "throughput/tokens_per_s": tokens_per_s or None,
+            "throughput/mfu": None if peak is None else tokens_per_s * self.flops_per_token / peak,
+            "throughput/wall_time_s": time.perf_counter() - self._began_at,
+        }
 
 
 def peak_memory_gib(device: torch.device) -> float:

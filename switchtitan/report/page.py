@@ -15,7 +15,7 @@ from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
 from switchtitan.observability import RESULTS_FILE
 from switchtitan.observability.tensorboard import Curve, read_curves
-from switchtitan.training.output import newest_config_file
+from switchtitan.training.output import CONFIG_FILE
 
 Table = Sequence[Sequence[str]]
 """Rows of cells; the first row is the head."""
@@ -47,7 +47,7 @@ def read_run(folder: Path) -> RunRecord:
     """Reads a run's output folder. Raises a ConfigError if it is not the folder of a run, or a file
     is damaged."""
     curves = read_curves(folder)
-    results_file, config_file = folder / RESULTS_FILE, newest_config_file(folder)
+    results_file, config_file = folder / RESULTS_FILE, folder / CONFIG_FILE
     results: dict[str, Any] = {}
     try:
         if results_file.exists():

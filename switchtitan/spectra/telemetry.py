@@ -50,7 +50,7 @@ class RankTelemetry:
         spectra = self._measure(tensors) if is_main else {}
         # The others wait here: rank 0's SVDs can exceed the timeout of the training step's
         # collectives.
-        values = self.world.broadcast(_metrics(summarize(spectra)) if is_main else {})
+        values = self.world.gather(_metrics(summarize(spectra)) if is_main else {})[0]
         self.reporter.report(step, values)
         by_kind = normalized_by_kind(spectra)
         histograms = {f"rank/spectrum/{kind}": shares for kind, shares in by_kind.items()}

@@ -5,7 +5,6 @@ What most runs do not use is imported where it is built.
 
 import logging
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,12 +36,12 @@ from switchtitan.methods import METHODS
 from switchtitan.models import plain_model
 from switchtitan.models.loss import CrossEntropy
 from switchtitan.observability.environment import versions
+from switchtitan.observability.profiler import Profiler
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput
 from switchtitan.optim.lr_schedule import build_lr_schedule
 from switchtitan.training.describe import (
     changed_keys,
-    compared_values,
     describe_run,
     read_run,
     run_facts,
@@ -55,7 +54,6 @@ from switchtitan.training.stop import Stop
 from switchtitan.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from switchtitan.observability.profiler import Profiler
     from switchtitan.spectra.telemetry import RankTelemetry
 
 logger = logging.getLogger(__name__)
@@ -74,7 +72,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     checkpoint = world.on_main(lambda: find_checkpoint(checkpoints, config.checkpoint))
     state, changes = TrainState(), list[str]()
     if checkpoint is None:
-        corpus = open_checked_corpus(config, world)
+        corpus = open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
     else:
         metadata, state = read_run(checkpoint, config, identity)
         changes = changed_keys(metadata.config, resolved)
@@ -121,9 +119,11 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         checkpoints,
         config.checkpoint,
         world,
-        identity=identity | {"corpus": {"fingerprint": corpus.fingerprint}},
-        run={"config": resolved, "num_ranks": world.size, **record(corpus)},
-        versions=versions(),
+        {
+            "identity": identity | {"corpus": {"fingerprint": corpus.fingerprint}},
+            "run": {"config": resolved, "num_ranks": world.size, **record(corpus)},
+            "versions": versions(),
+        },
         latest=checkpoint,
     )
     seq_len = config.data.seq_len
@@ -131,8 +131,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     has_peak = compute_dtype.dtype == torch.bfloat16
     throughput = Throughput(
         tokens_per_step=config.training.global_batch_size * seq_len,
-        flops_per_token=stepper.model.num_flops_per_token(seq_len),
-        num_devices=world.size,
+        flops_per_token=stepper.model.num_flops_per_token(seq_len) / world.size,
         peak_flops_per_s=peak_flops_per_s(device_name(world.device)) if has_peak else None,
         num_steps=config.training.steps,
         synchronize=world.synchronize,
@@ -141,14 +140,11 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     reporter = Reporter(
         config.metrics,
         config.job.output_dir,
-        run_name=config.job.name,
         num_steps=config.training.steps,
         start_step=state.step,
         is_main=world.is_main,
         description=resolved,
         facts=run_facts(config, world, stepper.model, corpus, compute_dtype),
-        first_validation_loss=state.first_validation_loss,
-        hparams=compared_values(config, world.size),
     )
     return Trainer(
         stepper=stepper,
@@ -160,7 +156,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         tensors=tensors,
         reporter=reporter,
         throughput=throughput,
-        profiler=_build_profiler(config, world, state, reporter),
+        profiler=Profiler(config.profiler, config.job.output_dir, world.rank, state.step),
         hooks=[telemetry(model=stepper.model, reporter=reporter)] if telemetry else [],
         stop=stop or Stop(),
     )
@@ -217,11 +213,6 @@ def build_stepper(
         on_nonfinite=config.training.on_nonfinite,
         state=state or TrainState(),
     )
-
-
-def open_checked_corpus(config: JobConfig, world: World) -> Corpus:
-    """Opens the corpus, preparing it if necessary, and checks that its token ids fit the model."""
-    return open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
 
 
 def _reopen_corpus(
@@ -295,35 +286,6 @@ def _open_initial_weights(
             config.method.name,
         )
     return read_rows
-
-
-def build_memory_snapshots(config: JobConfig, world: World) -> AbstractContextManager[None]:
-    """Builds a context that writes a snapshot of GPU memory if that runs out."""
-    if world.device.type != "cuda":
-        return nullcontext()
-    from switchtitan.observability.profiler import snapshot_if_memory_runs_out
-
-    has_history = config.profiler.memory_snapshot_step is not None
-    return snapshot_if_memory_runs_out(config.job.output_dir, world.rank, has_history)
-
-
-def _build_profiler(
-    config: JobConfig, world: World, state: TrainState, reporter: Reporter
-) -> "Profiler | None":
-    keys = config.profiler
-    if not keys.enabled and keys.memory_snapshot_step is None:
-        return None
-    from switchtitan.observability.profiler import Profiler
-
-    if world.device.type != "cuda":
-        keys = keys.model_copy(update={"memory_snapshot_step": None})
-    return Profiler(
-        keys,
-        config.job.output_dir,
-        rank=world.rank,
-        steps_done=state.step,
-        report=lambda table: reporter.report_table(state.step, "profile", table),
-    )
 
 
 def _open_telemetry(

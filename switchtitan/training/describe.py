@@ -23,7 +23,6 @@ from switchtitan.training.step import Stepper, TrainState
 
 logger = logging.getLogger(__name__)
 
-_COMPARED_SECTIONS = {"model", "method", "optimizer", "lr_schedule", "training", "parallelism"}
 _UNLISTED_KEYS = (
     *("job.", "data.cache_dir", "data.offline_dataset", "checkpoint.resume", "training.dtype"),
 )
@@ -106,18 +105,6 @@ def run_facts(
         "commit": commit() if world.is_main else None,
         "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
         "num_parameters": count_parameters(model),
-    }
-
-
-def compared_values(config: JobConfig, num_ranks: int) -> dict[str, bool | int | float | str]:
-    """Returns the values of a configuration by which runs are compared, by dotted key."""
-    values = flatten(config.model_dump(mode="json", include=_COMPARED_SECTIONS))
-    values |= {"data.dataset": config.data.dataset, "data.seq_len": config.data.seq_len}
-    values |= {"job.seed": config.job.seed, "ranks": num_ranks}
-    return {
-        key: value if isinstance(value, int | float | str) else toml_value(value)
-        for key, value in values.items()
-        if value is not None
     }
 
 

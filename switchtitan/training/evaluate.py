@@ -1,6 +1,7 @@
 """Loss over held-out batches. Changes no weight."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,33 +13,23 @@ from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.world import World
 
 
+@dataclass(eq=False)
 class Evaluator:
-    """Computes a model's loss on the same held-out tokens in every call.
+    """Computes a model's loss on the same held-out tokens in every call."""
 
-    Args:
-        batches: this rank's batches, read once per evaluation. All ranks have the same number, of
-            the same shape.
-        read_size: reads and returns the size of all ranks' text; None if it is not known.
-    """
-
-    def __init__(
-        self,
-        batches: Iterable[Batch],
-        summed_loss: SummedLoss,
-        world: World,
-        read_size: Callable[[], TextSize] | None = None,
-    ) -> None:
-        self._batches = batches
-        self._summed_loss = summed_loss
-        self._world = world
-        self._read_size = read_size
+    batches: Iterable[Batch]
+    """This rank's, read once per evaluation. All ranks have the same number, of the same shape."""
+    summed_loss: SummedLoss
+    world: World
+    read_size: Callable[[], TextSize] | None = None
+    """Reads and returns the size of all ranks' text; None if it is not known."""
 
     def bits_per_byte(self, loss: float | None) -> float | None:
         """Returns a loss in bits per byte; takes seconds for many tokens. None if unknown, and on
         other ranks than the main one, which write no results."""
-        if loss is None or self._read_size is None or not self._world.is_main:
+        if loss is None or self.read_size is None or not self.world.is_main:
             return None
-        return self._read_size().bits_per_byte(loss)
+        return self.read_size().bits_per_byte(loss)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, after_batch: Callable[[], object] = lambda: None) -> float:
@@ -47,20 +38,20 @@ class Evaluator:
         Args:
             after_batch: may raise, e.g. to stop; the model is as before.
         """
-        device = self._world.device
+        device = self.world.device
         # [sum of losses, number of targets]. fp64 keeps long sums of fp32 numbers exact enough.
         totals = torch.zeros(2, dtype=torch.float64, device=device)
         was_training = model.training
         model.eval()
         try:
-            for batch in self._batches:
+            for batch in self.batches:
                 tokens, targets, document_ids = batch.to(device)
-                summed_loss = partial(self._summed_loss, targets=targets)
-                totals[0] += model(tokens, document_ids, summed_loss)
+                apply_head = partial(self.summed_loss, targets=targets)
+                totals[0] += model(tokens, document_ids, apply_head)
                 totals[1] += (targets != IGNORED_TARGET).sum()
                 after_batch()
         finally:
             model.train(was_training)
             free_gathered_weights(model)
-        loss_sum, num_targets = self._world.sum(totals).tolist()
+        loss_sum, num_targets = self.world.sum(totals).tolist()
         return loss_sum / num_targets

@@ -3,7 +3,6 @@ files."""
 
 import atexit
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ from switchtitan.observability.log import configure_logging
 LOCK_FILE, OWNER_FILE = "run.lock", "run.owner"
 """In a run's folder: what is locked while the run trains, and the name of its process."""
 CONFIG_FILE = "config.toml"
-"""File in a run's folder with the configuration that the run started with."""
-_RESUMED_CONFIG = re.compile(r"config-from-step-(\d+)\.toml")
+"""File in a run's folder with its newest configuration. Each checkpoint has the one it was saved
+with."""
 _ENDS_WITHIN_S, _WRITER_ENDS_WITHIN_S = 10.0, 1.0
 """After a kill: workers of the process, as a network file system sees it. After a save: its
 thread."""
@@ -115,7 +114,7 @@ def start_output(output_dir: Path, resolved: str, world: World, step: int, num_s
         try:
             configure_logging(is_main=True, log_file=output_dir / "train.log")
             if step < num_steps:
-                write_config(output_dir, resolved, step)
+                write_atomically(output_dir / CONFIG_FILE, resolved)
         except OSError as error:
             raise OutputError(
                 f"[job] output_dir = {str(output_dir)!r}: cannot be written ({error}); free space, "
@@ -123,28 +122,3 @@ def start_output(output_dir: Path, resolved: str, world: World, step: int, num_s
             ) from error
 
     world.on_main(start)
-
-
-def write_config(output_dir: Path, resolved: str, step: int) -> None:
-    """Writes the configuration that a run has from `step` on, if it is another than before."""
-    for resumed_at, file in _resumed_configs(output_dir).items():
-        if resumed_at > step:  # of checkpoints that are gone
-            file.unlink()
-    if step == 0:
-        write_atomically(output_dir / CONFIG_FILE, resolved)
-        return
-    newest = newest_config_file(output_dir)
-    if not newest.is_file() or newest.read_bytes() != resolved.encode():
-        write_atomically(output_dir / f"config-from-step-{step}.toml", resolved)
-
-
-def newest_config_file(output_dir: Path) -> Path:
-    """Returns the file with the configuration of a run's last part."""
-    _, newest = max(_resumed_configs(output_dir).items(), default=(0, output_dir / CONFIG_FILE))
-    return newest
-
-
-def _resumed_configs(output_dir: Path) -> dict[int, Path]:
-    """Returns the files of resumed parts by the step before them."""
-    files = ((_RESUMED_CONFIG.fullmatch(file.name), file) for file in output_dir.iterdir())
-    return {int(match[1]): file for match, file in files if match}

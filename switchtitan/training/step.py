@@ -1,6 +1,5 @@
 """One optimizer step: batch, forward, backward, clipping and update, for any model and method."""
 
-import gc
 import logging
 import math
 from collections.abc import Callable, Generator
@@ -25,8 +24,6 @@ from switchtitan.regions import STEP, region
 
 logger = logging.getLogger(__name__)
 
-YOUNG_INTERVAL, FULL_INTERVAL = 50, 1000
-"""Steps between collections of the young generations, which take milliseconds, and of all."""
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -184,32 +181,3 @@ class Stepper:
     def close(self) -> None:
         """Ends the processes that read batches."""
         self.batches.close()
-
-
-class GarbageCollection:
-    """A context in which, after the first step, only `step` collects garbage.
-
-    Python's collector runs inside a step, at different steps on different ranks, and ranks wait for
-    each other. After torch.compile, which leaves many objects, it stalls a step by about 0.25 s.
-    """
-
-    def __init__(self) -> None:
-        self._num_steps, self._was_enabled = 0, gc.isenabled()
-
-    def __enter__(self) -> "GarbageCollection":
-        return self
-
-    def step(self) -> None:
-        """Counts a step, and collects if a collection is due."""
-        self._num_steps += 1
-        if self._num_steps == 1:
-            # The first step has started the data workers, which inherit this setting.
-            gc.disable()
-        if self._num_steps == 1 or self._num_steps % FULL_INTERVAL == 0:
-            gc.collect()
-        elif self._num_steps % YOUNG_INTERVAL == 0:
-            gc.collect(generation=1)
-
-    def __exit__(self, *error: object) -> None:
-        if self._was_enabled:
-            gc.enable()

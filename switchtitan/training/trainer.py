@@ -1,5 +1,6 @@
 """Decides when a run evaluates, saves, reports and stops, for any model and method."""
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -9,20 +10,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from switchtitan.checkpoint.save import Checkpointer, CheckpointTensors
+from switchtitan.checkpoint.config import RESUME_AUTO
+from switchtitan.checkpoint.save import OPTIMIZER, Checkpointer, CheckpointTensors
 from switchtitan.distributed.fsdp import num_device_bytes
+from switchtitan.distributed.norms import non_finite
+from switchtitan.distributed.replicas import check_replicas
 from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
 from switchtitan.observability.log import perplexity_of
+from switchtitan.observability.profiler import Profiler
 from switchtitan.observability.region_times import RegionTimes
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput, peak_memory_gib
 from switchtitan.regions import region
 from switchtitan.training.evaluate import Evaluator
-from switchtitan.training.step import GarbageCollection, Stepper, StepResult
+from switchtitan.training.step import Stepper, StepResult
 from switchtitan.training.stop import Stop, Stopped
 
 if TYPE_CHECKING:
-    from switchtitan.observability.profiler import Profiler
     from switchtitan.spectra.telemetry import RankTelemetry
 
 logger = logging.getLogger(__name__)
@@ -53,7 +57,7 @@ class Trainer:
     """The tensors of the run's checkpoints."""
     reporter: Reporter
     throughput: Throughput
-    profiler: "Profiler | None"
+    profiler: Profiler
     hooks: "Sequence[RankTelemetry]"
     """What else to do between steps, in order, on all ranks: before evaluations and saves."""
     stop: Stop
@@ -85,7 +89,7 @@ class Trainer:
                     self.num_steps,
                 )
                 # All ranks must agree.
-                if self._world.broadcast(self.reporter.has_results(state.step)):
+                if self._world.on_main(lambda: self.reporter.has_results(state.step)):
                     return
             elif self.num_steps < self.evaluate_interval and state.evaluated_at is None:
                 logger.info(
@@ -136,7 +140,7 @@ class Trainer:
             tensors = self.tensors()
             self.check_ranks(tensors)
             # A finite gradient can still overflow a weight.
-            if names := self.tensors.non_finite():
+            if names := non_finite(self.tensors.model, self._world.device):
                 raise self._divergence(
                     f"weights are not finite at step {state.step} ({abbreviate(names)})"
                 )
@@ -148,8 +152,10 @@ class Trainer:
         Raises a RanksDisagreeError on every rank if ranks differ.
 
         Args:
-            tensors: what `self.tensors` returned.
+            tensors: what `self.tensors` returned, since the state of some optimizers takes time.
         """
+        if self._world.size == 1:
+            return
         state = self._state
         numbers = {
             "training.step": state.step,
@@ -157,18 +163,19 @@ class Trainer:
             "training.tokens_seen": state.tokens_seen,
             "training.lr_factor": self.stepper.lr_schedule(state.step),
         }
-        self.tensors.check_state(numbers, tensors)
+        alike = {name: torch.tensor(number) for name, number in numbers.items()}
+        replicated = self.stepper.optimizer.replicated()
+        alike |= {f"{OPTIMIZER}{name}": tensor for name, tensor in replicated.items()}
+        check_replicas({**(tensors or self.tensors()), **alike}, self._world.device)
 
     def _take_steps(self) -> None:
         """Takes steps until the last one or the stop, and completes the save of that step."""
         state = self._state
         skipped_in_a_row = 0
-        profiler = self.profiler or nullcontext()
-        with self._region_times, profiler, GarbageCollection() as garbage:
+        with self._region_times, self.profiler:
             try:
                 while state.step < self.num_steps:
                     result = self.stepper.step()
-                    garbage.step()
                     skipped_in_a_row = skipped_in_a_row + 1 if result.is_skipped else 0
                     if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                         raise self._divergence(
@@ -180,13 +187,18 @@ class Trainer:
                     if not self._has_stepped:
                         self._has_stepped = True
                         self._set_timeout(is_first=False)
+                        # Otherwise Python's collector visits all objects that torch.compile leaves,
+                        # for 0.25 s in a step, and the other ranks wait.
+                        gc.collect()
+                        gc.freeze()
                     if state.step < self.num_steps:
                         self.stop.raise_if_due()
             except Stopped:
                 self._save_last_step()
                 raise
-        if self.profiler is not None:
-            self._world.together(lambda: None)  # a trace may have been written at the end
+            finally:
+                gc.unfreeze()
+        self._world.together(lambda: None)  # a trace may have been written at the end
         self._save_last_step()
 
     def _set_timeout(self, is_first: bool) -> None:
@@ -200,12 +212,11 @@ class Trainer:
         """Does what is due after an update; not after skipped batches: the step did not advance."""
         step = self._state.step
         self._running_loss.add(result)
-        if self.profiler is not None:
-            is_slow = self.profiler.is_slow_next
-            with self.throughput.excluded() if is_slow else nullcontext():
-                self.profiler.step()
-                if is_slow:
-                    self._world.together(lambda: None)  # ranks that write nothing wait
+        is_slow = self.profiler.is_slow_next
+        with self.throughput.excluded() if is_slow else nullcontext():
+            self.profiler.step()
+            if is_slow:
+                self._world.together(lambda: None)  # ranks that write nothing wait
         self.checkpointer.poll(step)
         self.reporter.advance(step)
         check_interval = self.stepper.parallelism.check_interval
@@ -245,7 +256,7 @@ class Trainer:
         state, world = self._state, self._world
         world.synchronize()
         values = {
-            "loss/train": world.mean(self._running_loss.mean()).item(),
+            "loss/train": (world.sum(self._running_loss.take_mean()) / world.size).item(),
             "optimizer/grad_norm": grad_norm.item(),
             **self.stepper.optimizer.metrics(),
             **self.throughput.measure(state.step),
@@ -255,7 +266,6 @@ class Trainer:
             **self._region_times.means(),
         }
         self.reporter.report(state.step, values)
-        self._running_loss.reset()
 
     def _finalize(self) -> None:
         """Evaluates on the test split and writes the results; again if it was stopped before."""
@@ -269,9 +279,7 @@ class Trainer:
             "step": state.step,
             "tokens_seen": state.tokens_seen,
             "batches_skipped": state.num_skipped,
-            "throughput/tokens_per_s": self.throughput.mean_tokens_per_s or None,
-            "throughput/mfu": self.throughput.mean_mfu,
-            "throughput/wall_time_s": self.throughput.wall_time_s,
+            **self.throughput.means(),
             "memory/peak_gib": peak_memory_gib(device),
             "memory/state_gib": num_device_bytes(self.tensors().values(), device) / 2**30,
         }
@@ -284,14 +292,19 @@ class Trainer:
         # The times of the last evaluation and save.
         if last_values := self._region_times.means():
             self.reporter.report(state.step, last_values)
-        trace = None if self.profiler is None else self.profiler.trace
-        self.reporter.summary(values, checkpoint=self.checkpointer.latest, trace=trace)
+        self.reporter.summary(
+            values,
+            first_validation_loss=state.first_validation_loss,
+            checkpoint=self.checkpointer.latest,
+            trace=self.profiler.trace,
+        )
 
     def _resume_hint(self) -> str:
         checkpoint = self.checkpointer.latest
         if checkpoint is None:
             return "there is no checkpoint yet; the same command starts from scratch"
-        option = "" if self.checkpointer.resumes_newest else " with --checkpoint.resume auto"
+        is_auto = self.checkpointer.config.resume == RESUME_AUTO
+        option = "" if is_auto else " with --checkpoint.resume auto"
         return f"the same command{option} resumes from {checkpoint}"
 
     def _stop_if_diverged(self) -> None:
@@ -330,13 +343,12 @@ class RunningLoss:
 
     @property
     def all_finite(self) -> bool:
-        """Whether all gradients so far were finite, also before a `reset`. Waits for the device."""
+        """Whether all gradients so far were finite. Waits for the device."""
         return bool(self._all_finite)
 
-    def mean(self) -> Tensor:
-        """This rank's mean loss since the last `reset`, 0-dim."""
-        return self._loss_sum / self._num_steps
-
-    def reset(self) -> None:
+    def take_mean(self) -> Tensor:
+        """Returns this rank's mean loss since the last call, 0-dim."""
+        mean = self._loss_sum / self._num_steps
         self._loss_sum.zero_()
         self._num_steps = 0
+        return mean

@@ -50,7 +50,8 @@ def check_that_flips_are_found(rank, folder, method, keys, names):
     trainer = tiny_trainer(folder, method, *keys, num_ranks=2)
     train_steps(trainer, 3)
     trainer.check_ranks()
-    tensors = trainer.tensors.held()
+    replicated = trainer.stepper.optimizer.replicated()
+    tensors = trainer.tensors() | {f"optimizer.{name}": replicated[name] for name in replicated}
     for name in names:
         if rank == 1:
             flip_bit(tensors[name])

@@ -62,7 +62,7 @@ def check_a_difference(rank, folder, changed_rank):
     trainer = tiny_trainer(folder, "full_rank", *REPLICATED, num_ranks=NUM_RANKS)
     trainer.check_ranks()
     if rank == changed_rank:
-        local(trainer.tensors.held()["model.lm_head.weight"].detach()).neg_()
+        local(trainer.tensors()["model.lm_head.weight"].detach()).neg_()
     with pytest.raises(RanksDisagreeError, match=r"\(model\.lm_head\.weight[,)]"):
         trainer.check_ranks()
     trainer.stepper.close()

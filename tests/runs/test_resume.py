@@ -18,7 +18,6 @@ from switchtitan.distributed.world import stop_world
 from switchtitan.errors import CheckpointError, CorpusError
 from switchtitan.methods import factors
 from switchtitan.training.describe import completed_identity, run_identity
-from switchtitan.training.output import newest_config_file, write_config
 
 
 def identity(folder, method, *overrides):
@@ -105,10 +104,12 @@ def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_config
         tiny_trainer(folder, "lora", *short, "--optimizer.lr", "0.09").train()
     assert "training already complete: step 2" in caplog.text
     assert "optimizer.lr: 0.01 -> 0.09" in caplog.text
-    assert not list((folder / "run").glob("config-from-step-*"))
+    config = folder / "run" / "config.toml"
+    assert "lr = 0.01" in config.read_text()
     stop_world()
     with caplog.at_level("INFO"):
         tiny_trainer(folder, "lora", "--training.steps", "3").train()
+    assert "\nsteps = 3\n" in config.read_text()
     levels = [line.levelname for line in caplog.records if "changed since" in line.getMessage()]
     assert levels == ["WARNING", "INFO"]  # to train longer is no reason for a warning
 
@@ -154,21 +155,6 @@ def test_a_stopped_run_that_is_made_shorter_ends_with_the_loss_of_its_last_weigh
     before = trainer.stepper.state.first_validation_loss
     assert (results["step"], results["loss/validation"]) == (3, pytest.approx(loss, rel=1e-6))
     assert f"{before:.4f} -> {loss:.4f}" in capsys.readouterr().out
-
-
-def test_a_resumed_run_writes_its_configuration_only_if_it_is_another(tmp_path):
-    write_config(tmp_path, "lr = 1", 0)
-    write_config(tmp_path, "lr = 1", 3)
-    assert newest_config_file(tmp_path) == tmp_path / "config.toml"
-    write_config(tmp_path, "lr = 2", 5)
-    write_config(tmp_path, "lr = 2", 11)
-    assert newest_config_file(tmp_path) == tmp_path / "config-from-step-5.toml"
-    write_config(tmp_path, "lr = 1", 12)
-    newest = newest_config_file(tmp_path)
-    assert (newest.read_text(), newest.stem) == ("lr = 1", "config-from-step-12")
-    assert len([*tmp_path.iterdir()]) == 3
-    write_config(tmp_path, "lr = 3", 0)  # the checkpoints were moved away
-    assert [file.name for file in tmp_path.iterdir()] == ["config.toml"]
 
 
 @pytest.fixture

@@ -79,7 +79,6 @@ def test_steps_leave_no_tensors_to_the_garbage_collection(corpora, method, overr
 
 
 def test_evaluating_saving_and_inspecting_leave_no_tensors_to_the_garbage_collection(corpora):
-    """Python collects no garbage between the first step and the last one."""
     keys = [w for k in ("evaluation", "checkpoint", "spectrum") for w in (f"--{k}.interval", "2")]
     overrides = ("--checkpoint.async_save", "true", "--method.candidates_device", "host")
     folder = corpora / "leftovers"
@@ -93,5 +92,9 @@ def test_evaluating_saving_and_inspecting_leave_no_tensors_to_the_garbage_collec
         return step()
 
     trainer.stepper.step = counting_step
-    trainer.train()
+    gc.disable()
+    try:
+        trainer.train()
+    finally:
+        gc.enable()
     assert least_growth(counts[1:]) <= 0

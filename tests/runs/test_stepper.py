@@ -169,15 +169,13 @@ def test_a_run_with_a_bad_batch_equals_a_run_without_that_batch_bitwise(
     assert differing(bad, without) == []
 
 
-def test_the_running_loss_is_the_mean_since_its_reset_and_remembers_gradients_not_finite():
+def test_the_running_loss_is_the_mean_since_it_was_taken_and_remembers_gradients_not_finite():
     running = RunningLoss(torch.device("cpu"))
     for loss in (1.0, 2.0, 6.0):
         running.add(StepResult(torch.tensor(loss), torch.tensor(0.5), is_skipped=False))
-    assert running.mean() == 3
+    assert running.take_mean() == 3
     assert running.all_finite
-    running.reset()
-    running.add(StepResult(torch.tensor(5.0), torch.tensor(math.inf), is_skipped=False))
-    running.reset()
-    running.add(StepResult(torch.tensor(4.0), torch.tensor(0.5), is_skipped=False))
-    assert running.mean() == 4
+    for grad_norm in (math.inf, 0.5):
+        running.add(StepResult(torch.tensor(4.0), torch.tensor(grad_norm), is_skipped=False))
+        assert running.take_mean() == 4
     assert not running.all_finite

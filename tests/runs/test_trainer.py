@@ -6,6 +6,7 @@ import math
 import signal
 import statistics
 import threading
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from switchtitan.data.sequences import document_ids
 from switchtitan.errors import RanksDisagreeError
 from switchtitan.models import MODELS
 from switchtitan.observability.tensorboard import read_curves
+from switchtitan.regions import STEP
 from switchtitan.training import trainer as trainer_module
 from switchtitan.training.stop import Stop, Stopped
 from switchtitan.training.trainer import TrainingDivergedError
@@ -53,8 +55,8 @@ def finished(corpora):
     keys = ("--training.steps", "6", "--evaluation.interval", "4", "--metrics.interval", "4")
     keys += (*TEST_SPLIT, *SKIP)
     trainer = tiny_trainer(corpora / "finished", "full_rank", *keys)
-    reported, may_collect = record_reports(trainer), []
-    before_each_step(trainer, lambda step: may_collect.append(gc.isenabled()))
+    reported, num_frozen = record_reports(trainer), []
+    before_each_step(trainer, lambda step: num_frozen.append(gc.get_freeze_count()))
     spoil_next_gradient(trainer.stepper)
     trainer.train()
     file = corpora / "finished" / "run" / "results.json"
@@ -65,7 +67,7 @@ def finished(corpora):
         file=file,
         results=json.loads(file.read_text()),
         reported=reported,
-        may_collect=may_collect,
+        num_frozen=num_frozen,
     )
 
 
@@ -76,9 +78,10 @@ def test_a_run_with_a_skipped_update_takes_all_its_steps_and_reports_finite_loss
     assert list(losses) == [1, 4, 6]
     assert all(map(math.isfinite, losses.values()))
     assert finished.reported[6]["data/batches_skipped"] == 1
-    # Python's collector is disabled while training.
-    assert finished.may_collect == [True, *[False] * 6]
-    assert gc.isenabled()
+    # Python's collector visits nothing that the first step leaves.
+    first, *others = finished.num_frozen
+    assert first == gc.get_freeze_count() == 0
+    assert min(others) > 100_000
 
 
 def test_the_trained_model_is_evaluated_on_the_test_split(finished):
@@ -240,9 +243,7 @@ def test_a_save_in_progress_is_finished_when_ranks_disagree(corpora, monkeypatch
         threading.Timer(0.3, may_write.set).start()
         raise RanksDisagreeError("ranks no longer hold the same weights")
 
-    before_each_step(
-        trainer, lambda step: step == 2 and setattr(trainer.tensors, "check_state", disagree)
-    )
+    before_each_step(trainer, lambda step: step == 2 and setattr(trainer, "check_ranks", disagree))
     with pytest.raises(RanksDisagreeError):
         trainer.train()
     assert trainer.stepper.state.step == 3
@@ -333,3 +334,16 @@ def test_a_stop_in_the_last_evaluation_costs_the_resumed_run_one_evaluation(corp
         counts.append(len(timeouts))
     assert counts == [1, 0]
     assert results_of(folder)["step"] == 4
+
+
+def test_a_trace_has_the_regions_of_all_its_steps(corpora):
+    keys = ("--profiler.enabled", "true", "--profiler.start_step", "2", "--profiler.num_steps", "3")
+    keys += ("--training.steps", "5", "--evaluation.interval", "3", "--checkpoint.interval", "3")
+    trainer = tiny_trainer(corpora / "regions", "switchlora", *keys)
+    trainer.train()
+    events = json.loads(trainer.profiler.trace.read_text())["traceEvents"]
+    counts = Counter(e["name"] for e in events if e.get("cat") == "user_annotation")
+    in_every_step = (STEP, "reduce", "clip", "switch")
+    assert {name: counts[name] for name in in_every_step} == dict.fromkeys(in_every_step, 3)
+    assert counts["backward"] == 3 * 4  # micro-batches
+    assert all(counts[name] for name in ("data", "forward", "update", "evaluate", "save", "report"))

@@ -1,4 +1,4 @@
-"""The comparison of an export with its checkpoint, the memory of an export, and its model card."""
+"""The comparison of an export with its checkpoint, and the memory of an export."""
 
 import pytest
 import torch

@@ -39,10 +39,12 @@ def make_checkpointer(folder, latest=None, **config):
         folder,
         CheckpointConfig(**config),
         start_world(ParallelismConfig()),
-        identity={"model": {"size": "9m", "betas": (0.9, 0.99)}},
-        run={"corpus": "a stand-in"},
-        versions={"torch": "2.0"},
-        latest=latest,
+        {
+            "identity": {"model": {"size": "9m", "betas": (0.9, 0.99)}},
+            "run": {"corpus": "a stand-in"},
+            "versions": {"torch": "2.0"},
+        },
+        latest,
     )
 
 

@@ -5,14 +5,10 @@ import re
 
 import torch
 
+from switchtitan.data.prepare import open_corpus
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import parse_arguments
-from switchtitan.training.build import (
-    build_batches,
-    build_stepper,
-    build_trainer,
-    open_checked_corpus,
-)
+from switchtitan.training.build import build_batches, build_stepper, build_trainer
 from switchtitan.training.step import TrainState
 
 COMPILED = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")
@@ -124,15 +120,14 @@ def tiny_stepper(config):
     """A tiny run's stepper on the ranks of this process group; the caller closes it."""
     torch.set_num_threads(1)
     world = start_world(config.parallelism)
-    batches = build_batches(config, open_checked_corpus(config, world), world, TrainState())
-    return build_stepper(config, world, batches)
+    corpus = open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
+    return build_stepper(config, world, build_batches(config, corpus, world, TrainState()))
 
 
 def train_steps(trainer, num_steps):
     """Runs `num_steps` steps; returns the mean loss over all ranks of each."""
-    return [
-        trainer.stepper.world.mean(trainer.stepper.step().loss).item() for _ in range(num_steps)
-    ]
+    stepper, world = trainer.stepper, trainer.stepper.world
+    return [(world.sum(stepper.step().loss) / world.size).item() for _ in range(num_steps)]
 
 
 def record_reports(trainer):

@@ -1,15 +1,9 @@
-"""Attention backends by name, their requirements, and keys and values that are kept between calls.
-
-| name       | attends to                                | requires                           |
-|------------|-------------------------------------------|------------------------------------|
-| sdpa       | all earlier tokens of the packed sequence | nothing                            |
-| flex       | earlier tokens of the same document       | CUDA; on a CPU forward only        |
-| flash_attn | all earlier tokens of the packed sequence | CUDA, bfloat16, package flash-attn |
-"""
+"""Attention backends by name, and keys and values that are kept between calls."""
 
 import functools
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -108,15 +102,15 @@ def check_attention(name: str, device_type: str, compute_dtype: torch.dtype) -> 
     load_attention(name)
 
 
+@dataclass(eq=False)
 class KeyValueCache:
-    """What `Llama.forward` keeps of one sequence. Not for training.
+    """What `Llama.forward` keeps of one sequence. Not for training."""
 
-    Args:
-        cos, sin: [capacity, 1, head_dim/2] fp32, the rotary tables of the longest sequence.
-    """
+    cos: Tensor
+    """[capacity, 1, head_dim/2] fp32, the rotary table of the longest sequence. `sin` is alike."""
+    sin: Tensor
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self._cos, self._sin = cos, sin
+    def __post_init__(self) -> None:
         self._length = 0
         """Tokens read, with those of this forward pass."""
         self._stored: dict[nn.Module, tuple[Tensor, Tensor]] = {}
@@ -130,9 +124,9 @@ class KeyValueCache:
             ValueError: if the tokens exceed the capacity.
         """
         first, self._length = self._length, self._length + seq_len
-        if self._length > len(self._cos):
-            raise ValueError(f"{self._length} tokens do not fit a cache of {len(self._cos)}")
-        return self._cos[first : self._length], self._sin[first : self._length]
+        if self._length > len(self.cos):
+            raise ValueError(f"{self._length} tokens do not fit a cache of {len(self.cos)}")
+        return self.cos[first : self._length], self.sin[first : self._length]
 
     def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Returns the attention of the new tokens to all tokens read, of the query's shape.
@@ -143,7 +137,7 @@ class KeyValueCache:
         """
         _, num_heads, seq_len, head_dim = key.shape
         if layer not in self._stored:
-            shape = (1, num_heads, len(self._cos), head_dim)
+            shape = (1, num_heads, len(self.cos), head_dim)
             self._stored[layer] = key.new_empty(shape), value.new_empty(shape)
         first, end = self._length - seq_len, self._length
         for stored, new in zip(self._stored[layer], (key, value), strict=True):

@@ -8,10 +8,11 @@ from pydantic import Field, ValidationError, model_validator
 from torch import nn
 from typing_extensions import Self
 
+from switchtitan.config import explain
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import ConfigError
 from switchtitan.models.llama.attention import check_attention
-from switchtitan.models.llama.huggingface import SCALING_KEYS, explain, read_config, write_config
+from switchtitan.models.llama.huggingface import SCALING_KEYS, read_config, write_config
 
 
 class Sizes(NamedTuple):
@@ -193,7 +194,7 @@ class LlamaFamilyConfig(ModelConfig):
         try:
             config = cls.model_validate(keys, strict=True)
         except ValidationError as error:
-            problems += explain(error, keys)
+            problems.append(explain(error))
         if problems:
             raise ConfigError("; ".join(problems))
         # Defaults too, such as of the rotary embedding, so that no key of a base remains.

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
 from switchtitan.errors import ConfigError
 
 SCALING_KEYS: dict[str, tuple[str, ...]] = {
@@ -89,16 +87,6 @@ def _unsupported(found: Mapping[str, Any], given: Mapping[str, Any]) -> list[str
     if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         problems.append(f"layer_types = {layers!r}: expected 'full_attention' for all layers")
     return problems
-
-
-def explain(error: ValidationError, keys: Mapping[str, Any]) -> list[str]:
-    """Returns a message for each mistake in `keys` of `[model]`, with the names of config.json."""
-    messages = []
-    for detail in error.errors():
-        key = str(detail["loc"][0]) if detail["loc"] else ""
-        where = f"{THEIR_KEYS[key]} = {keys[key]!r}: " if key else ""
-        messages.append(where + detail["msg"].removeprefix("Value error, "))
-    return messages
 
 
 def write_config(keys: Mapping[str, Any]) -> dict[str, object]:

@@ -21,6 +21,7 @@ from support.tiny import tiny_config
 from switchtitan.benchmark.gpu.record import Launch, RecordLaunches
 from switchtitan.checkpoint.save import CheckpointTensors, copy_to_host
 from switchtitan.distributed.config import CompileConfig
+from switchtitan.distributed.norms import non_finite
 from switchtitan.distributed.shards import local
 from switchtitan.job.config import parse_arguments
 from switchtitan.models.loss import CrossEntropy, Head
@@ -114,7 +115,7 @@ def _two_saves(stepper, races):
     memory = dict[str, Tensor]()
     saved, copies = dict[str, Tensor](), dict[str, Tensor]()
     parts = {
-        "search": tensors.non_finite,
+        "search": lambda: non_finite(tensors.model, stepper.world.device),
         "collect": lambda: saved.update(_fake(tensors)),
         "copy": lambda: copies.update(copy_to_host(saved, memory)),
         "write": lambda: [local(copy).clone() for copy in copies.values()],

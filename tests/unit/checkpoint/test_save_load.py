@@ -46,23 +46,6 @@ def test_saved_state_loads_bitwise(make_checkpointer, tensors, tmp_path, async_s
     assert_same(torch.load(tmp_path / "state.pt", weights_only=True), tensors)
 
 
-@pytest.mark.parametrize(
-    ("resume", "is_enough"),
-    [
-        ("auto", True),
-        ("never", False),
-        ("run/checkpoints/step-000000001", False),  # which leaves later ones out
-        ("run", True),
-        ("another/run", True),  # a fork, which then resumes its own
-    ],
-)
-def test_the_same_command_resumes_from_the_newest_unless_it_names_another(
-    make_checkpointer, tmp_path, resume, is_enough
-):
-    given = resume if "run" not in resume else str(tmp_path / resume)
-    assert make_checkpointer(resume=given).resumes_newest == is_enough
-
-
 def test_a_save_reuses_the_memory_of_the_previous_one_once_written(
     make_checkpointer, tensors, folder, monkeypatch
 ):

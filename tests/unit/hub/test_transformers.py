@@ -153,7 +153,7 @@ def test_version_4_of_transformers_writes_other_rotary_keys(folders, tmp_path):
         ("llama", {"attention_bias": True}, "attention_bias = True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 'rope_type = "yarn"'),
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", {"hidden_size": None}, "hidden_size is missing"),

@@ -27,7 +27,7 @@ def clock(monkeypatch):
 
 
 def throughput_of(**arguments):
-    defaults = {"tokens_per_step": 600, "flops_per_token": 4e9, "num_devices": 2}
+    defaults = {"tokens_per_step": 600, "flops_per_token": 2e9}
     defaults |= {"peak_flops_per_s": 3e12, "num_steps": 110, "start_step": 10}
     defaults |= {"synchronize": lambda: None}
     return Throughput(**(defaults | arguments))
@@ -40,7 +40,7 @@ def test_speed_is_tokens_over_time(clock):
     clock.now += 20
     expected = {
         "throughput/tokens_per_s": 300,  # 10 steps of 600 tokens in 20 s
-        "throughput/tflop_per_s_per_device": 0.6,  # 300 tokens/s of 4e9 on 2 devices
+        "throughput/tflop_per_s_per_device": 0.6,  # 300 tokens/s of 2e9
         "throughput/mfu": 0.2,
         "throughput/eta_s": 89 * 2,
     }
@@ -50,7 +50,8 @@ def test_speed_is_tokens_over_time(clock):
     values = unknown.measure(11)
     assert "throughput/mfu" not in values
     # The only window of a run of one step.
-    assert values["throughput/tokens_per_s"] == unknown.mean_tokens_per_s == pytest.approx(120)
+    means = unknown.means()
+    assert values["throughput/tokens_per_s"] == means["throughput/tokens_per_s"] == 120
     assert values["throughput/eta_s"] == 0
 
 
@@ -64,11 +65,12 @@ def test_excluded_time_counts_for_the_time_left_only(clock):
     values = throughput.measure(30)
     assert values["throughput/tokens_per_s"] == pytest.approx(600)
     assert values["throughput/eta_s"] == pytest.approx(80 * 3)
-    assert throughput.mean_tokens_per_s == pytest.approx(600)
-    assert throughput.wall_time_s == pytest.approx(80)
+    assert throughput.means()["throughput/tokens_per_s"] == pytest.approx(600)
+    assert throughput.means()["throughput/wall_time_s"] == pytest.approx(80)
     clock.now += 20
     assert throughput.measure(40)["throughput/tokens_per_s"] == pytest.approx(300)
-    assert throughput.mean_tokens_per_s == pytest.approx(400)  # 20 steps in 30 s
+    means = {"tokens_per_s": 400, "mfu": 400 * 2e9 / 3e12, "wall_time_s": 100}  # 20 steps in 30 s
+    assert throughput.means() == pytest.approx({f"throughput/{k}": v for k, v in means.items()})
 
 
 def test_queued_work_before_excluded_time_counts(clock):
