@@ -33,16 +33,16 @@ class AnyModel:
         return [(plain_name(name), it) for name, it in self._module.named_parameters()]
 
     def blocks(self) -> dict[str, nn.Module]:
-        """Returns the modules of each `nn.ModuleList`, and of each `nn.Sequential` of one class."""
+        """Returns the modules of each `nn.ModuleList`, and of each `nn.Sequential` and
+        `nn.ModuleDict` of one class."""
         if isinstance(self._module, LanguageModel):
             return self._module.blocks()
         found = dict[str, nn.Module]()
         for name, module in self.named_modules():
             children = dict(module.named_children())
             is_alike = len({*map(type, children.values())}) == 1 < len(children)
-            if isinstance(module, nn.ModuleList) or (
-                isinstance(module, nn.Sequential) and is_alike
-            ):
+            is_container = isinstance(module, nn.Sequential | nn.ModuleDict)
+            if isinstance(module, nn.ModuleList) or (is_container and is_alike):
                 found |= {f"{name}.{key}".lstrip("."): child for key, child in children.items()}
         return found
 
@@ -64,7 +64,9 @@ class AnyModel:
         linears = {
             name: linear
             for name, linear in found.items()
-            if type(linear) is nn.Linear and linear not in read and uses[linear.weight] == 1
+            if type(linear).forward is nn.Linear.forward
+            and linear not in read
+            and uses[linear.weight] == 1
         }
         if not found:
             every = [name for name, it in self.named_modules() if isinstance(it, nn.Linear)]
@@ -75,8 +77,8 @@ class AnyModel:
         kept = [name for name in found if name not in linears]
         if kept and (targets is not None or not linears):
             raise ConfigError(
-                f"[method] targets: {abbreviate(kept)}: expected layers of nn.Linear itself whose "
-                "weight no other module uses, as with a tied head and in nn.MultiheadAttention"
+                f"[method] targets: {abbreviate(kept)}: expected layers with nn.Linear's forward "
+                "whose weight no other module uses, as with tied heads and nn.MultiheadAttention"
             )
         dtypes = {linear.weight.dtype for linear in linears.values()}
         if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:

@@ -82,7 +82,7 @@ class Optimizer(torch.optim.Optimizer):
         self._inner = self._build()
         groups = self._inner.parameter_groups()
         if not self._is_built:
-            super().__init__([{"params": [*g.parameters.values()], "lr": g.lr} for g in groups], {})
+            super().__init__([{"params": [*g.parameters.items()], "lr": g.lr} for g in groups], {})
         for own, group in zip(self.param_groups, groups, strict=True):
             own["params"] = [*group.parameters.values()]
         self._memory, self._places = self._addresses(), dict[str, tuple[Tensor, str]]()
