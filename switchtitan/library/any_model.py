@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from switchtitan.contracts import LanguageModel
+from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.errors import ConfigError, abbreviate
 from switchtitan.methods.targets import linear_layers
 
@@ -24,7 +24,7 @@ class AnyModel:
     compute_dtype = torch.float32
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self._module, self.is_merged = module, False
 
     def named_modules(self) -> list[tuple[str, nn.Module]]:
         return [(plain_name(name), module) for name, module in self._module.named_modules()]
@@ -60,25 +60,26 @@ class AnyModel:
         uses: Counter[Tensor] = Counter(parameter for _, parameter in parameters)
         readers = [it for it in self._module.modules() if isinstance(it, _READERS)]
         read = {child for reader in readers for child in reader.modules()}
-        found = linear_layers(self, targets)
-        linears = {
+        able = {
             name: linear
-            for name, linear in found.items()
-            if type(linear).forward is nn.Linear.forward
+            for name, linear in self.named_modules()
+            if isinstance(linear, nn.Linear)
+            and type(linear).forward is nn.Linear.forward
             and linear not in read
             and uses[linear.weight] == 1
         }
-        if not found:
-            every = [name for name, it in self.named_modules() if isinstance(it, nn.Linear)]
-            raise ConfigError(
-                "[method] targets: missing, and the model has no nn.Linear in an nn.ModuleList "
-                f"(transformers' Conv1D is none); choose from {abbreviate(every) or 'none'}"
-            )
-        kept = [name for name in found if name not in linears]
-        if kept and (targets is not None or not linears):
+        found = linear_layers(self, targets)
+        if kept := [name for name in found if name not in able and targets is not None]:
             raise ConfigError(
                 f"[method] targets: {abbreviate(kept)}: expected layers with nn.Linear's forward "
                 "whose weight no other module uses, as with tied heads and nn.MultiheadAttention"
+            )
+        linears = {name: able[name] for name in found if name in able}
+        if not linears:
+            raise ConfigError(
+                "[method] targets: missing, and the modules of nn.ModuleLists have no nn.Linear "
+                "that can be replaced (Conv1D, tied heads, nn.MultiheadAttention and "
+                f"nn.TransformerEncoderLayer cannot); the model has {abbreviate(able) or 'none'}"
             )
         dtypes = {linear.weight.dtype for linear in linears.values()}
         if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
@@ -93,7 +94,9 @@ def plain_name(name: str) -> str:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raises a ConfigError if a model is wrapped or sharded."""
+    """Raises a ConfigError if a model is wrapped, sharded or not plain any more."""
+    if any(isinstance(module, Reparametrized) for module in model.modules()):
+        raise ConfigError("apply: a method is applied to the model already; merge it first")
     is_wrapped = isinstance(model, DistributedDataParallel)
     is_wrapped |= any(plain_name(name) != name for name, _ in model.named_modules())
     if is_wrapped or any(isinstance(parameter, DTensor) for parameter in model.parameters()):

@@ -1,5 +1,6 @@
 """A method that is applied to a model: its layers, its optimizer, and the way back."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from switchtitan.methods.targets import FACTORS, FactorLinear, ReplacingMethod
 from switchtitan.optim import OPTIMIZERS
 from switchtitan.optim.muon import MuonConfig
 
+logger = logging.getLogger(__name__)
+
 
 class AppliedMethod:
     """What `switchtitan.apply` returns.
@@ -34,18 +37,21 @@ class AppliedMethod:
         self, model: nn.Module, name: str, num_steps: int, seed: int, keys: Mapping[str, Any]
     ) -> None:
         check_plain(model)
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise ConfigError(f"num_steps = {num_steps!r}: expected an integer of at least 1")
         self.model, self.layers, self._seed = model, dict[str, FactorLinear](), seed
-        view, config = AnyModel(model), METHODS.restore({"name": name, **keys})
-        problems = [*config.check_model(view), *config.check_length(num_steps)]
+        self._view, config = AnyModel(model), METHODS.restore({"name": name, **keys})
+        problems = [*config.check_model(self._view), *config.check_length(num_steps)]
         if not config.keeps_initial_weights:
             problems.append(f"[method] name = {name!r}: changes what a given model computes")
         if problems:
             raise ConfigError("; ".join(problems))
         self._method = METHODS.build(config, num_steps, seed)
         if isinstance(self._method, ReplacingMethod):
-            for layer, linear in view.replaceable(self._method.config.targets).items():
+            for layer, linear in self._view.replaceable(self._method.config.targets).items():
                 self.layers[layer] = self._replace(self._method, layer, linear)
         self._is_started = not any(layer.lora_a.is_meta for layer in self.layers.values())
+        self._has_optimizer = False
 
     def initialize(self) -> None:
         """Starts layers that were on the meta device in `apply`, once the model has its weights.
@@ -64,15 +70,20 @@ class AppliedMethod:
         Raises:
             ConfigError: names the key, its value and what was expected.
         """
+        if not isinstance(name, str):
+            raise ConfigError("optimizer: expected a name; it finds the parameters by itself")
         config = OPTIMIZERS.restore({"name": name, "lr": lr, **keys})
-        problems, view = optimizer_problems(self._method.config, config), AnyModel(self.model)
-        if isinstance(config, MuonConfig) and not (self.layers or view.blocks()):
+        problems = optimizer_problems(self._method.config, config)
+        if isinstance(config, MuonConfig) and not (self.layers or self._view.blocks()):
             problems.append("[optimizer] name = 'muon': trains blocks; there is no nn.ModuleList")
+        if self._view.is_merged:
+            problems.append("optimizer: the method was merged; apply it again")
         if not self._is_started:
             problems.append("optimizer: call initialize() before, once the model has its weights")
         if problems:
             raise ConfigError("; ".join(problems))
-        return Optimizer(view, lambda: self._build(config))
+        self._has_optimizer = True
+        return Optimizer(self._view, lambda: self._build(config))
 
     def dense_state_dict(self) -> dict[str, Tensor]:
         """Returns the state dict of the plain model that computes the same.
@@ -109,6 +120,8 @@ class AppliedMethod:
         """Puts `nn.Linear` layers with the trained weights in place; returns the model."""
         if any(isinstance(layer.lora_a, DTensor) for layer in self.layers.values()):
             raise ConfigError("merge: the model is sharded; use dense_state_dict")
+        if not self._has_optimizer:
+            logger.warning("merge: method.optimizer was not called: no vector was ever switched")
         dense, modules = self.dense_state_dict(), dict(self.model.named_modules())
         for name, module in modules.items():
             layer = self.layers.get(plain_name(name))
@@ -117,7 +130,7 @@ class AppliedMethod:
                 linear.weight = nn.Parameter(dense[f"{plain_name(name)}.weight"].detach())
                 linear.bias = layer.bias
                 self.model.set_submodule(name, linear.train(layer.training))
-        self.layers = {}
+        self.layers, self._view.is_merged = {}, True
         return self.model
 
     def _replace(self, method: ReplacingMethod, name: str, linear: nn.Linear) -> FactorLinear:
@@ -149,10 +162,13 @@ class AppliedMethod:
     def _build(self, config: OptimizerConfig) -> TrainingOptimizer:
         check_sharding(self.model)
         for layer in self.layers.values():
+            layer.get_parameter("weight").requires_grad_(False)
             factor: Tensor = layer.lora_a
+            if factor.dtype != torch.float32:
+                raise ConfigError(f"factors are {factor.dtype}: cast the model before apply")
             if isinstance(factor, DTensor):  # fully_shard leaves buffers as they are
                 shard_buffers(layer, factor.device_mesh)
-        return self._method.build_optimizer(AnyModel(self.model), config, compile_step=False)
+        return self._method.build_optimizer(self._view, config, compile_step=False)
 
     def _full_state(self) -> dict[str, Tensor]:
         """Returns full tensors by plain name, without candidates."""

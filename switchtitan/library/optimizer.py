@@ -97,6 +97,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _follow(self) -> None:
         """Follows parameters that were moved, or replaced in the groups, as accelerate does it."""
+        if self._model.is_merged:
+            raise ConfigError("the method was merged: apply it again, and build a new optimizer")
         if self._addresses() != self._memory:
             state = self._inner.state_dict()
             self._bind()

@@ -116,6 +116,9 @@ class FactorLinear(Reparametrized):
         self.lora_b = nn.Parameter(torch.empty(rank, out_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}"
+
     @abstractmethod
     def dense_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Returns the weight [out, in] of a linear layer that computes the same.

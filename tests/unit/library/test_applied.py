@@ -6,7 +6,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from support.loops import NUM_STEPS, SWITCHING, build_llama, draw_tokens, run_loop, start_loop
+from support.loops import (
+    NUM_STEPS,
+    SWITCHING,
+    build_llama,
+    draw_tokens,
+    loss_of,
+    run_loop,
+    start_loop,
+)
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
@@ -239,6 +247,10 @@ class Shared(nn.Module):
         self.again = self.blocks[0]
 
 
+def build_applied():
+    return start_loop()[0]
+
+
 def build_gpt2():
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)
@@ -258,12 +270,14 @@ PRODUCT = {"num_steps": 10, "rank": 4}
     [
         (build_llama, "switchlora", {"rank": 32}, ["[method] rank = 32", "q_proj"]),
         (build_llama, "switchlora", {"rnk": 4}, ["rnk = 4: unknown key"]),
+        (build_llama, "switchlora", {"num_steps": "9"}, ["num_steps = '9'"]),
+        (build_applied, "switchlora", {}, ["merge it first"]),
         (build_llama, "switchlora", {"targets": ["query"]}, ["'query'", "q_proj"]),
         (build_llama, "switchlora", {"interval": 1.0}, ["[method] interval = 1"]),
         (build_llama, "switchlora", {"candidates_device": "host"}, ["host memory"]),
         (build_tied, "switchlora", {"targets": ["lm_head"]}, ["lm_head", "tied"]),
-        (build_gpt2, "switchlora", {}, ["Conv1D", "lm_head"]),
-        (build_encoder, "switchlora", {}, ["layers.0.linear1", "nn.MultiheadAttention"]),
+        (build_gpt2, "switchlora", {}, ["Conv1D", "none"]),
+        (build_encoder, "switchlora", {}, ["nn.TransformerEncoderLayer"]),
         (Shared, "switchlora", {"targets": ["0.0"]}, ["blocks.0.0"]),
         (lambda: nn.Sequential(nn.Linear(8, 8)), "switchlora", {}, ["targets", "0"]),
         (lambda: build_llama().double(), "switchlora", {}, ["torch.float64"]),
@@ -287,6 +301,7 @@ def test_what_cannot_be_applied_is_refused_by_name(build, name, keys, fragments)
     [
         (build_llama, SWITCHING | {"name": "switchlora"}, "sgd", ["sgd", "adamw or muon"]),
         (build_llama, SWITCHING | {"name": "switchlora"}, "adam", ["adam", "expected one of"]),
+        (build_llama, SWITCHING | {"name": "switchlora"}, [{"params": []}], ["expected a name"]),
         (lambda: nn.Linear(8, 8), {"name": "full_rank", "num_steps": 9}, "muon", ["ModuleList"]),
         (lambda: nn.Linear(8, 8), {"name": "full_rank", "num_steps": 9}, "scale", ["head"]),
     ],
@@ -295,6 +310,33 @@ def test_an_optimizer_that_does_not_fit_is_refused(build, method, optimizer, fra
     with pytest.raises(ConfigError) as error:
         apply(build(), **method).optimizer(optimizer, lr=1.0)
     assert all(fragment in str(error.value) for fragment in fragments), error.value
+
+
+def test_a_method_ends_with_merge_and_needs_its_own_optimizer(caplog):
+    model, method, optimizer = start_loop()
+    loss_of(model, draw_tokens(0)).backward()
+    method.merge()
+    for call in (optimizer.step, lambda: method.optimizer(lr=1e-2)):
+        with pytest.raises(ConfigError, match="merged"):
+            call()
+    assert not caplog.records
+    apply(build_llama(), **SWITCHING).merge()
+    assert "was not called" in caplog.text
+
+
+def test_factors_stay_in_fp32_and_frozen_weights_out_of_the_groups():
+    model = build_llama()
+    method = apply(model, **SWITCHING)
+    optimizer = method.optimizer(lr=1e-2)
+    model.requires_grad_(True).bfloat16()
+    loss_of(model, draw_tokens(0)).backward()
+    with pytest.raises(ConfigError, match=r"torch\.bfloat16"):
+        optimizer.step()
+    model = build_llama()
+    method = apply(model, **SWITCHING)
+    model.requires_grad_(True)
+    trained = [p for group in method.optimizer(lr=1e-2).param_groups for p in group["params"]]
+    assert not {id(layer.weight) for layer in method.layers.values()} & {*map(id, trained)}
 
 
 @pytest.mark.parametrize("keys", [{}, {"contraction": "factored"}, {"dropout": 1e-9}])
