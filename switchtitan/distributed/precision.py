@@ -6,11 +6,15 @@ TF32 has 10. (Not in `dtype`, which imports `world`, which imports this.)
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
 from switchtitan.errors import EnvironmentMismatchError
+
+_BACKENDS: tuple[Any, Any] = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+"""What multiplies matrices on GPUs and on CPUs."""
 
 
 def use_full_precision(device_type: str) -> None:
@@ -40,13 +44,22 @@ def allow_tf32() -> None:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Multiplies fp32 matrices in fp32, whatever is set outside."""
-    outside = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Multiplies fp32 matrices in fp32, whatever is set outside, in torch's older or newer way."""
+    newer, older = [backend.fp32_precision for backend in _BACKENDS], None
+    with suppress(RuntimeError):  # only the newer way was taken
+        older = torch.get_float32_matmul_precision()
+    _set_precisions(older and "highest", ["ieee"] * len(newer))
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(outside)
+        _set_precisions(older, newer)
+
+
+def _set_precisions(older: str | None, newer: list[str]) -> None:
+    if older is not None:
+        torch.set_float32_matmul_precision(older)
+    for backend, precision in zip(_BACKENDS, newer, strict=True):
+        backend.fp32_precision = precision
 
 
 def use_deterministic_algorithms() -> None:

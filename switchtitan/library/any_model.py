@@ -4,17 +4,18 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from switchtitan.contracts import LanguageModel, Reparametrized
+from switchtitan.contracts import Reparametrized
 from switchtitan.errors import ConfigError, abbreviate
 from switchtitan.methods.targets import linear_layers
 
 _FSDP1 = "_fsdp_wrapped_module"
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", _FSDP1)
 """Names of what torch.compile, activation checkpointing and FSDP1 wrap."""
-_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_FP32, _BF16 = torch.float32, torch.bfloat16
+_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that read the weights of their layers instead of calling them."""
 
 
@@ -25,40 +26,34 @@ class AnyModel:
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self.is_merged = module, False
+        # Wrappers may make the modules of a container unlike later.
+        self._blocks = {
+            f"{name}.{key}".lstrip("."): child
+            for name, container in module.named_modules()
+            if _holds_blocks(container)
+            for key, child in container.named_children()
+        }
+
+    def blocks(self) -> dict[str, nn.Module]:
+        return self._blocks
 
     def named_modules(self) -> list[tuple[str, nn.Module]]:
         return [(plain_name(name), module) for name, module in self._module.named_modules()]
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(plain_name(name), it) for name, it in self._module.named_parameters()]
-
-    def blocks(self) -> dict[str, nn.Module]:
-        """Returns the modules of each `nn.ModuleList`, and of each `nn.Sequential` and
-        `nn.ModuleDict` of one class."""
-        if isinstance(self._module, LanguageModel):
-            return self._module.blocks()
-        found = dict[str, nn.Module]()
-        for name, module in self.named_modules():
-            children = dict(module.named_children())
-            is_alike = len({*map(type, children.values())}) == 1 < len(children)
-            is_container = isinstance(module, nn.Sequential | nn.ModuleDict)
-            if isinstance(module, nn.ModuleList) or (is_container and is_alike):
-                found |= {f"{name}.{key}".lstrip("."): child for key, child in children.items()}
-        return found
+        return [(plain_name(name), value) for name, value in self._module.named_parameters()]
 
     def output_head(self) -> nn.Module | None:
         """Returns the head of models of transformers; None if the module does not name it."""
-        if isinstance(self._module, LanguageModel):
-            return self._module.output_head()
         head: nn.Module | None = getattr(self._module, "get_output_embeddings", lambda: None)()
         return head
 
     def replaceable(self, targets: tuple[str, ...] | None) -> dict[str, nn.Linear]:
-        """Returns the targets by name, by default the layers in blocks whose weight no other module
-        uses. Raises a ConfigError if there is none, or another one is among `targets`."""
+        """Returns the targets by name, by default the layers in blocks that train and whose weight
+        no other module uses. Raises a ConfigError if there is none, or one cannot be replaced."""
         parameters = self._module.named_parameters(remove_duplicate=False)
         uses: Counter[Tensor] = Counter(parameter for _, parameter in parameters)
-        readers = [it for it in self._module.modules() if isinstance(it, _READERS)]
+        readers = [module for module in self._module.modules() if isinstance(module, _READ_WEIGHTS)]
         read = {child for reader in readers for child in reader.modules()}
         able = {
             name: linear
@@ -69,23 +64,33 @@ class AnyModel:
             and uses[linear.weight] == 1
         }
         found = linear_layers(self, targets)
-        if kept := [name for name in found if name not in able and targets is not None]:
+        if targets is None:
+            found = {name: able[name] for name in found if name in able}
+            found = {name: it for name, it in found.items() if it.weight.requires_grad}
+        if unable := [name for name in found if name not in able]:
             raise ConfigError(
-                f"[method] targets: {abbreviate(kept)}: expected layers with nn.Linear's forward "
+                f"[method] targets: {abbreviate(unable)}: expected layers with nn.Linear's forward "
                 "whose weight no other module uses, as with tied heads and nn.MultiheadAttention"
             )
-        linears = {name: able[name] for name in found if name in able}
-        if not linears:
+        if not found:
             raise ConfigError(
                 "[method] targets: missing, and the modules of nn.ModuleLists have no nn.Linear "
-                "that can be replaced (Conv1D, tied heads, nn.MultiheadAttention and "
+                "that trains and can be replaced (Conv1D, tied heads, nn.MultiheadAttention and "
                 f"nn.TransformerEncoderLayer cannot); the model has {abbreviate(able) or 'none'}"
             )
-        dtypes = {linear.weight.dtype for linear in linears.values()}
-        if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
-            names = ", ".join(sorted(map(str, dtypes)))
-            raise ConfigError(f"weights of layers are {names}: expected float32, or all bfloat16")
-        return linears
+        if {linear.weight.dtype for linear in found.values()} not in ({_FP32}, {_BF16}):
+            dtypes = ", ".join({str(linear.weight.dtype) for linear in found.values()})
+            raise ConfigError(f"weights of layers are {dtypes}: expected float32, or all bfloat16")
+        return found
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Whether a module is an `nn.ModuleList`, or an `nn.Sequential` or `nn.ModuleDict` of several
+    modules of one class."""
+    types = [type(child) for child in module.children()]
+    is_alike = len(types) > 1 and len(set(types)) == 1
+    is_container = isinstance(module, nn.Sequential | nn.ModuleDict)
+    return isinstance(module, nn.ModuleList) or (is_container and is_alike)
 
 
 def plain_name(name: str) -> str:
@@ -94,7 +99,7 @@ def plain_name(name: str) -> str:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raises a ConfigError if a model is wrapped, sharded or not plain any more."""
+    """Raises a ConfigError if a model is wrapped, sharded, or has a method's layers."""
     if any(isinstance(module, Reparametrized) for module in model.modules()):
         raise ConfigError("apply: a method is applied to the model already; merge it first")
     is_wrapped = isinstance(model, DistributedDataParallel)
@@ -105,11 +110,7 @@ def check_plain(model: nn.Module) -> None:
 
 def check_sharding(model: nn.Module) -> None:
     """Raises a ConfigError if parameters are sharded in another way than FSDP2 does by default."""
-    for name, parameter in model.named_parameters():
-        placed = parameter.placements if isinstance(parameter, DTensor) else ()
-        if (
-            _FSDP1 in name
-            or len(placed) > 2
-            or any(not (it.is_shard(0) if it is placed[-1] else it.is_replicate()) for it in placed)
-        ):
+    expected = [(Shard(0),), (Replicate(), Shard(0))]
+    for name, value in model.named_parameters():
+        if _FSDP1 in name or (isinstance(value, DTensor) and value.placements not in expected):
             raise ConfigError(f"optimizer: {name}: only fully_shard over dimension 0 is supported")

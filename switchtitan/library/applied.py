@@ -18,7 +18,7 @@ from switchtitan.errors import ConfigError
 from switchtitan.library.any_model import AnyModel, check_plain, check_sharding, plain_name
 from switchtitan.library.optimizer import Optimizer
 from switchtitan.methods import METHODS, optimizer_problems
-from switchtitan.methods.targets import FACTORS, FactorLinear, ReplacingMethod
+from switchtitan.methods.targets import FACTORS, FactorLinear, ReplacingMethod, TargetConfig
 from switchtitan.optim import OPTIMIZERS
 from switchtitan.optim.muon import MuonConfig
 
@@ -46,19 +46,21 @@ class AppliedMethod:
             problems.append(f"[method] name = {name!r}: changes what a given model computes")
         if problems:
             raise ConfigError("; ".join(problems))
-        self._method = METHODS.build(config, num_steps, seed)
-        if isinstance(self._method, ReplacingMethod):
-            for layer, linear in self._view.replaceable(self._method.config.targets).items():
-                self.layers[layer] = self._replace(self._method, layer, linear)
-        self._is_started = not any(layer.lora_a.is_meta for layer in self.layers.values())
+        method = self._method = METHODS.build(config, num_steps, seed)
+        targets = dict[str, nn.Linear]()
+        if isinstance(config, TargetConfig):
+            targets = self._view.replaceable(config.targets)
+        if isinstance(method, ReplacingMethod):
+            self.layers = {layer: self._replace(method, layer, targets[layer]) for layer in targets}
+        self._on_meta = [layer for layer, linear in targets.items() if linear.weight.is_meta]
         self._has_optimizer = False
 
     def initialize(self) -> None:
-        """Starts layers that were on the meta device in `apply`, once the model has its weights.
+        """Starts layers that were on the meta device in `apply`, once the model has plain weights.
         Collective if they are sharded."""
-        for name, layer in self.layers.items():
+        while self._on_meta and self.layers:
+            layer = self.layers[name := self._on_meta.pop()]
             self._start(name, layer, full_tensor(layer.get_parameter("weight")))
-        self._is_started = True
 
     def optimizer(self, name: str = "adamw", *, lr: float, **keys: Any) -> Optimizer:
         """Returns an optimizer of all parameters that require a gradient. Call after `fully_shard`.
@@ -78,8 +80,8 @@ class AppliedMethod:
             problems.append("[optimizer] name = 'muon': trains blocks; there is no nn.ModuleList")
         if self._view.is_merged:
             problems.append("optimizer: the method was merged; apply it again")
-        if not self._is_started:
-            problems.append("optimizer: call initialize() before, once the model has its weights")
+        if self._on_meta and self.layers:
+            problems.append("optimizer: call initialize() before, once plain weights are loaded")
         if problems:
             raise ConfigError("; ".join(problems))
         self._has_optimizer = True
@@ -112,7 +114,10 @@ class AppliedMethod:
         """
         from switchtitan.hub.peft_folder import write_adapter
 
-        if updates := self._method.low_rank_updates(self._full_state()):
+        if not self.layers:
+            raise ConfigError("save_peft: the model has no low-rank updates")
+        updates = self._method.low_rank_updates(self._full_state())
+        if _is_main():
             Path(folder).mkdir(parents=True, exist_ok=True)
             write_adapter(updates.items(), Path(folder), Path(base), torch.float32, task_type)
 
@@ -122,13 +127,12 @@ class AppliedMethod:
             raise ConfigError("merge: the model is sharded; use dense_state_dict")
         if not self._has_optimizer:
             logger.warning("merge: method.optimizer was not called: no vector was ever switched")
-        dense, modules = self.dense_state_dict(), dict(self.model.named_modules())
-        for name, module in modules.items():
-            layer = self.layers.get(plain_name(name))
-            if layer is module and layer is not None:
+        dense = self.dense_state_dict()
+        for name, layer in list(self.model.named_modules()):
+            if isinstance(layer, FactorLinear):
                 linear = nn.Linear(layer.in_features, layer.out_features, False, "meta")
                 linear.weight = nn.Parameter(dense[f"{plain_name(name)}.weight"].detach())
-                linear.bias = layer.bias
+                linear.register_parameter("bias", layer.bias)
                 self.model.set_submodule(name, linear.train(layer.training))
         self.layers, self._view.is_merged = {}, True
         return self.model
@@ -161,11 +165,12 @@ class AppliedMethod:
 
     def _build(self, config: OptimizerConfig) -> TrainingOptimizer:
         check_sharding(self.model)
-        for layer in self.layers.values():
+        for name, layer in self.layers.items():
             layer.get_parameter("weight").requires_grad_(False)
             factor: Tensor = layer.lora_a
-            if factor.dtype != torch.float32:
-                raise ConfigError(f"factors are {factor.dtype}: cast the model before apply")
+            if factor.dtype != torch.float32 or not factor.requires_grad:
+                problem = f"{name}: its factors are frozen, or {factor.dtype}"
+                raise ConfigError(f"{problem}: freeze layers and cast the model before apply")
             if isinstance(factor, DTensor):  # fully_shard leaves buffers as they are
                 shard_buffers(layer, factor.device_mesh)
         return self._method.build_optimizer(self._view, config, compile_step=False)
@@ -177,5 +182,9 @@ class AppliedMethod:
             for key in layer.sharded_buffers:
                 del state[f"{name}.{key}"]
         if any(isinstance(tensor, DTensor) for tensor in state.values()):
-            return gather_on_main(state.items(), is_main=dist.get_rank() == 0)
+            return gather_on_main(state.items(), _is_main())
         return state
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -26,8 +26,7 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, model: AnyModel, build: Callable[[], TrainingOptimizer]) -> None:
-        self._model, self._build = model, build
-        self._is_built, self._is_fresh = False, True
+        self._model, self._build, self._is_built = model, build, False
         self._bind()
         self._is_built = True
 
@@ -44,8 +43,8 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._follow()
-        self._is_fresh = False
+        self._rebind_if_moved()
+        self._check_trains()
         for own, group in zip(self.param_groups, self._inner.parameter_groups(), strict=True):
             group.lr = float(own["lr"])
         self._inner.set_lr(1.0)
@@ -59,22 +58,29 @@ class Optimizer(torch.optim.Optimizer):
         return {tag: value for tag, value in found if not tag.startswith("optimizer/")}
 
     def state_dict(self) -> dict[str, Any]:
-        self._follow()
+        self._rebind_if_moved()
         self._collect_state()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copies into the state: torch would cast the integers of a plan to the parameters' dtype.
-        Raises a CheckpointError if the state is of another method or model."""
-        self._follow()
-        super().load_state_dict({**state_dict, "state": {}})  # checks and loads the groups
+        Raises a CheckpointError if the state is of another method, rank or model."""
+        self._rebind_if_moved()
         ids = [number for group in state_dict["param_groups"] for number in group["params"]]
-        saved = {p: state_dict["state"].get(i, {}) for p, i in zip(self._owned(), ids, strict=True)}
-        if lacking := [key for key, (p, name) in self._places.items() if name not in saved[p]]:
-            raise CheckpointError(f"the state lacks {lacking[0]}: another method's or model's")
-        given = {key: saved[p][name] for key, (p, name) in self._places.items()}
+        saved = {
+            p: state_dict["state"].get(i, {}) for p, i in zip(self._owned(), ids, strict=False)
+        }
+        given, own = {}, self._inner.state_dict()
+        for key, (parameter, name) in self._owners.items():
+            value = given[key] = saved.get(parameter, {}).get(name)
+            if value is None or value.shape != own[key].shape:
+                found = "nothing" if value is None else list(value.shape)
+                raise CheckpointError(
+                    f"the state has {found} for {key}, expected {list(own[key].shape)}: it is "
+                    "another method's, rank's or model's"
+                )
+        super().load_state_dict({**state_dict, "state": {}})  # the groups
         self._inner.load_state_dict(given)
-        self._is_fresh = False
         self._collect_state()
 
     def _bind(self) -> None:
@@ -85,33 +91,35 @@ class Optimizer(torch.optim.Optimizer):
             super().__init__([{"params": [*g.parameters.items()], "lr": g.lr} for g in groups], {})
         for own, group in zip(self.param_groups, groups, strict=True):
             own["params"] = [*group.parameters.values()]
-        self._memory, self._places = self._addresses(), dict[str, tuple[Tensor, str]]()
+        self._bound, self._owners = self._addresses(), dict[str, tuple[Tensor, str]]()
         named = {name: p for group in groups for name, p in group.parameters.items()}
         for key in self._inner.state_dict():
             name = key
             while name and name not in named:
                 name = name.rpartition(".")[0]
-            self._places[key] = named.get(name, self._owned()[0]), key[len(name) :].lstrip(".")
+            self._owners[key] = named.get(name, self._owned()[0]), key[len(name) :].lstrip(".")
         self.state.clear()
         self._collect_state()
 
-    def _follow(self) -> None:
+    def _rebind_if_moved(self) -> None:
         """Follows parameters that were moved, or replaced in the groups, as accelerate does it."""
-        if self._model.is_merged:
-            raise ConfigError("the method was merged: apply it again, and build a new optimizer")
-        if self._addresses() != self._memory:
+        if self._addresses() != self._bound:
             state = self._inner.state_dict()
             self._bind()
-            if not self._is_fresh:
-                self._inner.load_state_dict(state)
-        elif all(parameter.grad is None for parameter in self._owned()):
+            self._inner.load_state_dict(state)
+
+    def _check_trains(self) -> None:
+        """Raises a ConfigError if the parameters are no longer those of the model."""
+        if self._model.is_merged:
+            raise ConfigError("the method was merged: apply it again, and build a new optimizer")
+        if all(parameter.grad is None for parameter in self._owned()):
             current = {id(parameter) for _, parameter in self._model.named_parameters()}
             if not current.issuperset(map(id, self._owned())):
                 raise ConfigError("the model has new parameters: call optimizer after fully_shard")
 
     def _collect_state(self) -> None:
         for key, value in self._inner.state_dict().items():
-            parameter, name = self._places[key]
+            parameter, name = self._owners[key]
             self.state[parameter][name] = value.to(parameter.device)  # torch expects one device
 
     def _owned(self) -> list[Tensor]:

@@ -172,6 +172,7 @@ class ProjectedOptimizer(GroupedOptimizer):
         self._method, self._adam, self._seed = method, adam, seed
         self._targeted = [ProjectedWeight(*item, method.rank) for item in parameters.items()]
         self._first = self._targeted[0].parameter
+        self._have_bases = set[str]()
         self._group = shard_group(self._first)
         self._num_steps = 0
         self._compile = compile_if(compile_step)
@@ -184,9 +185,12 @@ class ProjectedOptimizer(GroupedOptimizer):
         self._weights = [it for it in self._targeted if it.parameter.grad is not None]
         self._left = [weight for weight in self._weights if not weight.is_right]
 
-    def renew_bases(self) -> None:
-        """Sets the bases for the next `update_interval` steps, from the gradients."""
-        renew_from_gradients(self._weights)
+    def renew_bases(self, is_due: bool) -> None:
+        """Sets bases from the gradients: all, every `update_interval` steps, or those of weights
+        that had no gradient so far."""
+        if lacking := [it for it in self._weights if is_due or it.name not in self._have_bases]:
+            renew_from_gradients(lacking)
+            self._have_bases |= {weight.name for weight in lacking}
 
     @abstractmethod
     def update(self, step_size: float, decay: float) -> None:
@@ -197,8 +201,7 @@ class ProjectedOptimizer(GroupedOptimizer):
         self._choose_weights()
         if not self._weights:
             return
-        if self._num_steps % self._method.update_interval == 0:
-            self.renew_bases()
+        self.renew_bases(is_due=self._num_steps % self._method.update_interval == 0)
         self._num_steps += 1
         (beta1, beta2), n = self._adam.betas, self._num_steps
         # The bias correction as at the end of sec. 2 of arXiv 1412.6980.
@@ -244,6 +247,8 @@ class ProjectedOptimizer(GroupedOptimizer):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
         self._num_steps = int(state["projection.step"])
+        bases = {weight.name: full_tensor(weight.basis) for weight in self._targeted}
+        self._have_bases = {name for name, basis in bases.items() if bool(basis.any())}
 
 
 def direction_(
@@ -415,7 +420,9 @@ class ApolloOptimizer(LimitedOptimizer):
     measure = staticmethod(sums_of_squares)
     _method: ApolloConfig
 
-    def renew_bases(self) -> None:
+    def renew_bases(self, is_due: bool) -> None:
+        if not is_due:
+            return
         number = self._num_steps // self._method.update_interval
         for weight in self._targeted:
             generator = generator_for(self._seed, f"{weight.name}.basis.{number}")
@@ -428,7 +435,7 @@ class ApolloOptimizer(LimitedOptimizer):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
-        self.renew_bases()
+        self.renew_bases(is_due=True)
 
     def update(self, step_size: float, decay: float) -> None:
         by_channel = self._method.scaling == "channel"

@@ -35,7 +35,7 @@ def linear_layers(
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and (name.startswith(blocks) if targets is None else is_named(name, targets))
+        and (f"{name}.".startswith(blocks) if targets is None else is_named(name, targets))
     }
 
 

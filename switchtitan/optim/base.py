@@ -4,8 +4,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from switchtitan.contracts import OptimizerConfig, ParameterGroup, TrainingOptimizer
+from switchtitan.distributed.shards import copy_from_full_
 from switchtitan.optim.parameters import TrainedParameter, parameter_groups
 
 
@@ -55,7 +57,10 @@ class GroupedOptimizer(TrainingOptimizer):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for key, tensor in self.state_dict().items():
-            tensor.copy_(state[key])
+            if isinstance(tensor, DTensor) and not isinstance(state[key], DTensor):
+                copy_from_full_(tensor, state[key])  # of before parameters were sharded
+            else:
+                tensor.copy_(state[key])
 
 
 class SplitOptimizer(TrainingOptimizer):

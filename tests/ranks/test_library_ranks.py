@@ -117,7 +117,7 @@ def check_checkpoint(rank, folder, wrapper):
         with pytest.raises(ConfigError, match="dense_state_dict"):
             method.merge()
         with pytest.raises(ConfigError, match="apply first"):
-            apply(called, **SWITCHING)
+            apply(fully_shard(build_llama()), **SWITCHING)
         names = build_llama().state_dict().keys() if rank == 0 else set()
         assert method.base_state_dict().keys() == names
 
@@ -127,15 +127,27 @@ def test_torch_s_distributed_checkpoints_resume_bit_for_bit(wrapper, tmp_path):
     run_on_ranks(2, check_checkpoint, str(tmp_path / "saved"), wrapper)
 
 
-def check_late_sharding(rank):
+def check_late_sharding(rank, expected):
     model = build_llama()
     method = apply(model, **SWITCHING)
-    optimizer = method.optimizer(lr=1e-2)
+    optimizer = method.optimizer(lr=1e-2, betas=(0.9, 0.95))
+    optimizer.load_state_dict(optimizer.state_dict())
+    old = dict(model.named_parameters())
     fully_shard(model)
     loss_of(model, draw_tokens(0)).backward()
     with pytest.raises(ConfigError, match="after fully_shard"):
         optimizer.step()
+    model.zero_grad()
+    names = {parameter: name for name, parameter in old.items()}
+    for group in optimizer.param_groups:  # as accelerate does it
+        group["params"] = [model.get_parameter(names[parameter]) for parameter in group["params"]]
+    losses = train(model, optimizer, range(6))
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        loss_of(model, draw_tokens(9))
+    assert optimizer.state_dict()["state"][0]["switch.step"] == 6
 
 
-def test_an_optimizer_of_before_fully_shard_is_refused():
-    run_on_ranks(2, check_late_sharding)
+def test_an_optimizer_of_before_fully_shard_follows_its_groups_or_is_refused():
+    model, _, optimizer = start("plain", "switchlora")
+    run_on_ranks(2, check_late_sharding, run_loop(model, optimizer, range(6)))

@@ -121,8 +121,9 @@ class AdapterLinear(FactorLinear):
 
 def in_compute_dtype(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
     """Returns x and factors in the dtype of autocast if that is on, or else of x."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    kind, dtype = x.device.type, x.dtype
+    if not x.is_meta and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
     return tuple(tensor.to(dtype) for tensor in (x, *factors))
 
 

@@ -144,6 +144,17 @@ def test_full_precision_restores_what_was_set_outside(precision):
     assert MATMUL.allow_tf32
 
 
+def test_full_precision_restores_what_was_set_in_torch_s_newer_way(precision):
+    """As `TrainingArguments(tf32=True)` of transformers does it, before and after."""
+    for _ in range(2):
+        MATMUL.fp32_precision = "tf32"
+        with full_precision():
+            assert MATMUL.fp32_precision == "ieee"
+        assert MATMUL.fp32_precision == "tf32"
+        MATMUL.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+
+
 class RecordProducts(CountingMode):
     """The precision that is set at each product of matrices."""
 

@@ -140,12 +140,13 @@ def test_parameters_that_move_are_followed(num_before):
     assert run_loop(model, optimizer, range(num_before, 6)) == losses[num_before:]
 
 
-def test_the_state_of_another_method_is_refused():
-    _, _, optimizer = start_loop(candidates="constant")
-    groups = optimizer.state_dict()["param_groups"]
-    lora = start_loop(name="lora", rank=6, num_steps=9)[2].state_dict()
-    with pytest.raises(CheckpointError, match=r"lacks switch\.step"):
-        optimizer.load_state_dict(lora | {"param_groups": groups})
+@pytest.mark.parametrize("keys", [{"name": "lora", "rank": 6, "num_steps": 9}, {"rank": 5}])
+def test_the_state_of_another_method_or_rank_is_refused(keys):
+    model, _, optimizer = start_loop()
+    other = start_loop(**keys)[2].state_dict()
+    with pytest.raises(CheckpointError, match=r"it is another method's, rank's or model's"):
+        optimizer.load_state_dict(other)
+    assert run_loop(model, optimizer, [0]) == run_loop(*start_loop()[::2], [0])
 
 
 def test_a_step_that_a_grad_scaler_skips_switches_nothing():
