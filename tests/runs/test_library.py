@@ -5,17 +5,14 @@ from itertools import islice
 
 import pytest
 import torch
-from support.loops import EXAMPLES, run_example
+from support.loops import run_example
 from support.tiny import tiny_config, tiny_stepper
 from torch.nn.utils import clip_grad_norm_
 
 from switchtitan import apply
 from switchtitan.distributed.fsdp import materialize
-from switchtitan.distributed.world import start_world
 from switchtitan.models import plain_model
 from switchtitan.optim.lr_schedule import build_lr_schedule
-from switchtitan.training.build import build_batches, open_checked_corpus
-from switchtitan.training.step import TrainState
 
 RUNS = {
     "switchlora": ("switchlora", []),
@@ -41,8 +38,7 @@ def test_an_own_loop_has_the_losses_of_the_trainer(kind, tmp_path):
     optimizer = method.optimizer(**config.optimizer.model_dump(exclude_unset=True))
     schedule = build_lr_schedule(config.lr_schedule, 60)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    world = start_world(config.parallelism)
-    batches = build_batches(config, open_checked_corpus(config, world), world, TrainState())
+    batches = tiny_stepper(config).batches
     losses = []
     for micro_batches in islice(batches, 60):
         divisor, total = sum(batch.targets.numel() for batch in micro_batches), torch.zeros(())
@@ -61,25 +57,45 @@ def test_an_own_loop_has_the_losses_of_the_trainer(kind, tmp_path):
     assert losses[-1] < losses[0] - 1
 
 
-@pytest.mark.parametrize("title", [title for title in EXAMPLES if not title.startswith("A plain")])
-def test_examples_run_as_they_stand(title, tmp_path):
-    run_example(title, tmp_path, ranks=2 if "torchrun" in title else 1)
-    if (tmp_path / "outputs" / "switchlora_trainer").exists():
-        check_plain_folder(tmp_path / "outputs" / "switchlora_trainer" / "plain")
-    if (tmp_path / "outputs" / "switchlora_fsdp2").exists():
-        check_plain_folder(tmp_path / "outputs" / "switchlora_fsdp2" / "plain")
-
-
-def check_plain_folder(folder):
-    """transformers loads it alone, without a missing or unexpected weight."""
+@pytest.mark.parametrize(
+    ("start", "ranks", "folder"),
+    [
+        ("transformers.Trainer", 1, "switchlora_trainer/plain"),
+        ("FSDP2 and torch's", 2, "switchlora_fsdp2/plain"),
+        ("A PEFT adapter", 1, "adapter/base"),
+    ],
+)
+def test_examples_run_as_they_stand(start, ranks, folder, tmp_path):
+    """transformers loads what they wrote, without a missing or unexpected weight."""
     from transformers import LlamaForCausalLM
 
-    _, report = LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
+    run_example(start, tmp_path, ranks=ranks)
+    found = tmp_path / "outputs" / folder
+    _, report = LlamaForCausalLM.from_pretrained(found, output_loading_info=True)
     assert not any(report.values()), report
 
 
+def test_accelerate_s_state_goes_on_bit_for_bit(tmp_path):
+    rest = """
+def rest():
+    for batch in list(loader)[:4]:
+        accelerator.backward(model(input_ids=batch, labels=batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cat([tensor.flatten().float() for tensor in model.state_dict().values()])
+
+
+once = rest()
+accelerator.load_state("outputs/switchlora_accelerate")
+print(torch.equal(once, rest()))
+"""
+    run_example("accelerate", tmp_path)
+    goes_on = "# load_state goes on bit for bit\n"
+    assert run_example("accelerate", tmp_path, [(f"  {goes_on}", f"\n{rest}")]) == "True\n"
+
+
 def test_a_trainer_of_transformers_resumes_bit_for_bit(tmp_path):
-    saved = """torch.save([model.state_dict(), optimizer.state_dict()], "state.pt")
+    saved = """torch.save([model.state_dict(), optimizer.state_dict()["state"]], "state.pt")
 model.save_pretrained"""
     changes = [("model = L", "torch.manual_seed(0)\nmodel = L"), ("model.save_pretrained", saved)]
     resumed = ("trainer.train()", "trainer.train('outputs/switchlora_trainer/checkpoint-10')")
@@ -87,5 +103,5 @@ model.save_pretrained"""
     for more in ([], [resumed]):
         run_example("transformers.Trainer", tmp_path, [*changes, *more])
         states.append(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert states[0][1]["state"][0]["switch.step"] == 20
+    assert states[0][1][0]["switch.step"] == 20
     torch.testing.assert_close(*states, atol=0, rtol=0)

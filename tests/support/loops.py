@@ -1,21 +1,21 @@
 """Training loops as users write them: those of docs/LIBRARY.md, and one with a small LLaMA."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import tomli
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from switchtitan import apply
 
-PAGE = Path(__file__).parents[2] / "docs" / "LIBRARY.md"
-EXAMPLES = {
-    code.partition('"""')[2].partition('"""')[0]: code
-    for code in re.findall(r"(?ms)^```python\n(.*?)^```", PAGE.read_text())
-}
-"""The examples of the page by their first line."""
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "LIBRARY.md").read_text()
+EXAMPLES = re.findall(r"(?ms)^```python\n(.*?)^```", PAGE)
+"""Each begins with a docstring."""
 VOCABULARY, NUM_STEPS = 64, 40
 SWITCHING = {
     "rank": 6,
@@ -73,18 +73,31 @@ def num_switched(optimizer):
     return optimizer.metrics()["switch/vectors_switched_total"]
 
 
+def missing_packages():
+    """The packages of the extra `train` that transformers does not install either."""
+    project = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [re.match(r"[\w-]+", line)[0] for line in project["optional-dependencies"]["train"]]
+    packages = {name.replace("-", "_") for name in names}
+    return sorted(packages - {"tokenizers", "huggingface_hub", "filelock"})
+
+
 def run_example(start, folder, changes=(), ranks=1):
-    """Runs the example whose first line starts so, as it stands but for `changes`; returns what it
-    printed."""
-    (code,) = (code for title, code in EXAMPLES.items() if title.startswith(start))
+    """Runs the example whose docstring starts so, as it stands but for `changes`, where the
+    trainer's packages are missing; returns what it printed."""
+    (code,) = (code for code in EXAMPLES if code.startswith(f'"""{start}'))
     for given, changed in changes:
         assert given in code
         code = code.replace(given, changed)
     (folder / "example.py").write_text(code)
+    block = f"import sys\nsys.modules.update(dict.fromkeys({missing_packages()}))\n"
+    (folder / "sitecustomize.py").write_text(block)
     command = [sys.executable, "example.py"]
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command[1:1] = launcher
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    environ = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
