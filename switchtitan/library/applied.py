@@ -52,13 +52,13 @@ class AppliedMethod:
             targets = self._view.replaceable(config.targets)
         if isinstance(method, ReplacingMethod):
             self.layers = {layer: self._replace(method, layer, targets[layer]) for layer in targets}
-        self._on_meta = [layer for layer, linear in targets.items() if linear.weight.is_meta]
+        self._on_meta = [name for name in self.layers if targets[name].weight.is_meta]
         self._has_optimizer = False
 
     def initialize(self) -> None:
         """Starts layers that were on the meta device in `apply`, once the model has plain weights.
         Collective if they are sharded."""
-        while self._on_meta and self.layers:
+        while self._on_meta:
             layer = self.layers[name := self._on_meta.pop()]
             self._start(name, layer, full_tensor(layer.get_parameter("weight")))
 
@@ -80,7 +80,7 @@ class AppliedMethod:
             problems.append("[optimizer] name = 'muon': trains blocks; there is no nn.ModuleList")
         if self._view.is_merged:
             problems.append("optimizer: the method was merged; apply it again")
-        if self._on_meta and self.layers:
+        if self._on_meta:
             problems.append("optimizer: call initialize() before, once plain weights are loaded")
         if problems:
             raise ConfigError("; ".join(problems))
