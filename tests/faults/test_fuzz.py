@@ -13,7 +13,13 @@ from support.folders import random_weights, reader_of, with_header
 from support.fuzzing import EXTREME_NUMBERS, STRANGE_STRINGS, fuzz, mutate_bytes, mutate_json
 from support.long_form import IS_LONG, num_cases
 from support.tiny import METHOD_KEYS, tiny_config, tiny_toml
-from support.tiny_documents import make_documents, save_tokenizer, write_json_lines, write_nanogpt
+from support.tiny_documents import (
+    make_documents,
+    save_tokenizer,
+    write_json_lines,
+    write_nanogpt,
+    write_parquet,
+)
 
 from switchtitan.config import toml_value
 from switchtitan.data.config import SourceConfig
@@ -122,14 +128,6 @@ def tokenizer(folder):
 # Sources of documents and of tokens.
 
 
-def write_parquet(folder):
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.table({"id": list(range(len(DOCUMENTS))), "text": DOCUMENTS})
-    pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=8)
-
-
 IDS = [[4 + number % 5] * (1 + number % 7) for number in range(60)]
 TOKENIZER = SimpleNamespace(vocab_size=10, eos_id=3, dtype="uint16")
 SOURCES = {
@@ -137,7 +135,9 @@ SOURCES = {
     "jsonl": lambda folder: write_json_lines(folder / "a.jsonl", DOCUMENTS),
     "jsonl, gz": lambda folder: write_json_lines(folder / "a.json.gz", DOCUMENTS),
     "jsonl, zst": lambda folder: write_json_lines(folder / "a.jsonl.zst", DOCUMENTS),
-    "parquet": write_parquet,
+    "parquet": lambda folder: write_parquet(
+        folder / "a.parquet", id=[*range(len(DOCUMENTS))], text=DOCUMENTS, row_group_size=8
+    ),
     "nanogpt": lambda folder: write_nanogpt(folder / "a.bin", IDS, 3),
 }
 """Name of a dataset, and its variant -> what writes its files to a folder."""

@@ -7,7 +7,6 @@ import pytest
 import torch.distributed as dist
 from support.layouts import LAYOUTS, RELATIVE_LOSS_TOLERANCE, Recorded, asked_for
 from support.nonfinite import SKIP, outcome
-from support.packages import HAS_TORCHAO
 from support.tensors import differing
 from support.tiny import (
     METHOD_KEYS,
@@ -67,8 +66,6 @@ OPTIMIZERS = {
         *("--training.max_grad_norm", "0.3"),
     ),
 }
-if not HAS_TORCHAO:
-    del OPTIMIZERS["adamw8bit"]
 ROWS = {
     **{method: Row(method, KEYS.get(method, ())) for method in METHOD_KEYS},
     **{name: Row("full_rank", keys) for name, keys in OPTIMIZERS.items()},

@@ -15,7 +15,6 @@ from support.tensors import differing
 from support.tiny import METHOD_KEYS, MINI, full_tensors, record_reports, tiny_config, train_steps
 
 from switchtitan.distributed.fsdp import materialize
-from switchtitan.distributed.initial import plain_value
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
@@ -255,22 +254,6 @@ def test_a_start_from_a_full_rank_checkpoint_computes_what_that_does(trained, tm
     # W - s B A + s B A: as above. A product without a frozen weight approximates W.
     assert (error < 1e-4) == config.method.keeps_initial_weights
     assert config.method.keeps_initial_weights == (method not in ("low_rank", "sltrain"))
-
-
-@pytest.mark.parametrize("method", METHOD_KEYS)
-def test_no_weight_is_drawn_for_a_model_that_a_checkpoint_fills(tmp_path, monkeypatch, method):
-    num_rows = []
-
-    def drawing(initializer, seed, name, shape, rows):
-        num_rows.append(len(rows))
-        return plain_value(initializer, seed, name, shape, rows)
-
-    monkeypatch.setattr("switchtitan.distributed.fsdp.plain_value", drawing)
-    config = config_of(tmp_path, method)
-    for is_restored in (False, True):
-        num_rows.clear()
-        materialize(prepared_on_meta(config), torch.device("cpu"), 1, is_restored=is_restored)
-        assert (sum(num_rows) == 0) == is_restored
 
 
 def test_frozen_weights_in_bf16_change_and_another_dtype_is_refused(trained):

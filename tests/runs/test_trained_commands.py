@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.checkpoints import rewrite_metadata
-from support.commands import result_of, run
+from support.commands import result_of, run, succeed
 from support.folders import save_random_model
 from support.preparation import tokens_of
 from support.tiny import tiny_config
@@ -185,7 +185,7 @@ def test_commands_of_a_run_whose_corpus_is_gone_name_it_and_the_command_that_mak
     for words in (("evaluate",), ("generate", "--prompt", "x"), ("export", *out)):
         outcome = run(words[0], checkpoint, *words[1:])
         outcome.check_refused("/gone/pystdlib-1", corpus.fingerprint, command)
-    assert run("export", checkpoint, *out, "--no-tokenizer").status == 0
+    succeed("export", checkpoint, *out, "--no-tokenizer")
     assert not list((tmp_path / "out").glob("tokenizer*"))
 
 
@@ -211,7 +211,7 @@ def test_prompts_texts_and_exports_begin_as_the_documents_of_the_run(
     train_and_save(folder, "lora", *keys, num_steps=1)
     exported, text = tmp_path / "exported", tmp_path / "text"
     text.write_text(TEXT)
-    assert run("export", folder / "run", "--folder", exported).status == 0
+    succeed("export", folder / "run", "--folder", exported)
     corpus = open_corpus(tiny_config(folder, "lora", *keys).data)
     _, tokenizer = theirs(exported)
     tokens = tokenizer(TEXT)["input_ids"]
@@ -309,8 +309,7 @@ def test_the_text_ends_where_a_document_ends(trained, tmp_path):
 
 def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     picture = tmp_path / "new" / "spectra.png"
-    outcome = run("report", trained.run, "--spectrum", "--output", picture)
-    assert outcome.status == 0, outcome.errors
+    outcome = succeed("report", trained.run, "--spectrum", "--output", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     curves = read_curves(trained.run)
     found = measure(trained.run)

@@ -56,11 +56,6 @@ def test_a_key_that_another_one_switches_off_has_no_effect(section, void):
         assert message.startswith(f"{key} has no effect")
 
 
-def test_the_published_interval_is_the_default_and_does_not_depend_on_the_run():
-    config = SwitchLoraConfig(rank=16)
-    assert config.interval_in(7) == config.interval_in(10**6) == 40
-
-
 @pytest.mark.parametrize(
     "keys", [{"interval": 40, "switches_per_vector": 0.2}, {"interval": 10, "freeze_steps": 5}]
 )
