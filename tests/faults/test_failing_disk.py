@@ -49,9 +49,6 @@ def logged():
     logging.getLogger("switchtitan").removeHandler(handler)
 
 
-# Every call of a save fails, in one process.
-
-
 make_checkpointer = partial(checkpoints.make_checkpointer, async_save=False)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.folders import random_weights, reader_of, with_header
 from support.fuzzing import EXTREME_NUMBERS, STRANGE_STRINGS, fuzz, mutate_bytes, mutate_json
-from support.long_form import IS_LONG, num_cases
+from support.long_form import num_cases
 from support.tiny import METHOD_KEYS, tiny_config, tiny_toml
 from support.tiny_documents import (
     make_documents,
@@ -62,9 +62,6 @@ def change_json(name, data, draw):
     return mutate_json(json.loads(data), draw).encode("utf-8", "surrogatepass")
 
 
-# Configurations.
-
-
 VALID = [tiny_toml("here", method) for method in METHOD_KEYS]
 
 
@@ -89,9 +86,6 @@ def configuration(folder):
     return damage, lambda: parse_arguments(["--config", str(file)], num_ranks=1)
 
 
-# Weights.
-
-
 def change_safetensors(name, valid, draw):
     """Changes bytes or the header's values."""
     if not name.endswith(".safetensors") or draw.random() < 0.4:
@@ -111,9 +105,6 @@ def hugging_face_folder(folder):
     return damage_one_of(exported, change_safetensors), read
 
 
-# Tokenizers.
-
-
 def tokenizer(folder):
     save_tokenizer(folder / "tokenizer.json", "</s>")
     settings = {"eos_token": {"content": "</s>", "lstrip": False}}
@@ -123,9 +114,6 @@ def tokenizer(folder):
         read_tokenizer(folder).encode_documents(["a b </s>", "日本"])
 
     return damage_one_of(folder, change_json), read
-
-
-# Sources of documents and of tokens.
 
 
 IDS = [[4 + number % 5] * (1 + number % 7) for number in range(60)]
@@ -172,13 +160,11 @@ UNBOUNDED = ("tokenizer",)
 """A broken tokenizer's file may make the library reserve memory lazily."""
 
 
-@pytest.mark.parametrize("part", range(num_cases(4, 1)))
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_damaged_file_is_read_or_refused_by_a_message(name, part, tmp_path, request):
+def test_a_damaged_file_is_read_or_refused_by_a_message(name, tmp_path, request):
     target, long, short, min_refused = TARGETS[name]
-    number = long // 4 if IS_LONG else short
     damage, read = target(tmp_path)
     if name not in UNBOUNDED:
         request.getfixturevalue("bounded_memory")
     read()
-    fuzz(damage, read, range(part * number, (part + 1) * number), min_refused)
+    fuzz(damage, read, range(num_cases(long, short)), min_refused)

@@ -25,6 +25,7 @@ from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import Bf16Support, dtype_on
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import ConfigError, CorpusError
+from switchtitan.training.output import lock_output_dir
 
 
 # Two "nodes" of two ranks.
@@ -117,8 +118,6 @@ def check_corpora(world, node):
 
 
 def check_folders(world, folder, node):
-    from switchtitan.training.output import lock_output_dir
-
     wait_for_shared_folders(1.0)
     with lock_output_dir(folder / "shared" / "run", world):
         pass

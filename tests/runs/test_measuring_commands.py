@@ -15,8 +15,6 @@ from switchtitan.data.config import DataConfig
 from switchtitan.data.loader import build_train_batches
 from switchtitan.data.prepare import open_corpus
 
-# benchmark
-
 
 def test_steps_are_compared_in_a_table_and_a_record(trained, tmp_path):
     sides = [str(trained.config), f"{trained.config}:method.rank=4"]
@@ -37,9 +35,6 @@ def test_steps_are_compared_in_a_table_and_a_record(trained, tmp_path):
     assert 0 < min(other["rounds_s"]) <= other["step_s"] <= max(other["rounds_s"])
 
 
-# estimate
-
-
 def test_estimates_are_in_a_record_and_auto_is_bfloat16(trained):
     sides = [f"{trained.config}:training.dtype={key}" for key in ("auto", "bfloat16", "float32")]
     record = result_of("estimate", *sides, "--world-size", 2)
@@ -58,9 +53,6 @@ def test_the_largest_micro_batch_that_fits_is_in_a_record(trained):
     record = result_of("estimate", trained.config, "--world-size", 2, "--fit", 1e-4, 80)
     (found,) = record["fits"].values()
     assert found["batch_size"] == {"0.0001": 0, "80": MAX_BATCH_SIZE}
-
-
-# Corpora
 
 
 def test_a_seed_shows_what_a_run_with_it_reads_first(tmp_path):
@@ -91,9 +83,6 @@ def test_a_seed_shows_what_a_run_with_it_reads_first(tmp_path):
     text = run("prepare", "--corpus", corpus.folder, "--show").output
     assert corpus.index.tokenizer.eos_token in text.partition("---")[2]
     assert f"{corpus.index.num_tokens('train'):,} tokens" in text
-
-
-# Pages, and what this machine has
 
 
 def test_runs_become_one_page_or_a_picture(trained, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from support.checkpoints import refused
 from support.commands import run
 from support.tiny import tiny_config, tiny_trainer, train_steps
-from support.trained import save_run, train_and_save
+from support.trained import train_and_save
 
 from switchtitan.checkpoint.load import check_same_run
 from switchtitan.distributed import dtype as compute_dtype
@@ -201,17 +201,13 @@ def test_a_run_finds_its_corpus_by_content_and_prepares_nothing(books, monkeypat
     assert run("evaluate", folder / "run").status == 0
 
 
-def replace(file):
-    file.write_text(file.read_text().replace("line", "LINE"))
-
-
-def append(file):
-    file.write_text(file.read_text() + "more")
-
-
 @pytest.mark.parametrize(
     ("change", "part"),
-    [(replace, "has other contents"), (append, "had"), (os.remove, "is missing")],
+    [
+        (lambda file: file.write_text(file.read_text().upper()), "has other contents"),
+        (lambda file: file.write_text(file.read_text() + "more"), "had"),
+        (os.remove, "is missing"),
+    ],
 )
 def test_a_run_is_refused_if_its_files_have_changed_and_prepares_nothing(books, change, part):
     folder, keys = books
@@ -257,7 +253,7 @@ def test_a_run_that_resumes_draws_and_decomposes_no_weight(corpora, monkeypatch,
         return plain_value(initializer, seed, name, shape, rows)
 
     monkeypatch.setattr("switchtitan.distributed.fsdp.plain_value", drawing)
-    save_run(folder, method, num_steps=2)
+    train_and_save(folder, method, num_steps=2)
     assert sum(num_rows) > 0
     num_rows.clear()
     monkeypatch.setattr(factors, "balanced_factors", lambda *_: pytest.fail("decomposed"))

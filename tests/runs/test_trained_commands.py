@@ -31,6 +31,7 @@ FLOAT32 = ("--dtype", "float32")
 # Differences of fp32 logits between implementations, which are about 1e-6 of them; merging rounds
 # each weight once.
 CLOSE = {"rel": 1e-5}
+generated = partial(result_of, "generate")
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +80,6 @@ def nats(folder, stream, seq_len):
             logits = model(window[None, :-1]).logits[0]
         total += F.cross_entropy(logits.double(), window[1:], reduction="sum").item()
     return total
-
-
-# evaluate
 
 
 def test_a_checkpoint_and_its_export_have_the_loss_of_the_run(trained, corpus):
@@ -159,9 +157,6 @@ def test_a_text_has_the_loss_and_bits_per_byte_of_transformers(target, tmp_path)
     assert result["bits_per_byte"] == pytest.approx(bits / len(TEXT.encode()), **CLOSE)
     part = result_of(*words, "--tokens", 20)
     assert (part["tokens"], part["bytes"]) == (20, len(tokenizer.decode(tokens[:20]).encode()))
-
-
-# export
 
 
 def test_transformers_has_the_logits_and_the_tokenizer_of_the_run_from_an_export(trained, corpus):
@@ -252,13 +247,6 @@ def test_a_stopped_export_is_one_line_and_leaves_nothing(trained, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-# generate
-
-
-def generated(target, *words):
-    return result_of("generate", target, *words)
-
-
 def test_greedy_text_is_that_of_transformers(target):
     words = ("--prompt", PROMPT, "--temperature", 0, "--max-new-tokens", 40, *FLOAT32)
     ours = generated(target[0], *words)
@@ -302,9 +290,6 @@ def test_the_text_ends_where_a_document_ends(trained, tmp_path):
     result = generated(tmp_path, *words)
     end = tokens.index(tokens[4])
     assert (result["tokens"], result["stopped_by"]) == (tokens[: end + 1], "end of text")
-
-
-# Ranks of weights and of updates
 
 
 def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.commands import run, succeed
 from support.folders import change_json
-from support.trained import save_run
+from support.trained import train_and_save
 
 from switchtitan import models
 from switchtitan.checkpoint.load import find_given
@@ -21,7 +21,8 @@ FP32, BF16 = torch.float32, torch.bfloat16
 @pytest.fixture(scope="module")
 def saved(corpora):
     """A run's checkpoint."""
-    return find_given(save_run(corpora / "verify"))
+    train_and_save(corpora / "verify", "switchlora")
+    return find_given(corpora / "verify" / "run")
 
 
 def export(checkpoint, folder, dtype=FP32, *words):

@@ -97,9 +97,6 @@ def logged_calls(file, pattern):
             calls.append(Call(operation, Path(path), Path(other) if other else None))
 
 
-# Small disks
-
-
 @contextmanager
 def small_disk(folder, num_bytes):
     """A file system of this size at `folder`, which is created. Skips if this user cannot mount."""

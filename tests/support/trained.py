@@ -59,9 +59,3 @@ def train_and_save(folder, method, *overrides, num_steps=7):
     trainer.close()
     _quiet()
     return trainer
-
-
-def save_run(folder, method="switchlora", num_steps=7):
-    """Trains a tiny run and saves it; returns its folder."""
-    train_and_save(folder, method, num_steps=num_steps)
-    return folder / "run"

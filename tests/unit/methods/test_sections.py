@@ -1,6 +1,7 @@
 """Sections of methods and optimizers: what does not fit together, and keys without effect."""
 
 import pytest
+from support.checkpoints import refused
 from support.tiny import tiny_config
 
 from switchtitan.errors import ConfigError
@@ -31,10 +32,8 @@ def test_what_cannot_be_is_refused_before_any_work(tmp_path, monkeypatch, method
     monkeypatch.setattr("switchtitan.registry.find_spec", lambda name: None)
     words = keys.split()
     words[::2] = [f"--{key}" for key in words[::2]]
-    with pytest.raises(ConfigError) as caught:
+    with refused(*fragments, error=ConfigError):
         tiny_config(tmp_path, method, *words)
-    for fragment in fragments:
-        assert fragment in str(caught.value)
 
 
 SWITCHED = {"rank": 4, "decay_ratio": 0.2, "candidates_device": "host"}
