@@ -80,7 +80,8 @@ def test_scalars_histograms_and_description_of_a_run_are_in_its_event_file(tmp_p
         "loss/train": ([1, 10], [0.5, 5.0]),
         "switch/vectors_switched": ([1, 10], [3.0, 3.0]),
     }
-    events = EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER)).Reload()
+    all_of_them = {"histograms": 0}
+    events = EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER), all_of_them).Reload()
     (text,) = events.Tensors("configuration/text_summary")
     assert text.tensor_proto.string_val[0].decode() == '    [model]\n    name = "llama"'
     first, second = events.Histograms("rank/spectrum/q_proj")
