@@ -1,6 +1,7 @@
 """Fixtures for all tests. The folder of a test is its tier; CONTRIBUTING.md has a table."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,16 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def bounded_memory():
+    """This process may map 4 GiB more, so that memory taken for a size in a header is an error."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (4 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.fixture(autouse=True)

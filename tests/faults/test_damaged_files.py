@@ -62,7 +62,6 @@ IN_PLACE = {
     "grown": lambda data, draw: data + draw.randbytes(draw.randint(1, 5000)),
     "zeroed": lambda data, draw: bytes(len(data)),
     "one bit": flip_bit,
-    "another bit": flip_bit,
     "deleted": lambda data, draw: None,
 }
 """Name -> what is left of a file's bytes."""

@@ -27,6 +27,7 @@ from support.failing_disk import (
     set_faults,
     small_disk,
 )
+from support.folders import names_in
 from support.tensors import draw
 from support.tiny import tiny_toml
 
@@ -48,9 +49,6 @@ def logged():
     logging.getLogger("switchtitan").removeHandler(handler)
 
 
-# Every call of a save fails, in one process.
-
-
 make_checkpointer = partial(checkpoints.make_checkpointer, async_save=False)
 
 
@@ -62,10 +60,6 @@ def tensors_of(step):
 def save(checkpointer, step):
     checkpointer.save(step, tensors_of(step), {"tokens_seen": step})
     checkpointer.finish()
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def is_whole(checkpoint):
@@ -85,7 +79,6 @@ def save_with_all_faults(folder):
             check_a_fault(folder / str(index) / "checkpoints", name, index % 2 == 0)
         except Exception:
             outcomes[name] = traceback.format_exc()
-    outcomes["unreadable"] = skip_an_unreadable_checkpoint(folder)
     with logged_calls(folder / "calls.log", f"{folder}/calls*") as outcomes["calls"]:
         checkpointer = make_checkpointer(folder / "calls" / "run" / "checkpoints", keep_latest=1)
         save(checkpointer, 1)
@@ -111,7 +104,7 @@ def check_a_fault(home, name, is_async):
             lines.append(str(error))
         finally:
             set_faults()
-    messages, found = "\n".join(lines), names(home)
+    messages, found = "\n".join(lines), names_in(home)
     assert re.search(case.message, messages), messages
     assert case.is_saved or "cannot save step 2" in messages, messages
     assert checkpointer.latest.name == STEPS[2 if case.is_saved else 1]
@@ -126,20 +119,8 @@ def check_a_fault(home, name, is_async):
     kept = [STEPS[3]] if prunes else [STEPS[2 if is_kept else 1], STEPS[3]]
     if case.is_damaged and "metadata" in name:
         kept.insert(0, STEPS[1])  # since what cannot be read is not counted
-    assert names(home) == kept, names(home)
+    assert names_in(home) == kept, names_in(home)
     assert is_whole(checkpointer.latest)
-
-
-def skip_an_unreadable_checkpoint(folder):
-    """The disk of the newest checkpoint has a bad sector."""
-    home = folder / "unreadable" / "checkpoints"
-    for step in (1, 2):
-        save(make_checkpointer(home), step)
-    with logged() as lines:
-        set_faults(Fault("read", f"{home}/{STEPS[2]}/*.distcp", "EIO"))
-        found = find_latest(home)
-        set_faults()
-    return [found.name, *lines]
 
 
 CRASHES = [("fsync", 6), ("create", 4), ("write", 4), ("rename", 3), ("unlink", 5), ("mkdir", 1)]
@@ -166,7 +147,7 @@ def crash_at_each_call(folder):
             resumed = make_checkpointer(home, keep_latest=1)
             save(resumed, 3)
             assert is_whole(resumed.latest)
-            results[f"{operation} {at}"] = [killed, latest.name, *names(home)]
+            results[f"{operation} {at}"] = [killed, latest.name, *names_in(home)]
     return results
 
 
@@ -239,12 +220,6 @@ def test_an_atomic_write_is_flushed_before_and_after_its_rename(outcomes):
     assert new == "file"
 
 
-def test_a_checkpoint_that_cannot_be_read_is_skipped_with_the_reason(outcomes):
-    found, *lines = outcomes["unreadable"]
-    assert found == STEPS[1]
-    assert any(STEPS[2] in line and "Input/output error" in line for line in lines)
-
-
 def test_a_crash_at_any_call_leaves_a_whole_checkpoint_and_no_leftovers_for_long(outcomes):
     crashes = outcomes["crashes"]
     for operation, num in CRASHES:
@@ -270,7 +245,7 @@ def test_the_same_command_goes_on_when_space_is_freed(corpora, tmp_path, monkeyp
 
         monkeypatch.setattr(WRITER, "write_data", fill_in_second_save)
         run(*command, disk / "run").check_refused("cannot save step 4", "No space left on device")
-        assert names(disk / "run" / "checkpoints") == [STEPS[2]]
+        assert names_in(disk / "run" / "checkpoints") == [STEPS[2]]
         fill(disk)
         run(*command, disk / "run").check_refused(str(disk / "run"))
         verify(disk / "run" / "checkpoints" / STEPS[2])

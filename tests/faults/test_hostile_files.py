@@ -140,9 +140,6 @@ def test_the_files_are_valid_before_they_are_changed(kind, request):
     assert request.getfixturevalue(kind).use().status == 0
 
 
-# Code.
-
-
 @pytest.mark.parametrize(("kind", "name"), FILES)
 def test_a_pickle_in_place_of_a_file_does_not_run(kind, name, payload, request):
     given = request.getfixturevalue(kind)
@@ -185,9 +182,6 @@ def test_a_pickle_in_a_tensor_of_a_checkpoint_does_not_run(checkpoint, payload):
 
     rewrite_index(checkpoint.folder, point_to_it)
     checkpoint.check_refused(checkpoint.folder, "do not trust it")
-
-
-# Paths and links that leave the folder.
 
 
 @pytest.mark.parametrize(("kind", "name"), [*FILES, ("checkpoint", "SHA256SUMS")])
@@ -286,9 +280,6 @@ def test_a_stopped_preparation_with_links_writes_nothing_outside(corpus, tmp_pat
     assert corpus.use().status == 0
     assert (tmp_path / "victim").read_text() == "untouched"
     assert not (corpus / "train-00000.bin").is_symlink()
-
-
-# Sizes.
 
 
 def set_length_of_header(weights, length):

@@ -25,8 +25,6 @@ from switchtitan.errors import ConfigError
 from switchtitan.training.output import OWNER_FILE, lock_output_dir
 from switchtitan.training.stop import Stop, Stopped
 
-# A launcher.
-
 
 @pytest.mark.parametrize("receiver", ["job", "rank"] if IS_LONG else ["job"])
 def test_all_ranks_restart_after_one_was_killed_and_stop_after_a_signal(

@@ -1,19 +1,21 @@
 """Checkpoints on several ranks: the same values and errors for any sharding at save and load."""
 
 import errno
+import os
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from support.checkpoints import (
+    WRITER,
     is_writing,
     make_checkpointer,
     num_pieces,
     wait_until_written,
     write_when,
-    writes_fail,
 )
 from support.ranks import run_rows_on_ranks
 from torch.distributed.device_mesh import init_device_mesh
@@ -53,12 +55,6 @@ def shard(values, layout="split"):
         return distribute_tensor(value, mesh, [Replicate(), split][-mesh.ndim :])
 
     return {name: distribute(name, value) for name, value in values.items()}
-
-
-def gathered(value):
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def save_and_change(folder, layout):
@@ -137,11 +133,12 @@ def fail_on_last_rank(folder):
 
     with pytest.MonkeyPatch.context() as patched:
         if dist.get_rank() == dist.get_world_size() - 1:
-            writes_fail(errno.ENOSPC, patched)
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            patched.setattr(WRITER, "write_data", Mock(side_effect=full))
         with pytest.raises(CheckpointError) as error:
             save_and_poll()
     assert "on rank 1: [Errno 28] No space left on device" in str(error.value)
-    assert len(set(gathered(len(polls)))) == 1
+    assert len(set(start_world(ParallelismConfig()).gather(len(polls)))) == 1
     assert checkpointer.latest.name == "step-000000001"
     assert not (folder / "step-000000002").exists()
 

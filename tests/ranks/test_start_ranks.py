@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import socket
 import threading
 import time
 from datetime import timedelta
@@ -17,6 +16,7 @@ from support.checkpoints import make_checkpointer
 from support.insides import wait_for_shared_folders
 from support.ranks import run_forked, run_on_ranks
 from support.tiny_documents import make_documents, write_json_lines
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from switchtitan.data.config import DataConfig
 from switchtitan.data.prepare import open_corpus
@@ -25,6 +25,7 @@ from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import Bf16Support, dtype_on
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import ConfigError, CorpusError
+from switchtitan.training.output import lock_output_dir
 
 
 # Two "nodes" of two ranks.
@@ -117,8 +118,6 @@ def check_corpora(world, node):
 
 
 def check_folders(world, folder, node):
-    from switchtitan.training.output import lock_output_dir
-
     wait_for_shared_folders(1.0)
     with lock_output_dir(folder / "shared" / "run", world):
         pass
@@ -260,9 +259,7 @@ def test_the_first_rank_to_crash_is_named(tmp_path, end, expected):
 
 
 def test_a_machine_that_nobody_joins_says_so(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        endpoint = f"localhost:{free.getsockname()[1]}"
+    endpoint = f"localhost:{get_free_port()}"
     options = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "static"]
     options += ["--node_rank", "1", "--rdzv_endpoint", endpoint, "--rdzv_conf", "timeout=1"]
     status, errors = launch(tmp_path, "", options=options)

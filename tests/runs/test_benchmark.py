@@ -18,8 +18,6 @@ from switchtitan.benchmark.step_times import (
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.training.step import Stepper
 
-# Ratios
-
 
 def times_of(step_s):
     return StepTimes(step_s, tokens_per_step=120)
@@ -46,9 +44,6 @@ def test_the_interval_covers_the_true_ratio_95_percent_of_the_time():
         hits += ratio.low <= 1.2 <= ratio.high
     # Nominally 95 %; four binomial deviations, sqrt(0.95 * 0.05 / 200) = 1.5 %, below it.
     assert hits / num_trials >= 0.89
-
-
-# Turns
 
 
 def test_turns_alternate_without_what_is_collected_and_leave_no_files(corpora, monkeypatch):
@@ -112,9 +107,6 @@ def test_sides_that_differ_in_a_key_of_the_process_are_refused(corpora, key):
     }
     with pytest.raises(ConfigError, match=rf"{key} = true in one, false in other"):
         time_steps_side_by_side(configs, rounds=1, steps_per_round=1)
-
-
-# Sides of a comparison on the command line
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,15 @@
 
 import numpy as np
 import pytest
-import torch
 from support.observed import communication_of_a_step, estimate_all_micro_batches
-from support.tiny import tiny_config
+from support.tiny import model_on_meta, tiny_config
 
 from switchtitan.benchmark.counters import CollectiveCount
 from switchtitan.benchmark.estimate import USABLE_SHARE, estimate_step, largest_batch_sizes
 from switchtitan.errors import EnvironmentMismatchError
-from switchtitan.methods import METHODS
 from switchtitan.methods.switchlora.plan import Plan
 from switchtitan.methods.targets import linear_layers
-from switchtitan.models import MODELS, plain_model
+from switchtitan.models import plain_model
 
 NUM_LAYERS = 2
 GIB = 2**30
@@ -35,9 +33,7 @@ def memory_of(folder, method, *keys):
 
 def units(config):
     """Parameters of each FSDP2 unit: the embedding, each block, and last norm with head."""
-    with torch.device("meta"):
-        model = MODELS.build(config.model)
-    METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(model)
+    model = model_on_meta(config)
     blocks = [list(block.parameters()) for block in model.blocks().values()]
     embedding, *rest = [
         [parameter for module in modules for parameter in module.parameters()]
@@ -65,31 +61,19 @@ def test_attention_that_needs_a_gpu_is_estimated_as_sdpa_or_refused(tmp_path):
         memory_with("flex")
 
 
-# FLOPs
-
-
-def test_full_rank_flops_equal_the_formula(tmp_path):
-    found = estimate_step(one_pass(tmp_path, "full_rank", num_ranks=2), 2)
-    assert found.forward_backward_flops == found.full_rank_flops
-    assert found.flops_ratio == 1
-
-
-def test_many_micro_batches_are_estimated_from_few(tmp_path):
+def test_many_micro_batches_are_estimated_from_few_with_the_flops_of_the_formula(tmp_path):
     keys = ("--training.local_batch_size", "1", "--training.global_batch_size", "10")
     config = tiny_config(tmp_path, "full_rank", *keys, num_ranks=2)
-    assert estimate_step(config, 2) == estimate_all_micro_batches(config, 2)
-
-
-# Memory
+    found = estimate_step(config, 2)
+    assert found == estimate_all_micro_batches(config, 2)
+    assert found.forward_backward_flops == found.full_rank_flops
+    assert found.flops_ratio == 1
 
 
 def test_the_state_of_a_torch_optimizer_is_counted(tmp_path):
     memory = memory_of(tmp_path, "full_rank", "--optimizer.name", "sgd")
     # One momentum for each weight.
     assert memory.most["optimizer"] == memory.most["trained"]
-
-
-# The largest micro-batch
 
 
 def test_peaks_are_those_of_a_step_with_two_such_micro_batches(tmp_path):
@@ -102,9 +86,6 @@ def test_peaks_are_those_of_a_step_with_two_such_micro_batches(tmp_path):
     for size in (largest, largest + 1):
         keys = ("--training.local_batch_size", f"{size}", "--training.global_batch_size")
         assert fit.peak[size] == memory_of(tmp_path, method, *keys, f"{2 * size}", *KEPT).peak
-
-
-# Communication
 
 
 @pytest.mark.parametrize(

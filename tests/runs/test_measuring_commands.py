@@ -3,7 +3,7 @@
 import json
 import math
 
-from support.commands import result_of, run
+from support.commands import result_of, run, succeed
 from support.comparisons import finish_all, write_grid
 from support.tiny_documents import make_documents, write_json_lines
 from torch.distributed.checkpoint import FileSystemReader
@@ -15,8 +15,6 @@ from switchtitan.data.config import DataConfig
 from switchtitan.data.loader import build_train_batches
 from switchtitan.data.prepare import open_corpus
 
-# benchmark
-
 
 def test_steps_are_compared_in_a_table_and_a_record(trained, tmp_path):
     sides = [str(trained.config), f"{trained.config}:method.rank=4"]
@@ -24,8 +22,7 @@ def test_steps_are_compared_in_a_table_and_a_record(trained, tmp_path):
     words = ("step", *sides, "--rounds", 2, "--steps-per-round", 2, "--json", file)
     words = (*words, "--data.seq_len", 8)
     run("estimate", trained.config, "--world-size", 2, "--json", file)  # is overwritten
-    outcome = run("benchmark", *words)
-    assert outcome.status == 0, outcome.errors
+    outcome = succeed("benchmark", *words)
     record = json.loads(file.read_text())
     assert record["command"] == "switchtitan benchmark " + " ".join(map(str, words))
     *_, first, second = outcome.output.splitlines()
@@ -36,9 +33,6 @@ def test_steps_are_compared_in_a_table_and_a_record(trained, tmp_path):
     assert reference["ratio"]["value"] == 1
     assert other["ratio"]["low"] <= other["ratio"]["value"] <= other["ratio"]["high"]
     assert 0 < min(other["rounds_s"]) <= other["step_s"] <= max(other["rounds_s"])
-
-
-# estimate
 
 
 def test_estimates_are_in_a_record_and_auto_is_bfloat16(trained):
@@ -61,14 +55,10 @@ def test_the_largest_micro_batch_that_fits_is_in_a_record(trained):
     assert found["batch_size"] == {"0.0001": 0, "80": MAX_BATCH_SIZE}
 
 
-# Corpora
-
-
 def test_a_seed_shows_what_a_run_with_it_reads_first(tmp_path):
     write_json_lines(tmp_path / "in" / "a.jsonl", make_documents(60))
     keys = ("--dataset", "jsonl", "--path", tmp_path / "in", "--vocab_size", 300)
-    outcome = run("prepare", *keys, "--cache_dir", tmp_path / "corpora")
-    assert outcome.status == 0, outcome.errors
+    outcome = succeed("prepare", *keys, "--cache_dir", tmp_path / "corpora")
     (index,) = (tmp_path / "corpora").glob("jsonl-*/index.json")
     assert str(index.parent) in outcome.output
     config = DataConfig(
@@ -95,24 +85,19 @@ def test_a_seed_shows_what_a_run_with_it_reads_first(tmp_path):
     assert f"{corpus.index.num_tokens('train'):,} tokens" in text
 
 
-# Pages, and what this machine has
-
-
 def test_runs_become_one_page_or_a_picture(trained, tmp_path):
     page = tmp_path / "out" / "page.html"
-    outcome = run("report", trained.run, "--output", page)
-    assert (outcome.status, outcome.output) == (0, f"{page}\n")
+    assert succeed("report", trained.run, "--output", page).output == f"{page}\n"
     assert "switchlora" in page.read_text()
     picture = tmp_path / "out" / "curves.png"
-    assert run("report", trained.run, "--output", picture).status == 0
+    succeed("report", trained.run, "--output", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_finished_runs_of_a_comparison_are_reported(tmp_path):
     file = write_grid(tmp_path)
     finish_all(Comparison(load_comparison(file), tmp_path))
-    outcome = run("compare", file, "--report-only")
-    assert outcome.status == 0, outcome.errors
+    outcome = succeed("compare", file, "--report-only")
     folder = tmp_path / "out" / "reports" / file.stem
     assert outcome.output.split() == [str(folder / "report.md")]
     # Six runs choose rates of two rows, and three rows are reported on two seeds.

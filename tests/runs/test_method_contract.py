@@ -12,10 +12,17 @@ import pytest
 import torch
 from support.commands import run, succeed
 from support.tensors import differing
-from support.tiny import METHOD_KEYS, MINI, full_tensors, record_reports, tiny_config, train_steps
+from support.tiny import (
+    METHOD_KEYS,
+    MINI,
+    full_tensors,
+    model_on_meta,
+    record_reports,
+    tiny_config,
+    train_steps,
+)
 
 from switchtitan.distributed.fsdp import materialize
-from switchtitan.distributed.initial import plain_value
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
@@ -98,13 +105,6 @@ def method_of(config):
     return METHODS.build(config.method, config.training.steps, config.job.seed)
 
 
-def prepared_on_meta(config):
-    with torch.device("meta"):
-        model = MODELS.build(config.model)
-        method_of(config).prepare_model(model)
-    return model
-
-
 @torch.no_grad()
 def logits(model):
     """Of two sequences that are the same in all tests, of two documents each."""
@@ -167,7 +167,7 @@ def test_the_loss_falls_and_all_move_but_what_the_section_says_is_frozen(trained
     still = [
         key for key, tensor in one.initial_tensors.items() if torch.equal(tensor, one.tensors[key])
     ]
-    parameters = dict(prepared_on_meta(one.config).named_parameters())
+    parameters = dict(model_on_meta(one.config).named_parameters())
     trains = {f"model.{key}" for key, p in parameters.items() if p.requires_grad}
     assert not trains & set(still)
     assert one.config.method.freezes_weights == (len(trains) < len(parameters))
@@ -248,29 +248,13 @@ def test_a_model_that_transformers_does_not_have_is_not_exported(trained, tmp_pa
 def test_a_start_from_a_full_rank_checkpoint_computes_what_that_does(trained, tmp_path, method):
     dense = trained("full_rank")
     config = config_of(tmp_path, method)
-    model = prepared_on_meta(config)
+    model = model_on_meta(config)
     weights = DenseCheckpoint(dense.checkpoint)
     materialize(model, torch.device("cpu"), config.job.seed, weights.read_rows)
     error = (logits(model) - dense.saved_logits).abs().max()
     # W - s B A + s B A: as above. A product without a frozen weight approximates W.
     assert (error < 1e-4) == config.method.keeps_initial_weights
     assert config.method.keeps_initial_weights == (method not in ("low_rank", "sltrain"))
-
-
-@pytest.mark.parametrize("method", METHOD_KEYS)
-def test_no_weight_is_drawn_for_a_model_that_a_checkpoint_fills(tmp_path, monkeypatch, method):
-    num_rows = []
-
-    def drawing(initializer, seed, name, shape, rows):
-        num_rows.append(len(rows))
-        return plain_value(initializer, seed, name, shape, rows)
-
-    monkeypatch.setattr("switchtitan.distributed.fsdp.plain_value", drawing)
-    config = config_of(tmp_path, method)
-    for is_restored in (False, True):
-        num_rows.clear()
-        materialize(prepared_on_meta(config), torch.device("cpu"), 1, is_restored=is_restored)
-        assert (sum(num_rows) == 0) == is_restored
 
 
 def test_frozen_weights_in_bf16_change_and_another_dtype_is_refused(trained):

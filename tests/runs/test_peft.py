@@ -63,12 +63,6 @@ def plain(base, tmp_path_factory):
     return folder
 
 
-def changed_copy(folder, copy, **changes):
-    shutil.copytree(folder, copy)
-    change_json(copy / ADAPTER_CONFIG_NAME, changes)
-    return copy
-
-
 @pytest.mark.parametrize(
     "keys",
     [{}, {"use_rslora": True}, {"init_lora_weights": False}, {"init_lora_weights": "orthogonal"}],
@@ -94,8 +88,10 @@ def test_a_merged_adapter_has_the_logits_that_peft_computes(base, tmp_path, keys
     ],
 )
 def test_other_kinds_are_refused_by_key(plain, tmp_path, key, value):
-    read_merged(changed_copy(plain, tmp_path / "same", a_key_of_a_later_version=[]))
-    folder = changed_copy(plain, tmp_path / "other", **{key: value})
+    folder = shutil.copytree(plain, tmp_path / "adapter")
+    change_json(folder / ADAPTER_CONFIG_NAME, {"a_key_of_a_later_version": []})
+    read_merged(folder)
+    change_json(folder / ADAPTER_CONFIG_NAME, {key: value})
     with pytest.raises(CheckpointError, match=ADAPTER_CONFIG_NAME) as refused:
         read_merged(folder)
     refused.match(rf"\b{key} = ")

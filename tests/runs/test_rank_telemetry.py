@@ -8,17 +8,14 @@ import torch
 from support.comparisons import finish
 from support.tensors import differing
 from support.tiny import full_tensors, record_reports, tiny_config, tiny_trainer
-from support.trained import save_run, train_and_save
+from support.trained import train_and_save
 
 from switchtitan.comparison.runs import Run, read_folder
-from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
 from switchtitan.job.config import parse_arguments
 from switchtitan.methods import METHODS
-from switchtitan.methods.sltrain import support
-from switchtitan.models import MODELS
 from switchtitan.spectra.spectrum import summarize
 from switchtitan.spectra.weight_change import checkpoint_spectra
 from switchtitan.training.build import build_trainer
@@ -47,32 +44,11 @@ def merged_weights(folder, method, trainer):
     return built.dense_weights(parameters)
 
 
-def drawn_weights(folder):
-    plain = MODELS.build(tiny_config(folder, "full_rank").model)
-    return {
-        name: plain.initial_value(name, weight.shape, generator_for(42, name))
-        for name, weight in plain.named_parameters()
-    }
-
-
 def starting_weights(folder, method):
-    """What each method's run starts from: products of factors from a matrix of their rank."""
-    weights = drawn_weights(folder)
-    if method not in ("low_rank", "sltrain"):
-        return weights
-    start = dict(weights)
-    for name, weight in weights.items():
-        if not name.endswith("_proj.weight"):
-            continue
-        left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-        start[name] = (left[:, :6] * values[:6] @ right[:6]).float()
-        if method == "sltrain":
-            # With the plain weight at the positions of a sparse matrix.
-            num_per_row = round(0.1 * weight.shape[1])
-            seed = generator_for(42, f"{name.removesuffix('.weight')}.support").initial_seed()
-            columns = support(torch.tensor([seed]), *weight.shape, num_per_row)
-            start[name] = start[name].scatter(1, columns, weight.gather(1, columns))
-    return start
+    """Of a run that has taken no step."""
+    trainer = tiny_trainer(folder.with_name(f"{folder.name}-start"), method)
+    trainer.close()
+    return merged_weights(folder, method, trainer)
 
 
 def expected_spectra(weights, initial):
@@ -155,7 +131,7 @@ def test_a_warm_start_measures_from_its_weights_which_must_stay(corpora):
     generator = torch.Generator().manual_seed(8)
     weights = {
         name: weight + 0.01 * torch.randn(weight.shape, generator=generator)
-        for name, weight in drawn_weights(folder).items()
+        for name, weight in starting_weights(folder, "full_rank").items()
     }
     save_file(weights, start)
     warm = ("--checkpoint.initial_weights", str(start))
@@ -181,7 +157,8 @@ def test_a_warm_start_measures_from_its_weights_which_must_stay(corpora):
 
 
 def test_the_effective_rank_is_that_of_the_last_checkpoint(corpora, tmp_path):
-    folder = Path(shutil.copytree(save_run(corpora / "effective-rank", "lora"), tmp_path / "run"))
+    train_and_save(corpora / "effective-rank", "lora")
+    folder = Path(shutil.copytree(corpora / "effective-rank" / "run", tmp_path / "run"))
     words = ("--config", str(folder / "config.toml"), "--job.output_dir", str(folder))
     run = Run("lora", {}, 1, words, parse_arguments(words, 1))
     finish(run, 3.0, step=run.config.training.steps)

@@ -9,12 +9,12 @@ import torch
 from support.checkpoints import refused
 from support.commands import run
 from support.tiny import tiny_config, tiny_trainer, train_steps
-from support.trained import save_run, train_and_save
+from support.trained import train_and_save
 
 from switchtitan.checkpoint.load import check_same_run
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.dtype import Bf16Support
-from switchtitan.distributed.world import stop_world
+from switchtitan.distributed.initial import plain_value
 from switchtitan.errors import CheckpointError, CorpusError
 from switchtitan.methods import factors
 from switchtitan.training.describe import completed_identity, run_identity
@@ -99,14 +99,12 @@ def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_config
 ):
     folder, short = corpora / "changed-keys", ("--training.steps", "2")
     tiny_trainer(folder, "lora", *short).train()
-    stop_world()
     with caplog.at_level("INFO"):
         tiny_trainer(folder, "lora", *short, "--optimizer.lr", "0.09").train()
     assert "training already complete: step 2" in caplog.text
     assert "optimizer.lr: 0.01 -> 0.09" in caplog.text
     config = folder / "run" / "config.toml"
     assert "lr = 0.01" in config.read_text()
-    stop_world()
     with caplog.at_level("INFO"):
         tiny_trainer(folder, "lora", "--training.steps", "3").train()
     assert "\nsteps = 3\n" in config.read_text()
@@ -124,7 +122,6 @@ def rates_and_switches(folder, num_steps, *keys):
         found.append((metrics["optimizer/lr"], metrics["switch/vectors_switched"]))
     trainer.save()
     trainer.close()
-    stop_world()
     return found, metrics["switch/vectors_switched_total"]
 
 
@@ -170,14 +167,12 @@ def books(corpora):
     keys = ("--data.dataset", "text", "--data.path", str(folder / "books"), *limits)
     keys += ("--data.cache_dir", str(folder / "corpora"), "--evaluation.tokens", "160")
     train_and_save(folder, "lora", *keys, num_steps=2)
-    stop_world()
     return folder, keys
 
 
-def resume(folder, *keys):
-    trainer = tiny_trainer(folder, "lora", *keys)
+def resume(folder, *keys, method="lora"):
+    trainer = tiny_trainer(folder, method, *keys)
     trainer.close()
-    stop_world()
     return trainer.stepper.state.step
 
 
@@ -206,17 +201,13 @@ def test_a_run_finds_its_corpus_by_content_and_prepares_nothing(books, monkeypat
     assert run("evaluate", folder / "run").status == 0
 
 
-def replace(file):
-    file.write_text(file.read_text().replace("line", "LINE"))
-
-
-def append(file):
-    file.write_text(file.read_text() + "more")
-
-
 @pytest.mark.parametrize(
     ("change", "part"),
-    [(replace, "has other contents"), (append, "had"), (os.remove, "is missing")],
+    [
+        (lambda file: file.write_text(file.read_text().upper()), "has other contents"),
+        (lambda file: file.write_text(file.read_text() + "more"), "had"),
+        (os.remove, "is missing"),
+    ],
 )
 def test_a_run_is_refused_if_its_files_have_changed_and_prepares_nothing(books, change, part):
     folder, keys = books
@@ -226,7 +217,6 @@ def test_a_run_is_refused_if_its_files_have_changed_and_prepares_nothing(books, 
         tiny_trainer(folder, "lora", *keys)
     with pytest.raises(CheckpointError, match="max_documents: saved with None"):
         tiny_trainer(folder, "lora", *keys, "--data.max_documents", "50")
-    stop_world()
     assert sorted((folder / "corpora").iterdir()) == before
 
 
@@ -236,7 +226,6 @@ def test_a_run_keeps_the_corpus_that_it_fell_back_to(corpora, monkeypatch):
     keys += ("--data.offline_dataset", "pystdlib")
     monkeypatch.setattr(hub, lambda: "it is down")
     train_and_save(folder, "lora", *keys, num_steps=1)
-    stop_world()
     monkeypatch.setattr(hub, lambda: pytest.fail("asked the hub"))
     assert resume(folder, *keys) == 1
 
@@ -244,7 +233,6 @@ def test_a_run_keeps_the_corpus_that_it_fell_back_to(corpora, monkeypatch):
 def test_a_fork_resumes_its_own_newest_checkpoint(corpora):
     parent, fork = corpora / "parent", corpora / "fork"
     train_and_save(parent, "lora", num_steps=2)
-    stop_world()
     given = ("--checkpoint.resume", str(parent / "run" / "checkpoints" / "step-000000002"))
     for step in (2, 3, 4):
         trainer = tiny_trainer(fork, "lora", *given, "--optimizer.lr", "2e-2")
@@ -252,21 +240,25 @@ def test_a_fork_resumes_its_own_newest_checkpoint(corpora):
         train_steps(trainer, 1)
         trainer.save()
         trainer.close()
-        stop_world()
     with refused("already holds 2 checkpoints", "resume = 'auto'"):
         tiny_trainer(fork, "lora", "--checkpoint.resume", str(parent / "run"))
-    stop_world()
 
 
-@pytest.mark.parametrize("method", ["low_rank", "sltrain"])
-def test_a_run_that_resumes_decomposes_no_weight(corpora, monkeypatch, method):
-    folder = corpora / f"{method}-resumed"
-    save_run(folder, method, num_steps=2)
-    stop_world()
+@pytest.mark.parametrize("method", ["full_rank", "low_rank", "sltrain", "switchlora"])
+def test_a_run_that_resumes_draws_and_decomposes_no_weight(corpora, monkeypatch, method):
+    folder, num_rows = corpora / f"{method}-resumed", []
+
+    def drawing(initializer, seed, name, shape, rows):
+        num_rows.append(len(rows))
+        return plain_value(initializer, seed, name, shape, rows)
+
+    monkeypatch.setattr("switchtitan.distributed.fsdp.plain_value", drawing)
+    train_and_save(folder, method, num_steps=2)
+    assert sum(num_rows) > 0
+    num_rows.clear()
     monkeypatch.setattr(factors, "balanced_factors", lambda *_: pytest.fail("decomposed"))
-    resumed = tiny_trainer(folder, method)
-    resumed.close()
-    assert resumed.stepper.state.step == 2
+    assert resume(folder, method=method) == 2
+    assert sum(num_rows) == 0
 
 
 def pretend(monkeypatch, is_native):
@@ -285,7 +277,6 @@ def run_steps(folder, num_steps, dtype="auto"):
     losses = train_steps(trainer, num_steps)
     trainer.save()
     trainer.close()
-    stop_world()
     (computed,) = seen
     return losses, computed
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.checkpoints import rewrite_metadata
-from support.commands import result_of, run
+from support.commands import result_of, run, succeed
 from support.folders import save_random_model
 from support.preparation import tokens_of
 from support.tiny import tiny_config
@@ -31,6 +31,7 @@ FLOAT32 = ("--dtype", "float32")
 # Differences of fp32 logits between implementations, which are about 1e-6 of them; merging rounds
 # each weight once.
 CLOSE = {"rel": 1e-5}
+generated = partial(result_of, "generate")
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +80,6 @@ def nats(folder, stream, seq_len):
             logits = model(window[None, :-1]).logits[0]
         total += F.cross_entropy(logits.double(), window[1:], reduction="sum").item()
     return total
-
-
-# evaluate
 
 
 def test_a_checkpoint_and_its_export_have_the_loss_of_the_run(trained, corpus):
@@ -161,9 +159,6 @@ def test_a_text_has_the_loss_and_bits_per_byte_of_transformers(target, tmp_path)
     assert (part["tokens"], part["bytes"]) == (20, len(tokenizer.decode(tokens[:20]).encode()))
 
 
-# export
-
-
 def test_transformers_has_the_logits_and_the_tokenizer_of_the_run_from_an_export(trained, corpus):
     model, tokenizer = theirs(trained.exported)
     torch.testing.assert_close(model(TOKENS).logits, trained.logits, rtol=1e-5, atol=1e-5)
@@ -185,7 +180,7 @@ def test_commands_of_a_run_whose_corpus_is_gone_name_it_and_the_command_that_mak
     for words in (("evaluate",), ("generate", "--prompt", "x"), ("export", *out)):
         outcome = run(words[0], checkpoint, *words[1:])
         outcome.check_refused("/gone/pystdlib-1", corpus.fingerprint, command)
-    assert run("export", checkpoint, *out, "--no-tokenizer").status == 0
+    succeed("export", checkpoint, *out, "--no-tokenizer")
     assert not list((tmp_path / "out").glob("tokenizer*"))
 
 
@@ -211,7 +206,7 @@ def test_prompts_texts_and_exports_begin_as_the_documents_of_the_run(
     train_and_save(folder, "lora", *keys, num_steps=1)
     exported, text = tmp_path / "exported", tmp_path / "text"
     text.write_text(TEXT)
-    assert run("export", folder / "run", "--folder", exported).status == 0
+    succeed("export", folder / "run", "--folder", exported)
     corpus = open_corpus(tiny_config(folder, "lora", *keys).data)
     _, tokenizer = theirs(exported)
     tokens = tokenizer(TEXT)["input_ids"]
@@ -250,13 +245,6 @@ def test_a_stopped_export_is_one_line_and_leaves_nothing(trained, tmp_path, monk
     assert outcome.status == 128 + signal.SIGTERM
     assert len(outcome.errors.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
-
-
-# generate
-
-
-def generated(target, *words):
-    return result_of("generate", target, *words)
 
 
 def test_greedy_text_is_that_of_transformers(target):
@@ -304,13 +292,9 @@ def test_the_text_ends_where_a_document_ends(trained, tmp_path):
     assert (result["tokens"], result["stopped_by"]) == (tokens[: end + 1], "end of text")
 
 
-# Ranks of weights and of updates
-
-
 def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     picture = tmp_path / "new" / "spectra.png"
-    outcome = run("report", trained.run, "--spectrum", "--output", picture)
-    assert outcome.status == 0, outcome.errors
+    outcome = succeed("report", trained.run, "--spectrum", "--output", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     curves = read_curves(trained.run)
     found = measure(trained.run)

@@ -3,7 +3,6 @@ writers that fail."""
 
 import hashlib
 import json
-import os
 import pickle
 import time
 from contextlib import contextmanager
@@ -97,15 +96,6 @@ def is_writing(checkpointer):
 def wait_until_written(checkpointer):
     while is_writing(checkpointer):
         time.sleep(0.005)
-
-
-def writes_fail(number, monkeypatch):
-    """Writes of tensors fail with an errno."""
-
-    def write(*arguments):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(WRITER, "write_data", write)
 
 
 def write_when(allowed, monkeypatch):

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from support.packages import HAS_TORCHAO
 from support.tiny import METHOD_KEYS, MINI
 from switchtitan.benchmark.gpu import torch_inside
 from switchtitan.benchmark.gpu.record import Launch, RecordLaunches, record_step
@@ -45,18 +44,17 @@ CASES = {
     "sltrain": "method.name=sltrain method.rank=128",
     "cola": "model.name=cola model.size=60m model.rank=128",
     "qwen2": "model.name=qwen2 model.size=60m model.num_kv_heads=2 optimizer.name=sgd",
+    # Compiles the update of each shape; these are three.
+    "adamw8bit": f"optimizer.name=adamw8bit model.intermediate_size=512 {_EAGER_BLOCKS}",
 }
 """Name -> keys that differ from full rank."""
-if HAS_TORCHAO:
-    # Compiles the update of each shape; these are three.
-    CASES["adamw8bit"] = f"optimizer.name=adamw8bit model.intermediate_size=512 {_EAGER_BLOCKS}"
 _named = {pair.partition("=")[2] for case in CASES.values() for pair in case.split()}
 # Rows that are new need nothing here. torch's Adafactor reads norms on the host, which fake tensors
 # do not have.
 for _method in {method.removesuffix(MINI) for method in METHOD_KEYS} - {*_named, "full_rank"}:
     _keys = {"name": _method} | tomli.loads(METHOD_KEYS[_method])
     CASES[_method] = " ".join(f"method.{key}={value}" for key, value in _keys.items())
-for _name in set(OPTIMIZERS) - {*_named, "adamw", "adafactor", "adamw8bit"}:
+for _name in set(OPTIMIZERS) - {*_named, "adamw", "adafactor"}:
     CASES[_name] = f"optimizer.name={_name}"
 
 

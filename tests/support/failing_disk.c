@@ -1,7 +1,7 @@
 /* A disk that fails on purpose, for LD_PRELOAD. See failing_disk.py.
 
    failing_disk_set takes rules, separated by newlines: operation|pattern|at|times|outcome
-     operation  create, open, read, write, fsync, rename, unlink (also rmdir) or mkdir
+     operation  create, open, write, fsync, rename, unlink (also rmdir) or mkdir
      pattern    of the path, as fnmatch(3): * also matches slashes. A rename matches by either path.
      at         the first matching call that fails, from 1
      times      how many calls fail; 0 for all later ones
@@ -172,10 +172,6 @@ WRITE(pwrite, (int descriptor, const void *data, size_t size, off_t at),
       (descriptor, data, size, at), (descriptor, copy, size, at))
 WRITE(pwrite64, (int descriptor, const void *data, size_t size, off64_t at),
       (descriptor, data, size, at), (descriptor, copy, size, at))
-
-ssize_t read(int descriptor, void *data, size_t size) {
-    return failed(outcome_of_open("read", descriptor)) ? -1 : REAL(read)(descriptor, data, size);
-}
 
 static int sync_outcome(int descriptor) { return outcome_of_open("fsync", descriptor); }
 

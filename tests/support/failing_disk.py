@@ -27,7 +27,7 @@ class Fault:
     """Calls that fail."""
 
     operation: str
-    """"create", "open", "read", "write", "fsync", "rename", "unlink" (also rmdir) or "mkdir"."""
+    """"create", "open", "write", "fsync", "rename", "unlink" (also rmdir) or "mkdir"."""
     path: str
     """A pattern of the path, in which * also matches slashes. Of a rename: of either path."""
     outcome: str
@@ -95,9 +95,6 @@ def logged_calls(file, pattern):
         for line in file.read_text().splitlines():
             operation, path, other, _ = line.split("\t")
             calls.append(Call(operation, Path(path), Path(other) if other else None))
-
-
-# Small disks
 
 
 @contextmanager

@@ -40,6 +40,10 @@ KINDS = {
 """Name, which begins with the model's -> its settings."""
 
 
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def contents(folder):
     """The time of its last change and the bytes of every file."""
     files = (path for path in folder.rglob("*") if path.is_file())

@@ -39,8 +39,6 @@ def fuzz(make_case, read, cases, min_refused=0.3):
             message = str(error)
             assert message.strip(), seed
             assert "Traceback (most recent call last)" not in message, seed
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:  # PanicException of Rust libraries is no Exception
             raise AssertionError(f"case {seed}: {repr(case)[:300]}") from error
     assert num_refused >= min_refused * len(cases), num_refused

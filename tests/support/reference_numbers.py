@@ -23,7 +23,6 @@ import math
 import os
 import sys
 import tempfile
-import time
 from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
@@ -39,9 +38,9 @@ PORTABLE = {
     "ONEDNN_MAX_CPU_ISA": "SSE41",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
-TAGS = {
-    "losses": "basics/loss_train",
-    "validation": "basics/loss_validation",
+METRICS = {
+    "losses": "loss/train",
+    "validation": "loss/validation",
     "gradient_norms": "optimizer/grad_norm",
     "vectors_switched": "switch/vectors_switched",
     "frozen_share": "switch/frozen_share",
@@ -167,26 +166,24 @@ def measured(text):
     }
     for name, measure in parts.items():
         if text in name:
-            start = time.monotonic()
             try:
                 yield name, measure()
             except AssertionError as error:
                 print(f"failed: {name}: {error}")
-            print(f"{time.monotonic() - start:5.1f} s  {name}", file=sys.stderr, flush=True)
 
 
 def curves(keys):
     """Returns the values of all steps by metric."""
     import numpy
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = str(train(keys) / "tensorboard")
-    events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
+    from switchtitan.observability.tensorboard import read_curves
+
+    found = read_curves(train(keys))
     return {
         # Values are float32.
-        name: [float(str(numpy.float32(event.value))) for event in events.Scalars(tag)]
-        for name, tag in TAGS.items()
-        if tag in events.Tags()["scalars"]
+        name: [float(str(numpy.float32(value))) for value in found[metric][1]]
+        for name, metric in METRICS.items()
+        if metric in found
     }
 
 

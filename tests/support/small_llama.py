@@ -88,10 +88,8 @@ def check_like_transformers(model, other, tokens, renamed=str):
     """
     weights = {renamed(name): weight for name, weight in model.state_dict().items()}
     other.load_state_dict(weights, strict=True)
-    logits, expected = (
-        model(tokens, torch.zeros_like(tokens, dtype=torch.int32)),
-        other(tokens).logits,
-    )
+    logits = model(tokens, torch.zeros_like(tokens, dtype=torch.int32))
+    expected = other(tokens).logits
     # fp32 rounding; sums run in another order.
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))

@@ -8,6 +8,8 @@ import torch
 from switchtitan.data.prepare import open_corpus
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import parse_arguments
+from switchtitan.methods import METHODS
+from switchtitan.models import MODELS
 from switchtitan.training.build import build_batches, build_stepper, build_trainer
 from switchtitan.training.step import TrainState
 
@@ -107,6 +109,14 @@ def tiny_config(folder, method, *overrides, num_ranks=1):
     file = folder / f"{method}-{os.getpid()}.toml"
     file.write_text(tiny_toml(folder, method))
     return parse_arguments(["--config", str(file), *overrides], num_ranks)
+
+
+def model_on_meta(config):
+    """The model of a run, with the layers of its method."""
+    with torch.device("meta"):
+        model = MODELS.build(config.model)
+    METHODS.build(config.method, config.training.steps, config.job.seed).prepare_model(model)
+    return model
 
 
 def tiny_trainer(folder, method, *overrides, num_ranks=1):

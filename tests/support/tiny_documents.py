@@ -33,6 +33,12 @@ def write_json_lines(file, documents, key="text"):
         file.write_text(lines, encoding="utf-8")
 
 
+def write_parquet(file, row_group_size=None, **columns):
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), file, row_group_size=row_group_size)
+
+
 def write_nanogpt(file, documents, eos_id, dtype="uint16"):
     """Writes token ids without a header, as nanoGPT does."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from support.commands import run
+from support.commands import succeed
 from support.tiny import tiny_trainer, train_steps
 from switchtitan.distributed.world import stop_world
 
@@ -43,8 +43,7 @@ def train_and_export(folder):
     stop_world()
     _quiet()
     (config,) = folder.glob("*.toml")
-    outcome = run("export", folder / "run")
-    assert outcome.status == 0, outcome.errors
+    succeed("export", folder / "run")
     exported = folder / "run" / "exports" / "step-000000015"
     loss = trainer.stepper.state.last_validation_loss
     assert loss is not None
@@ -60,9 +59,3 @@ def train_and_save(folder, method, *overrides, num_steps=7):
     trainer.close()
     _quiet()
     return trainer
-
-
-def save_run(folder, method="switchlora", num_steps=7):
-    """Trains a tiny run and saves it; returns its folder."""
-    train_and_save(folder, method, num_steps=num_steps)
-    return folder / "run"

@@ -94,10 +94,8 @@ def test_links_within_the_folder_and_links_to_it_are_followed(folder, tmp_path):
 
 
 def test_a_snapshot_of_the_hugging_face_cache_links_to_its_blobs_only(tmp_path):
-    snapshot, blobs = (
-        tmp_path / "models--a--b" / "snapshots" / "0123",
-        tmp_path / "models--a--b/blobs",
-    )
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs = tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     (blobs / "ab12").write_text("weights")

@@ -1,6 +1,5 @@
 """Runs that take steps on fake CUDA: every method, and every option that a step depends on."""
 
-from support.packages import HAS_TORCHAO
 from support.tiny import METHOD_KEYS, tiny_config
 from switchtitan.optim import OPTIMIZERS
 
@@ -72,17 +71,15 @@ CASES = {
     "biases": f"full_rank {_QWEN2} {_TIED}",
     "CoLA": f"full_rank {_COLA}",
     "CoLA, HSDP": f"full_rank {_COLA} --model.activation none {_HSDP}",
+    # Matrices of at least 4096 elements have moments in 8 bits.
+    "adamw8bit": "full_rank --optimizer.name adamw8bit "
+    "--model.hidden_size 64 --model.intermediate_size 128",
 }
 """Name -> a method, and options as on the command line."""
-if HAS_TORCHAO:
-    # Matrices of at least 4096 elements have moments in 8 bits.
-    _wide = "--model.hidden_size 64 --model.intermediate_size 128"
-    CASES["adamw8bit"] = f"full_rank --optimizer.name adamw8bit {_wide}"
-
 _named = " ".join(CASES.values()).split()
 # Rows that are new need nothing here.
 CASES |= {method: method for method in METHOD_KEYS if method not in _named}
-for _name in set(OPTIMIZERS) - {*_named, "adamw", "adamw8bit"}:
+for _name in set(OPTIMIZERS) - {*_named, "adamw"}:
     CASES[_name] = f"full_rank --optimizer.name {_name}"
 
 LONG = {"switchlora", "host candidates"}

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from support.checkpoints import SUMS, refused, rewrite_metadata
-from support.folders import contents
+from support.folders import contents, names_in
 
 from switchtitan.checkpoint.config import CheckpointConfig
 from switchtitan.checkpoint.load import (
@@ -20,10 +20,6 @@ from switchtitan.errors import CheckpointFormatError
 
 FILES = ("metadata.json", SUMS, "__0_0.distcp", ".metadata")
 AUTO = CheckpointConfig()
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def save_steps(checkpointer, tensors, *steps):
@@ -169,7 +165,7 @@ def test_the_newest_are_kept_and_every_nth(make_checkpointer, tensors, folder, l
     # What an interrupted deletion leaves.
     (folder / ".step-000000001.partial").mkdir()
     save_steps(checkpointer, tensors, 9, 10)
-    assert names(folder) == [f"step-{step:09d}" for step in kept]
+    assert names_in(folder) == [f"step-{step:09d}" for step in kept]
 
 
 def test_what_is_not_an_older_checkpoint_of_this_run_alone_stays(
@@ -186,7 +182,7 @@ def test_what_is_not_an_older_checkpoint_of_this_run_alone_stays(
     before = contents(folder)
     save_steps(checkpointer, tensors, 4, 5)
     assert before.items() <= contents(folder).items()
-    assert names(folder) == [f"step-{step:09d}" for step in (1, 2, 3, 5, 99)]
+    assert names_in(folder) == [f"step-{step:09d}" for step in (1, 2, 3, 5, 99)]
 
 
 def test_a_damaged_newer_checkpoint_does_not_count_as_kept(make_checkpointer, tensors, folder):
@@ -195,6 +191,6 @@ def test_a_damaged_newer_checkpoint_does_not_count_as_kept(make_checkpointer, te
     resumed = make_checkpointer(latest=find_latest(folder), keep_latest=2)
     save_steps(resumed, tensors, 3)
     # Two that can be resumed from, and the damaged one.
-    assert names(folder) == [f"step-00000000{step}" for step in (1, 2, 3)]
+    assert names_in(folder) == [f"step-00000000{step}" for step in (1, 2, 3)]
     save_steps(resumed, tensors, 4)
-    assert names(folder) == [f"step-00000000{step}" for step in (2, 3, 4)]
+    assert names_in(folder) == [f"step-00000000{step}" for step in (2, 3, 4)]

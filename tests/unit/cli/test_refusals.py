@@ -21,13 +21,10 @@ TRAIN = [
     ("--checkpoint.resume no/run {elsewhere}", "[checkpoint] resume = 'no/run'", "no complete"),
     ("--checkpoint.initial_weights no/w {elsewhere}", "[checkpoint] initial_weights", "'no/w'"),
     # What does not fit the corpus.
-    ("--data.vocab_size 300", "[data] vocab_size = 300", "[model] vocab_size = 271"),
     ("--data.seq_len 900000 --evaluation.tokens 900000 {new_run}", "seq_len = 900000", "900,001"),
     ("--training.global_batch_size 900000 {new_run}", "global_batch_size = 900000", "corpus"),
     # What does not fit the checkpoints in the run's folder.
     ("--model.intermediate_size 30", "model.intermediate_size", "saved with 28, now 30"),
-    ("--data.max_bytes 150000", "data.max_bytes", "saved with 200000, now 150000"),
-    ("--config {lora}", "method.name", "saved with 'switchlora', now 'lora'"),
     ("--checkpoint.resume never", "[checkpoint] resume = 'never'", "checkpoints"),
 ]
 TRAINED = [

@@ -30,9 +30,6 @@ def comparison(tmp_path):
     return load_comparison(write_grid(tmp_path))
 
 
-# ---- The report
-
-
 def reported(comparison, dense, thin, balanced):
     """The state of a finished comparison with these test losses on seeds 2 and 3."""
     losses = {"dense": dense, "thin": thin, "thin-balanced": balanced}
@@ -90,9 +87,6 @@ def test_a_row_with_a_diverged_run_has_no_mean(comparison):
     assert [cells(state, column)[2] for column in ("loss - dense's", "p", "verdict")] == ["-"] * 3
 
 
-# ---- Runs in folders
-
-
 def test_only_a_run_with_all_its_steps_and_the_same_settings_counts(comparison):
     run = plan_run(comparison, comparison.rows[1], {LR: 1e-2}, 1)
     assert read_folder(run) is None
@@ -109,9 +103,6 @@ def test_only_a_run_with_all_its_steps_and_the_same_settings_counts(comparison):
     saved.write_text(saved.read_text().replace("warmup_steps = 3", "warmup_steps = 4"))
     with pytest.raises(ConfigError, match=r"seed-1: this run has another configuration"):
         read_folder(run)
-
-
-# ---- Runs in CSV files
 
 
 CONTINUED = GRID.replace("[[rows]]", 'finished_runs = ["runs.csv"]\n[[rows]]', 1)

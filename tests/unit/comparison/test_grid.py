@@ -46,9 +46,6 @@ def with_thin(keys, top=""):
     return with_top(top).replace(SET_THIN, f"{SET_THIN}{keys}\n")
 
 
-# ---- What a file may say
-
-
 def test_rows_may_give_values_and_a_comparison_may_tune_nothing(tmp_path):
     grid = re.sub("learning_rate.* = .*", "set.optimizer = {{ lr = 1e-2, other_lr = 5e-3 }}", GRID)
     state, stages = train(declare(tmp_path, grid), lambda run: (2.0, 3.0))
@@ -161,9 +158,6 @@ def test_the_checksum_of_a_configuration_ignores_names_folders_and_defaults_only
     # A later version with one more key has the same checksums.
     assert with_added(3) == config_sha256(config)
     assert with_added(4) != config_sha256(config)
-
-
-# ---- The choice of values
 
 
 BEST = {"dense": {LR: 2e-3, OTHER: 2e-3, DECAY: 0.1}, "thin": {LR: 2e-2, OTHER: 2e-3}}

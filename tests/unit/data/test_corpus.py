@@ -98,6 +98,7 @@ def test_documents_begin_as_the_tokenizer_begins_a_text_or_as_bos_says(tmp_path,
         assert tokens_of(corpus, "train")[: 2 * len(start) + 5] == [*start, 2, 3, *start, 1, 2, 3]
         documents = corpus.tokenizer()
         assert documents.bos_ids == start
+        assert documents.encode_documents(["a b"]) == [[*start, 1, 2]]
         assert documents.tokenizer.encode("a b").ids[: len(start) + 2] == [*start, 1, 2]
         assert read_tokenizer(corpus.folder).sha256 == corpus.index.tokenizer.sha256
     with pytest.raises(CorpusError, match=r"\[data\] bos = true: .* has none"):
@@ -142,7 +143,10 @@ def test_the_end_token_is_found_in_one_way_however_the_tokenizer_is_named(tmp_pa
     for tokenizer in ("owner/name", str(folder)):
         corpus = open_corpus(write_documents(tmp_path, ["a b", "b"] * 9, tokenizer=tokenizer))
         assert corpus.index.tokenizer.eos_token == "<stop>"
-        assert read_tokenizer(corpus.folder).eos_token == "<stop>"
+        documents = read_tokenizer(corpus.folder)
+        assert documents.eos_token == "<stop>"
+        # The template's end is no part of a document, nor of a prompt.
+        assert (documents.bos_ids, documents.encode_documents(["a b"])) == ([], [[1, 2]])
 
 
 def test_a_stopped_preparation_of_files_that_have_changed_starts_over(tmp_path, monkeypatch):

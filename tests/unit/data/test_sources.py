@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from support.insides import read_tokens_at_a_time
-from support.tiny_documents import make_documents, write_json_lines, write_nanogpt
+from support.tiny_documents import make_documents, write_json_lines, write_nanogpt, write_parquet
 
 from switchtitan.data.config import SourceConfig
 from switchtitan.data.sources import DATASETS, TEXT_DOCUMENT_BYTES, read_text
@@ -38,14 +38,11 @@ def write_lines(kind, key="body"):
     return write
 
 
-def write_parquet(folder):
-    import pyarrow.parquet
-
+def write_parquets(folder):
     # Spark writes folders that are named like files.
     (folder / "1.parquet").mkdir()
     for name, part in (("0.parquet", TEXTS[:9]), ("1.parquet/1.parquet", TEXTS[9:])):
-        table = pyarrow.table({"id": list(range(len(part))), "body": part})
-        pyarrow.parquet.write_table(table, folder / name, row_group_size=4)
+        write_parquet(folder / name, id=list(range(len(part))), body=part, row_group_size=4)
 
 
 def write_ids(folder):
@@ -57,11 +54,8 @@ def write_ids(folder):
 
 def write_hub(folder):
     """A repository with a configuration of two splits."""
-    import pyarrow.parquet
-
     for number, part in enumerate((TEXTS[:9], TEXTS[9:])):
-        table = pyarrow.table({"id": part, "body": part})
-        pyarrow.parquet.write_table(table, folder / f"train-{number}.parquet")
+        write_parquet(folder / f"train-{number}.parquet", id=part, body=part)
     files = (
         "data_files:\n  - {split: train, path: train-*}\n  - {split: validation, path: train-0*}"
     )
@@ -92,7 +86,7 @@ ROWS = {
     "jsonl": Row("jsonl", write_lines("jsonl"), keys=BODY),
     "jsonl.gz": Row("jsonl", write_lines("json.gz"), keys=BODY),
     "jsonl.zst": Row("jsonl", write_lines("jsonl.zst"), keys=BODY),
-    "parquet": Row("parquet", write_parquet, keys=BODY),
+    "parquet": Row("parquet", write_parquets, keys=BODY),
     "hub": Row("hub", write_hub, keys={**BODY, "hub_config": "en"}, split="train"),
     "one split of hub": Row("hub", write_hub, TEXTS[:9], VALIDATION),
     "c4": Row("c4", write_c4, split="train"),
@@ -206,10 +200,10 @@ def holding(name, contents):
 
 
 def write_latin_cell(folder):
-    import pyarrow.parquet
+    import pyarrow
 
     latin = pyarrow.array([b"a", b"\xff"]).cast(pyarrow.string(), safe=False)
-    pyarrow.parquet.write_table(pyarrow.table({"text": latin}), folder / "a.parquet")
+    write_parquet(folder / "a.parquet", text=latin)
 
 
 def write_half_of_c4(folder):
@@ -225,7 +219,7 @@ def write_half_of_c4(folder):
         ("jsonl", write_lines("jsonl"), r"text_column = 'text', found .*body"),
         ("jsonl", truncated("json.gz"), r"0\.json\.gz: cannot be read"),
         ("jsonl", truncated("jsonl.zst"), r"0\.jsonl\.zst: cannot be read"),
-        ("parquet", write_parquet, r"0\.parquet: .*text_column = 'text', found .*body"),
+        ("parquet", write_parquets, r"0\.parquet: .*text_column = 'text', found .*body"),
         ("parquet", write_latin_cell, r"a\.parquet: .*utf-8"),
         ("parquet", write_texts, r"no parquet files"),
         ("c4", write_half_of_c4, r"c4-validation\."),

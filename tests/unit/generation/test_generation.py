@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 from support.small_llama import LLAMA3
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from switchtitan.data.tokenizer import DocumentTokenizer, train_tokenizer
+from switchtitan.data.tokenizer import train_tokenizer
 from switchtitan.generation.decoding import Sampler, continuation
 from switchtitan.generation.text import text_pieces
 from switchtitan.models import MODELS
@@ -181,16 +181,3 @@ def test_text_goes_on_after_bytes_that_take_back_a_character(word_pieces):
     assert "".join(pieces).startswith("a€")
     assert pieces[-2].endswith("b")
     assert pieces[-1] == ""
-
-
-def test_a_prompt_begins_as_the_tokenizer_begins_texts_and_does_not_end(byte_level):
-    tokenizer = Tokenizer.from_str(byte_level.to_str())
-    plain = tokenizer.encode("and").ids
-    assert DocumentTokenizer(tokenizer, "<e>").encode_documents(["and"]) == [plain]
-    for template, expected in (("<b> $A", [9]), ("$A <e>", []), ("<b> $A <e>", [9])):
-        special = [("<b>", 9), ("<e>", 0)]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=special
-        )
-        found = DocumentTokenizer(tokenizer, "<e>").encode_documents(["and"])
-        assert found == [expected + plain]

@@ -5,15 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.folders import names_in
 
 from switchtitan.errors import CheckpointError, OutputError
 from switchtitan.hub.export_folder import new_folder
 from switchtitan.hub.initial_weights import checksum
 from switchtitan.hub.peft_folder import ADAPTER_CONFIG_NAME, ADAPTER_NAME, BASE_FOLDER
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("exists", [False, True])

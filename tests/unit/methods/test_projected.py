@@ -4,7 +4,6 @@ from math import sqrt
 
 import pytest
 import torch
-from support.packages import needs_fira
 from support.projected_models import (
     ADAM,
     NUM_STEPS,
@@ -206,7 +205,6 @@ def package_with_signs(monkeypatch):
     monkeypatch.setattr(GradientProjector, "get_orthogonal_matrix", signed)
 
 
-@needs_fira
 @pytest.mark.usefixtures("package_with_signs")
 @pytest.mark.parametrize("scale", [0.25, 1.0])
 def test_weights_equal_those_of_firas_package(scale):

@@ -1,6 +1,7 @@
 """Sections of methods and optimizers: what does not fit together, and keys without effect."""
 
 import pytest
+from support.checkpoints import refused
 from support.tiny import tiny_config
 
 from switchtitan.errors import ConfigError
@@ -31,10 +32,8 @@ def test_what_cannot_be_is_refused_before_any_work(tmp_path, monkeypatch, method
     monkeypatch.setattr("switchtitan.registry.find_spec", lambda name: None)
     words = keys.split()
     words[::2] = [f"--{key}" for key in words[::2]]
-    with pytest.raises(ConfigError) as caught:
+    with refused(*fragments, error=ConfigError):
         tiny_config(tmp_path, method, *words)
-    for fragment in fragments:
-        assert fragment in str(caught.value)
 
 
 SWITCHED = {"rank": 4, "decay_ratio": 0.2, "candidates_device": "host"}
@@ -54,11 +53,6 @@ def test_a_key_that_another_one_switches_off_has_no_effect(section, void):
     assert len(messages) == len(void)
     for message, key in zip(messages, void, strict=True):
         assert message.startswith(f"{key} has no effect")
-
-
-def test_the_published_interval_is_the_default_and_does_not_depend_on_the_run():
-    config = SwitchLoraConfig(rank=16)
-    assert config.interval_in(7) == config.interval_in(10**6) == 40
 
 
 @pytest.mark.parametrize(

@@ -65,20 +65,13 @@ def test_bf16_model_is_no_further_from_fp32_than_that_of_transformers():
 
 @torch.no_grad()
 def test_flex_keeps_documents_apart_and_sdpa_does_not():
-    models = {name: build(attention=name, num_layers=1) for name in ("flex", "sdpa")}
+    flex, sdpa = (build(attention=name, num_layers=1) for name in ("flex", "sdpa"))
     tokens, document_ids = draw_tokens(1, 12)
     document_ids[:, 5:] = 1
-    changed = tokens.clone()
-    changed[0, 2] = (changed[0, 2] + 1) % VOCABULARY
-    moved = {
-        name: (model(changed, document_ids) - model(tokens, document_ids)).abs().amax((0, 2))
-        for name, model in models.items()
-    }
-    assert moved["flex"][2:5].min() > 1e-4
-    assert moved["flex"][5:].max() == 0
-    assert moved["sdpa"][5:].min() > 1e-4
-    one_document = [model(tokens, torch.zeros_like(document_ids)) for model in models.values()]
-    torch.testing.assert_close(*one_document, atol=1e-5, rtol=0)
+    apart = torch.cat([sdpa(part, document_ids) for part in tokens.split([5, 7], dim=1)], dim=1)
+    # Only differences of rotary positions matter: fp32 roundings of logits of order 1.
+    torch.testing.assert_close(flex(tokens, document_ids), apart, atol=1e-5, rtol=0)
+    assert (sdpa(tokens, document_ids) - apart)[:, 5:].abs().min() > 0
 
 
 def test_sharding_in_bf16_leaves_rotary_tables_in_fp32():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from support.checkpoints import refused
 from support.small_llama import LLAMA3
 from support.tensors import draw
 
@@ -71,10 +72,8 @@ def test_overrides_replace_values_of_the_table_and_key_heads_follow_heads():
     ],
 )
 def test_dimensions_that_do_not_fit_together_are_refused(overrides, fragments):
-    with pytest.raises(ValidationError) as caught:
+    with refused(*fragments, error=ValidationError):
         LlamaConfig(**{"size": "9m", **overrides})
-    for fragment in fragments:
-        assert fragment in str(caught.value)
 
 
 def test_equal_models_have_equal_architectures_however_their_keys_were_given():

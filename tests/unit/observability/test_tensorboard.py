@@ -9,19 +9,10 @@ from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.tensorboard import TensorBoardWriter, read_curves
 
 
-def read_events(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return EventAccumulator(str(folder), size_guidance={"histograms": 0}).Reload()
-
-
 def write_steps(folder, steps, start_step=0, metric="loss/train"):
     writer = TensorBoardWriter(folder / TENSORBOARD_FOLDER, start_step)
     for step in steps:
         writer.write(step, {metric: 1 / step})
-
-
-# ---- Ends of a run
 
 
 @pytest.mark.parametrize(
@@ -69,15 +60,14 @@ def test_points_before_and_after_a_crash_in_the_middle_of_a_record_are_read(
     assert values == pytest.approx([1 / step for step in steps])
 
 
-# ---- What a reporter writes
-
-
 def reporter_of(folder, config=None, **arguments):
     arguments = {"num_steps": 100, "is_main": True} | arguments
     return Reporter(config or MetricsConfig(), folder, **arguments)
 
 
 def test_scalars_histograms_and_description_of_a_run_are_in_its_event_file(tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     shares = torch.tensor([[0.0, 0.25, 1.0], [1e-7, 0.5, 0.5]])
     reporter = reporter_of(tmp_path, description='[model]\nname = "llama"')
     for step in (1, 10):
@@ -90,7 +80,8 @@ def test_scalars_histograms_and_description_of_a_run_are_in_its_event_file(tmp_p
         "loss/train": ([1, 10], [0.5, 5.0]),
         "switch/vectors_switched": ([1, 10], [3.0, 3.0]),
     }
-    events = read_events(tmp_path / TENSORBOARD_FOLDER)
+    all_of_them = {"histograms": 0}
+    events = EventAccumulator(str(tmp_path / TENSORBOARD_FOLDER), all_of_them).Reload()
     (text,) = events.Tensors("configuration/text_summary")
     assert text.tensor_proto.string_val[0].decode() == '    [model]\n    name = "llama"'
     first, second = events.Histograms("rank/spectrum/q_proj")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support.optimizer_steps import build, draw, limit_elements_per_call, parameters, train
+from torch.optim.lr_scheduler import LambdaLR
 
 from switchtitan.optim import muon
 from switchtitan.optim.muon import MuonConfig, orthogonalize, orthogonalize_all
@@ -24,6 +25,7 @@ SHAPES = {
     "layers.0.other.weight": (4, 7),
     "head.weight": (11, 5),
 }
+BY_MUON = (*MATRICES, "layers.0.other.weight")
 KEYS = {"lr": LR, "other_lr": OTHER_LR, "weight_decay": DECAY, "momentum": MOMENTUM}
 NUM_STEPS = 12
 
@@ -47,12 +49,11 @@ def by_formula(matrix, num_steps=5):
 
 def train_by_formula(nesterov):
     """The matrices after `NUM_STEPS` steps in fp64, by Jordan et al.'s sums of gradients."""
-    names = [name for name in SHAPES if name.startswith("layers.") and len(SHAPES[name]) == 2]
-    values = {name: parameters(SHAPES)[name].detach().double() for name in names}
+    values = {name: parameters(SHAPES)[name].detach().double() for name in BY_MUON}
     sums = {name: torch.zeros_like(value) for name, value in values.items()}
     for step in range(NUM_STEPS):
         grads = draw(SHAPES, step)
-        for name in names:
+        for name in BY_MUON:
             lr = lr_of(name) * (step + 1) / 12
             sums[name] = MOMENTUM * sums[name] + grads[name]
             update = grads[name] + MOMENTUM * sums[name] if nesterov else sums[name]
@@ -61,25 +62,22 @@ def train_by_formula(nesterov):
 
 
 def train_by_torch(nesterov):
-    """One torch optimizer for each parameter. Muon's products are in bf16."""
+    """The parameters after `NUM_STEPS` steps. Muon's products are in bf16."""
     named = parameters(SHAPES)
-    optimizers = {}
-    for name, parameter in named.items():
-        if name.startswith("layers.") and parameter.ndim == 2:
-            keys = {"momentum": MOMENTUM, "nesterov": nesterov, "weight_decay": DECAY}
-            optimizers[name] = torch.optim.Muon(
-                [parameter], lr_of(name), adjust_lr_fn="match_rms_adamw", **keys
-            )
-        else:
-            decay = DECAY if parameter.ndim > 1 else 0.0
-            optimizers[name] = torch.optim.AdamW(
-                [parameter], lr=lr_of(name), weight_decay=decay, fused=True
-            )
+    matrices = [{"params": [named[name]], "lr": lr_of(name)} for name in BY_MUON]
+    others = [named[name] for name in SHAPES if name not in BY_MUON]
+    decayed = [{"params": [each], "weight_decay": DECAY * (each.ndim > 1)} for each in others]
+    keys = {"momentum": MOMENTUM, "nesterov": nesterov, "weight_decay": DECAY}
+    optimizers = (
+        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **keys),
+        torch.optim.AdamW(decayed, lr=OTHER_LR, fused=True),
+    )
+    schedules = [LambdaLR(optimizer, lambda step: (step + 1) / 12) for optimizer in optimizers]
     for step in range(NUM_STEPS):
         for name, grad in draw(SHAPES, step).items():
-            optimizers[name].param_groups[0]["lr"] = lr_of(name) * ((step + 1) / 12)
             named[name].grad = grad
-            optimizers[name].step()
+        for each in (*optimizers, *schedules):
+            each.step()
     return named
 
 

@@ -14,7 +14,6 @@ from support.optimizer_steps import (
     parameters,
     train,
 )
-from support.packages import needs_torchao
 from support.small_llama import draw_model
 from support.tensors import differing
 from support.tiny import tiny_config
@@ -67,10 +66,6 @@ ALL = {
 }
 
 
-def marked(names):
-    return [pytest.param(name, marks=needs_torchao if "8bit" in name else ()) for name in names]
-
-
 def ours(config, named):
     return build(config, named, TARGETED)
 
@@ -101,7 +96,7 @@ def test_every_optimizer_of_torch_steps_as_its_class_by_hand(choice):
         assert (expected - before[name]).abs().max() > 1e-3, name
 
 
-@pytest.mark.parametrize("choice", marked(ALL))
+@pytest.mark.parametrize("choice", ALL)
 def test_state_moves_by_name_into_a_fresh_optimizer_which_continues_bitwise(choice):
     straight, first = parameters(SHAPES), parameters(SHAPES)
     train(ours(ALL[choice], straight), straight, range(9))
@@ -136,7 +131,7 @@ def test_a_gradient_of_zero_moves_nothing_but_by_decay_which_norms_have_if_the_s
         torch.testing.assert_close(named[name], expected, rtol=1e-6 if decay else 0, atol=0)
 
 
-@pytest.mark.parametrize("choice", marked(ALL))
+@pytest.mark.parametrize("choice", ALL)
 def test_rates_are_reported_gradients_dropped_and_a_parameter_without_one_stays(choice):
     named, without = parameters(SHAPES), "layers.0.wide.weight"
     optimizer = ours(ALL[choice], named)
@@ -173,7 +168,6 @@ def test_a_block_of_8_bit_codes_is_the_largest_divisor_of_a_row(shape, expected)
     assert block_size(shape) == expected
 
 
-@needs_torchao
 def test_with_8_bit_moments_parameters_stay_close_to_those_of_fp32_and_state_is_plain():
     before, named, exact = (parameters(EIGHT_BITS) for _ in range(3))
     optimizer = build(ALL["adamw8bit"], named)

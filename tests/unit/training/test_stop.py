@@ -93,8 +93,10 @@ def test_a_forked_process_has_its_own_signals(stop):
         stop.raise_if_due()
 
 
-def test_the_step_under_way_is_the_last_one(stop):
-    assert take_steps(stop, lambda step: send() if step == 7 else None) == 8
+def test_the_step_under_way_is_the_last_one_and_has_time_to_be_saved(stop, ends):
+    assert take_steps(stop, lambda step: send() if step == 7 else None, grace_s=0.2) == 8
+    time.sleep(0.5)
+    assert ends == []
 
 
 def test_a_signal_after_the_last_step_stops_too(stop):
@@ -116,12 +118,6 @@ def test_the_end_of_the_grace_period_abandons_the_save(stop, ends):
     assert message.startswith("[checkpoint] grace_s = 0.2: ")
     assert message.endswith("resumes from there")
     assert status == 5
-
-
-def test_a_save_within_the_grace_period_is_not_abandoned(stop, ends):
-    take_steps(stop, lambda step: send(), grace_s=0.2)
-    time.sleep(0.5)
-    assert ends == []
 
 
 def test_a_second_signal_exits_at_once_unless_it_is_of_the_same_action(stop, monkeypatch, ends):
