@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from switchtitan.config import explain
 from switchtitan.data.config import DataConfig
 from switchtitan.data.order import ONE_SOURCE, PERIOD, Schedule
-from switchtitan.data.sequences import Sequences, TokenSequences
+from switchtitan.data.sequences import Sequences, TokenFile, TokenSequences
 from switchtitan.data.sources import DATASETS, FileState, Source, hub_error
 from switchtitan.data.tokenizer import DocumentTokenizer, check_vocabulary, read_tokenizer
 from switchtitan.errors import CorpusError
@@ -91,16 +91,13 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
         "format_version": FORMAT_VERSION,
         "source": dict(source.identity),
         "tokenizer": config.tokenizer_identity,
-        "validation_fraction": None,
-        "max_documents": config.max_documents,
-        "max_bytes": config.max_bytes,
+        "validation_fraction": None if is_split else config.held_out_fraction,
+        **config.model_dump(include={"max_documents", "max_bytes"}),
+        **config.model_dump(include={"bos"}, exclude_none=True),
     }
     if not is_split:
-        identity["validation_fraction"] = config.held_out_fraction
         identity["test_fraction"] = config.test_fraction
         identity["held_out_document_tokens"] = HELD_OUT_DOCUMENT_TOKENS
-    if config.bos is not None:
-        identity["bos"] = config.bos
     folder = config.cache_dir.expanduser() / f"{config.dataset}-{_digest(identity)[:12]}"
     return CorpusPlan(config, source, identity, folder, fallback_for)
 
@@ -149,7 +146,17 @@ class CorpusIndex(Record):
     """The commit of a dataset on the Hugging Face hub; None for other sources."""
     files: list[FileState] = []
     """A user's own files as they were; see `Source`."""
-    fingerprint: str
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits, equal only for equal tokens and tokenizers."""
+        splits = {
+            split: [[shard.tokens, shard.sha256] for shard in shards]
+            for split, shards in self.splits.items()
+        }
+        keys = {"format_version": FORMAT_VERSION, "tokenizer": self.tokenizer.sha256}
+        return _digest({**keys, "dtype": self.dtype, "splits": splits})[:32]
 
     @property
     def checksums(self) -> dict[str, str]:
@@ -162,20 +169,6 @@ class CorpusIndex(Record):
 
     def num_documents(self, split: str) -> int:
         return sum(shard.documents for shard in self.splits[split])
-
-
-def fingerprint_of(tokenizer_sha256: str, dtype: str, splits: dict[str, list[ShardRecord]]) -> str:
-    """32 hexadecimal digits, equal for two corpora only if tokens and tokenizer are the same."""
-    contents = {
-        "format_version": FORMAT_VERSION,
-        "tokenizer": tokenizer_sha256,
-        "dtype": dtype,
-        "splits": {
-            split: [[shard.tokens, shard.sha256] for shard in shards]
-            for split, shards in splits.items()
-        },
-    }
-    return _digest(contents)[:32]
 
 
 def _digest(contents: object) -> str:
@@ -195,9 +188,8 @@ def read_index(folder: Path) -> CorpusIndex:
     try:
         contents = file_inside(folder, INDEX_FILE).read_bytes()
         index = CorpusIndex.model_validate_json(contents)
-        own = fingerprint_of(index.tokenizer.sha256, index.dtype, index.splits)
-        if (index.format_version, index.fingerprint) != (FORMAT_VERSION, own):
-            raise ValueError("it has another format, or does not match its own fingerprint")
+        if index.format_version != FORMAT_VERSION:
+            raise ValueError("it has another format")
         if not 0 <= index.tokenizer.eos_id < index.tokenizer.vocab_size <= 1 << 32:
             raise ValueError("its end token is outside of the vocabulary")
         checksum = file_inside(folder, _INDEX_CHECKSUM_FILE)
@@ -292,24 +284,22 @@ class Corpus:
                 f"{self.index.num_tokens(name):,} tokens, fewer than the {seq_len + 1:,} of one "
                 f"sequence and its last target; lower seq_len, use a larger corpus{more}"
             )
-        shards = self.index.splits[name]
-        return TokenSequences(
-            [self.folder / shard.file for shard in shards],
-            [shard.tokens for shard in shards],
-            dtype=self.index.dtype,
-            seq_len=seq_len,
-            eos_id=self.eos_id,
-        )
+        dtype = np.dtype(self.index.dtype).newbyteorder("<")
+        shards = [
+            TokenFile(self.folder / shard.file, dtype, "r", shape=shard.tokens)
+            for shard in self.index.splits[name]
+        ]
+        return TokenSequences(shards, seq_len, self.eos_id)
 
     def verify(self, max_bytes: float) -> None:
         """Compares the sizes of all token files, and all files with their checksums if the tokens
         of a source are not more than `max_bytes`. Raises a CorpusError for the first difference."""
-        for source in self.sources:
-            try:
+        try:
+            for source in self.sources:
                 source._verify_files(max_bytes)
-            except OSError as error:
-                problem = f"it cannot be read ({error.strerror})"
-                raise _damage(Path(error.filename), problem) from error
+        except OSError as error:
+            problem = f"it cannot be read ({error.strerror})"
+            raise _damage(Path(error.filename), problem) from error
 
     def _verify_files(self, max_bytes: float) -> None:
         index, num_bytes = self.index, 0

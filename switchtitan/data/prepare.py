@@ -28,7 +28,6 @@ from switchtitan.data.corpus import (
     CorpusPlan,
     ShardRecord,
     TokenizerRecord,
-    fingerprint_of,
     join_sources,
     plan_corpus,
     plan_from_name,
@@ -90,19 +89,16 @@ def open_corpus(
         CorpusError: on every rank, if the corpus of one cannot be prepared or read, is damaged, or
             is not the main rank's, or the tokenizer has more tokens than the model.
     """
-
-    def open_one(own: DataConfig) -> Corpus:
-        if ranks is not None:
-            return _open_on_ranks(own, ranks, model_vocab_size)
-        plan = plan_corpus(own) if prepares else plan_from_name(own)
-        return _open(plan, model_vocab_size, prepares=prepares)
-
     schedule = schedule_of([source.weight for source in config.sources] or [1.0])
     parts = list[Corpus]()
     for own in config.source_configs():
         if parts and own.tokenizer == TRAINED_TOKENIZER:
             own = own.model_copy(update={"tokenizer": str(parts[0].folder)})
-        parts.append(open_one(own))
+        if ranks is not None:
+            parts.append(_open_on_ranks(own, ranks, model_vocab_size))
+        else:
+            plan = plan_corpus(own) if prepares else plan_from_name(own)
+            parts.append(_open(plan, model_vocab_size, prepares=prepares))
     return join_sources(parts, schedule)
 
 
@@ -328,14 +324,13 @@ class _Preparation:
                     f"all in {' and '.join(splits) or 'none'}; at least {len(names)} are needed"
                 )
         splits = {split: splits[split] for split in names}
-        sha256 = sha256_of_file(self._folder / TOKENIZER_FILE)
         index = CorpusIndex(
             format_version=FORMAT_VERSION,
             name=plan.folder.name,
             source=plan.source.description,
             identity=plan.identity,
             tokenizer=TokenizerRecord(
-                sha256=sha256,
+                sha256=sha256_of_file(self._folder / TOKENIZER_FILE),
                 vocab_size=tokenizer.vocab_size,
                 eos_token=tokenizer.eos_token,
                 eos_id=tokenizer.eos_id,
@@ -345,7 +340,6 @@ class _Preparation:
             splits=splits,
             revision=self._progress.revision,
             files=self._hashed_files(),
-            fingerprint=fingerprint_of(sha256, tokenizer.dtype, splits),
         )
         write_index(self._folder, index)
         rename_complete(self._folder, plan.folder)

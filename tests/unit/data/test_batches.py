@@ -18,7 +18,7 @@ from switchtitan.data.config import DataConfig
 from switchtitan.data.loader import ValidationBatches, build_train_batches
 from switchtitan.data.order import PERIOD, permute, schedule_of, sequence_index
 from switchtitan.data.prepare import open_corpus
-from switchtitan.data.sequences import TokenSequences
+from switchtitan.data.sequences import TokenFile, TokenSequences
 from switchtitan.data.tokenizer import (
     DocumentTokenizer,
     bytes_by_token,
@@ -50,8 +50,7 @@ def write_shards(folder, tokens, cuts=(), dtype="uint16"):
     files = [folder / f"{number}.bin" for number in range(len(pieces))]
     for file, piece in zip(files, pieces, strict=True):
         piece.astype(np.dtype(dtype).newbyteorder("<")).tofile(file)
-    counts = [len(piece) for piece in pieces]
-    return TokenSequences(files, counts, dtype=dtype, seq_len=7, eos_id=EOS)
+    return TokenSequences([TokenFile(file, dtype, "r") for file in files], seq_len=7, eos_id=EOS)
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("uint16", 65_000), ("uint32", 4_000_000_000)])

@@ -27,7 +27,6 @@ from switchtitan.data import prepare as prepare_module
 from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import (
     CorpusIndex,
-    fingerprint_of,
     open_prepared,
     plan_corpus,
     plan_from_name,
@@ -411,14 +410,14 @@ def truncate(file):
 
 
 def test_the_fingerprint_covers_tokens_and_tokenizer_and_not_the_place(corpus, copy):
-    assert open_prepared(copy).fingerprint == corpus.fingerprint
-    index = corpus.index
-    same = fingerprint_of(index.tokenizer.sha256, index.dtype, index.splits)
-    assert same == corpus.fingerprint
-    assert fingerprint_of("0" * 64, index.dtype, index.splits) != same
-    assert fingerprint_of(index.tokenizer.sha256, "uint32", index.splits) != same
-    others = index.splits | {"train": index.splits["validation"]}
-    assert fingerprint_of(index.tokenizer.sha256, index.dtype, others) != same
+    index, same = corpus.index, corpus.fingerprint
+    stored = json.loads((copy / "index.json").read_text())["fingerprint"]
+    assert open_prepared(copy).fingerprint == stored == same
+    other_tokenizer = index.tokenizer.model_copy(update={"sha256": "0" * 64})
+    other_splits = index.splits | {"train": index.splits["validation"]}
+    changes = {"tokenizer": other_tokenizer, "dtype": "uint32", "splits": other_splits}
+    for key, value in changes.items():
+        assert index.model_copy(update={key: value}).fingerprint != same
 
 
 def change_index(old, new):
