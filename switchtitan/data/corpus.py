@@ -261,7 +261,8 @@ class Corpus:
     def tokenizer(self) -> DocumentTokenizer:
         """The tokenizer whose ids the corpus holds."""
         record = self.index.tokenizer
-        return read_tokenizer(self.folder, record.eos_token, record.bos or False)
+        tokenizer = read_tokenizer(self.folder, record.eos_token)
+        return tokenizer if record.bos else tokenizer.without_bos()
 
     def split(self, name: SplitName, seq_len: int) -> Sequences:
         """The sequences of one split, of all sources of a mixture. Raises a CorpusError if there is

@@ -234,7 +234,14 @@ class _Preparation:
                 )
         # The splits to read; None is all documents, of which we hold some out.
         streams = own_splits or (None,)
-        tokenizer = self._tokenizer(streams[0])
+        tokenizer, bos = self._tokenizer(streams[0]), config.bos
+        if bos and not tokenizer.bos_ids:
+            raise CorpusError(
+                "[data] bos = true: the tokenizer puts no token before a text; leave bos out, or "
+                "change the post_processor in its file"
+            )
+        if bos is False or (bos is None and row.holds_tokens):
+            tokenizer = tokenizer.without_bos()
         if model_vocab_size is not None:
             name = f"the tokenizer ([data] tokenizer = {config.tokenizer!r})"
             check_vocabulary(tokenizer.vocab_size, model_vocab_size, name)
@@ -252,15 +259,13 @@ class _Preparation:
 
     def _tokenizer(self, stream: str | None) -> DocumentTokenizer:
         """The tokenizer saved by the preparation being resumed, or a new one."""
-        config, eos_token, bos = self._config, self._progress.eos_token, self._config.bos
-        if bos is None and DATASETS[config.dataset].holds_tokens:
-            bos = False
+        config, eos_token = self._config, self._progress.eos_token
         if eos_token is not None:
-            return read_tokenizer(self._folder / TOKENIZER_FILE, eos_token, bos)
-        if config.tokenizer_path is not None:
-            return read_tokenizer(config.tokenizer_path, bos=bos)
-        if config.hub_tokenizer is not None:
-            return fetch_tokenizer(config.hub_tokenizer, bos)
+            return read_tokenizer(self._folder / TOKENIZER_FILE, eos_token)
+        if config.tokenizer_origin == "local":
+            return read_tokenizer(Path(config.tokenizer))
+        if config.tokenizer_origin == "hub":
+            return fetch_tokenizer(config.tokenizer)
         vocab_size = config.trained_vocab_size
         logger.info("training a byte-level BPE tokenizer of %d tokens on the corpus", vocab_size)
         max_bytes = min(config.max_bytes or TRAINING_SAMPLE_BYTES, TRAINING_SAMPLE_BYTES)
@@ -268,7 +273,7 @@ class _Preparation:
         chunks = read_chunks(documents, config.max_documents, max_bytes)
         texts = enumerate(chain.from_iterable(chunk.documents for chunk in chunks))
         sample = (text for number, text in texts if _split_of(number, stream, config) == "train")
-        return train_tokenizer(sample, vocab_size, bos)
+        return train_tokenizer(sample, vocab_size)
 
     def _write_stream(self, stream: str | None, tokenizer: DocumentTokenizer) -> None:
         """Writes the segments of a stream that are left, and the progress after each."""

@@ -99,8 +99,8 @@ def test_documents_begin_as_the_tokenizer_begins_a_text_or_as_bos_says(tmp_path,
         assert documents.bos_ids == start
         assert documents.tokenizer.encode("a b").ids[: len(start) + 2] == [*start, 1, 2]
         assert read_tokenizer(corpus.folder).sha256 == corpus.index.tokenizer.sha256
-    with pytest.raises(CorpusError, match=r"\[data\] bos = true: .* has none"):
-        train_tokenizer(["a"], 258, bos=True)
+    with pytest.raises(CorpusError, match=r"\[data\] bos = true: .* no token before a text"):
+        open_corpus(write_documents(tmp_path, texts, vocab_size=258, bos=True))
 
 
 def test_a_corpus_of_an_earlier_version_has_documents_that_begin_with_nothing(tmp_path):
