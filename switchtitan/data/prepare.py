@@ -252,10 +252,8 @@ class _Preparation:
             self._save_progress()
         for stream in streams[progress.stream :]:
             self._write_stream(stream, tokenizer)
-        splits = ["train", "validation"]
-        if config.test_fraction is not None and not own_splits:
-            splits.append("test")
-        self._finish(tokenizer, splits)
+        has_test_split = config.test_fraction is not None and not own_splits
+        self._finish(tokenizer, ["train", "validation", *["test"] * has_test_split])
 
     def _tokenizer(self, stream: str | None) -> DocumentTokenizer:
         """The tokenizer saved by the preparation being resumed, or a new one."""
@@ -355,15 +353,13 @@ class _Preparation:
 
     def _hashed_files(self) -> list[FileState]:
         """Returns the source's files, with checksums of those that were read."""
-        source, files = self._source, list[FileState]()
-        if not source.files:  # of a hub, whose splits would be asked for again
-            return files
-        num_read = len(source.files) if source.splits() else self._progress.num_files_read
+        source, files = self._source, list(self._source.files)
+        has_own_splits = self._progress.stream > 1
+        num_read = len(files) if has_own_splits else self._progress.num_files_read
         with progress_bar("hashing source", total=source.num_bytes, unit="B") as bar:
-            for number, file in enumerate(source.files):
-                path = source.folder / file.name
-                sha256 = sha256_of_file(path, bar.update) if number < num_read else None
-                files.append(file._replace(sha256=sha256))
+            for number, file in enumerate(files[:num_read]):
+                sha256 = sha256_of_file(source.folder / file.name, bar.update)
+                files[number] = file._replace(sha256=sha256)
         if DATASETS[self._config.dataset].open(self._config, None).files != source.files:
             raise CorpusError(
                 f"{source.description}: files have changed while they were read; run again to "
