@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from switchtitan.config import toml_value
 from switchtitan.data.sources import DATASETS, HUB_KEYS
-from switchtitan.data.tokenizer import is_cached, read_tokenizer
+from switchtitan.data.tokenizer import read_tokenizer
 from switchtitan.registry import Section
 
 if TYPE_CHECKING:
@@ -170,8 +170,11 @@ class DataConfig(SourceConfig):
     @property
     def needs_hub(self) -> bool:
         """Whether a preparation asks the hub for the dataset or the tokenizer."""
-        is_missing = self.tokenizer_origin == "hub" and not is_cached(self.tokenizer)
-        return self.needs_hub_dataset or is_missing
+        from huggingface_hub import try_to_load_from_cache
+
+        if self.needs_hub_dataset or self.tokenizer_origin != "hub":
+            return self.needs_hub_dataset
+        return not isinstance(try_to_load_from_cache(self.tokenizer, "tokenizer.json"), str)
 
     def identity(self) -> dict[str, object]:
         """Returns the keys that determine tokens and splits, wherever their files are."""

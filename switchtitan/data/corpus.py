@@ -245,11 +245,6 @@ class Corpus:
         return _digest([[source.fingerprint, count] for source, count in self.shares])[:32]
 
     @property
-    def eos_id(self) -> int:
-        """The token that ends a document."""
-        return self.index.tokenizer.eos_id
-
-    @property
     def description(self) -> str:
         """The documents, for people and for a run's metadata, and the fallback if there was one."""
         if self.parts:
@@ -290,7 +285,7 @@ class Corpus:
             TokenFile(self.folder / shard.file, dtype, "r", shape=shard.tokens)
             for shard in self.index.splits[name]
         ]
-        return TokenSequences(shards, seq_len, self.eos_id)
+        return TokenSequences(shards, seq_len, self.index.tokenizer.eos_id)
 
     def verify(self, max_bytes: float) -> None:
         """Compares the sizes of all token files, and all files with their checksums if the tokens

@@ -1,8 +1,10 @@
 """The sequences of a split, from memory-mapped token files of one source or several."""
 
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -36,11 +38,11 @@ class TokenSequences(Dataset[Tensor]):
     """The token that ends a document."""
 
     @cached_property
-    def _ends(self) -> NDArray[np.int64]:
-        return np.cumsum([len(shard) for shard in self.shards])
+    def _starts(self) -> list[int]:
+        return list(accumulate(map(len, self.shards), initial=0))
 
     def __len__(self) -> int:
-        return max(0, int(self._ends[-1]) - 1) // self.seq_len
+        return max(0, self._starts[-1] - 1) // self.seq_len
 
     def __getitem__(self, index: int) -> Tensor:
         first = index * self.seq_len
@@ -48,13 +50,11 @@ class TokenSequences(Dataset[Tensor]):
 
     def read(self, first: int, end: int) -> NDArray[np.int64]:
         """Returns tokens `first` to `end - 1` of the joined shards."""
-        pieces = []
-        shard = int(np.searchsorted(self._ends, first, side="right"))
-        while first < end:
-            tokens, shard_end = self.shards[shard], int(self._ends[shard])
-            start = first - (shard_end - len(tokens))
-            pieces.append(tokens[start : start + end - first])
-            first, shard = shard_end, shard + 1
+        first_shard, last_shard = (bisect(self._starts, at) - 1 for at in (first, end - 1))
+        pieces = [
+            self.shards[shard][max(first - self._starts[shard], 0) : end - self._starts[shard]]
+            for shard in range(first_shard, last_shard + 1)
+        ]
         return np.concatenate(pieces).astype(np.int64)
 
 

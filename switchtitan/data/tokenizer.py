@@ -162,13 +162,6 @@ def fetch_tokenizer(name: str) -> DocumentTokenizer:
     return read_tokenizer(folder)
 
 
-def is_cached(name: str) -> bool:
-    """Whether a hub tokenizer is in the local cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(name, "tokenizer.json"), str)
-
-
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> DocumentTokenizer:
     """Trains a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2); token 0 ends a document.
 
@@ -189,17 +182,17 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> DocumentTokeni
 def _configured_eos(folder: Path) -> str | None:
     """Returns `eos_token`, a string or an object with `content`, of a Hugging Face folder or of a
     prepared corpus."""
-    for name, section in ((_SETTINGS_FILE, None), ("index.json", "tokenizer")):
+    places = ((_SETTINGS_FILE, "eos_token", "content"), ("index.json", "tokenizer", "eos_token"))
+    for name, *keys in places:
         try:
-            settings = json.loads(file_inside(folder, name).read_text(encoding="utf-8"))
+            value = json.loads(file_inside(folder, name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
             raise CorpusError(f"{folder / name}: expected a file of JSON ({error})") from error
-        for key in filter(None, (section, "eos_token")):
-            settings = settings.get(key) if isinstance(settings, dict) else None
-        token = settings.get("content") if isinstance(settings, dict) else settings
-        return token if isinstance(token, str) else None
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else value
+        return value if isinstance(value, str) else None
     return None
 
 

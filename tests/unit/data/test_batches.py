@@ -106,7 +106,7 @@ def test_targets_are_the_next_tokens_and_ids_match(sequences, corpus):
     assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
     assert not torch.equal(batch.tokens, batch.targets)
     rises = batch.document_ids.diff(dim=1) == 1
-    assert torch.equal(rises, batch.tokens[:, :-1] == corpus.eos_id)
+    assert torch.equal(rises, batch.tokens[:, :-1] == corpus.index.tokenizer.eos_id)
 
 
 @pytest.mark.parametrize("kind", ["corpus", "mixture"])
