@@ -39,7 +39,8 @@ small corpus: of the standard library, one has 0.06 of the split, not 0.21."""
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """The corpus to prepare and its folder, planned without reading a document."""
+    """The corpus to prepare and its folder, planned without reading a document. The folder exists
+    if it is complete."""
 
     config: DataConfig
     source: Source
@@ -48,17 +49,12 @@ class CorpusPlan:
     fallback_for: str | None = None
     """See `Corpus`."""
 
-    @property
-    def is_prepared(self) -> bool:
-        """Whether the folder exists; it gets its name when it is complete."""
-        return self.folder.is_dir()
-
 
 def plan_corpus(config: DataConfig) -> CorpusPlan:
     """Plans the corpus that `config` names, or the offline one if that is not prepared and the hub
     cannot be reached. Raises a CorpusError if a file is missing, or there is no offline one."""
     plan = plan_from_name(config)
-    if plan.is_prepared or not config.needs_hub or (reason := hub_error()) is None:
+    if plan.folder.is_dir() or not config.needs_hub or (reason := hub_error()) is None:
         return plan
     path = "" if config.path is None else f"path = {str(config.path)!r}, "
     problem = (

@@ -105,7 +105,7 @@ def open_corpus(
 def _open(
     plan: CorpusPlan, model_vocab_size: int | None, *, prepares: bool = True, verifies: bool = True
 ) -> Corpus:
-    if not prepares and not plan.is_prepared:
+    if not prepares and not plan.folder.is_dir():
         raise CorpusError(
             f"{plan.folder}: this corpus is not prepared; run `switchtitan prepare` with the same "
             "configuration first"
@@ -135,7 +135,7 @@ def _open_on_ranks(config: DataConfig, ranks: World, model_vocab_size: int | Non
             return main
         own = config if main.fallback_for is None else config.fallback_config()
         plan = plan_from_name(own, main.fallback_for)
-        if not plan.is_prepared:
+        if not plan.folder.is_dir():
             logger.warning(
                 "preparing the corpus again in %s: this machine does not see the main rank's "
                 "folder; [data] cache_dir on a shared disk is prepared once",
@@ -163,7 +163,7 @@ def prepare_corpus(plan: CorpusPlan, model_vocab_size: int | None = None) -> Non
         CorpusError: if the source or the tokenizer cannot be read or does not fit the model, there
             are too few documents, or the folder cannot be written.
     """
-    if plan.is_prepared:
+    if plan.folder.is_dir():
         return
     lock = FileLock(plan.folder.with_name(plan.folder.name + ".lock"))
     try:
@@ -173,7 +173,7 @@ def prepare_corpus(plan: CorpusPlan, model_vocab_size: int | None = None) -> Non
         except Timeout:
             logger.info("waiting for another process that is preparing %s", plan.folder)
             lock.acquire()
-        if not plan.is_prepared:
+        if not plan.folder.is_dir():
             _Preparation(plan).run(model_vocab_size)
     except (OSError, NotImplementedError) as error:
         raise CorpusError(
@@ -370,8 +370,6 @@ class _Preparation:
 
 def _read_progress(folder: Path, files: list[FileState]) -> Progress:
     """Returns the progress of a stopped preparation of `files`; deletes what cannot be resumed."""
-    if not folder.exists():
-        return Progress(files=files)
     try:
         progress = Progress.model_validate_json((folder / PROGRESS_FILE).read_bytes())
         if progress.files != files:
@@ -386,8 +384,9 @@ def _read_progress(folder: Path, files: list[FileState]) -> Progress:
             if num_bytes not in (2 * shard.tokens, 4 * shard.tokens):
                 raise ValueError(f"{shard.file} has {num_bytes} bytes")
     except (OSError, ValueError) as error:
-        logger.info("cannot resume %s (%s); starting over", folder, error)
-        shutil.rmtree(folder)
+        if folder.exists():
+            logger.info("cannot resume %s (%s); starting over", folder, error)
+            shutil.rmtree(folder)
         return Progress(files=files)
     logger.info("resuming a stopped preparation after %d finished segments", progress.segments)
     return progress

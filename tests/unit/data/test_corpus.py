@@ -206,7 +206,7 @@ def test_a_stop_before_the_rename_leaves_nothing_that_looks_complete(
     with monkeypatch.context() as patched:
         use_small_batches(patched)
         unfinished = prepare_until_the_rename(elsewhere)
-    assert not plan_corpus(elsewhere).is_prepared
+    assert not plan_corpus(elsewhere).folder.is_dir()
     if lost is None:
         (unfinished / "progress.json").write_text('{"segments": "many"}')
     else:
