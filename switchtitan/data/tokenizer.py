@@ -220,25 +220,18 @@ def num_text_bytes(tokens: NDArray[np.int64], documents: DocumentTokenizer) -> i
     A byte-level tokenizer's are exact for any part of a document. Those of others are counted in
     the decoded text, which lacks what the tokenizer drops, such as T5's line breaks.
     """
-    table = bytes_by_token(documents)
-    if table is not None:
+    tokenizer = documents.tokenizer
+    if isinstance(tokenizer.decoder, decoders.ByteLevel):
+        table = np.zeros(documents.vocab_size, dtype=np.int64)
+        for piece, token in tokenizer.get_vocab(with_added_tokens=False).items():
+            table[token] = len(piece)  # one character for each byte
+        for token, added in tokenizer.get_added_tokens_decoder().items():
+            table[token] = 0 if added.special else len(added.content.encode())
         return int(table[tokens[1:]].sum())
     ends = np.flatnonzero(tokens == documents.eos_id)
     no_text = [*documents.bos_ids, documents.eos_id]
     ids = [part[~np.isin(part, no_text)].tolist() for part in np.split(tokens, ends)]
     context = tokens[:1][~np.isin(tokens[:1], no_text)].tolist()
-    decoded = documents.tokenizer.decode_batch([*ids, context], skip_special_tokens=False)
+    decoded = tokenizer.decode_batch([*ids, context], skip_special_tokens=False)
     *texts, before = (len(text.encode()) for text in decoded)
     return sum(texts) - before
-
-
-def bytes_by_token(documents: DocumentTokenizer) -> NDArray[np.int64] | None:
-    """Returns the bytes of each token, [vocabulary]; None unless tokens stand for bytes."""
-    if not isinstance(documents.tokenizer.decoder, decoders.ByteLevel):
-        return None
-    table = np.zeros(documents.vocab_size, dtype=np.int64)
-    for piece, token in documents.tokenizer.get_vocab(with_added_tokens=False).items():
-        table[token] = len(piece)  # one character for each byte
-    for token, added in documents.tokenizer.get_added_tokens_decoder().items():
-        table[token] = 0 if added.special else len(added.content.encode())
-    return table
