@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from switchtitan.config import toml_value
 from switchtitan.data.sources import DATASETS, HUB_KEYS
-from switchtitan.data.tokenizer import is_cached, read_tokenizer
+from switchtitan.data.tokenizer import read_tokenizer
 from switchtitan.registry import Section
 
 if TYPE_CHECKING:
@@ -148,36 +148,33 @@ class DataConfig(SourceConfig):
         return self.validation_fraction or 0.02
 
     @property
-    def tokenizer_path(self) -> Path | None:
-        """The local tokenizer that `tokenizer` names; None if it is trained or on the hub."""
+    def tokenizer_origin(self) -> Literal["trained", "local", "hub"]:
+        """Where the tokenizer comes from."""
         if self.tokenizer == TRAINED_TOKENIZER:
-            return None
+            return "trained"
         path = Path(self.tokenizer).expanduser()
         is_local = _looks_local(self.tokenizer) or path.suffix == ".json" or os.path.exists(path)
-        return path if is_local else None
+        return "local" if is_local else "hub"
 
     @property
     def tokenizer_identity(self) -> str:
         """What determines the tokenizer: its contents, its name on the hub, or its training."""
-        if self.tokenizer == TRAINED_TOKENIZER:
+        if self.tokenizer_origin == "trained":
             return f"byte-level BPE of {self.trained_vocab_size} trained on the corpus"
-        if self.tokenizer_path is None:
+        if self.tokenizer_origin == "hub":
             return f"hub {self.tokenizer}"
-        found = read_tokenizer(self.tokenizer_path)
+        found = read_tokenizer(Path(self.tokenizer))
         begins = f", begin with {found.bos_token}" if found.bos_ids else ""
         return f"sha256 {found.sha256}, documents end with {found.eos_token}{begins}"
 
     @property
-    def hub_tokenizer(self) -> str | None:
-        """The tokenizer's name on the hub; None if it is local or trained."""
-        is_local = self.tokenizer == TRAINED_TOKENIZER or self.tokenizer_path is not None
-        return None if is_local else self.tokenizer
-
-    @property
     def needs_hub(self) -> bool:
         """Whether a preparation asks the hub for the dataset or the tokenizer."""
-        name = self.hub_tokenizer
-        return self.needs_hub_dataset or (name is not None and not is_cached(name))
+        from huggingface_hub import try_to_load_from_cache
+
+        if self.needs_hub_dataset or self.tokenizer_origin != "hub":
+            return self.needs_hub_dataset
+        return not isinstance(try_to_load_from_cache(self.tokenizer, "tokenizer.json"), str)
 
     def identity(self) -> dict[str, object]:
         """Returns the keys that determine tokens and splits, wherever their files are."""
@@ -221,7 +218,7 @@ class DataConfig(SourceConfig):
         void = super().without_effect()
         if self.offline_dataset is not None:
             # The other keys have an effect on the offline dataset.
-            if not self.needs_hub_dataset and self.hub_tokenizer is None:
+            if not self.needs_hub_dataset and self.tokenizer_origin != "hub":
                 void += self._not_read(["offline_dataset"], "since nothing comes from the hub")
             return void
         if DATASETS[self.dataset].has_own_splits:

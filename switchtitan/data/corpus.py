@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from switchtitan.config import explain
 from switchtitan.data.config import DataConfig
 from switchtitan.data.order import ONE_SOURCE, PERIOD, Schedule
-from switchtitan.data.sequences import Sequences, TokenSequences
+from switchtitan.data.sequences import Sequences, TokenFile, TokenSequences
 from switchtitan.data.sources import DATASETS, FileState, Source, hub_error
 from switchtitan.data.tokenizer import DocumentTokenizer, check_vocabulary, read_tokenizer
 from switchtitan.errors import CorpusError
@@ -39,7 +39,8 @@ small corpus: of the standard library, one has 0.06 of the split, not 0.21."""
 
 @dataclass(frozen=True)
 class CorpusPlan:
-    """The corpus to prepare and its folder, planned without reading a document."""
+    """The corpus to prepare and its folder, planned without reading a document. The folder exists
+    if it is complete."""
 
     config: DataConfig
     source: Source
@@ -48,17 +49,12 @@ class CorpusPlan:
     fallback_for: str | None = None
     """See `Corpus`."""
 
-    @property
-    def is_prepared(self) -> bool:
-        """Whether the folder exists; it gets its name when it is complete."""
-        return self.folder.is_dir()
-
 
 def plan_corpus(config: DataConfig) -> CorpusPlan:
     """Plans the corpus that `config` names, or the offline one if that is not prepared and the hub
     cannot be reached. Raises a CorpusError if a file is missing, or there is no offline one."""
     plan = plan_from_name(config)
-    if plan.is_prepared or not config.needs_hub or (reason := hub_error()) is None:
+    if plan.folder.is_dir() or not config.needs_hub or (reason := hub_error()) is None:
         return plan
     path = "" if config.path is None else f"path = {str(config.path)!r}, "
     problem = (
@@ -91,16 +87,13 @@ def plan_from_name(config: DataConfig, fallback_for: str | None = None) -> Corpu
         "format_version": FORMAT_VERSION,
         "source": dict(source.identity),
         "tokenizer": config.tokenizer_identity,
-        "validation_fraction": None,
-        "max_documents": config.max_documents,
-        "max_bytes": config.max_bytes,
+        "validation_fraction": None if is_split else config.held_out_fraction,
+        **config.model_dump(include={"max_documents", "max_bytes"}),
+        **config.model_dump(include={"bos"}, exclude_none=True),
     }
     if not is_split:
-        identity["validation_fraction"] = config.held_out_fraction
         identity["test_fraction"] = config.test_fraction
         identity["held_out_document_tokens"] = HELD_OUT_DOCUMENT_TOKENS
-    if config.bos is not None:
-        identity["bos"] = config.bos
     folder = config.cache_dir.expanduser() / f"{config.dataset}-{_digest(identity)[:12]}"
     return CorpusPlan(config, source, identity, folder, fallback_for)
 
@@ -149,7 +142,17 @@ class CorpusIndex(Record):
     """The commit of a dataset on the Hugging Face hub; None for other sources."""
     files: list[FileState] = []
     """A user's own files as they were; see `Source`."""
-    fingerprint: str
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits, equal only for equal tokens and tokenizers."""
+        splits = {
+            split: [[shard.tokens, shard.sha256] for shard in shards]
+            for split, shards in self.splits.items()
+        }
+        keys = {"format_version": FORMAT_VERSION, "tokenizer": self.tokenizer.sha256}
+        return _digest({**keys, "dtype": self.dtype, "splits": splits})[:32]
 
     @property
     def checksums(self) -> dict[str, str]:
@@ -162,20 +165,6 @@ class CorpusIndex(Record):
 
     def num_documents(self, split: str) -> int:
         return sum(shard.documents for shard in self.splits[split])
-
-
-def fingerprint_of(tokenizer_sha256: str, dtype: str, splits: dict[str, list[ShardRecord]]) -> str:
-    """32 hexadecimal digits, equal for two corpora only if tokens and tokenizer are the same."""
-    contents = {
-        "format_version": FORMAT_VERSION,
-        "tokenizer": tokenizer_sha256,
-        "dtype": dtype,
-        "splits": {
-            split: [[shard.tokens, shard.sha256] for shard in shards]
-            for split, shards in splits.items()
-        },
-    }
-    return _digest(contents)[:32]
 
 
 def _digest(contents: object) -> str:
@@ -195,9 +184,8 @@ def read_index(folder: Path) -> CorpusIndex:
     try:
         contents = file_inside(folder, INDEX_FILE).read_bytes()
         index = CorpusIndex.model_validate_json(contents)
-        own = fingerprint_of(index.tokenizer.sha256, index.dtype, index.splits)
-        if (index.format_version, index.fingerprint) != (FORMAT_VERSION, own):
-            raise ValueError("it has another format, or does not match its own fingerprint")
+        if index.format_version != FORMAT_VERSION:
+            raise ValueError("it has another format")
         if not 0 <= index.tokenizer.eos_id < index.tokenizer.vocab_size <= 1 << 32:
             raise ValueError("its end token is outside of the vocabulary")
         checksum = file_inside(folder, _INDEX_CHECKSUM_FILE)
@@ -253,11 +241,6 @@ class Corpus:
         return _digest([[source.fingerprint, count] for source, count in self.shares])[:32]
 
     @property
-    def eos_id(self) -> int:
-        """The token that ends a document."""
-        return self.index.tokenizer.eos_id
-
-    @property
     def description(self) -> str:
         """The documents, for people and for a run's metadata, and the fallback if there was one."""
         if self.parts:
@@ -269,7 +252,8 @@ class Corpus:
     def tokenizer(self) -> DocumentTokenizer:
         """The tokenizer whose ids the corpus holds."""
         record = self.index.tokenizer
-        return read_tokenizer(self.folder, record.eos_token, record.bos or False)
+        tokenizer = read_tokenizer(self.folder, record.eos_token)
+        return tokenizer if record.bos else tokenizer.without_bos()
 
     def split(self, name: SplitName, seq_len: int) -> Sequences:
         """The sequences of one split, of all sources of a mixture. Raises a CorpusError if there is
@@ -292,24 +276,22 @@ class Corpus:
                 f"{self.index.num_tokens(name):,} tokens, fewer than the {seq_len + 1:,} of one "
                 f"sequence and its last target; lower seq_len, use a larger corpus{more}"
             )
-        shards = self.index.splits[name]
-        return TokenSequences(
-            [self.folder / shard.file for shard in shards],
-            [shard.tokens for shard in shards],
-            dtype=self.index.dtype,
-            seq_len=seq_len,
-            eos_id=self.eos_id,
-        )
+        dtype = np.dtype(self.index.dtype).newbyteorder("<")
+        shards = [
+            TokenFile(self.folder / shard.file, dtype, "r", shape=shard.tokens)
+            for shard in self.index.splits[name]
+        ]
+        return TokenSequences(shards, seq_len, self.index.tokenizer.eos_id)
 
     def verify(self, max_bytes: float) -> None:
         """Compares the sizes of all token files, and all files with their checksums if the tokens
         of a source are not more than `max_bytes`. Raises a CorpusError for the first difference."""
-        for source in self.sources:
-            try:
+        try:
+            for source in self.sources:
                 source._verify_files(max_bytes)
-            except OSError as error:
-                problem = f"it cannot be read ({error.strerror})"
-                raise _damage(Path(error.filename), problem) from error
+        except OSError as error:
+            problem = f"it cannot be read ({error.strerror})"
+            raise _damage(Path(error.filename), problem) from error
 
     def _verify_files(self, max_bytes: float) -> None:
         index, num_bytes = self.index, 0

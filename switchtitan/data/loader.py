@@ -4,6 +4,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
@@ -110,6 +111,7 @@ def _outlive_signals(_worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKER_ENDS_AFTER_S))
 
 
+@dataclass
 class ValidationBatches:
     """A rank's batches of the first unshuffled sequences; warns if there are fewer than asked for.
 
@@ -117,43 +119,39 @@ class ValidationBatches:
     only `IGNORED_TARGET` targets, so sums and counts of targets do not depend on the number of
     ranks. A batch may be all padding: divide by the count over all ranks, not by its own."""
 
-    def __init__(
-        self,
-        sequences: Sequences,
-        *,
-        num_sequences: int,
-        local_batch_size: int,
-        rank: int,
-        num_ranks: int,
-    ) -> None:
-        self.num_sequences = min(num_sequences, sequences.num_unshuffled)
-        if num_sequences > self.num_sequences:
+    sequences: Sequences
+    num_sequences: int
+    local_batch_size: int
+    rank: int
+    num_ranks: int
+
+    def __post_init__(self) -> None:
+        found = self.sequences.num_unshuffled
+        if found < self.num_sequences:
             logger.warning(
                 "the held-out split has %d of the %d sequences asked for by [evaluation] tokens or "
                 "test_tokens; using all of them",
+                found,
                 self.num_sequences,
-                num_sequences,
             )
-        self._sequences = sequences
-        self._local_batch_size = local_batch_size
-        self._rank, self._num_ranks = rank, num_ranks
+            self.num_sequences = found
 
     def text_size(self, documents: DocumentTokenizer) -> TextSize:
         """Reads all sequences; returns the size of their text, over all ranks."""
-        stretches = self._sequences.stretches(self.num_sequences)
+        stretches = self.sequences.stretches(self.num_sequences)
         num_bytes = sum(num_text_bytes(tokens, documents) for tokens in stretches)
-        return TextSize(self.num_sequences * self._sequences.seq_len, num_bytes)
+        return TextSize(self.num_sequences * self.sequences.seq_len, num_bytes)
 
     def __len__(self) -> int:
-        return -(-self.num_sequences // (self._num_ranks * self._local_batch_size))
+        return -(-self.num_sequences // (self.num_ranks * self.local_batch_size))
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in range(len(self)):
-            first = (batch * self._num_ranks + self._rank) * self._local_batch_size
-            positions = first + np.arange(self._local_batch_size)
-            chosen = self._sequences.ordered(None, positions.clip(max=self.num_sequences - 1))
-            samples = [self._sequences[index] for index in chosen.tolist()]
-            stacked = _collate(self._sequences.eos_id, samples)
+            first = (batch * self.num_ranks + self.rank) * self.local_batch_size
+            positions = first + np.arange(self.local_batch_size)
+            chosen = self.sequences.ordered(None, positions.clip(max=self.num_sequences - 1))
+            samples = [self.sequences[index] for index in chosen.tolist()]
+            stacked = _collate(self.sequences.eos_id, samples)
             is_padding = torch.from_numpy(positions >= self.num_sequences)
             # Not in place: the targets of a single sequence are a view of its tokens' memory.
             targets = stacked.targets.masked_fill(is_padding[:, None], IGNORED_TARGET)

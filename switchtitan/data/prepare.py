@@ -28,7 +28,6 @@ from switchtitan.data.corpus import (
     CorpusPlan,
     ShardRecord,
     TokenizerRecord,
-    fingerprint_of,
     join_sources,
     plan_corpus,
     plan_from_name,
@@ -90,26 +89,23 @@ def open_corpus(
         CorpusError: on every rank, if the corpus of one cannot be prepared or read, is damaged, or
             is not the main rank's, or the tokenizer has more tokens than the model.
     """
-
-    def open_one(own: DataConfig) -> Corpus:
-        if ranks is not None:
-            return _open_on_ranks(own, ranks, model_vocab_size)
-        plan = plan_corpus(own) if prepares else plan_from_name(own)
-        return _open(plan, model_vocab_size, prepares=prepares)
-
     schedule = schedule_of([source.weight for source in config.sources] or [1.0])
     parts = list[Corpus]()
     for own in config.source_configs():
         if parts and own.tokenizer == TRAINED_TOKENIZER:
             own = own.model_copy(update={"tokenizer": str(parts[0].folder)})
-        parts.append(open_one(own))
+        if ranks is not None:
+            parts.append(_open_on_ranks(own, ranks, model_vocab_size))
+        else:
+            plan = plan_corpus(own) if prepares else plan_from_name(own)
+            parts.append(_open(plan, model_vocab_size, prepares=prepares))
     return join_sources(parts, schedule)
 
 
 def _open(
     plan: CorpusPlan, model_vocab_size: int | None, *, prepares: bool = True, verifies: bool = True
 ) -> Corpus:
-    if not prepares and not plan.is_prepared:
+    if not prepares and not plan.folder.is_dir():
         raise CorpusError(
             f"{plan.folder}: this corpus is not prepared; run `switchtitan prepare` with the same "
             "configuration first"
@@ -139,7 +135,7 @@ def _open_on_ranks(config: DataConfig, ranks: World, model_vocab_size: int | Non
             return main
         own = config if main.fallback_for is None else config.fallback_config()
         plan = plan_from_name(own, main.fallback_for)
-        if not plan.is_prepared:
+        if not plan.folder.is_dir():
             logger.warning(
                 "preparing the corpus again in %s: this machine does not see the main rank's "
                 "folder; [data] cache_dir on a shared disk is prepared once",
@@ -167,7 +163,7 @@ def prepare_corpus(plan: CorpusPlan, model_vocab_size: int | None = None) -> Non
         CorpusError: if the source or the tokenizer cannot be read or does not fit the model, there
             are too few documents, or the folder cannot be written.
     """
-    if plan.is_prepared:
+    if plan.folder.is_dir():
         return
     lock = FileLock(plan.folder.with_name(plan.folder.name + ".lock"))
     try:
@@ -177,7 +173,7 @@ def prepare_corpus(plan: CorpusPlan, model_vocab_size: int | None = None) -> Non
         except Timeout:
             logger.info("waiting for another process that is preparing %s", plan.folder)
             lock.acquire()
-        if not plan.is_prepared:
+        if not plan.folder.is_dir():
             _Preparation(plan).run(model_vocab_size)
     except (OSError, NotImplementedError) as error:
         raise CorpusError(
@@ -238,7 +234,14 @@ class _Preparation:
                 )
         # The splits to read; None is all documents, of which we hold some out.
         streams = own_splits or (None,)
-        tokenizer = self._tokenizer(streams[0])
+        tokenizer, bos = self._tokenizer(streams[0]), config.bos
+        if bos and not tokenizer.bos_ids:
+            raise CorpusError(
+                "[data] bos = true: the tokenizer puts no token before a text; leave bos out, or "
+                "change the post_processor in its file"
+            )
+        if bos is False or (bos is None and row.holds_tokens):
+            tokenizer = tokenizer.without_bos()
         if model_vocab_size is not None:
             name = f"the tokenizer ([data] tokenizer = {config.tokenizer!r})"
             check_vocabulary(tokenizer.vocab_size, model_vocab_size, name)
@@ -249,22 +252,18 @@ class _Preparation:
             self._save_progress()
         for stream in streams[progress.stream :]:
             self._write_stream(stream, tokenizer)
-        splits = ["train", "validation"]
-        if config.test_fraction is not None and not own_splits:
-            splits.append("test")
-        self._finish(tokenizer, splits)
+        has_test_split = config.test_fraction is not None and not own_splits
+        self._finish(tokenizer, ["train", "validation", *["test"] * has_test_split])
 
     def _tokenizer(self, stream: str | None) -> DocumentTokenizer:
         """The tokenizer saved by the preparation being resumed, or a new one."""
-        config, eos_token, bos = self._config, self._progress.eos_token, self._config.bos
-        if bos is None and DATASETS[config.dataset].holds_tokens:
-            bos = False
+        config, eos_token = self._config, self._progress.eos_token
         if eos_token is not None:
-            return read_tokenizer(self._folder / TOKENIZER_FILE, eos_token, bos)
-        if config.tokenizer_path is not None:
-            return read_tokenizer(config.tokenizer_path, bos=bos)
-        if config.hub_tokenizer is not None:
-            return fetch_tokenizer(config.hub_tokenizer, bos)
+            return read_tokenizer(self._folder / TOKENIZER_FILE, eos_token)
+        if config.tokenizer_origin == "local":
+            return read_tokenizer(Path(config.tokenizer))
+        if config.tokenizer_origin == "hub":
+            return fetch_tokenizer(config.tokenizer)
         vocab_size = config.trained_vocab_size
         logger.info("training a byte-level BPE tokenizer of %d tokens on the corpus", vocab_size)
         max_bytes = min(config.max_bytes or TRAINING_SAMPLE_BYTES, TRAINING_SAMPLE_BYTES)
@@ -272,7 +271,7 @@ class _Preparation:
         chunks = read_chunks(documents, config.max_documents, max_bytes)
         texts = enumerate(chain.from_iterable(chunk.documents for chunk in chunks))
         sample = (text for number, text in texts if _split_of(number, stream, config) == "train")
-        return train_tokenizer(sample, vocab_size, bos)
+        return train_tokenizer(sample, vocab_size)
 
     def _write_stream(self, stream: str | None, tokenizer: DocumentTokenizer) -> None:
         """Writes the segments of a stream that are left, and the progress after each."""
@@ -328,14 +327,13 @@ class _Preparation:
                     f"all in {' and '.join(splits) or 'none'}; at least {len(names)} are needed"
                 )
         splits = {split: splits[split] for split in names}
-        sha256 = sha256_of_file(self._folder / TOKENIZER_FILE)
         index = CorpusIndex(
             format_version=FORMAT_VERSION,
             name=plan.folder.name,
             source=plan.source.description,
             identity=plan.identity,
             tokenizer=TokenizerRecord(
-                sha256=sha256,
+                sha256=sha256_of_file(self._folder / TOKENIZER_FILE),
                 vocab_size=tokenizer.vocab_size,
                 eos_token=tokenizer.eos_token,
                 eos_id=tokenizer.eos_id,
@@ -345,7 +343,6 @@ class _Preparation:
             splits=splits,
             revision=self._progress.revision,
             files=self._hashed_files(),
-            fingerprint=fingerprint_of(sha256, tokenizer.dtype, splits),
         )
         write_index(self._folder, index)
         rename_complete(self._folder, plan.folder)
@@ -356,15 +353,13 @@ class _Preparation:
 
     def _hashed_files(self) -> list[FileState]:
         """Returns the source's files, with checksums of those that were read."""
-        source, files = self._source, list[FileState]()
-        if not source.files:  # of a hub, whose splits would be asked for again
-            return files
-        num_read = len(source.files) if source.splits() else self._progress.num_files_read
+        source, files = self._source, list(self._source.files)
+        has_own_splits = self._progress.stream > 1
+        num_read = len(files) if has_own_splits else self._progress.num_files_read
         with progress_bar("hashing source", total=source.num_bytes, unit="B") as bar:
-            for number, file in enumerate(source.files):
-                path = source.folder / file.name
-                sha256 = sha256_of_file(path, bar.update) if number < num_read else None
-                files.append(file._replace(sha256=sha256))
+            for number, file in enumerate(files[:num_read]):
+                sha256 = sha256_of_file(source.folder / file.name, bar.update)
+                files[number] = file._replace(sha256=sha256)
         if DATASETS[self._config.dataset].open(self._config, None).files != source.files:
             raise CorpusError(
                 f"{source.description}: files have changed while they were read; run again to "
@@ -375,8 +370,6 @@ class _Preparation:
 
 def _read_progress(folder: Path, files: list[FileState]) -> Progress:
     """Returns the progress of a stopped preparation of `files`; deletes what cannot be resumed."""
-    if not folder.exists():
-        return Progress(files=files)
     try:
         progress = Progress.model_validate_json((folder / PROGRESS_FILE).read_bytes())
         if progress.files != files:
@@ -391,8 +384,9 @@ def _read_progress(folder: Path, files: list[FileState]) -> Progress:
             if num_bytes not in (2 * shard.tokens, 4 * shard.tokens):
                 raise ValueError(f"{shard.file} has {num_bytes} bytes")
     except (OSError, ValueError) as error:
-        logger.info("cannot resume %s (%s); starting over", folder, error)
-        shutil.rmtree(folder)
+        if folder.exists():
+            logger.info("cannot resume %s (%s); starting over", folder, error)
+            shutil.rmtree(folder)
         return Progress(files=files)
     logger.info("resuming a stopped preparation after %d finished segments", progress.segments)
     return progress

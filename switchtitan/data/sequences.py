@@ -1,53 +1,48 @@
 """The sequences of a split, from memory-mapped token files of one source or several."""
 
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from switchtitan.data.order import Schedule, sequence_index
 
 
+class TokenFile(np.memmap[Any, Any]):
+    """A memory-mapped file of tokens. Pickling an array copies it; a worker process maps the file
+    again instead."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenFile, (self.filename, self.dtype, "r", 0, self.shape)
+
+
 @dataclass(frozen=True, eq=False)
-class TokenSequences:
+class TokenSequences(Dataset[Tensor]):
     """The sequences of one corpus's split: sequence i, [seq + 1] int64, holds tokens
     [i * seq_len, (i + 1) * seq_len] of the joined shards.
 
     Consecutive sequences share one token, the last target of one and the first input of the next,
     so each token is a target once."""
 
-    files: Sequence[Path]
-    token_counts: Sequence[int]
-    """Tokens in each file."""
-    dtype: str
-    """Of the files, little-endian."""
+    shards: Sequence[TokenFile]
     seq_len: int
     eos_id: int
     """The token that ends a document."""
 
-    def __getstate__(self) -> dict[str, object]:
-        # Pickling a memory map copies all tokens; a worker process maps the files again instead.
-        return {key: value for key, value in vars(self).items() if key != "_shards"}
-
     @cached_property
-    def _ends(self) -> NDArray[np.int64]:
-        return np.cumsum(self.token_counts)
-
-    @cached_property
-    def _shards(self) -> list[NDArray[Any]]:
-        dtype = np.dtype(self.dtype).newbyteorder("<")
-        counts = zip(self.files, self.token_counts, strict=True)
-        return [np.memmap(file, dtype=dtype, mode="r", shape=count) for file, count in counts]
+    def _starts(self) -> list[int]:
+        return list(accumulate(map(len, self.shards), initial=0))
 
     def __len__(self) -> int:
-        return max(0, int(self._ends[-1]) - 1) // self.seq_len
+        return max(0, self._starts[-1] - 1) // self.seq_len
 
     def __getitem__(self, index: int) -> Tensor:
         first = index * self.seq_len
@@ -55,17 +50,15 @@ class TokenSequences:
 
     def read(self, first: int, end: int) -> NDArray[np.int64]:
         """Returns tokens `first` to `end - 1` of the joined shards."""
-        pieces = []
-        shard = int(np.searchsorted(self._ends, first, side="right"))
-        while first < end:
-            tokens, shard_end = self._shards[shard], int(self._ends[shard])
-            start = first - (shard_end - len(tokens))
-            pieces.append(tokens[start : start + end - first])
-            first, shard = shard_end, shard + 1
+        first_shard, last_shard = (bisect(self._starts, at) - 1 for at in (first, end - 1))
+        pieces = [
+            self.shards[shard][max(first - self._starts[shard], 0) : end - self._starts[shard]]
+            for shard in range(first_shard, last_shard + 1)
+        ]
         return np.concatenate(pieces).astype(np.int64)
 
 
-class Sequences(Dataset[Tensor]):
+class Sequences(ConcatDataset[Tensor]):
     """The sequences of a split of one source or several.
 
     Index i is sequence i of the first source, then of the second one, and so on. In the endless
@@ -75,16 +68,10 @@ class Sequences(Dataset[Tensor]):
     def __init__(
         self, parts: Sequence[TokenSequences], names: Sequence[str], schedule: Schedule
     ) -> None:
+        super().__init__(parts)
         self._parts, self._schedule = tuple(parts), schedule
         self.names, self.seq_len, self.eos_id = tuple(names), parts[0].seq_len, parts[0].eos_id
-        self._starts = np.cumsum([0, *map(len, parts)])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, index: int) -> Tensor:
-        source = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._parts[source][index - int(self._starts[source])]
+        self._starts = np.array([0, *self.cumulative_sizes])
 
     def ordered(self, seed: int | None, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the indices of the sequences at positions [...] of the unshuffled order (seed

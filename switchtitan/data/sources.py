@@ -85,27 +85,22 @@ def _files_source(
 ) -> Source:
     """The documents of a single file, or of all files of a folder that have one of `patterns`.
     `read_file` gets a file and the column with the text of records; see `_ReadFile`."""
-    kind, column = config.dataset, config.column
-    identity = {"kind": kind, "text_column": None if kind == "text" else column}
+    keys = {"text_column": None if config.dataset == "text" else config.column}
     files: _FilesBySplit = {None: _find_files(config, *patterns)}
-    return _own_files(config, kind, identity, files, lambda file, _: read_file(file, column))
+    return _own_files(config, files, lambda file, _: read_file(file, config.column), **keys)
 
 
 def _own_files(
-    config: "SourceConfig",
-    kind: str,
-    identity: Mapping[str, object],
-    files: _FilesBySplit,
-    read_file: _ReadFile,
+    config: "SourceConfig", files: _FilesBySplit, read_file: _ReadFile, **keys: str | None
 ) -> Source:
-    """The documents of a user's own files, by split (None: all)."""
+    """The documents of a user's own files, by split (None: all); other `keys` select others."""
     path = config.folder
     folder = path if path.is_dir() else path.parent
     states = _states(folder, [*chain(*files.values())])
-    has_records = identity.get("text_column") is not None  # with other bytes than those of text
+    has_records = keys.get("text_column") is not None  # with other bytes than those of text
     return Source(
-        f"{len(states)} {kind} file(s) in {path}",
-        {**identity, "files": _names_and_sizes(states)},
+        f"{len(states)} {config.dataset} file(s) in {path}",
+        {"kind": config.dataset, **keys, "files": [state[:2] for state in states]},
         _reader_of(files, read_file),
         lambda: [split for split in files if split is not None],
         num_bytes=None if has_records else sum(file.num_bytes for file in states),
@@ -154,10 +149,6 @@ def _states(folder: Path, files: Sequence[Path]) -> list[FileState]:
     except OSError as error:
         raise CorpusError(f"{error.filename}: cannot be read ({error.strerror})") from error
     return [FileState(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-
-
-def _names_and_sizes(states: Sequence[FileState]) -> list[tuple[str, int]]:
-    return [(file.name, file.num_bytes) for file in states]
 
 
 def read_text(file: Path, column: str) -> Iterator[str]:
@@ -293,7 +284,8 @@ def _c4(config: "SourceConfig", commit: str | None) -> Source:
     if config.path is not None:
         repository = name = str(config.folder)
         files = [file for names in _C4_FILES.values() for file in _find_files(config, names)]
-        identity = {"kind": "c4", "files": _names_and_sizes(_states(config.folder / "en", files))}
+        states = _states(config.folder / "en", files)
+        identity = {"kind": "c4", "files": [state[:2] for state in states]}
     return Source(
         f"C4 English ({name})",
         identity,
@@ -360,7 +352,7 @@ def _nanogpt(config: "SourceConfig", commit: str | None) -> Source:
     files: _FilesBySplit = {"train": [path / "train.bin"], "validation": [path / "val.bin"]}
     if not all(file.is_file() for (file,) in files.values()):
         files = {None: _find_files(config, "*.bin")}
-    return _own_files(config, "nanoGPT", {"kind": "nanogpt"}, files, _read_ids)
+    return _own_files(config, files, _read_ids)
 
 
 def _read_ids(file: Path, tokenizer: DocumentTokenizer | None) -> Iterator[NDArray[Any]]:

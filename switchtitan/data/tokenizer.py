@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import dropwhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,16 +33,20 @@ class DocumentTokenizer:
     """A tokenizer and the tokens that begin and end a document."""
 
     tokenizer: Tokenizer
+    """Changed: it neither cuts nor pads, and reads "</s>" within a document as text."""
     eos_token: str
+
+    def __post_init__(self) -> None:
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True
 
     @cached_property
     def bos_ids(self) -> list[int]:
         """The tokens that the tokenizer puts before every text, such as a BOS; empty if none."""
-        plain = self.tokenizer.encode("a", add_special_tokens=False).ids
-        full = self.tokenizer.encode("a", add_special_tokens=True).ids
-        starts = range(len(full) - len(plain) + 1)
-        start = next((at for at in starts if full[at : at + len(plain)] == plain), 0)
-        return list(full[:start])
+        encoding = self.tokenizer.encode("a")
+        tokens = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        return [token for token, _ in takewhile(lambda pair: pair[1] == 1, tokens)]
 
     @property
     def bos_token(self) -> str | None:
@@ -75,8 +79,25 @@ class DocumentTokenizer:
         return hashlib.sha256(self.serialized.encode()).hexdigest()
 
     def without_bos(self) -> "DocumentTokenizer":
-        """Returns the tokenizer that puts nothing before a text."""
-        return _document_tokenizer(self.tokenizer, self.eos_token, self.eos_token, bos=False)
+        """Returns the tokenizer that puts nothing before a text. Raises a CorpusError if its
+        post-processor is of an unknown kind."""
+        if not self.bos_ids:
+            return self
+        state = json.loads(self.serialized)
+        processor = state["post_processor"]
+        for part in processor.get("processors", [processor]):
+            for template in ("single", "pair") if part["type"] == "TemplateProcessing" else ():
+                pieces = dropwhile(lambda piece: "SpecialToken" in piece, part[template])
+                part[template] = list(pieces)
+        if processor["type"] in ("BertProcessing", "RobertaProcessing"):
+            state["post_processor"] = None
+        found = DocumentTokenizer(Tokenizer.from_str(json.dumps(state)), self.eos_token)
+        if found.bos_ids:
+            raise CorpusError(
+                f"[data] bos = false: the tokenizer begins a text with {found.bos_token!r}; leave "
+                "bos out, or change the post_processor in its file"
+            )
+        return found
 
     def encode_documents(self, documents: list[str]) -> list[list[int]]:
         """Returns the token ids of each document, with what begins it, without end token; uses all
@@ -95,18 +116,16 @@ def check_vocabulary(vocab_size: int, model_vocab_size: int, where: str) -> None
         )
 
 
-def read_tokenizer(
-    path: Path, eos_token: str | None = None, bos: bool | None = None
-) -> DocumentTokenizer:
+def read_tokenizer(path: Path, eos_token: str | None = None) -> DocumentTokenizer:
     """Reads a `tokenizer.json`, or the one in a folder. Raises a CorpusError if that fails.
 
     Args:
         eos_token: the token that ends a document; by default `eos_token` of a
             `tokenizer_config.json` or a corpus's index next to the file, or the first common one in
             the vocabulary.
-        bos: whether tokens begin a document; by default as the tokenizer encodes a text.
     """
     try:
+        path = path.expanduser()
         file = file_inside(path, "tokenizer.json") if path.is_dir() else path
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     # The library raises bare Exception, and for its own bugs a class outside of it.
@@ -118,10 +137,16 @@ def read_tokenizer(
             "a tokenizer.json or a folder with one; [data] tokenizer can also be 'train', or a "
             "name on the Hugging Face hub"
         ) from error
-    return _document_tokenizer(tokenizer, str(file), eos_token or _configured_eos(file.parent), bos)
+    for token in (eos_token or _configured_eos(file.parent), *_EOS_TOKENS):
+        if token is not None and tokenizer.token_to_id(token) is not None:
+            return DocumentTokenizer(tokenizer, token)
+    raise CorpusError(
+        f"{file}: the tokenizer has no end-of-document token; expected one of "
+        f"{', '.join(_EOS_TOKENS)}, or eos_token in a tokenizer_config.json next to it"
+    )
 
 
-def fetch_tokenizer(name: str, bos: bool | None = None) -> DocumentTokenizer:
+def fetch_tokenizer(name: str) -> DocumentTokenizer:
     """Loads a tokenizer by its name on the hub, from the local cache if it is there; see
     `read_tokenizer`."""
     from huggingface_hub import snapshot_download
@@ -134,19 +159,10 @@ def fetch_tokenizer(name: str, bos: bool | None = None) -> DocumentTokenizer:
             f"[data] tokenizer = {name!r}: cannot download {name}/tokenizer.json from the Hugging "
             f"Face hub ({error}); expected the name of a repository that has one, or a local path"
         ) from error
-    return read_tokenizer(folder, bos=bos)
+    return read_tokenizer(folder)
 
 
-def is_cached(name: str) -> bool:
-    """Whether a hub tokenizer is in the local cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(name, "tokenizer.json"), str)
-
-
-def train_tokenizer(
-    documents: Iterable[str], vocab_size: int, bos: bool | None = None
-) -> DocumentTokenizer:
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> DocumentTokenizer:
     """Trains a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2); token 0 ends a document.
 
     It has all 256 bytes, and less than `vocab_size` tokens if there are too few pairs to merge."""
@@ -160,60 +176,23 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    return _document_tokenizer(tokenizer, "the trained tokenizer", TRAINED_EOS, bos)
-
-
-def _document_tokenizer(
-    tokenizer: Tokenizer, where: str, eos_token: str | None, bos: bool | None
-) -> DocumentTokenizer:
-    if bos is False:
-        tokenizer = _without_bos(tokenizer)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # The string "</s>" within a document must not end it.
-    tokenizer.encode_special_tokens = True
-    for token in (eos_token, *_EOS_TOKENS):
-        if token is not None and tokenizer.token_to_id(token) is not None:
-            found = DocumentTokenizer(tokenizer, token)
-            if bos not in (None, bool(found.bos_ids)):
-                begins = f"begins a text with {found.bos_token!r}" if found.bos_ids else "has none"
-                raise CorpusError(
-                    f"[data] bos = {str(bos).lower()}: {where} {begins}; leave bos out, or change "
-                    "the file's post_processor"
-                )
-            return found
-    raise CorpusError(
-        f"{where}: the tokenizer has no end-of-document token; expected one of "
-        f"{', '.join(_EOS_TOKENS)}, or eos_token in a tokenizer_config.json next to it"
-    )
-
-
-def _without_bos(tokenizer: Tokenizer) -> Tokenizer:
-    """Returns the tokenizer without the special tokens that it puts before a text."""
-    state = json.loads(tokenizer.to_str())
-    processor = state["post_processor"] or {}
-    for part in processor.get("processors", [processor]):
-        for template in ("single", "pair") if part.get("type") == "TemplateProcessing" else ():
-            part[template] = list(dropwhile(lambda piece: "SpecialToken" in piece, part[template]))
-    if processor.get("type") in ("BertProcessing", "RobertaProcessing"):
-        state["post_processor"] = None
-    return Tokenizer.from_str(json.dumps(state))
+    return DocumentTokenizer(tokenizer, TRAINED_EOS)
 
 
 def _configured_eos(folder: Path) -> str | None:
     """Returns `eos_token`, a string or an object with `content`, of a Hugging Face folder or of a
     prepared corpus."""
-    for name, section in ((_SETTINGS_FILE, None), ("index.json", "tokenizer")):
+    places = ((_SETTINGS_FILE, "eos_token", "content"), ("index.json", "tokenizer", "eos_token"))
+    for name, *keys in places:
         try:
-            settings = json.loads(file_inside(folder, name).read_text(encoding="utf-8"))
+            value = json.loads(file_inside(folder, name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
             raise CorpusError(f"{folder / name}: expected a file of JSON ({error})") from error
-        for key in filter(None, (section, "eos_token")):
-            settings = settings.get(key) if isinstance(settings, dict) else None
-        token = settings.get("content") if isinstance(settings, dict) else settings
-        return token if isinstance(token, str) else None
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else value
+        return value if isinstance(value, str) else None
     return None
 
 
@@ -241,26 +220,18 @@ def num_text_bytes(tokens: NDArray[np.int64], documents: DocumentTokenizer) -> i
     A byte-level tokenizer's are exact for any part of a document. Those of others are counted in
     the decoded text, which lacks what the tokenizer drops, such as T5's line breaks.
     """
-    table = bytes_by_token(documents)
-    if table is not None:
+    tokenizer = documents.tokenizer
+    if isinstance(tokenizer.decoder, decoders.ByteLevel):
+        table = np.zeros(documents.vocab_size, dtype=np.int64)
+        for piece, token in tokenizer.get_vocab(with_added_tokens=False).items():
+            table[token] = len(piece)  # one character for each byte
+        for token, added in tokenizer.get_added_tokens_decoder().items():
+            table[token] = 0 if added.special else len(added.content.encode())
         return int(table[tokens[1:]].sum())
     ends = np.flatnonzero(tokens == documents.eos_id)
     no_text = [*documents.bos_ids, documents.eos_id]
     ids = [part[~np.isin(part, no_text)].tolist() for part in np.split(tokens, ends)]
     context = tokens[:1][~np.isin(tokens[:1], no_text)].tolist()
-    decoded = documents.tokenizer.decode_batch([*ids, context], skip_special_tokens=False)
+    decoded = tokenizer.decode_batch([*ids, context], skip_special_tokens=False)
     *texts, before = (len(text.encode()) for text in decoded)
     return sum(texts) - before
-
-
-def bytes_by_token(documents: DocumentTokenizer) -> NDArray[np.int64] | None:
-    """Returns the bytes of each token, [vocabulary]; None unless tokens stand for bytes."""
-    decoder = json.loads(documents.serialized).get("decoder")
-    if decoder is None or decoder.get("type") != "ByteLevel":
-        return None
-    table = np.zeros(documents.vocab_size, dtype=np.int64)
-    for piece, token in documents.tokenizer.get_vocab(with_added_tokens=False).items():
-        table[token] = len(piece)  # one character for each byte
-    for token, added in documents.tokenizer.get_added_tokens_decoder().items():
-        table[token] = 0 if added.special else len(added.content.encode())
-    return table

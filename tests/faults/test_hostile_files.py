@@ -24,7 +24,6 @@ from support.tiny import tiny_config, tiny_trainer
 from support.tiny_documents import make_documents
 
 from switchtitan.checkpoint.load import read_metadata
-from switchtitan.data.corpus import CorpusIndex, fingerprint_of
 from switchtitan.data.prepare import open_corpus
 from switchtitan.hub.export_folder import export_dense
 
@@ -201,12 +200,10 @@ def test_a_tokenizer_is_no_link_out_of_its_folder(corpus, tmp_path):
 
 
 def change_corpus_index(corpus, change):
-    """Changes the index of a corpus and its fingerprint, and deletes its checksum."""
+    """Changes the index of a corpus, and deletes its checksum."""
     (corpus / "index.json.sha256").unlink()
     index = json.loads((corpus / "index.json").read_text())
     change(index)
-    splits = CorpusIndex.model_validate_json(json.dumps(index)).splits
-    index["fingerprint"] = fingerprint_of(index["tokenizer"]["sha256"], index["dtype"], splits)
     (corpus / "index.json").write_text(json.dumps(index))
 
 

@@ -163,7 +163,11 @@ def test_transformers_has_the_logits_and_the_tokenizer_of_the_run_from_an_export
     model, tokenizer = theirs(trained.exported)
     torch.testing.assert_close(model(TOKENS).logits, trained.logits, rtol=1e-5, atol=1e-5)
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == corpus.eos_id
+    assert (
+        model.generation_config.eos_token_id
+        == tokenizer.eos_token_id
+        == corpus.index.tokenizer.eos_id
+    )
 
 
 def test_commands_of_a_run_whose_corpus_is_gone_name_it_and_the_command_that_makes_it(
@@ -213,7 +217,9 @@ def test_prompts_texts_and_exports_begin_as_the_documents_of_the_run(
     starts = [270] if bos == "none" else []
     assert tokens == starts + corpus.tokenizer().tokenizer.encode(TEXT).ids[len(starts) :]
     stored = tokens_of(corpus, "train")
-    ends = [place for place, token in enumerate(stored[:-1]) if token == corpus.eos_id]
+    ends = [
+        place for place, token in enumerate(stored[:-1]) if token == corpus.index.tokenizer.eos_id
+    ]
     assert {stored[end + 1] == 270 for end in ends} == {bool(starts)}
     for weights in (folder / "run", exported):
         words = ("--prompt", TEXT, "--max-new-tokens", 1, *FLOAT32)

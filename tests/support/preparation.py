@@ -85,7 +85,7 @@ def read_split(corpus, split):
     tokenizer = corpus.tokenizer().tokenizer
     documents, start = [], 0
     for place, token in enumerate(tokens):
-        if token == corpus.eos_id:
+        if token == corpus.index.tokenizer.eos_id:
             documents.append(tokenizer.decode(tokens[start:place], skip_special_tokens=False))
             start = place + 1
     assert start == len(tokens)

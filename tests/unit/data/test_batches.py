@@ -18,10 +18,9 @@ from switchtitan.data.config import DataConfig
 from switchtitan.data.loader import ValidationBatches, build_train_batches
 from switchtitan.data.order import PERIOD, permute, schedule_of, sequence_index
 from switchtitan.data.prepare import open_corpus
-from switchtitan.data.sequences import TokenSequences
+from switchtitan.data.sequences import TokenFile, TokenSequences
 from switchtitan.data.tokenizer import (
     DocumentTokenizer,
-    bytes_by_token,
     num_text_bytes,
     train_tokenizer,
 )
@@ -50,8 +49,7 @@ def write_shards(folder, tokens, cuts=(), dtype="uint16"):
     files = [folder / f"{number}.bin" for number in range(len(pieces))]
     for file, piece in zip(files, pieces, strict=True):
         piece.astype(np.dtype(dtype).newbyteorder("<")).tofile(file)
-    counts = [len(piece) for piece in pieces]
-    return TokenSequences(files, counts, dtype=dtype, seq_len=7, eos_id=EOS)
+    return TokenSequences([TokenFile(file, dtype, "r") for file in files], seq_len=7, eos_id=EOS)
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("uint16", 65_000), ("uint32", 4_000_000_000)])
@@ -107,7 +105,7 @@ def test_targets_are_the_next_tokens_and_ids_match(sequences, corpus):
     assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
     assert not torch.equal(batch.tokens, batch.targets)
     rises = batch.document_ids.diff(dim=1) == 1
-    assert torch.equal(rises, batch.tokens[:, :-1] == corpus.eos_id)
+    assert torch.equal(rises, batch.tokens[:, :-1] == corpus.index.tokenizer.eos_id)
 
 
 @pytest.mark.parametrize("kind", ["corpus", "mixture"])
@@ -262,7 +260,6 @@ def test_the_bytes_of_tokens_are_those_of_the_text_for_any_part(kind):
     stream = np.array(stream)
     num_bytes = num_text_bytes(stream, tokenizer)
     assert num_bytes == sum(len(text.encode()) for text in TEXTS)
-    assert (bytes_by_token(tokenizer) is not None) == is_byte_level
     # The last token of a part is the first one of the next, where it is not counted. A text that
     # starts with a word has no space before it.
     for cut in range(1, len(stream)):

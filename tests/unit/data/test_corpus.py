@@ -27,7 +27,6 @@ from switchtitan.data import prepare as prepare_module
 from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import (
     CorpusIndex,
-    fingerprint_of,
     open_prepared,
     plan_corpus,
     plan_from_name,
@@ -101,8 +100,8 @@ def test_documents_begin_as_the_tokenizer_begins_a_text_or_as_bos_says(tmp_path,
         assert documents.encode_documents(["a b"]) == [[*start, 1, 2]]
         assert documents.tokenizer.encode("a b").ids[: len(start) + 2] == [*start, 1, 2]
         assert read_tokenizer(corpus.folder).sha256 == corpus.index.tokenizer.sha256
-    with pytest.raises(CorpusError, match=r"\[data\] bos = true: .* has none"):
-        train_tokenizer(["a"], 258, bos=True)
+    with pytest.raises(CorpusError, match=r"\[data\] bos = true: .* no token before a text"):
+        open_corpus(write_documents(tmp_path, texts, vocab_size=258, bos=True))
 
 
 def test_a_corpus_of_an_earlier_version_has_documents_that_begin_with_nothing(tmp_path):
@@ -211,7 +210,7 @@ def test_a_stop_before_the_rename_leaves_nothing_that_looks_complete(
     with monkeypatch.context() as patched:
         use_small_batches(patched)
         unfinished = prepare_until_the_rename(elsewhere)
-    assert not plan_corpus(elsewhere).is_prepared
+    assert not plan_corpus(elsewhere).folder.is_dir()
     if lost is None:
         (unfinished / "progress.json").write_text('{"segments": "many"}')
     else:
@@ -415,14 +414,14 @@ def truncate(file):
 
 
 def test_the_fingerprint_covers_tokens_and_tokenizer_and_not_the_place(corpus, copy):
-    assert open_prepared(copy).fingerprint == corpus.fingerprint
-    index = corpus.index
-    same = fingerprint_of(index.tokenizer.sha256, index.dtype, index.splits)
-    assert same == corpus.fingerprint
-    assert fingerprint_of("0" * 64, index.dtype, index.splits) != same
-    assert fingerprint_of(index.tokenizer.sha256, "uint32", index.splits) != same
-    others = index.splits | {"train": index.splits["validation"]}
-    assert fingerprint_of(index.tokenizer.sha256, index.dtype, others) != same
+    index, same = corpus.index, corpus.fingerprint
+    stored = json.loads((copy / "index.json").read_text())["fingerprint"]
+    assert open_prepared(copy).fingerprint == stored == same
+    other_tokenizer = index.tokenizer.model_copy(update={"sha256": "0" * 64})
+    other_splits = index.splits | {"train": index.splits["validation"]}
+    changes = {"tokenizer": other_tokenizer, "dtype": "uint32", "splits": other_splits}
+    for key, value in changes.items():
+        assert index.model_copy(update={key: value}).fingerprint != same
 
 
 def change_index(old, new):
