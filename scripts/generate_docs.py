@@ -18,9 +18,9 @@ from typing import Any
 
 from results import pictures, with_results
 
-from switchtitan.config import describe, section_types, toml_value
+from switchtitan.config import describe, section_types
 from switchtitan.job.config import JobConfig
-from switchtitan.registry import Section
+from switchtitan.registry import Section, toml_value
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "docs" / "CONFIGURATION.md"

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from switchtitan.benchmark.steppers import real_stepper
-from switchtitan.config import toml_value
 from switchtitan.distributed.world import temporary_world
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.job.config import JobConfig
+from switchtitan.registry import toml_value
 from switchtitan.training.step import Stepper
 
 WARM_UP_STEPS = 3

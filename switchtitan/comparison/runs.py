@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from switchtitan.checkpoint.load import find_given
 from switchtitan.comparison.config import ComparisonConfig, RowConfig
-from switchtitan.config import flatten, toml_value
+from switchtitan.config import flatten
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.observability import RESULTS_FILE
-from switchtitan.registry import Section
+from switchtitan.registry import Section, toml_value
 from switchtitan.spectra.spectrum import summarize
 from switchtitan.spectra.weight_change import checkpoint_spectra
 from switchtitan.training.output import CONFIG_FILE

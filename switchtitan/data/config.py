@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from switchtitan.config import toml_value
 from switchtitan.data.sources import DATASETS, HUB_KEYS
 from switchtitan.data.tokenizer import read_tokenizer
-from switchtitan.registry import Section
+from switchtitan.registry import Section, toml_value
 
 if TYPE_CHECKING:
     DatasetName = str

@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from switchtitan.config import explain
 from switchtitan.data.config import DataConfig
 from switchtitan.data.order import ONE_SOURCE, PERIOD, Schedule
 from switchtitan.data.sequences import Sequences, TokenFile, TokenSequences
@@ -21,6 +20,7 @@ from switchtitan.data.tokenizer import DocumentTokenizer, check_vocabulary, read
 from switchtitan.errors import CorpusError
 from switchtitan.files import checksum_line, file_inside, sha256_of_file, write_atomically
 from switchtitan.progress import progress_bar
+from switchtitan.registry import explain
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from switchtitan.config import explain
 from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import INDEX_FILE, Corpus, Record, join_sources, read_index
 from switchtitan.data.order import ONE_SOURCE, Schedule
 from switchtitan.data.sources import DATASETS, Source
 from switchtitan.errors import CorpusError
 from switchtitan.files import sha256_of_file
+from switchtitan.registry import explain
 
 logger = logging.getLogger(__name__)
 

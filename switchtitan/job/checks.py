@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from switchtitan.config import toml_value
 from switchtitan.data.config import TRAINED_TOKENIZER
 from switchtitan.distributed.dtype import bf16_support, choose_dtype, gpu_problem
 from switchtitan.distributed.world import mesh_shape
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods import optimizer_problems
 from switchtitan.models import plain_model
-from switchtitan.registry import is_installed, needs_package
+from switchtitan.registry import is_installed, needs_package, toml_value
 
 if TYPE_CHECKING:  # it calls these checks
     from switchtitan.job.config import JobConfig

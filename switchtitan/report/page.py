@@ -10,11 +10,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from switchtitan.config import flatten, parse_toml, toml_value
+from switchtitan.config import flatten, parse_toml
 from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
 from switchtitan.observability import RESULTS_FILE
 from switchtitan.observability.tensorboard import Curve, read_curves
+from switchtitan.registry import toml_value
 from switchtitan.training.output import CONFIG_FILE
 
 Table = Sequence[Sequence[str]]

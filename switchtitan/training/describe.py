@@ -11,14 +11,14 @@ from torch import nn
 
 from switchtitan.checkpoint.load import check_same_run, read_metadata
 from switchtitan.checkpoint.save import CheckpointMetadata
-from switchtitan.config import explain, flatten, parse_toml, toml_value
+from switchtitan.config import flatten, parse_toml
 from switchtitan.data.corpus import Corpus
 from switchtitan.distributed.dtype import ComputeDtype
 from switchtitan.distributed.world import World, device_name
 from switchtitan.errors import CheckpointError
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.environment import commit, versions
-from switchtitan.registry import Section
+from switchtitan.registry import Section, explain, toml_value
 from switchtitan.training.step import Stepper, TrainState
 
 logger = logging.getLogger(__name__)

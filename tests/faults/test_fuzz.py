@@ -21,7 +21,6 @@ from support.tiny_documents import (
     write_parquet,
 )
 
-from switchtitan.config import toml_value
 from switchtitan.data.config import SourceConfig
 from switchtitan.data.prepare import read_chunks
 from switchtitan.data.sources import DATASETS
@@ -31,6 +30,7 @@ from switchtitan.hub.huggingface import parameter_shapes
 from switchtitan.hub.initial_weights import read_initial_weights, read_model_folder
 from switchtitan.job.config import parse_arguments
 from switchtitan.models import MODELS
+from switchtitan.registry import toml_value
 
 DOCUMENTS = make_documents(30)
 

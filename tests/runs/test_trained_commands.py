@@ -19,10 +19,10 @@ from support.tiny import tiny_config
 from support.trained import TOKENS, train_and_save
 from tokenizers import Tokenizer, processors
 
-from switchtitan.config import toml_value
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import train_tokenizer
 from switchtitan.observability.tensorboard import read_curves
+from switchtitan.registry import toml_value
 from switchtitan.spectra.plots import measure
 
 TEXT = "def größe(self, 日本):\n    return self.x  # €\n" * 9

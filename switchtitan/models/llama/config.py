@@ -8,11 +8,11 @@ from pydantic import Field, ValidationError, model_validator
 from torch import nn
 from typing_extensions import Self
 
-from switchtitan.config import explain
 from switchtitan.contracts import ModelConfig
 from switchtitan.errors import ConfigError
 from switchtitan.models.llama.attention import check_attention
 from switchtitan.models.llama.huggingface import SCALING_KEYS, read_config, write_config
+from switchtitan.registry import explain
 
 
 class Sizes(NamedTuple):
