@@ -126,7 +126,7 @@ class AppliedMethod:
         if any(isinstance(layer.lora_a, DTensor) for layer in self.layers.values()):
             raise ConfigError("merge: the model is sharded; use dense_state_dict")
         if not self._has_optimizer:
-            logger.warning("merge: method.optimizer was not called: no vector was ever switched")
+            logger.warning("merge: method.optimizer was not called, so the method did not train")
         dense = self.dense_state_dict()
         for name, layer in list(self.model.named_modules()):
             if isinstance(layer, FactorLinear):
