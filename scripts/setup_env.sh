@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Sourced by ./run_train.sh, ./scripts/test.sh and .ci/run. `prepare_environment [EXTRA]` installs
-# this project with an extra, by default `train`, and sets PYTHON to the interpreter of the active virtual environment, or of .venv,
-# which it creates. If a stamp shows that nothing has changed, it returns in milliseconds.
+# this project with an extra, by default `train`, and sets PYTHON to the interpreter of the active
+# virtual environment, or of .venv, which it creates. If a stamp shows that nothing has changed, it
+# returns in milliseconds.
 #
 #   PYTHON                    interpreter that creates .venv; default: python3, or the first of
 #                             python3.14 ... python3.10

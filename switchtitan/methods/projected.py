@@ -182,7 +182,9 @@ class ProjectedOptimizer(GroupedOptimizer):
 
     def _choose_weights(self) -> None:
         """Chooses the weights that have a gradient; nothing of the others changes in a step."""
-        self._weights = [it for it in self._targeted if it.parameter.grad is not None]
+        trains = [weight.parameter.grad is not None for weight in self._targeted]
+        self._places = [place for place, does in enumerate(trains) if does]
+        self._weights = [self._targeted[place] for place in self._places]
         self._left = [weight for weight in self._weights if not weight.is_right]
 
     def renew_bases(self, is_due: bool) -> None:
@@ -247,8 +249,9 @@ class ProjectedOptimizer(GroupedOptimizer):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
         self._num_steps = int(state["projection.step"])
-        bases = {weight.name: full_tensor(weight.basis) for weight in self._targeted}
-        self._have_bases = {name for name, basis in bases.items() if bool(basis.any())}
+        if "basis" in self.saved:  # one full basis is in memory at a time
+            found = (it.name for it in self._targeted if bool(full_tensor(it.basis).any()))
+            self._have_bases = set(found)
 
 
 def direction_(
@@ -328,9 +331,8 @@ class LimitedOptimizer(ProjectedOptimizer):
     def divisors(self, norms: Tensor) -> Tensor:
         """Returns the divisors of updates of these norms, both [weights]; stores limited norms."""
         most = self._method.max_norm_growth
-        places: slice | list[int] = slice(None)
-        if len(norms) < len(self._norms):
-            places = [i for i, it in enumerate(self._targeted) if it.parameter.grad is not None]
+        # A list of all places would wait for a GPU.
+        places = slice(None) if len(norms) == len(self._norms) else self._places
         divisors = (norms / (self._norms[places] + TINY_NORM)).clamp(min=most) / most
         self._norms[places] = norms / divisors
         self._num_limited = (divisors > 1).sum()

@@ -24,7 +24,7 @@ RUNS = {
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_an_own_loop_has_the_losses_of_the_trainer(kind, tmp_path):
-    """The same LLaMA, data, seed and keys: bit for bit, since it is the same code."""
+    """The same LLaMA, data, seed and keys: bitwise, since it is the same code."""
     name, words = RUNS[kind]
     config = tiny_config(tmp_path, name, *words, "--training.steps", "60")
     stepper = tiny_stepper(config)
@@ -75,7 +75,7 @@ def test_examples_run_as_they_stand(start, ranks, folder, tmp_path):
     assert not any(report.values()), report
 
 
-def test_accelerate_s_state_goes_on_bit_for_bit(tmp_path):
+def test_accelerate_s_state_resumes_bitwise(tmp_path):
     rest = """
 def rest():
     for batch in list(loader)[:4]:
@@ -90,11 +90,11 @@ accelerator.load_state("outputs/switchlora_accelerate")
 print(torch.equal(once, rest()))
 """
     run_example("accelerate", tmp_path)
-    goes_on = "# load_state goes on bit for bit\n"
-    assert run_example("accelerate", tmp_path, [(f"  {goes_on}", f"\n{rest}")]) == "True\n"
+    comment = "# load_state resumes bitwise\n"
+    assert run_example("accelerate", tmp_path, [(f"  {comment}", f"\n{rest}")]) == "True\n"
 
 
-def test_a_trainer_of_transformers_resumes_bit_for_bit(tmp_path):
+def test_a_trainer_of_transformers_resumes_bitwise(tmp_path):
     saved = """torch.save([model.state_dict(), optimizer.state_dict()["state"]], "state.pt")
 model.save_pretrained"""
     changes = [("model = L", "torch.manual_seed(0)\nmodel = L"), ("model.save_pretrained", saved)]
