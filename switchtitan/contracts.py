@@ -89,6 +89,9 @@ class MethodConfig(NamedSection):
     """Names of the optimizers that the method can train with; None for all."""
     keeps_initial_weights: ClassVar[bool] = True
     """Whether a run starts from exactly the weights that it is given, up to rounding."""
+    width_exponents: ClassVar[Mapping[str, float] | None] = None
+    """Optimizer -> its `width_exponent` for what the method changes, if that is another one; None:
+    `tuned_hidden_size` was not checked for the method."""
 
     def completed(self, build_model: "Callable[[], TrainedModel]") -> Self:
         """Returns this section with values for keys whose default depends on the plain model."""
@@ -114,12 +117,20 @@ class OptimizerConfig(NamedSection):
     """Whether it treats the head's weight apart, so that the head must not be tied."""
     package: ClassVar[str | None] = None
     """The package that it needs, which switchtitan's extra of the same name installs."""
+    width_exponent: ClassVar[float | None] = None
+    """e if the best rate of matrices in blocks goes as (1 / hidden size)^e; None: not checked."""
     lr: float = Field(gt=0)
     """Peak learning rate, above 0."""
     other_lr: float | None = Field(default=None, gt=0)
     """Peak learning rate, above 0, of parameters that the method does not change: embedding, norms,
     head, biases, and layers that are not targets. At full rank: of all parameters but the weights
     of the linear layers in the model's blocks. Default: lr."""
+    tuned_hidden_size: int | None = Field(default=None, gt=0)
+    """Hidden size of the model with which lr and other_lr were tuned. They are then multiplied by
+    (tuned_hidden_size / hidden_size)^e: e is 1 for the head and, with adamw, matrices in blocks;
+    1/2 for matrices with muon and low-rank factors with adamw; 0 for factors with muon, embedding,
+    norms and biases. lr * weight_decay stays. Refused where it was not checked. Default: the same
+    rates at every width."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay, at least 0."""
     decay_norms: bool = False
@@ -158,6 +169,8 @@ class TrainedModel(Protocol):
 
     def output_head(self) -> nn.Module | None: ...
 
+    def hidden_size(self) -> int | None: ...
+
     def named_modules(self) -> Iterable[tuple[str, nn.Module]]: ...
 
     def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
@@ -179,6 +192,11 @@ class LanguageModel(nn.Module, ABC):
     def output_head(self) -> nn.Module | None:
         """Returns the module that maps hidden states to logits, for optimizers that treat it
         apart."""
+        return None
+
+    def hidden_size(self) -> int | None:
+        """Returns the width of the hidden states if `[optimizer] tuned_hidden_size` was checked for
+        this model; by default None."""
         return None
 
     def outer_units(self) -> list[list[nn.Module]]:

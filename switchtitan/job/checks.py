@@ -26,11 +26,13 @@ def check(config: "JobConfig", num_ranks: int, device: str | None) -> list[str]:
     Args:
         device: "cpu" or "cuda"; None for an estimate of a run on another machine.
     """
+    model = plain_model(config.model.on_any_machine())
     problems = [
         *_check_ranks(config, num_ranks),
-        *config.method.check_model(plain_model(config.model.on_any_machine())),
+        *config.method.check_model(model),
         *config.method.check_length(config.training.steps),
-        *_check_optimizer(config),
+        *optimizer_problems(config.method, config.optimizer, model),
+        *_check_head(config),
         *check_held_out(config),
         *_check_reports(config, num_ranks),
     ]
@@ -131,16 +133,14 @@ def _check_ranks(config: "JobConfig", num_ranks: int) -> list[str]:
     return problems
 
 
-def _check_optimizer(config: "JobConfig") -> list[str]:
-    """The optimizer must fit method and model, and its package must be installed."""
-    problems = optimizer_problems(config.method, config.optimizer)
-    if config.optimizer.needs_head and config.model.weight_copies():
-        problems.append(
-            f"[optimizer] name = {toml_value(config.optimizer.name)}: treats the head's weight "
-            "apart, and the model's head is tied to the embedding; untie it (for LLaMA, [model] "
-            "tied_head = false), or choose another optimizer"
-        )
-    return problems
+def _check_head(config: "JobConfig") -> list[str]:
+    if not (config.optimizer.needs_head and config.model.weight_copies()):
+        return []
+    return [
+        f"[optimizer] name = {toml_value(config.optimizer.name)}: treats the head's weight apart, "
+        "and the model's head is tied to the embedding; untie it (for LLaMA, [model] tied_head = "
+        "false), or choose another optimizer"
+    ]
 
 
 def _check_reports(config: "JobConfig", num_ranks: int) -> list[str]:

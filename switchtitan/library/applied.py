@@ -75,7 +75,7 @@ class AppliedMethod:
         if not isinstance(name, str):
             raise ConfigError("optimizer: expected a name; it finds the parameters by itself")
         config = OPTIMIZERS.restore({"name": name, "lr": lr, **keys})
-        problems = optimizer_problems(self._method.config, config)
+        problems = optimizer_problems(self._method.config, config, self._view)
         if isinstance(config, MuonConfig) and not (self.layers or self._view.blocks()):
             problems.append("[optimizer] name = 'muon': trains blocks; there is no nn.ModuleList")
         if self._view.is_merged:

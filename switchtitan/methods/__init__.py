@@ -1,6 +1,6 @@
 """The registry of training methods."""
 
-from switchtitan.contracts import Method, MethodConfig, OptimizerConfig
+from switchtitan.contracts import Method, MethodConfig, OptimizerConfig, TrainedModel
 from switchtitan.methods.factors import PlainProductConfig, ProductMethod
 from switchtitan.methods.full_rank import FullRank, FullRankConfig
 from switchtitan.methods.lora import Lora, LoraConfig
@@ -26,8 +26,10 @@ METHODS: Registry[MethodConfig, Method] = Registry(
 )
 
 
-def optimizer_problems(method: MethodConfig, optimizer: OptimizerConfig) -> list[str]:
-    """Returns why an optimizer cannot train with a method, or on this machine."""
+def optimizer_problems(
+    method: MethodConfig, optimizer: OptimizerConfig, model: TrainedModel
+) -> list[str]:
+    """Returns why an optimizer cannot train a model with a method, or on this machine."""
     problems, name = [], f"[optimizer] name = {toml_value(optimizer.name)}"
     if method.optimizers is not None and optimizer.name not in method.optimizers:
         able = [
@@ -42,4 +44,16 @@ def optimizer_problems(method: MethodConfig, optimizer: OptimizerConfig) -> list
         )
     if optimizer.package is not None and not is_installed(optimizer.package):
         problems.append(needs_package(name, optimizer.package))
+    if optimizer.tuned_hidden_size is not None:
+        key = f"[optimizer] tuned_hidden_size = {optimizer.tuned_hidden_size}"
+        if method.width_exponents is None or optimizer.width_exponent is None:
+            problems.append(
+                f"{key}: was not checked for [method] name = {toml_value(method.name)} with "
+                f"{name}; remove it, and tune at this width"
+            )
+        elif model.hidden_size() is None:
+            problems.append(
+                f"{key}: was checked for LLaMA with a head of its own, and this model has another "
+                "architecture, a tied head or none; remove it"
+            )
     return problems

@@ -1,6 +1,7 @@
 """Full-rank training, the baseline."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from switchtitan.contracts import (
     Method,
@@ -11,11 +12,13 @@ from switchtitan.contracts import (
 )
 from switchtitan.methods.targets import linear_layers
 from switchtitan.optim import OPTIMIZERS
-from switchtitan.optim.parameters import trained_parameters
+from switchtitan.optim.parameters import trained_parameters, with_width_factors
 
 
 class FullRankConfig(MethodConfig):
     """`[method] name = "full_rank"`."""
+
+    width_exponents: ClassVar[Mapping[str, float]] = {}
 
     name: Literal["full_rank"] = "full_rank"
     """The method."""
@@ -30,4 +33,6 @@ class FullRank(Method[FullRankConfig]):
         # Those that low-rank methods target by default: `lr` and `other_lr` then apply to the same
         # layers with every method.
         targeted = {f"{name}.weight" for name in linear_layers(model)}
-        return OPTIMIZERS.build(config, trained_parameters(model, targeted), compile_step)
+        entries = trained_parameters(model, targeted)
+        trained = with_width_factors(entries, model, self.config, config)
+        return OPTIMIZERS.build(config, trained, compile_step)

@@ -18,7 +18,7 @@ from switchtitan.contracts import (
     TrainingOptimizer,
 )
 from switchtitan.optim import OPTIMIZERS
-from switchtitan.optim.parameters import TrainedParameter, trained_parameters
+from switchtitan.optim.parameters import TrainedParameter, trained_parameters, with_width_factors
 
 FACTORS = ("lora_a", "lora_b")
 """Local names of the factors A [rank, in] and B, stored transposed, [rank, out]."""
@@ -144,7 +144,9 @@ class ReplacingMethod(Method[TargetConfigT]):
             with linear.weight.device:
                 model.set_submodule(name, self.build_layer(name, linear))
 
-    def trained_parameters(self, model: TrainedModel) -> list[TrainedParameter]:
+    def trained_parameters(
+        self, model: TrainedModel, config: OptimizerConfig
+    ) -> list[TrainedParameter]:
         """Returns all trained parameters; those that are not `is_other` belong to the method."""
         targeted = {
             f"{layer}.{name}"
@@ -153,17 +155,18 @@ class ReplacingMethod(Method[TargetConfigT]):
             for name, _ in module.named_parameters()
             if name != "bias"
         }
-        return [
+        entries = [
             entry
             if entry.is_other
             else entry._replace(decays=True, input_dim=0 if entry.name.endswith(SUFFIX_B) else 1)
             for entry in trained_parameters(model, targeted)
         ]
+        return with_width_factors(entries, model, self.config, config)
 
     def build_optimizer(
         self, model: TrainedModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        return OPTIMIZERS.build(config, self.trained_parameters(model), compile_step)
+        return OPTIMIZERS.build(config, self.trained_parameters(model, config), compile_step)
 
     def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         replaced, plain = set(layers_with_factors(tensors)), super().dense_weights(tensors)

@@ -43,6 +43,8 @@ class ColaConfig(LlamaFamilyConfig):
                 f"rank = {self.rank}: expected less than {smallest}, the smallest of hidden_size, "
                 "intermediate_size and num_kv_heads * head_dim; lower it, or use name = 'llama'"
             )
+        if self.tuned_hidden_size is not None:
+            raise ValueError("tuned_hidden_size was not checked for name = 'cola'; remove it")
         return self
 
     def without_effect(self) -> list[str]:
@@ -90,3 +92,6 @@ class Cola(Llama):
             return float(in_features**-0.5)
         between = config.rank * MEAN_SQUARES[config.activation]
         return float(config.init_std * (in_features / between) ** 0.5)
+
+    def hidden_size(self) -> None:
+        """The rates of factors without a frozen weight were not checked."""

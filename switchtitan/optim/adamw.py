@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -28,6 +28,7 @@ class AdamWConfig(AdamKeys):
     """`[optimizer] name = "adamw"`: AdamW (arXiv 1711.05101). Weight decay is decoupled, and scaled
     by the learning rate."""
 
+    width_exponent: ClassVar[float] = 1.0
     name: Literal["adamw"] = "adamw"
     """The optimizer."""
 

@@ -9,7 +9,7 @@ et al. 2025, "Muon is Scalable for LLM Training", arXiv 2502.16982).
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -42,6 +42,7 @@ class MuonConfig(AdamKeys):
     share the matrices, and orthogonalize them in the run's compute dtype; replicas repeat the
     work."""
 
+    width_exponent: ClassVar[float] = 0.5
     name: Literal["muon"] = "muon"
     """The optimizer."""
     momentum: float = Field(default=0.95, ge=0, lt=1)

@@ -1,12 +1,15 @@
-"""The parameters that an optimizer trains, and their groups."""
+"""The parameters that an optimizer trains, their groups, and their rates at another width."""
 
+import logging
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from switchtitan.contracts import OptimizerConfig, ParameterGroup, TrainedModel
+from switchtitan.contracts import MethodConfig, OptimizerConfig, ParameterGroup, TrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 class TrainedParameter(NamedTuple):
@@ -28,6 +31,8 @@ class TrainedParameter(NamedTuple):
     """dtype in which the model multiplies by it."""
     decays: bool = False
     """Whether weight decay applies even if it is 1-dim and `decay_norms` is off."""
+    rate_factor: float = 1.0
+    """Of its learning rate; the product of rate and weight decay stays."""
 
 
 def trained_parameters(model: TrainedModel, targeted: Collection[str]) -> list[TrainedParameter]:
@@ -63,9 +68,55 @@ def parameter_groups(
     """Groups parameters by learning rate and weight decay, in order of first occurrence."""
     groups: dict[tuple[float, float], ParameterGroup] = {}
     for entry in parameters:
-        lr = config.lr if config.other_lr is None or not entry.is_other else config.other_lr
+        lr = rate_of(entry, config) * entry.rate_factor
         decays = config.decay_norms or entry.decays or entry.parameter.ndim > 1
-        weight_decay = config.weight_decay if decays else 0.0
+        weight_decay = config.weight_decay / entry.rate_factor if decays else 0.0
         group = groups.setdefault((lr, weight_decay), ParameterGroup({}, lr, weight_decay))
         group.parameters[entry.name] = entry.parameter
     return list(groups.values())
+
+
+def rate_of(entry: TrainedParameter, config: OptimizerConfig) -> float:
+    """Returns the peak learning rate that the section has for a parameter."""
+    return config.lr if config.other_lr is None or not entry.is_other else config.other_lr
+
+
+def with_width_factors(
+    entries: list[TrainedParameter],
+    model: TrainedModel,
+    method: MethodConfig,
+    config: OptimizerConfig,
+) -> list[TrainedParameter]:
+    """Returns the parameters with the factors that `tuned_hidden_size` asks for, and logs them.
+
+    So that a step changes the outputs of each layer, relative to its inputs, as much as at the
+    tuned width: (tuned / hidden size)^e, with e = 1 for the head and `width_exponent` for matrices
+    in blocks. As muP (Yang et al. 2022, arXiv 2203.03466, table 8), but for its multipliers.
+    """
+    hidden_size, tuned_size = model.hidden_size(), config.tuned_hidden_size
+    if tuned_size is None:
+        return entries
+    # See `methods.optimizer_problems`.
+    assert hidden_size is not None
+    assert method.width_exponents is not None
+    assert config.width_exponent is not None
+    matrices = config.width_exponent
+    of_method = method.width_exponents.get(config.name, matrices)
+
+    def kind_and_exponent(entry: TrainedParameter) -> tuple[str, float]:
+        if not entry.is_other:
+            return "layers", of_method
+        if entry.is_head:
+            return "head", 1.0
+        is_matrix = entry.is_in_block and entry.parameter.ndim == 2
+        return ("other layers", matrices) if is_matrix else ("embedding, norms", 0.0)
+
+    scaled, rates = [], dict[str, str]()
+    for entry in entries:
+        kind, exponent = kind_and_exponent(entry)
+        factor = (tuned_size / hidden_size) ** exponent
+        scaled.append(entry._replace(rate_factor=factor))
+        rates[kind] = f"{kind} {rate_of(entry, config) * factor:.3g} (x {factor:.3g})"
+    sizes = f"hidden size {hidden_size}, tuned at {tuned_size}"
+    logger.info("learning rates for %s: %s", sizes, ", ".join(rates.values()))
+    return scaled

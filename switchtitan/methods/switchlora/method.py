@@ -100,7 +100,7 @@ class SwitchLora(AdapterMethod[SwitchLoraConfig]):
         layers = adapter_layers(model)
         num_candidates = np.array([min(layer.plain_shape) for layer in layers.values()])
         plan = Plan(self.config, self.num_steps, num_candidates)
-        trained = {entry.name: entry for entry in self.trained_parameters(model)}
+        trained = {entry.name: entry for entry in self.trained_parameters(model, config)}
         factors = Factors([trained.pop(f"{name}.{key}") for key in FACTORS for name in layers])
         rule: VectorAdamW | FactorMuon
         if isinstance(config, MuonConfig):

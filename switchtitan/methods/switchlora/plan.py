@@ -2,6 +2,7 @@
 step, in integers that are the same on every rank."""
 
 import logging
+from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ class SwitchLoraConfig(AdapterConfig):
 
     resumable_keys: ClassVar[frozenset[str]] = AdapterConfig.resumable_keys | {"candidates_device"}
     optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw", "muon"})
+    width_exponents: ClassVar[Mapping[str, float]] = {"adamw": 0.5, "muon": 0.0}
     name: Literal["switchlora"] = "switchlora"
     """The method."""
     init: Literal["switchlora", "lora"] = "switchlora"

@@ -94,6 +94,11 @@ class LlamaFamilyConfig(ModelConfig):
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the normal distribution that initializes embedding, linear layers and
     head."""
+    tuned_hidden_size: int | None = Field(None, gt=0, le=MAX_WIDTH)
+    """Hidden size for which init_std was chosen. With hidden_size n, linear layers in blocks then
+    start with init_std (tuned_hidden_size / n)^(1/2), and the head with init_std tuned_hidden_size
+    / n, so that wider models change as fast in a step; see the key of the same name in [optimizer].
+    Unset: init_std at every width."""
     attention: Literal["sdpa", "flex", "flash_attn"] = "sdpa"
     """Attention backend. sdpa and flash_attn are causal over the packed sequence; flex attends only
     within each document."""
@@ -179,7 +184,8 @@ class LlamaFamilyConfig(ModelConfig):
 
     def architecture(self) -> dict[str, object]:
         """See `ModelConfig`. Equal models are equal, however their keys were given."""
-        others = {"size", "from_folder", "init_std", "max_positions", "attention"}
+        others = {"size", "from_folder", "max_positions", "attention"}
+        others |= {"init_std", "tuned_hidden_size"}
         return {
             **self.model_dump(mode="json", exclude=others),
             **self.sizes._asdict(),

@@ -151,6 +151,9 @@ class Llama(LanguageModel):
     def output_head(self) -> nn.Module:
         return self.lm_head
 
+    def hidden_size(self) -> int | None:
+        return None if self.config.tied_head else self.config.sizes.hidden_size
+
     def outer_units(self) -> list[list[nn.Module]]:
         """The embedding, and the last norm with the head; nothing if the head is tied."""
         if self.config.tied_head:
@@ -168,7 +171,14 @@ class Llama(LanguageModel):
 
     def initial_std(self, name: str) -> float:
         """The standard deviation of a parameter that starts with a normal distribution."""
-        return self.config.init_std
+        config, exponent = self.config, 0.0
+        if name.startswith("lm_head."):
+            exponent = 1.0
+        elif name.startswith("model.layers."):
+            exponent = 0.5
+        hidden_size = config.sizes.hidden_size
+        ratio = (config.tuned_hidden_size or hidden_size) / hidden_size
+        return config.init_std * ratio**exponent
 
     def num_flops_per_token(self, seq_len: int) -> int:
         """Returns 6 N + 12 L H Q S, forward and backward (PaLM, arXiv 2204.02311, appendix B).

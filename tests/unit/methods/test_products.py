@@ -153,7 +153,7 @@ def test_a_run_starts_from_the_nearest_weights_and_plain_ones_where_it_has_a_val
 def test_rate_and_weight_decay_of_the_factors_are_those_of_the_sparse_values():
     section = AdamWConfig(lr=1e-2, other_lr=1e-5, weight_decay=0.1)
     method = Sltrain(SltrainConfig(rank=RANK, density=0.2), 10, 0)
-    groups = parameter_groups(section, method.trained_parameters(draw_model(method)))
+    groups = parameter_groups(section, method.trained_parameters(draw_model(method), section))
     found = {name: (group.lr, group.weight_decay) for group in groups for name in group.parameters}
     for local_name in (SPARSE, "lora_a", "lora_b"):
         assert found[f"model.layers.0.mlp.up_proj.{local_name}"] == (1e-2, 0.1)

@@ -235,7 +235,7 @@ def test_every_step_of_scale_equals_a_reference_and_keeps_momentum_for_the_head_
 
 def test_scale_is_told_which_matrices_are_stored_transposed_and_which_is_the_head():
     method = Lora(LoraConfig(rank=3), 10, 0)
-    entries = method.trained_parameters(draw_model(method))
+    entries = method.trained_parameters(draw_model(method), AdamWConfig(lr=LR))
     is_transposed = {entry.name: entry.input_dim == 0 for entry in entries}
     assert is_transposed == {
         name: name.endswith(("embed_tokens.weight", "lora_b")) for name in is_transposed
