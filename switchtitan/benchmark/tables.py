@@ -31,6 +31,13 @@ def step_table(times: Mapping[str, StepTimes]) -> list[str]:
     return _aligned(rows)
 
 
+def slope_table(slopes: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Formats one line per configuration: the exponent of the change of each layer."""
+    names = list(next(iter(slopes.values())))
+    lines = [(*(f"{of[name]:+.2f}" for name in names), config) for config, of in slopes.items()]
+    return _aligned([(*names, ""), *lines])
+
+
 def step_record(times: Mapping[str, StepTimes]) -> dict[str, Any]:
     """Returns by configuration: seconds of a step, the median over rounds and in each round, and
     the ratio to the first one, with its 95 % interval."""

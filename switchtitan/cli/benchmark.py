@@ -9,7 +9,11 @@ times steps in alternation on the devices of this process's ranks.
 
     switchtitan benchmark gpu CONFIG ... [--arch sm_80 sm_90] [--num-ranks N] [--KEY VALUE ...]
 
-compiles steps for NVIDIA GPUs on a machine without one."""
+compiles steps for NVIDIA GPUs on a machine without one.
+
+    switchtitan benchmark coordinates CONFIG ... [--sizes N ...] [--KEY VALUE ...]
+
+shows whether a step changes the layers of wider models as much: whether learning rates transfer."""
 
 import argparse
 import sys
@@ -22,7 +26,7 @@ from switchtitan.distributed.gpus import ARCHS, card_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="measure", required=True, metavar="step|gpu")
+    commands = parser.add_subparsers(dest="measure", required=True, metavar="step|gpu|coordinates")
     step = _add(commands, "step", "Time training steps; print a table of the first rank's times.")
     rounds = "turns of each side; an even number is fair (default: 10)"
     step.add_argument("--rounds", type=positive_int, default=10, help=rounds)
@@ -38,6 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--arch", nargs="+", choices=ARCHS, default=["sm_90"], help=archs)
     ranks = "number of ranks, of which the first is compiled (default: 1)"
     gpu.add_argument("--num-ranks", type=positive_int, default=1, help=ranks)
+    coordinates = _add(
+        commands,
+        "coordinates",
+        "Coordinate check (arXiv 2203.03466): take a few steps at several hidden sizes; print for "
+        "each layer the exponent e of the change of its output in a step, about hidden_size^e, and "
+        "that of the residual stream. LLaMA's family; other widths and the rank in proportion.",
+    )
+    sizes = "hidden sizes (default: 64 128 256 512 1024)"
+    default = [64, 128, 256, 512, 1024]
+    coordinates.add_argument("--sizes", nargs="+", type=positive_int, default=default, help=sizes)
 
 
 def _add(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
@@ -51,7 +65,23 @@ def _add(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Measures steps; prints on the main rank."""
-    return _run_gpu(options) if options.measure == "gpu" else _run_step(options)
+    runs = {"gpu": _run_gpu, "step": _run_step, "coordinates": _run_coordinates}
+    return runs[options.measure](options)
+
+
+def _run_coordinates(options: argparse.Namespace) -> dict[str, Any]:
+    from switchtitan.benchmark.coordinates import at_hidden_size, changes_in_a_step, slopes
+    from switchtitan.benchmark.sides import load_sides
+    from switchtitan.benchmark.tables import slope_table
+
+    sides = load_sides(options.configs, options.keys)
+    changes = {
+        name: {size: changes_in_a_step(at_hidden_size(config, size)) for size in options.sizes}
+        for name, config in sides.items()
+    }
+    found = {name: slopes(by_size) for name, by_size in changes.items()}
+    print("\n".join(slope_table(found)), flush=True)
+    return {"slopes": found, "changes": changes}
 
 
 def _run_step(options: argparse.Namespace) -> dict[str, Any] | None:
