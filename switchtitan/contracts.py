@@ -89,9 +89,6 @@ class MethodConfig(NamedSection):
     """Names of the optimizers that the method can train with; None for all."""
     keeps_initial_weights: ClassVar[bool] = True
     """Whether a run starts from exactly the weights that it is given, up to rounding."""
-    width_exponents: ClassVar[Mapping[str, float] | None] = None
-    """Optimizer -> its `width_exponent` for what the method changes, if that is another one; None:
-    `tuned_hidden_size` was not checked for the method."""
 
     def completed(self, build_model: "Callable[[], TrainedModel]") -> Self:
         """Returns this section with values for keys whose default depends on the plain model."""
@@ -100,6 +97,11 @@ class MethodConfig(NamedSection):
     def check_model(self, model: "TrainedModel") -> list[str]:
         """Returns error messages for the plain model, on the meta device; none by default."""
         return []
+
+    def width_exponents(self) -> Mapping[str, float] | None:
+        """Returns by optimizer the `width_exponent` of what the method changes, if that is another
+        one; None, the default: `[optimizer] tuned_hidden_size` was not checked for the method."""
+        return None
 
     def check_length(self, num_steps: int) -> list[str]:
         """Returns error messages for a run of `num_steps` optimizer steps; none by default."""
@@ -126,11 +128,13 @@ class OptimizerConfig(NamedSection):
     head, biases, and layers that are not targets. At full rank: of all parameters but the weights
     of the linear layers in the model's blocks. Default: lr."""
     tuned_hidden_size: int | None = Field(default=None, gt=0)
-    """Hidden size of the model with which lr and other_lr were tuned. They are then multiplied by
-    (tuned_hidden_size / hidden_size)^e: e is 1 for the head and, with adamw, matrices in blocks;
-    1/2 for matrices with muon and low-rank factors with adamw; 0 for factors with muon, embedding,
-    norms and biases. lr * weight_decay stays. Refused where it was not checked. Default: the same
-    rates at every width."""
+    """Hidden size of the model with which lr and other_lr were tuned; set the key of the same name
+    in [model] too. Rates are then multiplied by (tuned_hidden_size / hidden_size)^e: e is 1 for the
+    head and, with adamw, matrices in blocks; 1/2 for matrices with muon and low-rank factors with
+    adamw; 0 for factors with muon, embedding, norms and biases. lr * weight_decay stays. With
+    adamw, at full rank, that is muP (arXiv 2203.03466, table 8) without multipliers in the model:
+    heads should keep their width. Its other exponents are ours. Refused where it was not checked.
+    Default: the same rates at every width."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay, at least 0."""
     decay_norms: bool = False

@@ -39,7 +39,8 @@ class State:
     """Values by row, given ones included; empty while values are being chosen."""
     finished: Mapping[Run, RunResult]
     due: list[Run]
-    """The unfinished runs of the current axis, or of the report; empty at the end."""
+    """The unfinished runs of the current axis, or of the report, or those that they resume from;
+    empty at the end."""
 
     def reported(self, row: str) -> dict[Run, RunResult]:
         """Returns the finished runs of a row with the seeds that are reported."""
@@ -68,14 +69,22 @@ def follow(config: ComparisonConfig, find: FindResult) -> State:
                 loss = math.inf if result.diverged else result.validation_loss
                 losses.setdefault(run.row, {})[run.tuned[key]] = loss
         tried.append((key, losses))
-        if due := [run for run in runs if run not in finished]:
+        if due := _due(runs, finished):
             return State(config, tried, {}, finished, due)
         for row, by_value in losses.items():
             best[row][key] = best_value(by_value)
     runs = _runs_of_report(config, best)
     finished |= {run: result for run in runs if (result := find(run)) is not None}
-    due = [run for run in runs if run not in finished]
-    return State(config, tried, {run.row: run.tuned for run in runs}, finished, due)
+    chosen = {run.row: run.tuned for run in runs}
+    return State(config, tried, chosen, finished, _due(runs, finished))
+
+
+def _due(runs: list[Run], finished: Mapping[Run, RunResult]) -> list[Run]:
+    """Returns the unfinished runs that can start; of the others, those that they resume from."""
+    unfinished = [run for run in runs if run not in finished]
+    if able := [run for run in unfinished if run.can_start]:
+        return able
+    return list(dict.fromkeys(run.source for run in unfinished if run.source is not None))
 
 
 def best_value(losses: Mapping[float, float]) -> float:

@@ -27,6 +27,9 @@ class RowConfig(Section):
     learning_rate_of: str | None = None
     """Use all values chosen for this row instead, e.g. for an ablation that changes one of its
     keys."""
+    resume_from: str | None = None
+    """Resume each run from the one of this row with the same seed and values, at the step where its
+    own rate begins to fall ([lr_schedule] decay_ratio): lengths of a run share its stable part."""
     set: dict[Literal["method", "optimizer", "compile", "model", "training"], dict[str, Any]]
     """Keys that differ from `config`, by section; [model] and [training] only if `differ_in` has
     them. With `optimizer.lr`, the row chooses no values."""
@@ -131,6 +134,12 @@ class ComparisonConfig(Section):
                 yield (
                     f"rows.{row.name}.learning_rate_of = {row.learning_rate_of!r}: expected a row "
                     f"that chooses values: {', '.join(tuning)}"
+                )
+            source = next((of for of in self.rows if of.name == row.resume_from), row)
+            if row.resume_from is not None and (source is row or source.resume_from is not None):
+                yield (
+                    f"rows.{row.name}.resume_from = {row.resume_from!r}: expected another row "
+                    "without resume_from"
                 )
             tuned = tuning.get(row.learning_rate_of or row.name, {}).keys()
             if unknown := ", ".join(tuned - set(self.axes)):

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from switchtitan.checkpoint.load import find_given
+from switchtitan.checkpoint.save import CHECKPOINTS_FOLDER
 from switchtitan.comparison.config import ComparisonConfig, RowConfig
 from switchtitan.config import flatten
 from switchtitan.errors import CheckpointError, ConfigError
@@ -40,10 +41,17 @@ class Run:
     arguments: tuple[str, ...]
     """The arguments of `switchtitan train`."""
     config: JobConfig = field(compare=False, repr=False)
+    source: "Run | None" = field(default=None, compare=False, repr=False)
+    """The run that it resumes from."""
 
     @property
     def folder(self) -> Path:
         return self.config.job.output_dir
+
+    @property
+    def can_start(self) -> bool:
+        """Whether the checkpoint that it resumes from exists, if any."""
+        return self.source is None or Path(self.config.checkpoint.resume).exists()
 
 
 class RunResult(BaseModel):
@@ -99,6 +107,10 @@ def plan_run(
     tuned = {key: keys[key] for key in comparison.axes if isinstance(keys.get(key), int | float)}
     parts = [f"{short_name(key)}-{value:g}" for key, value in tuned.items()]
     label = "-".join([*parts, f"seed-{seed}"])
+    source = None
+    if row.resume_from is not None:
+        of = next(other for other in comparison.rows if other.name == row.resume_from)
+        source = plan_run(comparison, of, tuned, seed)
     keys |= {
         "job.seed": seed,
         "job.name": f"{row.name}-{label}",
@@ -109,9 +121,29 @@ def plan_run(
         arguments += [f"--{key}", value if isinstance(value, str) else toml_value(value)]
     try:
         config = parse_arguments(arguments, num_ranks=1)
+        if source is not None:
+            arguments += ["--checkpoint.resume", str(_branch_point(source.config, config))]
+            config = parse_arguments(arguments, num_ranks=1)
     except ConfigError as error:
         raise ConfigError(f"row {row.name}: {error}") from error
-    return Run(row.name, tuned, seed, tuple(arguments), config)
+    return Run(row.name, tuned, seed, tuple(arguments), config, source)
+
+
+def _branch_point(source: JobConfig, config: JobConfig) -> Path:
+    """Returns the checkpoint of `source` at the step where the rate of `config` begins to fall.
+    Raises a ConfigError if its rate is then not at the peak, or the checkpoint is not kept."""
+    step = config.lr_schedule.decay_start(config.training.steps)
+    first = source.lr_schedule.warmup_steps
+    last = source.lr_schedule.decay_start(source.training.steps)
+    interval, kept = source.checkpoint.interval, source.checkpoint.keep_every
+    if not first < step <= last or step % interval or kept is None or step % kept:
+        raise ConfigError(
+            f"resume_from: the learning rate falls from step {step} on; expected a step from "
+            f"{first + 1} to {last}, where the other row's is at its peak, and a multiple of "
+            f"[checkpoint] interval = {interval} and keep_every = {kept}; change these, or "
+            "[lr_schedule] decay_ratio"
+        )
+    return source.job.output_dir / CHECKPOINTS_FOLDER / f"step-{step:09d}"
 
 
 def config_sha256(config: JobConfig) -> str:

@@ -46,7 +46,7 @@ def optimizer_problems(
         problems.append(needs_package(name, optimizer.package))
     if optimizer.tuned_hidden_size is not None:
         key = f"[optimizer] tuned_hidden_size = {optimizer.tuned_hidden_size}"
-        if method.width_exponents is None or optimizer.width_exponent is None:
+        if method.width_exponents() is None or optimizer.width_exponent is None:
             problems.append(
                 f"{key}: was not checked for [method] name = {toml_value(method.name)} with "
                 f"{name}; remove it, and tune at this width"

@@ -1,7 +1,7 @@
 """Full-rank training, the baseline."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 from switchtitan.contracts import (
     Method,
@@ -18,10 +18,12 @@ from switchtitan.optim.parameters import trained_parameters, with_width_factors
 class FullRankConfig(MethodConfig):
     """`[method] name = "full_rank"`."""
 
-    width_exponents: ClassVar[Mapping[str, float]] = {}
-
     name: Literal["full_rank"] = "full_rank"
     """The method."""
+
+    def width_exponents(self) -> Mapping[str, float]:
+        """See `contracts.MethodConfig`."""
+        return {}
 
 
 class FullRank(Method[FullRankConfig]):

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from switchtitan.methods.adapter.linear import balanced_bounds, lora_bounds
-from switchtitan.methods.adapter.method import AdapterConfig, AdapterMethod
+from switchtitan.methods.adapter.method import WIDTH_EXPONENTS, AdapterConfig, AdapterMethod
 
 
 class ZeroStartConfig(AdapterConfig):
@@ -40,6 +40,10 @@ class LoraConfig(ZeroStartConfig):
                 'init = "lora"; write alpha = 1, as in SwitchLoRA'
             )
         return self
+
+    def width_exponents(self) -> Mapping[str, float] | None:
+        """See `contracts.MethodConfig`."""
+        return WIDTH_EXPONENTS if self.init == "balanced" else None
 
 
 class Lora(AdapterMethod[LoraConfig]):

@@ -28,7 +28,8 @@ def configure_logging(*, is_main: bool, rank: int = 0, log_file: Path | None = N
     """
     root = logging.getLogger()
     for handler in list(root.handlers):
-        if isinstance(handler, _ConsoleHandler | _LogFileHandler):
+        is_basic = type(handler) is logging.StreamHandler  # of the command's start
+        if is_basic or isinstance(handler, _ConsoleHandler | _LogFileHandler):
             root.removeHandler(handler)
             handler.close()
     root.addHandler(_ConsoleHandler("" if is_main else f"[rank {rank}] "))

@@ -32,7 +32,9 @@ class LRScheduleConfig(Section):
         ]
 
     def decay_start(self, num_steps: int) -> int:
-        """Returns the step from which the factor falls."""
+        """Returns the step from which the factor falls; `num_steps` if it does not."""
+        if self.decay == "constant":
+            return num_steps
         share = 1.0 if self.decay_ratio is None else self.decay_ratio
         return max(self.warmup_steps, num_steps - round(share * num_steps))
 

@@ -98,10 +98,10 @@ def with_width_factors(
         return entries
     # See `methods.optimizer_problems`.
     assert hidden_size is not None
-    assert method.width_exponents is not None
     assert config.width_exponent is not None
-    matrices = config.width_exponent
-    of_method = method.width_exponents.get(config.name, matrices)
+    matrices, exponents = config.width_exponent, method.width_exponents()
+    assert exponents is not None
+    of_method = exponents.get(config.name, matrices)
 
     def kind_and_exponent(entry: TrainedParameter) -> tuple[str, float]:
         if not entry.is_other:

@@ -1,13 +1,16 @@
 """Steps are timed in alternation, and compared by robust ratios."""
 
 import gc
+import json
 import time
 
 import numpy as np
 import pytest
 import torch
+from support.commands import run
 from support.tiny import tiny_config, tiny_toml
 
+from switchtitan.benchmark.coordinates import at_hidden_size, slopes
 from switchtitan.benchmark.sides import load_sides
 from switchtitan.benchmark.step_times import (
     WARM_UP_STEPS,
@@ -137,3 +140,35 @@ def test_keys_are_for_all_sides_and_given_once(tmp_path):
     assert {config.data.seq_len for config in sides.values()} == {8}
     with pytest.raises(ConfigError, match=r"data\.seq_len=4: --data\.seq_len=8: given twice"):
         load_sides([f"{file}:data.seq_len=4"], keys)
+
+
+def test_slopes_are_the_exponents_of_the_hidden_size():
+    by_size = {size: {"a": 3 * size**-0.5, "b": 0.1 * size} for size in (8, 32, 64)}
+    assert slopes(by_size) == pytest.approx({"a": -0.5, "b": 1.0})
+
+
+def test_the_widths_of_another_hidden_size_are_in_proportion(tmp_path):
+    keys = ("--model.hidden_size", "16", "--model.num_kv_heads", "2", "--method.rank", "4")
+    config = at_hidden_size(tiny_config(tmp_path, "switchlora", *keys), 32)
+    assert config.model.sizes == (32, 56, 2, 4)
+    assert (config.model.head_width, config.model.kv_heads, config.method.rank) == (8, 4, 8)
+
+
+def test_the_coordinate_check_shows_that_the_rule_makes_changes_equal_at_all_widths(
+    corpora, tmp_path
+):
+    keys = ("hidden_size=32", "intermediate_size=88", "num_heads=2", "num_kv_heads=2")
+    file, ruled = tmp_path / "base.toml", "model.tuned_hidden_size=32"
+    file.write_text(tiny_toml(corpora / "coordinates", "full_rank"))
+    sides = [",".join(f"model.{key}" for key in keys)]
+    sides.append(f"{sides[0]},{ruled},optimizer.tuned_hidden_size=32")
+    words = [f"{file}:{side}" for side in sides]
+    result = tmp_path / "slopes.json"
+    run("benchmark", "coordinates", *words, "--sizes", 32, 64, 128, "--json", result)
+    one_rate, rule = json.loads(result.read_text())["slopes"].values()
+    # A step of AdamW changes the sum over n inputs by n^(1/2) to n (arXiv 2203.03466).
+    assert 0.3 < one_rate["up_proj"] < 1.2
+    assert one_rate["residual stream"] > 0.8
+    assert abs(rule["residual stream"]) < 0.4
+    assert abs(rule["up_proj"]) < 0.6
+    assert abs(one_rate["embed_tokens"]) < 0.1

@@ -8,15 +8,21 @@ import pytest
 import torch
 from support.checkpoints import refused
 from support.commands import run
-from support.tiny import tiny_config, tiny_trainer, train_steps
+from support.comparisons import GRID, write_grid
+from support.tensors import differing
+from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 from support.trained import train_and_save
 
 from switchtitan.checkpoint.load import check_same_run
+from switchtitan.comparison.comparison import check_plan, follow
+from switchtitan.comparison.config import load_comparison
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.dtype import Bf16Support
 from switchtitan.distributed.initial import plain_value
-from switchtitan.errors import CheckpointError, CorpusError
+from switchtitan.distributed.world import start_world
+from switchtitan.errors import CheckpointError, ConfigError, CorpusError
 from switchtitan.methods import factors
+from switchtitan.training.build import build_trainer
 from switchtitan.training.describe import completed_identity, run_identity
 
 
@@ -296,3 +302,70 @@ def test_a_resumed_run_keeps_the_dtype_of_another_machine(corpora, monkeypatch, 
     result = tmp_path / "result.json"
     assert run("evaluate", folder / "run", "--json", result).status == 0
     assert json.loads(result.read_text())["compute_dtype"] == "bfloat16"
+
+
+BRANCHES = """
+differ_in = ["training"]
+[[rows]]
+name = "dense"
+learning_rates = [1e-3, 2e-3, 4e-3]
+set.method = {{ name = "switchlora", rank = 6, interval = 5, freeze_steps = 2, decay = "constant" }}
+[[rows]]
+name = "short"
+resume_from = "dense"
+learning_rates = [1e-3, 2e-3, 4e-3]
+set.method = {{ name = "switchlora", rank = 6, interval = 5, freeze_steps = 2, decay = "constant" }}
+set.training = {{ steps = 10 }}
+"""
+STABLE = {
+    "warmup_steps = 3": 'warmup_steps = 3\ndecay = "linear"\ndecay_ratio = 0.4',
+    "interval = 20\nasync_save": "interval = 2\nkeep_every = 6\nasync_save",
+    "steps = 40": "steps = 16",
+    "test_tokens = 160\ninterval = 20": "test_tokens = 160\ninterval = 5",
+}
+
+
+def test_a_row_that_resumes_from_a_longer_one_has_the_weights_of_a_run_from_the_start(
+    tmp_path, monkeypatch
+):
+    """The shorter run's rate falls from step 6 on, the longer one's from step 10 on."""
+    file = write_grid(tmp_path, GRID.partition("[[rows]]")[0] + BRANCHES, STABLE)
+    comparison = load_comparison(file)
+    check_plan(comparison)
+    state = follow(comparison, lambda run: None)
+    long, *_ = state.due
+    assert {run.row for run in state.due} == {"dense"}  # the others cannot start yet
+    build_trainer(long.config, start_world(long.config.parallelism)).train()
+    short = follow(comparison, lambda run: None).due[1]
+    assert (short.row, short.tuned) == ("short", long.tuned)
+    assert short.config.checkpoint.resume.endswith("step-000000006")
+    job = short.config.job.model_copy(update={"output_dir": tmp_path / "straight"})
+    checkpoint = short.config.checkpoint.model_copy(update={"resume": "never"})
+    straight = short.config.model_copy(update={"job": job, "checkpoint": checkpoint})
+    ended = []
+    for config in (short.config, straight):
+        trainer = build_trainer(config, start_world(config.parallelism))
+        assert trainer.stepper.state.step == (6 if config is short.config else 0)
+        trainer.train()
+        ended.append(full_tensors(trainer))
+    assert not differing(*ended)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "fragments"),
+    [
+        ({'name = "dense"': 'name = "gone"'}, {}, ("rows.short.resume_from", "'dense'")),
+        ({"steps = 10": "steps = 20"}, {}, ("from step 12 on", "from 4 to 10")),
+        ({"steps = 10": "steps = 8"}, {}, ("from step 5 on", "interval = 2 and keep_every = 6")),
+        ({}, {"\ndecay_ratio = 0.4": ""}, ("from step 3 on", "decay_ratio")),
+    ],
+)
+def test_a_row_that_cannot_branch_from_another_is_refused(tmp_path, rows, changes, fragments):
+    grid, base = GRID.partition("[[rows]]")[0] + BRANCHES, {**STABLE}
+    for before, after in rows.items():
+        grid = grid.replace(before, after)
+    grid = grid.replace('baseline = "dense"', 'baseline = "short"')
+    for part, changed in changes.items():
+        base = {key: value.replace(part, changed) for key, value in base.items()}
+    with refused(*fragments, error=ConfigError):
+        check_plan(load_comparison(write_grid(tmp_path, grid, base)))

@@ -17,6 +17,9 @@ from switchtitan.methods.targets import (
     layers_with_factors,
 )
 
+WIDTH_EXPONENTS = {"adamw": 0.5, "muon": 0.0}
+"""`MethodConfig.width_exponents` of factors that start with gradients of similar size."""
+
 
 class AdapterConfig(TargetConfig):
     """The keys of methods with factors and a frozen weight."""

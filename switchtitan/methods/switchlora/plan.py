@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from switchtitan.distributed.rows import Spans
-from switchtitan.methods.adapter.method import AdapterConfig
+from switchtitan.methods.adapter.method import WIDTH_EXPONENTS, AdapterConfig
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ class SwitchLoraConfig(AdapterConfig):
 
     resumable_keys: ClassVar[frozenset[str]] = AdapterConfig.resumable_keys | {"candidates_device"}
     optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw", "muon"})
-    width_exponents: ClassVar[Mapping[str, float]] = {"adamw": 0.5, "muon": 0.0}
     name: Literal["switchlora"] = "switchlora"
     """The method."""
     init: Literal["switchlora", "lora"] = "switchlora"
@@ -47,8 +46,9 @@ class SwitchLoraConfig(AdapterConfig):
     switches_per_vector."""
     switches_per_vector: float | None = Field(default=None, gt=0)
     """Mean number of switches of each vector in a run of training.steps, instead of interval, which
-    then follows from it, decay and decay_ratio, so that a longer run switches as often. Default:
-    interval decides."""
+    then follows from it, decay and decay_ratio, so that a longer run switches as often. A run that
+    resumes with other training.steps switches at their frequency from then on; set interval if runs
+    of several lengths resume from one. Default: interval decides."""
     decay: Literal["exponential", "sigmoid", "constant"] = "exponential"
     """How the switching frequency falls during training; `constant` does not change it."""
     decay_ratio: float = Field(default=0.1, gt=0, le=1)
@@ -83,6 +83,10 @@ class SwitchLoraConfig(AdapterConfig):
             if getattr(self, by) == "constant" and not self.is_default(key):
                 void.append(f'{key} = {getattr(self, key)!r} has no effect with {by} = "constant"')
         return void
+
+    def width_exponents(self) -> Mapping[str, float] | None:
+        """See `contracts.MethodConfig`."""
+        return WIDTH_EXPONENTS if self.init == "switchlora" else None
 
     def rates(self, num_steps: int) -> np.ndarray:
         """Returns the factor on the switching frequency at every step, [num_steps]."""

@@ -330,6 +330,16 @@ def test_an_optimizer_that_does_not_fit_is_refused(build, method, optimizer, fra
     assert all(fragment in str(error.value) for fragment in fragments), error.value
 
 
+def test_rates_of_another_width_are_scaled_if_the_model_names_its_head():
+    _, method, _ = start_loop()
+    groups = method.optimizer("muon", lr=4e-2, other_lr=1e-2, tuned_hidden_size=8).param_groups
+    assert sorted(group["lr"] for group in groups) == [1e-2 * 8 / 32, 1e-2, 4e-2]
+    for build in (build_tied, Plain):
+        plain = apply(build(), "full_rank", num_steps=9)
+        with pytest.raises(ConfigError, match=r"tuned_hidden_size = 8: .*tied head or none"):
+            plain.optimizer(lr=1.0, tuned_hidden_size=8)
+
+
 def test_a_method_ends_with_merge_and_needs_its_own_optimizer(caplog):
     model, method, optimizer = start_loop()
     loss_of(model, draw_tokens(0)).backward()

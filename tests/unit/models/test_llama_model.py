@@ -102,6 +102,18 @@ def test_initial_values_have_the_configured_distribution():
         assert bool((draw(name, parameter.shape) == 1).all()) == ("norm" in name), name
 
 
+def test_initial_values_of_wider_models_are_smaller_by_class():
+    plain, wider = build(init_std=0.05), build(init_std=0.05, tuned_hidden_size=6)
+    ratio = 6 / plain.config.sizes.hidden_size
+    factors = {"model.embed_tokens": 1.0, "model.layers.1.mlp.down_proj": ratio**0.5}
+    for layer, factor in {**factors, "lm_head": ratio}.items():
+        first, second = (
+            model.initial_value(f"{layer}.weight", (9, 7), torch.Generator().manual_seed(3))
+            for model in (plain, wider)
+        )
+        torch.testing.assert_close(second, factor * first)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -16,10 +16,11 @@ from support.optimizer_steps import (
 )
 from support.small_llama import draw_model
 from support.tensors import differing
-from support.tiny import tiny_config
+from support.tiny import model_on_meta, tiny_config
 from torch import nn
 
 from switchtitan.errors import ConfigError
+from switchtitan.methods import METHODS
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.models import MODELS
 from switchtitan.optim import OPTIMIZERS
@@ -251,3 +252,44 @@ def test_a_tied_head_is_no_head_and_scale_refuses_a_model_that_names_none(tmp_pa
     assert not any(entry.is_head for entry in entries)
     with pytest.raises(ConfigError, match=r'"scale".*no head'):
         OPTIMIZERS.build(ScaleConfig(lr=LR), entries, False)
+
+
+SIZES = ("--model.hidden_size", "20", "--optimizer.tuned_hidden_size", "5")
+RATES = ("--optimizer.lr", "0.8", "--optimizer.other_lr", "0.4", "--optimizer.weight_decay", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer", "layer", "factor", "other"),
+    [
+        # (5 / 20)^e, with e = 1, 1/2, 1/2 and 0, and as at full rank where no layer is targeted.
+        ("full_rank", "adamw", "layers.0.mlp.up_proj.weight", 1 / 4, 1 / 4),
+        ("full_rank", "muon", "layers.0.mlp.up_proj.weight", 1 / 2, 1 / 2),
+        ("switchlora", "adamw", "layers.0.mlp.up_proj.lora_b", 1 / 2, 1 / 4),
+        ("switchlora", "muon", "layers.0.mlp.up_proj.lora_a", 1.0, 1 / 2),
+    ],
+)
+def test_rates_of_another_width_are_scaled_by_class_and_their_weight_decay_stays(
+    tmp_path, caplog, method, optimizer, layer, factor, other
+):
+    targets = ("--method.targets", '["up_proj"]') if method == "switchlora" else ()
+    config = tiny_config(tmp_path, method, *SIZES, *RATES, "--optimizer.name", optimizer, *targets)
+    model = model_on_meta(config).to_empty(device="cpu")
+    built = METHODS.build(config.method, 40, 0)
+    with caplog.at_level("INFO"):
+        groups = built.build_optimizer(model, config.optimizer, False).parameter_groups()
+    found = {name: (of.lr, of.lr * of.weight_decay) for of in groups for name in of.parameters}
+    down = "model.layers.1.mlp.down_proj.weight"
+    expected = {
+        f"model.{layer}": (0.8 * factor, 0.08),
+        "lm_head.weight": (0.1, 0.04),
+        "model.embed_tokens.weight": (0.4, 0.04),
+        "model.norm.weight": (0.4, 0.0),
+        down: (0.8 * other, 0.08) if method == "full_rank" else (0.4 * other, 0.04),
+    }
+    if method == "switchlora":
+        assert f"other layers {0.4 * other:.3g} (x {other:.3g})" in caplog.text
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values), name
+    assert "for hidden size 20, tuned at 5: embedding, norms 0.4 (x 1), " in caplog.text
+    assert f"layers {0.8 * factor:.3g} (x {factor:.3g})" in caplog.text
+    assert "head 0.1 (x 0.25)" in caplog.text
