@@ -12,12 +12,18 @@
                                             have its loss;
     <!-- results FILE: a=label; b=label --> to
     <!-- end -->                            holds a table of rows, with differences to the first;
+    0.0370<!-- FILE: a, rate -->            is the best learning rate of row a: the vertex of a
+                                            parabola through the lowest of the validation losses on
+                                            seed 1, over log(rate), and its neighbours;
     <!-- picture FILE: a; one: b=x, c=y; two: d=z -->
                                             comes before the picture results/FILE.svg: distances of
-                                            rows b, c and d to a over x, y and z, in two series.
+                                            rows b, c and d to a over x, y and z, in two series;
+    <!-- rates FILE OTHER: a=label; b=label -->
+                                            likewise: validation losses on seed 1 of rows a-hN and
+                                            b-hN, for all N, over rates; those of OTHER are dashed.
 
 `, validation` after a formula of losses takes the validation loss. Values are chosen on seed 1, and
-reported on the others.
+reported on the others; a@4e-3 is row a on seed 1 with this learning rate.
 """
 
 import csv
@@ -25,7 +31,7 @@ import io
 import re
 from collections.abc import Mapping
 from functools import cache
-from math import exp, log
+from math import exp, isfinite, log
 from pathlib import Path
 from statistics import fmean
 
@@ -45,6 +51,7 @@ _NUMBER = re.compile(
 _SHARE = re.compile(
     r"\d\.\d{2} \(\d\.\d{2} to \d\.\d{2}\)<!-- (?P<file>\w+): (?P<row>[^,>]+), tokens -->"
 )
+_RATE = re.compile(r"\d\.\d{4}(?: or (?:more|less))?<!-- (?P<file>\w+): (?P<row>[^,>]+), rate -->")
 _FORMULA = re.compile(r"<!-- \w+: [^>]+ -->")
 _TABLE = re.compile(r"<!-- results (?P<file>\w+): (?P<rows>[^>]+) -->\n.*?<!-- end -->", re.DOTALL)
 _COLUMNS = (
@@ -58,6 +65,10 @@ _COLUMNS = (
     "other_lr",
 )
 _PICTURE = re.compile(r"<!-- picture (?P<file>\w+): (?P<baseline>\S+); (?P<series>[^>]+) -->")
+_RATES = re.compile(r"<!-- rates (?P<file>\w+) (?P<others>[\w ]*): (?P<rows>[^>]+) -->")
+WIDTHS = 64, 128, 256, 512
+_HIGHEST = 0.4
+"""Of the losses in the picture of rates, above the lowest of a width."""
 
 
 def with_results(text: str) -> str:
@@ -68,11 +79,13 @@ def with_results(text: str) -> str:
             finished run or with several of a seed, rows that share no seed, or a row whose loss is
             outside those that give it tokens.
     """
-    computed = {match.end() for form in (_NUMBER, _SHARE) for match in form.finditer(text)}
+    computed = {match.end() for form in (_NUMBER, _SHARE, _RATE) for match in form.finditer(text)}
     for match in _FORMULA.finditer(text):
         if match.end() not in computed:
             raise ValueError(f"{match[0]}: expected a number of its form before it")
-    return _SHARE.sub(_share, _NUMBER.sub(_number, _TABLE.sub(_table, text)))
+    for form, compute in ((_TABLE, _table), (_NUMBER, _number), (_SHARE, _share), (_RATE, _rate)):
+        text = form.sub(compute, text)
+    return text
 
 
 def pictures(text: str) -> dict[Path, str]:
@@ -81,7 +94,11 @@ def pictures(text: str) -> dict[Path, str]:
     Raises:
         ValueError: as `with_results`.
     """
-    return {FOLDER / f"{match['file']}.svg": _picture(match) for match in _PICTURE.finditer(text)}
+    return {
+        FOLDER / f"{match['file']}.svg": draw(match)
+        for form, draw in ((_PICTURE, _picture), (_RATES, _rates_picture))
+        for match in form.finditer(text)
+    }
 
 
 def _number(match: re.Match[str]) -> str:
@@ -110,6 +127,27 @@ def _share(match: re.Match[str]) -> str:
         found = exp(np.interp(loss, sorted(tokens), [tokens[of] for of in sorted(tokens)]))
         shares[seed] = found / _tokens(file, row)
     return _sum([shares], [1]).text(".2f") + match[0][match[0].index("<!--") :]
+
+
+def _rate(match: re.Match[str]) -> str:
+    losses = _losses_by_rate(match["file"], match["row"])
+    rates = sorted(losses)
+    best = min(rates, key=losses.__getitem__)
+    place, end = rates.index(best), ""
+    if best in (rates[0], rates[-1]):
+        end = " or less" if best == rates[0] else " or more"
+    else:
+        three = rates[place - 1 : place + 2]
+        a, b, _ = np.polyfit(np.log(three), [losses[rate] for rate in three], 2)
+        best = exp(-b / (2 * a))
+    return f"{best:.4f}{end}{match[0][match[0].index('<!--') :]}"
+
+
+def _losses_by_rate(file: str, row: str) -> dict[float, float]:
+    """Returns the validation losses of a row's runs on seed 1 that did not diverge."""
+    runs = [run for run in _runs(file) if run["row"] == row and run["seed"] == "1"]
+    found = {float(run["optimizer.lr"]): float(run["validation_loss"]) for run in runs}
+    return {rate: loss for rate, loss in found.items() if isfinite(loss)}
 
 
 def _table(match: re.Match[str]) -> str:
@@ -158,9 +196,36 @@ def _picture(match: re.Match[str]) -> str:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    return _svg(figure, match["file"])
+
+
+def _rates_picture(match: re.Match[str]) -> str:
+    methods = dict(row.strip().split("=", 1) for row in match["rows"].split(";"))
+    files = match["file"], *match["others"].split()
+    figure = Figure((3 * len(methods), 3), layout="constrained")
+    panels = figure.subplots(1, len(methods), sharey=True)
+    for axes, (method, label) in zip(panels, methods.items(), strict=True):
+        for place, width in enumerate(WIDTHS):
+            losses = {file: _losses_by_rate(file, f"{method}-h{width}") for file in files}
+            lowest = min((loss for of in losses.values() for loss in of.values()), default=0.0)
+            for file, of in losses.items():
+                rates = sorted(of)
+                above = [of[rate] - lowest for rate in rates]
+                style, name = ("o-", f"hidden {width}") if file == files[0] else ("x--", None)
+                if rates:
+                    axes.plot(rates, above, style, color=f"C{place}", label=name, markersize=4)
+        axes.set(xscale="log", xlabel="lr", title=label, ylim=(-0.01, _HIGHEST))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="validation loss above the width's lowest")
+    panels[0].legend(frameon=False)
+    return _svg(figure, match["file"])
+
+
+def _svg(figure: Figure, name: str) -> str:
     stream = io.StringIO()
     # Equal text for equal numbers.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": match["file"]}):
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
@@ -206,12 +271,17 @@ def _reported(file: str, row: str) -> list[dict[str, str]]:
     """Returns a row's runs on the seeds that report; `row` may be FILE/row."""
     *other, name = row.split("/")
     file = other[0] if other else file
-    # Files of earlier comparisons say which runs only served to choose values.
-    reported = [
-        run
-        for run in _runs(file)
-        if run["row"] == name and run.get("stage", "report") == "report" and run["seed"] != "1"
-    ]
+    name, _, rate = name.partition("@")
+    runs = [run for run in _runs(file) if run["row"] == name]
+    if rate:
+        reported = [
+            run for run in runs if run["seed"] == "1" and float(run["optimizer.lr"]) == float(rate)
+        ]
+    else:
+        # Files of earlier comparisons say which runs only served to choose values.
+        reported = [
+            run for run in runs if run.get("stage", "report") == "report" and run["seed"] != "1"
+        ]
     if not reported:
         raise ValueError(f"docs/results/{file}.csv: no finished run of row {name}")
     return reported
