@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.config import ParallelismConfig
+from switchtitan.distributed.fixed_point import FIXED, NUM_EXTRA, pack
 from switchtitan.distributed.initial import ReadRows, covering_blocks, plain_value
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.random import generator_for
@@ -98,11 +99,14 @@ def _units(
 
 
 def cast_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Changes frozen parameters to `dtype`; call on the meta device, before sharding."""
+    """Changes frozen matrices to `dtype`, int16 ones to packed rows (`distributed.fixed_point`);
+    call on the meta device, before sharding."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
-                cast = torch.empty_like(parameter, dtype=dtype)
+                rows, width = parameter.shape
+                width += NUM_EXTRA if dtype == FIXED else 0
+                cast = parameter.new_empty(rows, width, dtype=dtype)
                 setattr(module, name, nn.Parameter(cast, requires_grad=False))
 
 
@@ -175,7 +179,8 @@ class InitialValues(NamedTuple):
         """Writes this rank's rows of a module's tensors, by local name."""
         values = self.rows(module_name, {key: row_range(tensor) for key, tensor in own.items()})
         for key, tensor in own.items():
-            local(tensor).copy_(values[key])
+            value = values[key]
+            local(tensor).copy_(pack(value) if tensor.dtype == FIXED else value)
 
     def rows(self, module_name: str, held: Mapping[str, range]) -> dict[str, Tensor]:
         """Returns rows `held` of a module's tensors, by local name."""

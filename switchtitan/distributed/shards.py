@@ -26,7 +26,12 @@ def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Returns the full tensor on every rank; collective over its mesh."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.dtype == torch.int16:  # which neither gloo nor NCCL sends
+        as_bytes = _sharded(local(tensor).view(torch.uint8), len(tensor), tensor.device_mesh)
+        return as_bytes.full_tensor().view(torch.int16)
+    return tensor.full_tensor()
 
 
 def gather_on_main(tensors: Iterable[tuple[str, Tensor]], is_main: bool) -> dict[str, Tensor]:

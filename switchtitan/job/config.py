@@ -77,11 +77,11 @@ class TrainingConfig(Section):
     (NVIDIA GPUs since Ampere, AMD GPUs, x86 CPUs with AVX512-BF16), else float32; a resumed run
     keeps its checkpoint's. "bfloat16" is an error on older GPUs, and slow on other CPUs. Trained
     weights and optimizer state are always fp32."""
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of frozen weights; a resumed run cannot change it. With bfloat16, changes of frozen
-    weights are rounded stochastically: unbiased, but the error accumulates (in a 128 x 128 example,
-    23 % of the norm after 10 000 changes), so use it with methods that rarely or never change them.
-    No effect if all weights train."""
+    frozen_dtype: Literal["float32", "int16"] = "float32"
+    """dtype of frozen weights; a resumed run cannot change it. int16 takes half the memory: fixed
+    point, with a power of two as the step of each row. Changes are rounded stochastically: unbiased
+    (in a 128 x 128 example, the error is 0.6 % of the norm after 10 000 changes). No effect if all
+    weights train."""
     tf32: bool = False
     """Whether a GPU may round the factors of forward's and backward's fp32 products to TF32 (10
     bits), which is faster. Updates always multiply in fp32. Only with dtype = "float32" on a

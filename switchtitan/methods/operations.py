@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from switchtitan.distributed.fixed_point import FIXED, unpack
+
 # Registered by schema: a call through `torch.library.custom_op` takes the host several times as
 # long.
 _OPERATIONS = torch.library.Library("switchtitan", "DEF")
@@ -33,6 +35,8 @@ def part_of(grad: Tensor) -> Tensor:
 
 
 def _copy(tensor: Tensor, grad: Tensor, casts: bool = False) -> Tensor:
+    if tensor.dtype == FIXED:
+        return unpack(tensor, grad.dtype)
     return torch.empty_like(tensor, dtype=grad.dtype if casts else tensor.dtype).copy_(tensor)
 
 
@@ -52,8 +56,11 @@ def _merge(
 ) -> Tensor:
     lengths = [*map(len, weights)]
     rows = lora_a[0].new_empty(sum(lengths), lora_a[0].shape[1])
-    torch.cat([*weights], out=rows)  # casts, if W has another dtype
-    for part, a, b in zip(rows.split(lengths), lora_a, lora_b, strict=True):
+    if weights[0].dtype != FIXED:
+        torch.cat([*weights], out=rows)  # casts, if W has another dtype
+    for weight, part, a, b in zip(weights, rows.split(lengths), lora_a, lora_b, strict=True):
+        if weight.dtype == FIXED:
+            unpack(weight, part.dtype, out=part)
         part.addmm_(b.t(), a, alpha=scale)
     return rows
 

@@ -10,7 +10,7 @@ from switchtitan.distributed.world import stop_world
 pytestmark = pytest.mark.gpu
 
 ON_HOST = ("--method.candidates_device", "host")
-FROZEN_IN_BF16 = ("--training.frozen_dtype", "bfloat16")
+FROZEN_IN_BF16 = ("--training.frozen_dtype", "int16")
 FROZEN_REPLICATED = ("--parallelism.frozen_weights", "replicate")
 RUNS = [
     *((method, ()) for method in METHOD_KEYS),

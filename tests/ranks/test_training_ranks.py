@@ -45,7 +45,7 @@ class Row(NamedTuple):
 SWITCHING = ("--method.interval", "3", "--method.freeze_steps", "1")
 CONSTANT = ("--method.candidates", "constant")
 ON_HOST = ("--method.candidates_device", "host")
-ROUNDED = ("--training.frozen_dtype", "bfloat16")
+ROUNDED = ("--training.frozen_dtype", "int16")
 PROJECTED = ("--method.update_interval", "3")
 KEYS = {
     "apollo": PROJECTED,

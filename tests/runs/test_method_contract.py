@@ -40,7 +40,7 @@ from switchtitan.spectra.spectrum import summarize
 from switchtitan.spectra.weight_change import checkpoint_spectra
 from switchtitan.training.build import build_trainer
 
-BF16 = ("--training.frozen_dtype", "bfloat16")
+BF16 = ("--training.frozen_dtype", "int16")
 TIED = ("--model.name", "qwen2", "--model.tied_head", "true", "--model.head_dim", "8")
 COLA = ("--model.name", "cola", "--model.rank", "4")
 ROOT_SCALED = "root_scaled"
@@ -267,7 +267,7 @@ def test_frozen_weights_in_bf16_change_and_another_dtype_is_refused(trained):
         _, spectra = checkpoint_spectra(one.checkpoint)
         assert len(spectra) == 14
         assert all(values.isfinite().all() and values[0] > 0 for values in spectra.values())
-        with pytest.raises(CheckpointError, match=r"frozen_dtype.*bfloat16.*float32"):
+        with pytest.raises(CheckpointError, match=r"frozen_dtype.*int16.*float32"):
             trainer_of(one.folder, RUNS[name][0])
 
 

@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
+from switchtitan.distributed.fixed_point import FIXED, unpack
 from switchtitan.distributed.gpus import CARDS
 from switchtitan.methods.operations import copy_in_backward, input_gradient, merge, part_of
 
 Factored = tuple[Tensor, Tensor, Tensor]
-"""The weight [out, in], A [rank, in] and B [rank, out] of one layer."""
+"""The weight [out, in] or its packed rows, A [rank, in] and B [rank, out] of one layer."""
 Contraction = Callable[[Tensor, Sequence[Factored], float], tuple[Tensor, ...]]
 """(x [..., in], layers of one rank, scale) -> [..., out] of each."""
 
@@ -163,7 +164,8 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype))
+        is_packed = weight.dtype == FIXED
+        return F.linear(x, unpack(weight, x.dtype) if is_packed else weight.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:

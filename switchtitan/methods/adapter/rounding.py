@@ -1,4 +1,4 @@
-"""Adds products to frozen weights, with stochastic rounding for weights in bf16.
+"""Adds products to frozen weights, with stochastic rounding for weights of 16 bits.
 
 Stochastic rounding is unbiased. Rounding to nearest would lose every change below half a unit in
 the last place.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from switchtitan.distributed.blocks import compile_if
+from switchtitan.distributed.fixed_point import FIXED, add_fixed_, random_words
 from switchtitan.distributed.random import generator_for, splitmix32
 from switchtitan.distributed.rows import ShardedRows
 from switchtitan.methods.adapter.linear import AdapterLinear
@@ -21,9 +22,9 @@ _NUM_DROPPED_BITS = 16
 class FrozenWeights:
     """The frozen weights of adapters, which products are added to.
 
-    Weights in bf16 are rounded by random bits, a pure function of the seed, the weight's name, the
-    event, and the element's place in the full weight: nothing is stored, and the bits do not depend
-    on the number of ranks.
+    Weights of 16 bits are rounded by random bits, a pure function of the seed, the weight's name,
+    the event, and the element's place in the full weight: nothing is stored, and the bits do not
+    depend on the number of ranks.
 
     Args:
         layers: by qualified name; their weights have one dtype.
@@ -31,9 +32,10 @@ class FrozenWeights:
 
     def __init__(self, layers: Mapping[str, AdapterLinear], seed: int, compile_step: bool) -> None:
         self._weights = [(ShardedRows(layer.weight), layer.scale) for layer in layers.values()]
-        self._add: Callable[..., None] = compile_if(compile_step)(add_rounded_)
-        self._keys: Tensor | None = None
         first = next(iter(layers.values()))
+        add = add_fixed_ if first.weight.dtype == FIXED else add_rounded_
+        self._add: Callable[..., None] = compile_if(compile_step)(add)
+        self._keys: Tensor | None = None
         if first.weight.dtype != first.lora_a.dtype:
             # The upper 31 bits of a generator's seed.
             keys = [generator_for(seed, f"{name}.rounding").initial_seed() >> 32 for name in layers]
@@ -70,9 +72,10 @@ class FrozenWeights:
 def add_rounded_(
     weight: Tensor, update: Tensor, key: Tensor, *, first_row: int, scale: float
 ) -> None:
-    """Adds scale * update, fp32, to a weight in bf16, [rows, in], rounded by `random_bits`."""
+    """Adds scale * update, fp32, to a weight in bf16, [rows, in], rounded stochastically."""
     total = torch.add(weight.to(torch.float32), update, alpha=scale)
-    weight.copy_(round_to_bf16(total, random_bits(key, first_row, *weight.shape)))
+    bits = random_words(key, first_row, *weight.shape) & ((1 << _NUM_DROPPED_BITS) - 1)
+    weight.copy_(round_to_bf16(total, bits))
 
 
 def round_to_bf16(values: Tensor, bits: Tensor) -> Tensor:
@@ -85,13 +88,3 @@ def round_to_bf16(values: Tensor, bits: Tensor) -> Tensor:
     # The sum may overflow the bits of a nan: CUDA's 0x7fffffff would become -0.
     result = torch.where(values.isfinite(), rounded.view(torch.float32), values)
     return result.to(torch.bfloat16)
-
-
-def random_bits(key: Tensor, first_row: int, num_rows: int, num_columns: int) -> Tensor:
-    """Returns int32 in [0, 2^16) for rows of a matrix from `first_row` on, [num_rows, num_columns].
-
-    A function of the place in the matrix and the key, 0-dim int32."""
-    rows = torch.arange(first_row, first_row + num_rows, dtype=torch.int32, device=key.device)
-    columns = torch.arange(num_columns, dtype=torch.int32, device=key.device)
-    bits = splitmix32(splitmix32(key, rows).unsqueeze(1), columns)
-    return bits & ((1 << _NUM_DROPPED_BITS) - 1)

@@ -41,7 +41,7 @@ CASES = {
     "constant candidates": "switchlora --method.candidates constant",
     "host candidates": f"switchlora {_ON_HOST}",
     "host candidates, HSDP": f"switchlora {_ON_HOST} {_HSDP}",
-    "bf16 weights": "switchlora --training.frozen_dtype bfloat16",
+    "bf16 weights": "switchlora --training.frozen_dtype int16",
     "one shard per replica": f"switchlora --parallelism.replicate 8 {_BF16}",
     "both moments, dropout": "switchlora --method.reset_moments both --method.dropout 0.1 "
     "--optimizer.weight_decay 0.1",
