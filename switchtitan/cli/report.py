@@ -58,7 +58,8 @@ def run(options: argparse.Namespace) -> dict[str, str]:
         else:
             ((figure, table),) = pictures.values()
             figure.savefig(output, dpi=120)
-            print("".join("  ".join(row) + "\n" for row in table or ()), end="")
+            if table is not None:
+                print(table.to_string())
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
     print(output)

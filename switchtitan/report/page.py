@@ -2,13 +2,14 @@
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from pandas import DataFrame, option_context
 
 from switchtitan.config import flatten, parse_toml
 from switchtitan.errors import ConfigError
@@ -18,9 +19,7 @@ from switchtitan.observability.tensorboard import Curve, read_curves
 from switchtitan.registry import toml_value
 from switchtitan.training.output import CONFIG_FILE
 
-Table = Sequence[Sequence[str]]
-"""Rows of cells; the first row is the head."""
-Pictures = dict[str, tuple[Figure, Table | None]]
+Pictures = dict[str, tuple[Figure, DataFrame | None]]
 """By heading, each perhaps with a table."""
 _NOT_KNOWN = "-"
 _STYLE = """\
@@ -61,39 +60,35 @@ def read_run(folder: Path) -> RunRecord:
 
 def write_page(runs: Mapping[str, RunRecord], pictures: Pictures, file: Path) -> None:
     """Writes the page of runs by label."""
-    differing, same = _configurations(runs)
-    parts = ["<h1>Runs</h1>", _html_table(_results(runs))]
+    keys = DataFrame({label: run.config for label, run in runs.items()}).fillna(_NOT_KNOWN)
+    keys.columns.name = "key"
+    differs = keys.nunique(axis="columns") > 1
+    # A row for each result: a row for each run would be wider than the page.
+    results = {
+        label: {
+            key: _shown(value)
+            for key, value in run.results.items()
+            if value is not None and key not in keys.index  # results.json repeats keys
+        }
+        for label, run in runs.items()
+    }
+    parts = ["<h1>Runs</h1>", _html(DataFrame(results, dtype=object).fillna(_NOT_KNOWN))]
     for heading, (figure, table) in pictures.items():
         svg = io.StringIO()
         figure.savefig(svg, format="svg")
         # Without the XML declaration, which HTML does not allow here.
         text = svg.getvalue()
         parts += [f"<h2>{escape(heading)}</h2>", text[text.index("<svg") :]]
-        parts += [] if table is None else [_html_table(table)]
-    if len(differing) > 1:
-        parts += ["<h2>Keys that differ</h2>", _html_table(differing)]
-    parts += [f"<details><summary>All other keys</summary>{_html_table(same)}</details>"]
+        parts += [] if table is None else [_html(table)]
+    if differs.any():
+        parts += ["<h2>Keys that differ</h2>", _html(keys[differs])]
+    same = keys[~differs].iloc[:, :1].set_axis(["value"], axis="columns")
+    parts += [f"<details><summary>All other keys</summary>{_html(same)}</details>"]
     head = f'<meta charset="utf-8"><title>{escape(", ".join(runs))}</title><style>{_STYLE}</style>'
     write_atomically(file, "\n".join(["<!doctype html>", head, *parts, ""]))
 
 
-def _results(runs: Mapping[str, RunRecord]) -> Table:
-    """A row for each result that any run has: a row for each run would be wider than the page.
-
-    Without keys of the configuration, which `results.json` repeats.
-    """
-    rows = [["", *runs]]
-    for key in dict.fromkeys(key for record in runs.values() for key in record.results):
-        values = [record.results.get(key) for record in runs.values()]
-        is_key = any(key in record.config for record in runs.values())
-        if not is_key and any(value is not None for value in values):
-            rows.append([key, *map(_shown, values)])
-    return rows
-
-
 def _shown(value: object) -> str:
-    if value is None:
-        return _NOT_KNOWN
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -101,23 +96,6 @@ def _shown(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _configurations(runs: Mapping[str, RunRecord]) -> tuple[Table, Table]:
-    """Returns the keys that differ between runs, with all values, and all others with theirs."""
-    keys = dict.fromkeys(key for record in runs.values() for key in record.config)
-    differing, same = [["key", *runs]], [["key", "value"]]
-    for key in keys:
-        values = [record.config.get(key, _NOT_KNOWN) for record in runs.values()]
-        if len(set(values)) > 1:
-            differing.append([key, *values])
-        else:
-            same.append([key, values[0]])
-    return differing, same
-
-
-def _html_table(rows: Table) -> str:
-    lines = []
-    for number, row in enumerate(rows):
-        tag = "td" if number else "th"
-        cells = "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
-        lines.append(f"<tr>{cells}</tr>")
-    return "\n".join(["<table>", *lines, "</table>"])
+def _html(table: DataFrame) -> str:
+    with option_context("display.max_colwidth", None):
+        return str(table.to_html(bold_rows=False, border=0))

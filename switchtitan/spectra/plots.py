@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from switchtitan.checkpoint.load import find_given
 from switchtitan.errors import ConfigError
@@ -64,15 +65,13 @@ def measure(run: Path) -> RunSpectra:
     )
 
 
-def table(runs: Mapping[str, RunSpectra]) -> list[list[str]]:
-    """Returns rows with the mean rank over layers, and the full rank; the first is the head."""
-    return [
-        ["run", "step", "effective rank", "of"],
-        *(
-            [label, str(run.step), f"{run.ranks.effective:.1f}", str(len(run.spectrum))]
-            for label, run in runs.items()
-        ),
-    ]
+def table(runs: Mapping[str, RunSpectra]) -> DataFrame:
+    """Returns each run's mean rank over layers, and the full rank."""
+    rows = {
+        label: [run.step, f"{run.ranks.effective:.1f}", len(run.spectrum)]
+        for label, run in runs.items()
+    }
+    return DataFrame.from_dict(rows, "index", columns=["step", "effective rank", "of"])
 
 
 @rc_context(PLOT_STYLE)

@@ -34,7 +34,7 @@ def write_run(folder, rank=8):
 
 def rows_of(page):
     """The cells of each row of the page's tables, as they are written."""
-    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    rows = re.findall(r"<tr\b[^>]*>(.*?)</tr>", page, re.DOTALL)
     return [re.findall(r"<t[dh]\b[^>]*>(.*?)</t[dh]>", row, re.DOTALL) for row in rows]
 
 
