@@ -13,9 +13,8 @@ import argparse
 from pathlib import Path
 
 from switchtitan.errors import ConfigError
-from switchtitan.report.curves import draw_curves
 from switchtitan.report.page import Pictures, read_run, write_page
-from switchtitan.spectra import plots
+from switchtitan.report.pictures import curve_panels, draw, measure, rank_table, spectrum_panels
 
 _FORMATS = (".html", ".png", ".svg", ".pdf")
 
@@ -47,10 +46,10 @@ def run(options: argparse.Namespace) -> dict[str, str]:
     if is_page or not options.spectrum:
         records = {label: read_run(folder) for label, folder in runs.items()}
         curves = {label: record.curves for label, record in records.items()}
-        pictures["Curves"] = draw_curves(curves), None
+        pictures["Curves"] = draw(curve_panels(curves)), None
     if options.spectrum:
-        spectra = {label: plots.measure(folder) for label, folder in runs.items()}
-        pictures["Change of the weights"] = plots.draw(spectra), plots.table(spectra)
+        spectra = {label: measure(folder) for label, folder in runs.items()}
+        pictures["Change of the weights"] = draw(spectrum_panels(spectra)), rank_table(spectra)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if is_page:

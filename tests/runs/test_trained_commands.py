@@ -23,7 +23,7 @@ from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import train_tokenizer
 from switchtitan.observability.tensorboard import read_curves
 from switchtitan.registry import toml_value
-from switchtitan.spectra.plots import measure
+from switchtitan.report.pictures import measure
 
 TEXT = "def größe(self, 日本):\n    return self.x  # €\n" * 9
 PROMPT = "def größe(self):\n    return "

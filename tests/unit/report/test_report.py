@@ -8,8 +8,8 @@ import pytest
 from support.comparisons import write_curves
 
 from switchtitan.errors import ConfigError
-from switchtitan.report.curves import draw_curves
 from switchtitan.report.page import read_run, write_page
+from switchtitan.report.pictures import curve_panels, draw
 
 CONFIG = """
 [job]
@@ -40,7 +40,7 @@ def rows_of(page):
 
 def page_of(folders, tmp_path):
     runs = {label: read_run(folder) for label, folder in folders.items()}
-    figure = draw_curves({label: run.curves for label, run in runs.items()})
+    figure = draw(curve_panels({label: run.curves for label, run in runs.items()}))
     write_page(runs, {"Curves": (figure, None)}, tmp_path / "page.html")
     return (tmp_path / "page.html").read_text()
 

@@ -1,4 +1,4 @@
-"""Spectra of the change of runs' weights since step 0, next to each other."""
+"""Draws runs next to each other: their curves, and spectra of the change of their weights."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,16 +13,26 @@ from pandas import DataFrame
 from switchtitan.checkpoint.load import find_given
 from switchtitan.errors import ConfigError
 from switchtitan.observability import PLOT_STYLE
-from switchtitan.observability.tensorboard import read_curves
+from switchtitan.observability.tensorboard import Curve, read_curves
 from switchtitan.spectra.spectrum import RankSummary, mean_normalized_spectrum, summarize
 from switchtitan.spectra.weight_change import checkpoint_spectra
 
-_PANELS = {
-    "spectrum": ("-", "Singular values of the change", "index", "mean over layers, largest = 1"),
-    "by_kind": ("o", "Effective rank of the change", "", "mean over blocks"),
-    "over_training": (".-", "Effective rank over training", "step", "mean over layers"),
+Panels = dict[str, list[tuple[str, str, Any, Any]]]
+"""Title -> lines: label, how their points are drawn, x and y."""
+_CURVES = {
+    "Loss by step (nats per token)": {"loss/train": "-", "loss/validation": "o--"},
+    "Learning rate by step": {"optimizer/lr": "-"},
+    "Vectors switched by step": {"switch/vectors_switched_total": "-"},
+    "Share of candidates used by step": {"switch/candidate_coverage": "-"},
 }
-"""Attribute of `RunSpectra` -> how its points are drawn, title and labels of the axes."""
+"""Title -> metrics, and how their points are drawn."""
+_SINGULAR_VALUES = "Singular values of the change by index, largest = 1"
+_SPECTRA = {
+    "spectrum": (_SINGULAR_VALUES, "-"),
+    "by_kind": ("Effective rank of the change by layer", "o"),
+    "over_training": ("Effective rank of the change by step", ".-"),
+}
+"""Attribute of `RunSpectra` -> title, and how its points are drawn."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ def measure(run: Path) -> RunSpectra:
     )
 
 
-def table(runs: Mapping[str, RunSpectra]) -> DataFrame:
+def rank_table(runs: Mapping[str, RunSpectra]) -> DataFrame:
     """Returns each run's mean rank over layers, and the full rank."""
     rows = {
         label: [run.step, f"{run.ranks.effective:.1f}", len(run.spectrum)]
@@ -74,18 +84,41 @@ def table(runs: Mapping[str, RunSpectra]) -> DataFrame:
     return DataFrame.from_dict(rows, "index", columns=["step", "effective rank", "of"])
 
 
+def curve_panels(runs: Mapping[str, Mapping[str, Curve]]) -> Panels:
+    """Returns losses, learning rate and switches of runs from their curves by metric."""
+    return {
+        title: [
+            (f"{label}, {metric}", style, *found[metric])
+            for label, found in runs.items()
+            for metric, style in metrics.items()
+            if metric in found
+        ]
+        for title, metrics in _CURVES.items()
+    }
+
+
+def spectrum_panels(runs: Mapping[str, RunSpectra]) -> Panels:
+    """Returns mean spectrum, effective rank by kind of layer and, if measured, over training."""
+    return {
+        title: [
+            (label, style, list(points), list(points.values()))
+            for label, run in runs.items()
+            if (points := getattr(run, name))
+        ]
+        for name, (title, style) in _SPECTRA.items()
+    }
+
+
 @rc_context(PLOT_STYLE)
-def draw(runs: Mapping[str, RunSpectra]) -> Figure:
-    """Draws mean spectrum, effective rank by kind of layer and, if measured, over training."""
-    panels = [name for name in _PANELS if any(getattr(run, name) for run in runs.values())]
+def draw(panels: Panels) -> Figure:
+    """Draws the panels that have lines side by side."""
+    panels = {title: lines for title, lines in panels.items() if lines}
     figure = Figure(figsize=(4.8 * len(panels), 4.4))
-    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        style, title, xlabel, ylabel = _PANELS[name]
-        for label, run in runs.items():
-            points: Mapping[Any, float] = getattr(run, name)
-            axes.plot(list(points), list(points.values()), style, label=label)
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
-        if name == "spectrum":
+    for title, axes in figure.subplot_mosaic([[*panels]]).items():
+        for label, style, x, y in panels[title]:
+            axes.plot(x, y, style, label=label)
+        axes.set_title(title)
+        axes.legend()
+        if title == _SINGULAR_VALUES:
             axes.set(yscale="log", ylim=(1e-5, 1.5))  # below is fp32 noise
-    axes.legend()
     return figure
