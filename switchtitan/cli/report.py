@@ -6,8 +6,8 @@
 
 The page has results, curves, and the keys of the configurations that differ. It needs no server and
 no network. `--spectrum` draws singular values and ranks of the change of the runs' weights since
-step 0, which are drawn again from the seed or read from [checkpoint] initial_weights: of each run's
-newest checkpoint, and over training if [spectrum] interval was set."""
+step 0, which are drawn again from the seed or read from [checkpoint] initial_weights, of each run's
+newest checkpoint; curves have the ranks that [spectrum] interval has measured."""
 
 import argparse
 from pathlib import Path

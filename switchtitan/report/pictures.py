@@ -1,19 +1,16 @@
 """Draws runs next to each other: their curves, and spectra of the change of their weights."""
 
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from switchtitan.checkpoint.load import find_given
-from switchtitan.errors import ConfigError
 from switchtitan.observability import PLOT_STYLE
-from switchtitan.observability.tensorboard import Curve, read_curves
+from switchtitan.observability.tensorboard import Curve
 from switchtitan.spectra.spectrum import RankSummary, mean_normalized_spectrum, summarize
 from switchtitan.spectra.weight_change import checkpoint_spectra
 
@@ -24,29 +21,19 @@ _CURVES = {
     "Learning rate by step": {"optimizer/lr": "-"},
     "Vectors switched by step": {"switch/vectors_switched_total": "-"},
     "Share of candidates used by step": {"switch/candidate_coverage": "-"},
+    "Effective rank of the change by step": {"rank/effective_mean": ".-"},
 }
 """Title -> metrics, and how their points are drawn."""
 _SINGULAR_VALUES = "Singular values of the change by index, largest = 1"
-_SPECTRA = {
-    "spectrum": (_SINGULAR_VALUES, "-"),
-    "by_kind": ("Effective rank of the change by layer", "o"),
-    "over_training": ("Effective rank of the change by step", ".-"),
-}
-"""Attribute of `RunSpectra` -> title, and how its points are drawn."""
 
 
-@dataclass(frozen=True)
-class RunSpectra:
-    """Spectra of a checkpoint's change since step 0, averaged over layers."""
+class RunSpectra(NamedTuple):
+    """Spectra of a checkpoint's change since step 0."""
 
     step: int
     ranks: RankSummary
-    spectrum: Mapping[int, float]
-    """Index from 1 -> singular value, as a share of the largest one."""
-    by_kind: Mapping[str, float]
-    """Kind of layer -> effective rank, averaged over blocks."""
-    over_training: Mapping[int, float]
-    """Step up to the checkpoint's -> effective rank in TensorBoard's events; empty without it."""
+    spectrum: list[float]
+    """Mean over layers of singular values as shares of the layer's largest."""
 
 
 def measure(run: Path) -> RunSpectra:
@@ -59,20 +46,8 @@ def measure(run: Path) -> RunSpectra:
         CheckpointError: if there is no checkpoint, or the run's initial weights are no longer
             available.
     """
-    checkpoint = find_given(run)
-    step, spectra = checkpoint_spectra(checkpoint)
-    ranks = summarize(spectra)
-    over_training = dict[int, float]()
-    with suppress(ConfigError, KeyError):  # a run without TensorBoard, or without telemetry
-        curve = read_curves(checkpoint.resolve().parents[1])["rank/effective_mean"]
-        over_training = {at: rank for at, rank in zip(*curve, strict=True) if at <= step}
-    return RunSpectra(
-        step,
-        ranks,
-        spectrum=dict(enumerate(mean_normalized_spectrum(spectra).tolist(), start=1)),
-        by_kind={kind.removesuffix("_proj"): of for kind, of in ranks.effective_by_kind.items()},
-        over_training=over_training,
-    )
+    step, spectra = checkpoint_spectra(find_given(run))
+    return RunSpectra(step, summarize(spectra), mean_normalized_spectrum(spectra).tolist())
 
 
 def rank_table(runs: Mapping[str, RunSpectra]) -> DataFrame:
@@ -85,28 +60,26 @@ def rank_table(runs: Mapping[str, RunSpectra]) -> DataFrame:
 
 
 def curve_panels(runs: Mapping[str, Mapping[str, Curve]]) -> Panels:
-    """Returns losses, learning rate and switches of runs from their curves by metric."""
+    """Returns what runs' curves by metric tell: losses, learning rate, switches, measured ranks."""
     return {
         title: [
-            (f"{label}, {metric}", style, *found[metric])
-            for label, found in runs.items()
+            (f"{label}, {metric}", style, *curves[metric])
+            for label, curves in runs.items()
             for metric, style in metrics.items()
-            if metric in found
+            if metric in curves
         ]
         for title, metrics in _CURVES.items()
     }
 
 
 def spectrum_panels(runs: Mapping[str, RunSpectra]) -> Panels:
-    """Returns mean spectrum, effective rank by kind of layer and, if measured, over training."""
-    return {
-        title: [
-            (label, style, list(points), list(points.values()))
-            for label, run in runs.items()
-            if (points := getattr(run, name))
-        ]
-        for name, (title, style) in _SPECTRA.items()
-    }
+    """Returns mean spectra, and effective ranks by kind of layer."""
+    by_index, by_kind = [], []
+    for label, run in runs.items():
+        by_index.append((label, "-", range(1, len(run.spectrum) + 1), run.spectrum))
+        ranks = run.ranks.effective_by_kind
+        by_kind.append((label, "o", list(ranks), list(ranks.values())))
+    return {_SINGULAR_VALUES: by_index, "Effective rank of the change by layer": by_kind}
 
 
 @rc_context(PLOT_STYLE)
