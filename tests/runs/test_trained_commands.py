@@ -306,10 +306,8 @@ def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     found = measure(trained.run)
     # The checkpoint's weights are merged again: roundings of an fp32 product.
     about = partial(pytest.approx, rel=1e-4)
-    assert found.ranks.effective_by_kind["up_proj"] == about(
-        curves["rank/effective/up_proj"][1][-1]
-    )
-    steps, measured = curves["rank/effective_mean"]
+    ranks, (steps, measured) = found.ranks, curves["rank/effective_mean"]
+    assert ranks.effective_by_kind["up_proj"] == about(curves["rank/effective/up_proj"][1][-1])
     assert steps == [5, 10, 15]
     assert ranks.effective == about(measured[-1])
     (line,) = curve_panels({"run": curves})["Effective rank of the change by step"]
