@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from pandas import DataFrame
 
 from switchtitan.checkpoint.load import find_given
@@ -16,15 +17,16 @@ from switchtitan.spectra.weight_change import checkpoint_spectra
 
 Panels = dict[str, list[tuple[str, str, Any, Any]]]
 """Title -> lines: label, how their points are drawn, x and y."""
+_LOSS = "Loss by step, in nats per token (dashed: validation)"
+_SINGULAR_VALUES = "Singular values of the change by index"
 _CURVES = {
-    "Loss by step (nats per token)": {"loss/train": "-", "loss/validation": "o--"},
+    _LOSS: {"loss/train": "-", "loss/validation": "o--"},
     "Learning rate by step": {"optimizer/lr": "-"},
     "Vectors switched by step": {"switch/vectors_switched_total": "-"},
     "Share of candidates used by step": {"switch/candidate_coverage": "-"},
     "Effective rank of the change by step": {"rank/effective_mean": ".-"},
 }
 """Title -> metrics, and how their points are drawn."""
-_SINGULAR_VALUES = "Singular values of the change by index, largest = 1"
 
 
 class RunSpectra(NamedTuple):
@@ -63,7 +65,7 @@ def curve_panels(runs: Mapping[str, Mapping[str, Curve]]) -> Panels:
     """Returns what runs' curves by metric tell: losses, learning rate, switches, measured ranks."""
     return {
         title: [
-            (f"{label}, {metric}", style, *curves[metric])
+            (label, style, *curves[metric])
             for label, curves in runs.items()
             for metric, style in metrics.items()
             if metric in curves
@@ -79,19 +81,24 @@ def spectrum_panels(runs: Mapping[str, RunSpectra]) -> Panels:
         by_index.append((label, "-", range(1, len(run.spectrum) + 1), run.spectrum))
         ranks = run.ranks.effective_by_kind
         by_kind.append((label, "o", list(ranks), list(ranks.values())))
-    return {_SINGULAR_VALUES: by_index, "Effective rank of the change by layer": by_kind}
+    return {_SINGULAR_VALUES: by_index, "Effective rank of the change by kind of layer": by_kind}
 
 
 @rc_context(PLOT_STYLE)
 def draw(panels: Panels) -> Figure:
-    """Draws the panels that have lines side by side."""
+    """Draws the panels that have lines, two in a row, and a run in the same colour in all."""
     panels = {title: lines for title, lines in panels.items() if lines}
-    figure = Figure(figsize=(4.8 * len(panels), 4.4))
-    for title, axes in figure.subplot_mosaic([[*panels]]).items():
-        for label, style, x, y in panels[title]:
-            axes.plot(x, y, style, label=label)
-        axes.set_title(title)
-        axes.legend()
+    num_rows = -(-len(panels) // 2)
+    figure, drawn = Figure(figsize=(10, 3.5 * num_rows + 0.5)), dict[str, Line2D]()
+    for number, (title, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(num_rows, 2, number, title=title)
+        for label, style, x, y in lines:
+            colour = drawn[label].get_color() if label in drawn else f"C{len(drawn)}"
+            (line,) = axes.plot(x, y, style, color=colour)
+            drawn.setdefault(label, line)
         if title == _SINGULAR_VALUES:
             axes.set(yscale="log", ylim=(1e-5, 1.5))  # below is fp32 noise
+        elif title != _LOSS:
+            axes.set_ylim(bottom=0)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=2)
     return figure
