@@ -17,7 +17,6 @@ from switchtitan.contracts import Batch
 from switchtitan.data.corpus import VERIFIED_BYTES, Corpus
 from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.prepare import open_corpus
-from switchtitan.data.recorded import find_recorded
 from switchtitan.data.tokenizer import TextSize
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import dtype_on
@@ -27,6 +26,7 @@ from switchtitan.generation.text import held_out_text
 from switchtitan.generation.trained import (
     TrainedModel,
     check_tokens,
+    corpus_of_run,
     find_tokenizer,
     for_evaluation,
     open_tokenizer,
@@ -152,8 +152,8 @@ def _open_corpus(
     trained_on = metadata and metadata.identity_value("corpus", "fingerprint", str)
     if options.corpus is not None:
         corpus = open_given(options.corpus)
-    elif metadata is not None and config is not None:
-        corpus = find_recorded(metadata.run, config.data.cache_dir, trained.source)
+    elif metadata is not None:
+        corpus = corpus_of_run(metadata, trained.source)
         corpus.verify(VERIFIED_BYTES)
     elif config is not None:
         corpus = open_corpus(config.data, prepares=False)
@@ -167,9 +167,8 @@ def _open_corpus(
     # Without one next to the weights, --config says that the corpus's is the model's.
     find = find_tokenizer if options.corpus is None else open_tokenizer
     own = find(trained, options.tokenizer)
-    if own is not None and corpus.index.tokenizer.bos is False:
-        own = own.without_bos()
-    if own is not None and own.sha256 != corpus.index.tokenizer.sha256:
+    found = corpus.index.tokenizer.sha256
+    if own is not None and found not in (own.sha256, own.without_bos().sha256):
         raise CorpusError(
             f"{corpus.folder}: its tokenizer is not that of {trained.source}; prepare the corpus "
             "with that one ([data] tokenizer), or pass --text FILE"

@@ -25,9 +25,6 @@ from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, print_note
 from switchtitan.registry import Section
 
-_SEQ_LEN = 128
-"""Of a corpus without a configuration."""
-
 
 class DataJobConfig(Section):
     """The configuration without --config."""
@@ -52,11 +49,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     UserError if it cannot be read or prepared, or has no such split."""
     config = read_data_config(options.keys)
     if options.corpus is None:
-        corpus, seq_len = open_corpus(config), config.seq_len
+        corpus = open_corpus(config)
         corpus.verify(math.inf)
     else:
         corpus = open_given(options.corpus)
-        seq_len = config.seq_len if "seq_len" in config.model_fields_set else _SEQ_LEN
         for key in config.model_fields_set - {"seq_len"}:
             raise ConfigError(f"[data] {key}: has no effect with --corpus; leave one out")
     tokenizer = corpus.index.tokenizer
@@ -71,7 +67,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print(f"tokenizer    {tokenizer.vocab_size:,} tokens, documents end in {tokenizer.eos_token}")
     print(f"fingerprint  {corpus.fingerprint}")
     if options.show is not None:
-        result |= _show_sequences(corpus, options.split, seq_len, options.show, options.seed)
+        result |= _show_sequences(corpus, options.split, config.seq_len, options.show, options.seed)
     return result
 
 

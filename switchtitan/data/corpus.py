@@ -120,9 +120,9 @@ class TokenizerRecord(Record):
     vocab_size: int
     eos_token: str
     eos_id: int
-    bos: bool | None = None
-    """Whether documents begin with what the tokenizer puts before a text. None: an earlier version
-    prepared them, and they do not."""
+    bos: bool = False
+    """Whether documents begin with what the tokenizer puts before a text. Those that an earlier
+    version prepared do not."""
 
 
 class CorpusIndex(Record):

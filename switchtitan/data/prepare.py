@@ -116,8 +116,8 @@ def _open(
     remedy = f"delete {plan.folder} to prepare it again, or set another [data] cache_dir"
     if verifies:
         check_files(plan.config, plan.source, corpus, remedy)
-    record = corpus.index.tokenizer
-    if record.bos is None and plan.config.bos is None and read_tokenizer(plan.folder).bos_ids:
+    is_old = not corpus.index.tokenizer.bos and read_tokenizer(plan.folder).bos_ids
+    if is_old and plan.config.bos is None:
         raise CorpusError(
             f"{plan.folder}: an earlier version prepared it, without the tokens that its tokenizer "
             f"puts before a text; {remedy}"

@@ -107,8 +107,5 @@ def test_every_token_of_a_text_after_the_context_is_a_target_once(seq_len, num_c
         flat = zip(batch.tokens.flatten().tolist(), batch.targets.flatten().tolist(), strict=True)
         pairs += [pair for pair in flat if pair[1] != IGNORED_TARGET]
     assert pairs == list(itertools.pairwise(STREAM))[num_context - 1 :]
-
-
-def test_documents_of_a_text_are_told_apart():
-    (batch,) = text_batches(STREAM, num_context=1, seq_len=7, batch_size=2, eos_id=1)
+    (batch,) = text_batches(STREAM, num_context, seq_len=7, batch_size=2, eos_id=1)
     assert batch.document_ids.tolist()[0] == [0, 1, 1, 1, 1, 1, 2]
