@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 
 from switchtitan.errors import ConfigError
-from switchtitan.report.page import Pictures, read_run, write_page
+from switchtitan.observability.tensorboard import read_curves
+from switchtitan.report.page import Pictures, write_page
 from switchtitan.report.pictures import curve_panels, draw, measure, rank_table, spectrum_panels
 
 _FORMATS = (".html", ".png", ".svg", ".pdf")
@@ -41,11 +42,10 @@ def run(options: argparse.Namespace) -> dict[str, str]:
     labels = [run.resolve().name for run in options.runs]
     if len(set(labels)) < len(labels):
         labels = [str(run) for run in options.runs]
-    runs, records = dict(zip(labels, options.runs, strict=True)), {}
+    runs = dict(zip(labels, options.runs, strict=True))
     pictures: Pictures = {}
     if is_page or not options.spectrum:
-        records = {label: read_run(folder) for label, folder in runs.items()}
-        curves = {label: record.curves for label, record in records.items()}
+        curves = {label: read_curves(folder) for label, folder in runs.items()}
         pictures["Curves"] = draw(curve_panels(curves)), None
     if options.spectrum:
         spectra = {label: measure(folder) for label, folder in runs.items()}
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> dict[str, str]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if is_page:
-            write_page(records, pictures, output)
+            write_page(runs, pictures, output)
         else:
             ((figure, table),) = pictures.values()
             figure.savefig(output, dpi=120)

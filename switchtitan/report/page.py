@@ -3,7 +3,6 @@
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from switchtitan.config import flatten, parse_toml
 from switchtitan.errors import ConfigError
 from switchtitan.files import write_atomically
 from switchtitan.observability import RESULTS_FILE
-from switchtitan.observability.tensorboard import Curve, read_curves
 from switchtitan.registry import toml_value
 from switchtitan.training.output import CONFIG_FILE
 
@@ -31,48 +29,16 @@ td:first-child, th:first-child { text-align: left; white-space: nowrap; }
 svg { max-width: 100%; height: auto; }"""
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run's folder says of it."""
-
-    curves: Mapping[str, Curve]
-    """Steps and values by metric."""
-    results: Mapping[str, Any]
-    """`results.json`, with dotted keys; empty if the run is not finished."""
-    config: Mapping[str, str]
-    """Values as in TOML, by dotted key."""
-
-
-def read_run(folder: Path) -> RunRecord:
-    """Reads a run's output folder. Raises a ConfigError if it is not the folder of a run, or a file
-    is damaged."""
-    curves = read_curves(folder)
-    results_file, config_file = folder / RESULTS_FILE, folder / CONFIG_FILE
-    results: dict[str, Any] = {}
-    try:
-        if results_file.exists():
-            results = flatten(json.loads(results_file.read_text(encoding="utf-8")))
-        config = flatten(parse_toml(config_file.read_text(encoding="utf-8"), str(config_file)))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: cannot be read: {error}") from error
-    return RunRecord(curves, results, {key: toml_value(value) for key, value in config.items()})
-
-
-def write_page(runs: Mapping[str, RunRecord], pictures: Pictures, file: Path) -> None:
-    """Writes the page of runs by label."""
-    keys = DataFrame({label: run.config for label, run in runs.items()}).fillna(_NOT_KNOWN)
+def write_page(runs: Mapping[str, Path], pictures: Pictures, file: Path) -> None:
+    """Writes the page of runs, output folders by label. Raises a ConfigError if a folder is not a
+    run's, or a file in it is damaged."""
+    found = {label: _read(folder) for label, folder in runs.items()}
+    keys = DataFrame({label: config for label, (config, _) in found.items()}).fillna(_NOT_KNOWN)
     keys.columns.name = "key"
     differs = keys.nunique(axis="columns") > 1
     # A row for each result: a row for each run would be wider than the page.
-    results = {
-        label: {
-            key: _shown(value)
-            for key, value in run.results.items()
-            if value is not None and key not in keys.index  # results.json repeats keys
-        }
-        for label, run in runs.items()
-    }
-    parts = ["<h1>Runs</h1>", _html(DataFrame(results, dtype=object).fillna(_NOT_KNOWN))]
+    results = DataFrame({label: of for label, (_, of) in found.items()}, dtype=object)
+    parts = ["<h1>Runs</h1>", _html(results.fillna(_NOT_KNOWN))]
     for heading, (figure, table) in pictures.items():
         svg = io.StringIO()
         figure.savefig(svg, format="svg")
@@ -86,6 +52,22 @@ def write_page(runs: Mapping[str, RunRecord], pictures: Pictures, file: Path) ->
     parts += [f"<details><summary>All other keys</summary>{_html(same)}</details>"]
     head = f'<meta charset="utf-8"><title>{escape(", ".join(runs))}</title><style>{_STYLE}</style>'
     write_atomically(file, "\n".join(["<!doctype html>", head, *parts, ""]))
+
+
+def _read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns a run's configuration, values as in TOML, and its results by dotted key, without
+    those of the configuration; none if it is not finished."""
+    results_file, config_file = folder / RESULTS_FILE, folder / CONFIG_FILE
+    results: dict[str, Any] = {}
+    try:
+        if results_file.exists():
+            results = flatten(json.loads(results_file.read_text(encoding="utf-8")))
+        config = flatten(parse_toml(config_file.read_text(encoding="utf-8"), str(config_file)))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: cannot be read: {error}") from error
+    known = (key for key, value in results.items() if value is not None and key not in config)
+    keys = {key: toml_value(value) for key, value in config.items()}
+    return keys, {key: _shown(results[key]) for key in known}
 
 
 def _shown(value: object) -> str:
