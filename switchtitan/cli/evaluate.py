@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from switchtitan.cli.main import add_model_arguments, positive_int
-from switchtitan.cli.prepare import open_given
 from switchtitan.contracts import Batch
-from switchtitan.data.corpus import VERIFIED_BYTES, Corpus
+from switchtitan.data.corpus import VERIFIED_BYTES, Corpus, open_prepared
 from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import TextSize
@@ -151,7 +150,7 @@ def _open_corpus(
     metadata = trained.metadata
     trained_on = metadata and metadata.identity_value("corpus", "fingerprint", str)
     if options.corpus is not None:
-        corpus = open_given(options.corpus)
+        corpus = open_prepared(options.corpus)
     elif metadata is not None:
         corpus = corpus_of_run(metadata, trained.source)
         corpus.verify(VERIFIED_BYTES)

@@ -19,7 +19,7 @@ import numpy as np
 from switchtitan.cli.main import positive_int
 from switchtitan.config import find_config, load_config, read_with_bases, split_arguments
 from switchtitan.data.config import DataConfig
-from switchtitan.data.corpus import INDEX_FILE, Corpus, SplitName, open_prepared
+from switchtitan.data.corpus import Corpus, SplitName, open_prepared
 from switchtitan.data.prepare import open_corpus
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, print_note
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         corpus = open_corpus(config)
         corpus.verify(math.inf)
     else:
-        corpus = open_given(options.corpus)
+        corpus = open_prepared(options.corpus)
         for key in config.model_fields_set - {"seq_len"}:
             raise ConfigError(f"[data] {key}: has no effect with --corpus; leave one out")
     tokenizer = corpus.index.tokenizer
@@ -84,16 +84,6 @@ def read_data_config(words: list[str]) -> DataConfig:
     for message in config.without_effect():
         print_note(f"[data] {message}; remove it")
     return config
-
-
-def open_given(folder: Path) -> Corpus:
-    """Opens the corpus of `--corpus FOLDER`."""
-    if not (folder / INDEX_FILE).is_file():
-        raise ConfigError(
-            f"--corpus {folder}: no file {folder / INDEX_FILE}; expected a folder that "
-            "`switchtitan prepare` has written"
-        )
-    return open_prepared(folder)
 
 
 def _show_source(source: Corpus) -> dict[str, Any]:
