@@ -8,11 +8,11 @@ run's corpus or other text. Other weights (a folder in Hugging Face's layout, a 
 folder, a safetensors file) need --corpus, --text or --config, which says model and corpus."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from switchtitan.cli.main import add_model_arguments, positive_int
-from switchtitan.contracts import Batch
 from switchtitan.data.corpus import VERIFIED_BYTES, Corpus, open_prepared
 from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.prepare import open_corpus
@@ -110,14 +110,18 @@ def _open_held_out(
     config: JobConfig | None,
     seq_len: int,
     world: World,
-) -> tuple[ValidationBatches | list[Batch], TextSize, dict[str, Any]]:
-    """Returns this rank's batches of a corpus or all of a text, the text's size, and what it is."""
+) -> tuple[ValidationBatches, TextSize, dict[str, Any]]:
+    """Returns this rank's batches of a corpus or a text, the size of all, and what it is."""
     batch_size = _LOCAL_BATCH_SIZE if config is None else config.training.local_batch_size
+    batches_of = partial(
+        ValidationBatches, local_batch_size=batch_size, rank=world.rank, num_ranks=world.size
+    )
     if options.text is not None:
         tokenizer = open_tokenizer(trained, options.tokenizer)
         check_tokens(trained, [tokenizer.vocab_size - 1])
-        own = held_out_text(options.text, options.tokens, tokenizer, seq_len, batch_size)
-        return *own, {"text": options.text}
+        text, targets, size = held_out_text(options.text, options.tokens, tokenizer, seq_len)
+        batches = batches_of(text, len(text), targets=targets)
+        return batches, size, {"text": options.text}
     split: Literal["validation", "test"] = options.split or "validation"
     evaluation = EvaluationConfig() if config is None else config.evaluation
     configured = evaluation.test_tokens if split == "test" else None
@@ -132,13 +136,7 @@ def _open_held_out(
     if options.tokens is None:
         # A default is no request for more than there is.
         num_sequences = min(num_sequences, sequences.num_unshuffled)
-    batches = ValidationBatches(
-        sequences,
-        num_sequences=num_sequences,
-        local_batch_size=batch_size,
-        rank=world.rank,
-        num_ranks=world.size,
-    )
+    batches = batches_of(sequences, num_sequences)
     described = {"corpus": corpus.description, "fingerprint": corpus.fingerprint, "split": split}
     return batches, batches.text_size(corpus.tokenizer()), described
 
