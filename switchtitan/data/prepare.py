@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -268,7 +268,7 @@ class _Preparation:
         max_bytes = min(config.max_bytes or TRAINING_SAMPLE_BYTES, TRAINING_SAMPLE_BYTES)
         documents = self._source.read(stream, None, None)
         chunks = read_chunks(documents, config.max_documents, max_bytes)
-        texts = enumerate(chain.from_iterable(chunk.documents for chunk in chunks))
+        texts = enumerate(chain.from_iterable(texts for texts, *_ in chunks))
         sample = (text for number, text in texts if _split_of(number, stream, config) == "train")
         return train_tokenizer(sample, vocab_size)
 
@@ -430,15 +430,9 @@ def is_held_out(document: int, fraction: float, first: int = 0) -> bool:
     return document - start == int.from_bytes(chosen, "little") % (end - start)
 
 
-class Chunk(NamedTuple):
-    """Documents to tokenize together."""
-
-    documents: list[Any]
-    """Texts, or arrays of token ids without their end tokens."""
-    num_bytes: int
-    """Of all texts, or of the ids of tokenized documents."""
-    position: Position
-    """The stream's, after them."""
+Chunk = tuple[list[Any], int, Position]
+"""Documents to tokenize together (texts, or arrays of token ids without their end tokens), their
+bytes, and the stream's position after them."""
 
 
 def read_chunks(
@@ -465,10 +459,10 @@ def read_chunks(
             chunk.append(document)
             num_documents, num_bytes = num_documents + 1, num_bytes + size
         if num_bytes - before >= CHUNK_BYTES or len(chunk) >= CHUNK_DOCUMENTS:
-            yield Chunk(chunk, num_bytes - before, position)
+            yield chunk, num_bytes - before, position
             chunk, before = [], num_bytes
     if chunk:
-        yield Chunk(chunk, num_bytes - before, position)
+        yield chunk, num_bytes - before, position
 
 
 def read_ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
