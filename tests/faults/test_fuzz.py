@@ -139,8 +139,8 @@ def source(name):
             config = SourceConfig(dataset=name.partition(",")[0], path=folder)
             opened = DATASETS[config.dataset].open(config, None)
             stream = opened.read(None, None, TOKENIZER)
-            for chunk in read_chunks(stream, None, None):
-                for document in chunk.documents:
+            for documents, *_ in read_chunks(stream, None, None):
+                for document in documents:
                     assert isinstance(document, str) or 0 <= document.min() <= document.max() < 10
 
         return damage_one_of(folder, lambda name, data, draw: mutate_bytes(data, draw)), read

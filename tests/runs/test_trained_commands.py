@@ -23,7 +23,7 @@ from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import train_tokenizer
 from switchtitan.observability.tensorboard import read_curves
 from switchtitan.registry import toml_value
-from switchtitan.spectra.plots import measure
+from switchtitan.report.pictures import curve_panels, measure
 
 TEXT = "def größe(self, 日本):\n    return self.x  # €\n" * 9
 PROMPT = "def größe(self):\n    return "
@@ -306,11 +306,10 @@ def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     found = measure(trained.run)
     # The checkpoint's weights are merged again: roundings of an fp32 product.
     about = partial(pytest.approx, rel=1e-4)
-    assert found.by_kind["up"] == about(curves["rank/effective/up_proj"][1][-1])
-    measured = dict(zip(*curves["rank/effective_mean"], strict=True))
-    assert found.ranks.effective == about(measured[15])
-    assert found.over_training == measured
-    assert [*measured] == [5, 10, 15]
-    earlier = measure(trained.run / "checkpoints" / "step-000000010")
-    assert [*earlier.over_training] == [5, 10]
-    assert f"{found.ranks.effective:.1f}" in outcome.output
+    ranks, (steps, measured) = found.ranks, curves["rank/effective_mean"]
+    assert ranks.effective_by_kind["up_proj"] == about(curves["rank/effective/up_proj"][1][-1])
+    assert steps == [5, 10, 15]
+    assert ranks.effective == about(measured[-1])
+    (line,) = curve_panels({"run": curves})["Effective rank of the change by step"]
+    assert line[2:] == (steps, measured)
+    assert f"{ranks.effective:.1f}" in outcome.output
