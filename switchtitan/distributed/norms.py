@@ -42,21 +42,14 @@ def non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> list[str]
         device: the one that the default group communicates.
     """
     parts = {name: local(part) for name, part in tensors.items() if part.is_floating_point()}
-    # One call and one copy for many tensors. Some are on the host.
-    alike: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-    for name, part in parts.items():
-        alike.setdefault((part.device, part.dtype), []).append(name)
-    if not alike:
+    # A norm is not finite if an element is not, or is too large to train. Some are on the host.
+    norms = [torch.linalg.vector_norm(part).isfinite().to(device) for part in parts.values()]
+    if not norms:
         return []
-    # A norm is not finite if an element is not, or is too large to train.
-    norms = [torch._foreach_norm([parts[name] for name in names]) for names in alike.values()]
-    is_finite = torch.cat([torch.isfinite(torch.stack(of)).to(device) for of in norms])
-    spoiled = (~is_finite).to(torch.int32)
+    spoiled = (~torch.stack(norms)).to(torch.int32)
     if dist.is_initialized():
         dist.all_reduce(spoiled, op=dist.ReduceOp.MAX)
-    names = [name for group in alike.values() for name in group]
-    found = {name for name, is_spoiled in zip(names, spoiled.tolist(), strict=True) if is_spoiled}
-    return [name for name in tensors if name in found]
+    return [name for name, is_spoiled in zip(parts, spoiled.tolist(), strict=True) if is_spoiled]
 
 
 def sum_packed(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
