@@ -55,10 +55,8 @@ def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
 
     Measures the second step, since the first may allocate the optimizer's state. Of many
     micro-batches it runs `_NUM_SIMULATED`: all but the first and the last cost the same.
-    docs/PERFORMANCE.md says what else is assumed.
-
-    Raises:
-        EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
+    docs/PERFORMANCE.md says what else is assumed. Raises an EnvironmentMismatchError if the ranks
+    do not fill the mesh of `config`.
     """
     training = config.training
     num_micro_batches = training.global_batch_size // (num_ranks * training.local_batch_size)
@@ -132,14 +130,8 @@ class Fit:
 
 
 def largest_batch_sizes(config: JobConfig, num_ranks: int, memories_gib: Sequence[float]) -> Fit:
-    """Searches the largest micro-batches of `config`, whose local batch size is not used.
-
-    Args:
-        memories_gib: memory of each kind of device, in GiB.
-
-    Raises:
-        EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
-    """
+    """Searches the largest micro-batches of `config`, whose local batch size is not used, for each
+    kind of device. Raises an EnvironmentMismatchError if the ranks do not fill the mesh."""
     peaks: dict[int, int] = {}
     with fake_stepper(config, num_ranks) as stepper:
         # The first step may allocate the optimizer's state.

@@ -228,13 +228,8 @@ _LAUNCHED = (
 
 
 def check_slurm_tasks(num_nodes: int) -> None:
-    """Checks that srun has not started this command more often than once per machine.
-
-    Call where no launcher says how the tasks train together.
-
-    Raises:
-        EnvironmentMismatchError: if it has; each task would train alone.
-    """
+    """Raises an EnvironmentMismatchError if srun has started this command more often than once per
+    machine: each task would train alone. Call where no launcher says how they train together."""
     # srun sets both in its tasks. A batch script has only the first. A shell in an allocation may
     # have the first of the allocation, and 1 as the second.
     counts = [os.environ.get(name, "") for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")]

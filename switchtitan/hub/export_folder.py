@@ -71,7 +71,8 @@ def export_dense(
 ) -> None:
     """Writes a folder that transformers loads: config, weights and, if given, a tokenizer.
 
-    Holds one weights file and one layer in memory.
+    Holds one weights file and one layer in memory. Raises a CheckpointError if transformers has no
+    class for the model.
 
     Args:
         read: returns weights of the model; asked for those of one module at a time.
@@ -80,9 +81,6 @@ def export_dense(
         seq_len: tokens per sequence in training; max_position_embeddings in the config.
         tokenizer: to write next to the weights.
         max_shard_bytes: the maximum size of a weights file, unless one tensor is larger.
-
-    Raises:
-        CheckpointError: if transformers has no class for the model.
     """
     huggingface_config = config.huggingface_config(seq_len)
     if huggingface_config is None:
@@ -115,12 +113,9 @@ def export_dense(
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yields the folder `.NAME.partial`, flushed and renamed to `folder` if the block succeeds. If
-    it fails, or is interrupted, nothing is left but the folders above it.
-
-    Raises:
-        CheckpointError: if the folder exists and is not empty.
-        OutputError: if it cannot be written, or its partial folder exists.
-    """
+    it fails, or is interrupted, nothing is left but the folders above it. Raises a CheckpointError
+    if the folder exists and is not empty, an OutputError if it cannot be written, or its partial
+    folder exists."""
     try:
         folder = Path(os.path.realpath(folder))
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

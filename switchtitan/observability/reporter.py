@@ -111,11 +111,8 @@ class Reporter:
         checkpoint: Path | None = None,
         trace: Path | None = None,
     ) -> None:
-        """Prints the losses, speed and paths; writes `values`, by name, to `results.json`.
-
-        Raises:
-            OutputError: on the main rank, after printing, if the file cannot be written.
-        """
+        """Prints the losses, speed and paths; writes `values`, by name, to `results.json`. Raises
+        an OutputError on the main rank, after printing, if the file cannot be written."""
         if not self.is_main:
             return
         self._bar.close()
@@ -181,10 +178,7 @@ class Reporter:
 
 def _start_wandb(output_dir: Path, description: str) -> Any:
     """Starts a run of the project `switchtitan`, or of `WANDB_PROJECT`; resumes `output_dir`'s.
-
-    Raises:
-        EnvironmentMismatchError: if wandb does not start.
-    """
+    Raises an EnvironmentMismatchError if wandb does not start."""
     import wandb
 
     file = output_dir / "wandb_run.txt"

@@ -68,11 +68,8 @@ class StepOnGpu(NamedTuple):
 
 
 def record_steps(configs: Mapping[str, JobConfig], num_ranks: int) -> dict[str, StepOnGpu]:
-    """Takes steps of each configuration on rank 0; call by `call_with_gpus`.
-
-    Raises:
-        UserError: if a step reads values of the device.
-    """
+    """Takes steps of each configuration on rank 0; call by `call_with_gpus`. Raises a UserError if
+    a step reads values of the device."""
     steps = {}
     for name, config in configs.items():
         try:
