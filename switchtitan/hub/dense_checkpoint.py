@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from switchtitan.checkpoint.load import read_metadata, read_tensors, saved_tensors
+from switchtitan.checkpoint.load import read_metadata, read_rows, read_tensors, saved_tensors
 from switchtitan.checkpoint.save import MODEL, CheckpointMetadata
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, ConfigError
@@ -19,12 +19,14 @@ from switchtitan.registry import ConfigT, Registry
 class DenseCheckpoint:
     """The fp32 weights of the plain model that is equivalent to a checkpoint's.
 
-    Reads only the modules that are asked for, and no buffers. Raises a CheckpointError if the
-    checkpoint is not complete, its tensors are not its model's, or this version does not know its
-    model or method.
+    Reads only the modules that are asked for, and no buffers.
 
     Args:
         checkpoint: as `find_given` returns it, which has verified all its bytes.
+
+    Raises:
+        CheckpointError: if the checkpoint is not complete, its tensors are not its model's, or this
+            version does not know its model or method.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -44,6 +46,7 @@ class DenseCheckpoint:
         dense = self.method.dense_weights(self.on_meta)
         self.names = list(dense)
         """Names of the weights in the plain model."""
+        self._stored = {name for name in dense if dense[name] is self.on_meta.get(name)}
         check_shapes(dense, self.config, f"{checkpoint}")
 
     @full_precision()
@@ -53,8 +56,11 @@ class DenseCheckpoint:
         dense = self.method.dense_weights(self.read_trained(map(module_of, names)))
         return {name: dense[name] for name in names}
 
+    @full_precision()
     def read_rows(self, name: str, rows: range) -> Tensor:
-        """Returns rows of a weight; reads its entire module."""
+        """Returns rows of a weight: what is saved of them, or computed from its entire module."""
+        if name in self._stored:
+            return read_rows(self._checkpoint, MODEL + name, rows)
         return self.read([name])[name][rows.start : rows.stop]
 
     def read_trained(self, modules: Iterable[str]) -> dict[str, Tensor]:
