@@ -41,15 +41,19 @@ def non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> list[str]
     Args:
         device: the one that the default group communicates.
     """
-    parts = {name: local(part) for name, part in tensors.items() if part.is_floating_point()}
-    # A norm is not finite if an element is not, or is too large to train. Some are on the host.
-    norms = [torch.linalg.vector_norm(part).isfinite().to(device) for part in parts.values()]
-    if not norms:
+    is_finite: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            # A norm is not finite if an element is not, or is too large to train.
+            norm = torch.linalg.vector_norm(local(tensor))
+            is_finite.setdefault(norm.device, {})[name] = norm.isfinite()
+    if not is_finite:
         return []
-    spoiled = (~torch.stack(norms)).to(torch.int32)
-    if dist.is_initialized():
-        dist.all_reduce(spoiled, op=dist.ReduceOp.MAX)
-    return [name for name, is_spoiled in zip(parts, spoiled.tolist(), strict=True) if is_spoiled]
+    # One copy for all on the host.
+    flags = torch.cat([torch.stack([*of.values()]).to(device) for of in is_finite.values()]).int()
+    dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+    names = (name for of in is_finite.values() for name in of)
+    return [name for name, flag in zip(names, flags.tolist(), strict=True) if not flag]
 
 
 def sum_packed(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
