@@ -136,14 +136,12 @@ class Checkpointer:
     def save(
         self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]
     ) -> None:
-        """Writes `<folder>/step-<step>`; waits for an earlier save in progress.
+        """Writes `<folder>/step-<step>`: DTensors, or plain tensors that are the same on every
+        rank. Waits for an earlier save in progress.
 
         With `async_save`, returns once `tensors` are copied and may change; `poll` or `finish`
         completes the save. Raises a CheckpointError on every rank if this save or the earlier one
         fails; older checkpoints are untouched.
-
-        Args:
-            tensors: DTensors, or plain tensors that are the same on every rank.
         """
         self.finish()
         state = {"format_version": FORMAT_VERSION, "step": step, "train_state": train_state}

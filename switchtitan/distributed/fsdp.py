@@ -159,11 +159,7 @@ def materialize(
 
 
 class InitialValues(NamedTuple):
-    """The initial values of a model; see `materialize`.
-
-    Args:
-        model: with `initial_weights`, any module.
-    """
+    """The initial values of a model, or with `initial_weights` of any module; see `materialize`."""
 
     model: Any
     seed: int
@@ -204,14 +200,10 @@ class InitialValues(NamedTuple):
         return plain_value(self.model, self.seed, name, torch.Size(shape), rows)
 
 
-def host_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the buffers that modules keep in host memory, by qualified name."""
-    return {
-        f"{module_name}.{name}" if module_name else name: getattr(module, name)
-        for module_name, module in model.named_modules()
-        if isinstance(module, Reparametrized)
-        for name in module.host_buffers
-    }
+def host_buffers(model: nn.Module) -> list[Tensor]:
+    """Returns the buffers that modules keep in host memory."""
+    modules = [module for module in model.modules() if isinstance(module, Reparametrized)]
+    return [module.get_buffer(name) for module in modules for name in module.host_buffers]
 
 
 def num_device_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
@@ -221,7 +213,7 @@ def num_device_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
     """Allocates a meta model on `device`, except for buffers that stay in host memory."""
-    on_host = set(host_buffers(model).values())
+    on_host = set(host_buffers(model))
     replicated = [
         (module, name, parameter)
         for module in model.modules()

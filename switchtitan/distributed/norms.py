@@ -17,10 +17,8 @@ from switchtitan.regions import region
 def total_norm(tensors: Sequence[Tensor], loss: Tensor | None = None) -> Tensor:
     """Returns the 2-norm of all elements of all tensors, 0-dim, with equal bits on all ranks.
 
-    All tensors are sharded over the same ranks, or none is. Collective over all ranks.
-
-    Args:
-        loss: 0-dim, this rank's. If it is not finite on any of those ranks, the norm is nan.
+    All tensors are sharded over the same ranks, or none is. If this rank's `loss`, 0-dim, is not
+    finite on any of those ranks, the norm is nan. Collective over all ranks.
     """
     # Norms of tensors first: the sum of all squares rounds more, and could overflow.
     norms = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors]))
@@ -36,10 +34,8 @@ def total_norm(tensors: Sequence[Tensor], loss: Tensor | None = None) -> Tensor:
 def non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> list[str]:
     """Returns the names of floating-point tensors with an inf or nan on any rank.
 
-    The same names on every rank: collective over all ranks; waits for the device.
-
-    Args:
-        device: the one that the default group communicates.
+    The same names on every rank: collective over all ranks, whose default group communicates
+    `device`; waits for it.
     """
     is_finite: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

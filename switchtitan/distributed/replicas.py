@@ -54,14 +54,11 @@ def compute_in_turns(
 
 
 def check_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Compares plain tensors over all ranks, and shards of DTensors over their mesh's replicas.
+    """Compares plain tensors, by name, over all ranks, and shards of DTensors over replicas.
 
-    Reads every tensor twice, and sends a few bytes for each. Collective; waits for the device.
-    Raises a RanksDisagreeError on every rank if a tensor differs, which names the first few.
-
-    Args:
-        tensors: by name.
-        device: the one that the default group communicates.
+    Reads every tensor twice, and sends a few bytes for each. Collective; waits for the device,
+    which the default group communicates. Raises a RanksDisagreeError on every rank if a tensor
+    differs, which names the first few.
     """
     num_ranks = dist.get_world_size()
     num_parts = {name: _num_parts(tensor) for name, tensor in tensors.items()}

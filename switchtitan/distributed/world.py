@@ -73,24 +73,23 @@ class World:
 
         If it raises on a rank, all ranks raise: that rank's UserError, or a RuntimeError.
         """
-        result, error = None, None
+        result: T | None = None
+        error: Exception | None = None
+        failure: Exception | None = None
+        where = f"rank {self.rank} on {socket.gethostname()}: " if self.rank else ""
         try:
             result = function()
+        except UserError as caught:
+            error, failure = caught, type(caught)(f"{where}{caught}")
         except Exception as caught:
-            error = caught
-        reason = None
-        if error is not None:
-            where = f"rank {self.rank} on {socket.gethostname()}: " if self.rank else ""
-            reason = type(error), f"{where}{error}"
-            if not isinstance(error, UserError):
-                reason = RuntimeError, f"{where or 'rank 0: '}{type(error).__name__}: {error}"
-        outcomes = self.gather((result, reason))
+            text = f"{where or 'rank 0: '}{type(caught).__name__}: {caught}"
+            error, failure = caught, RuntimeError(text)
+        outcomes = self.gather((result, failure))
         if error is not None and not isinstance(error, UserError):
             raise error
-        first = next((reason for _, reason in outcomes if reason is not None), None)
+        first = next((failure for _, failure in outcomes if failure is not None), None)
         if first is not None:
-            error_type, message = first
-            raise error_type(message) from error
+            raise first from error
         return [cast(T, outcome) for outcome, _ in outcomes]
 
     def on_main(self, function: Callable[[], T]) -> T:

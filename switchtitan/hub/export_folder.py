@@ -169,11 +169,7 @@ def _write_weights(
 
 def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, files: str) -> None:
     """Writes what the model is, its checkpoint's losses and facts, and the run's configuration.
-
-    Args:
-        command: that exported it.
-        files: a sentence on what the folder holds and how to load it.
-    """
+    `files` says what the folder holds, which `command` exported, and how to load it."""
     facts = metadata.model_dump(include={"step", "train_state", "run", "versions"})
     facts["run"].pop("config")
     about = json.dumps(facts | {"exported_by": command}, indent=2)

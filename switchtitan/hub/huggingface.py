@@ -32,12 +32,9 @@ class _Index(BaseModel):
 
 
 def read_dense(path: Path, single_name: str = WEIGHTS_NAME) -> dict[str, Tensor]:
-    """Memory-maps all tensors, by name, of a safetensors file or a folder in Hugging Face's layout;
-    a CheckpointError if a file is missing or damaged.
-
-    Args:
-        single_name: of a folder's only file; several have an index, `single_name` + ".index.json".
-    """
+    """Memory-maps all tensors, by name, of a safetensors file or a folder in Hugging Face's layout,
+    whose only file is `single_name`, or has an index, `single_name` + ".index.json". Raises a
+    CheckpointError if a file is missing or damaged."""
     tensors: dict[str, Tensor] = {}
     for file in _files_in(path, single_name) if path.is_dir() else [path]:
         try:

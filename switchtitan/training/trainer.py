@@ -149,11 +149,8 @@ class Trainer:
 
     def check_ranks(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Compares all that ranks hold alike, the numbers that determine the next step included.
-        Raises a RanksDisagreeError on every rank if ranks differ.
-
-        Args:
-            tensors: what `self.tensors` returned, since the state of some optimizers takes time.
-        """
+        Raises a RanksDisagreeError on every rank if ranks differ. `tensors` is what `self.tensors`
+        returned, since the state of some optimizers takes time."""
         if self._world.size == 1:
             return
         state = self._state

@@ -35,14 +35,11 @@ def unusable() -> str | None:
 
 
 def call_with_gpus(calls: Sequence[tuple[str, Callable[[], T]]]) -> list[T]:
-    """Returns the results of functions, each called in a process that compiles for a GPU.
+    """Returns the results of picklable functions, each called in a process that compiles for a GPU
+    of its architecture, e.g. "sm_90", which the machine does not have.
 
     The processes run at the same time. All end if this one is interrupted, or if one fails. Raises
     an EnvironmentMismatchError if this machine cannot compile for a GPU without one.
-
-    Args:
-        calls: architectures of GPUs that the machine does not have, e.g. "sm_90", and picklable
-            functions.
     """
     problem = unusable()
     if importlib.util.find_spec("triton") is None:
