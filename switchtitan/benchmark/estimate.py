@@ -4,7 +4,6 @@ the largest micro-batch that fits in a device's memory."""
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from switchtitan.benchmark.counters import CollectiveCount, CountCommunication, CountFlops
 from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
@@ -23,8 +22,6 @@ NUM_MICRO_BATCHES = 2
 USABLE_SHARE = 0.9
 """The share of a device's memory that tensors may take. The rest is for what estimates leave out:
 the CUDA context, libraries, kernel workspaces and fragmentation."""
-
-Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -65,21 +62,18 @@ def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
         return _simulate_step(config, num_ranks, num_micro_batches)
     fewer = _simulate_step(config, num_ranks, _NUM_SIMULATED - 1)
     few = _simulate_step(config, num_ranks, _NUM_SIMULATED)
-
-    def extrapolated(low: Number, high: Number) -> Number:
-        return high + num_more * (high - low)
-
     communication = {
-        kind: CollectiveCount._make(map(extrapolated, fewer.communication[kind], count))
+        kind: CollectiveCount._make(
+            high + num_more * (high - low)
+            for low, high in zip(fewer.communication[kind], count, strict=True)
+        )
         for kind, count in few.communication.items()
     }
     return replace(
         few,
         communication=communication,
-        forward_backward_flops=extrapolated(
-            fewer.forward_backward_flops, few.forward_backward_flops
-        ),
-        full_rank_flops=extrapolated(fewer.full_rank_flops, few.full_rank_flops),
+        forward_backward_flops=few.forward_backward_flops * num_micro_batches // _NUM_SIMULATED,
+        full_rank_flops=few.full_rank_flops * num_micro_batches // _NUM_SIMULATED,
     )
 
 

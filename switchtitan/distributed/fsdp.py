@@ -1,7 +1,7 @@
 """FSDP2 and HSDP over a model's blocks, mixed precision, and materialization of a sharded model."""
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -204,11 +204,6 @@ def host_buffers(model: nn.Module) -> list[Tensor]:
     """Returns the buffers that modules keep in host memory."""
     modules = [module for module in model.modules() if isinstance(module, Reparametrized)]
     return [module.get_buffer(name) for module in modules for name in module.host_buffers]
-
-
-def num_device_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
-    """Returns the bytes of this rank's local shards of `tensors` that are on `device`."""
-    return sum(part.nbytes for part in map(local, tensors) if part.device.type == device.type)
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
