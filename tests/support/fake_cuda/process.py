@@ -16,14 +16,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 def run_check(check, *arguments):
-    """Returns `check(*arguments)`, called in a new process; arguments and result are JSON.
-
-    Args:
-        check: a function of an importable module.
-
-    Raises:
-        AssertionError: with its output, if the process fails.
-    """
+    """Returns `check(*arguments)`, called in a new process; arguments and result are JSON."""
     words = [check.__module__, check.__qualname__, json.dumps(arguments)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
