@@ -97,16 +97,14 @@ def measure_step(stepper: Stepper, seq_len: int) -> StepEstimate:
         forward_backward_flops = flops.num_flops
         stepper.update()
         stepper.finish_step(result)
-    num_tokens = stepper.state.tokens_seen - tokens_seen_before
+    tokens_of_rank = (stepper.state.tokens_seen - tokens_seen_before) // stepper.world.size
     saved = CheckpointTensors(stepper.model, stepper.optimizer)()
     return StepEstimate(
         memory.use,
         communication.counts,
         forward_backward_flops=forward_backward_flops,
         update_flops=flops.num_flops - forward_backward_flops,
-        full_rank_flops=stepper.model.num_flops_per_token(seq_len)
-        * num_tokens
-        // stepper.world.size,
+        full_rank_flops=stepper.model.num_flops_per_token(seq_len) * tokens_of_rank,
         parameters=count_parameters(stepper.model),
         checkpoint_bytes=sum(tensor.numel() * tensor.itemsize for tensor in saved.values()),
     )

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from switchtitan.distributed.rows import cut
 from switchtitan.distributed.shards import all_ranks_group, local, replica_group, shard_group
 from switchtitan.regions import region
 
@@ -66,8 +67,7 @@ def sum_packed(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
         dist.all_reduce(packed, group=group)
     if replicas is not None:
         packed /= replicas.size()
-    parts = packed.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return cut(packed, [tensor.shape for tensor in tensors])
 
 
 def sum_rows(summand: Tensor, like: Tensor) -> Tensor:

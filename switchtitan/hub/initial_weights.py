@@ -100,20 +100,16 @@ def read_model_folder(folder: Path) -> dict[str, object]:
         found = read_config(file)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
-    by_type = {
-        model_type: (name, config_type)
-        for name, config_type in MODELS.config_types().items()
-        for model_type in config_type.huggingface_types
-    }
-    model_type = found.get("model_type")
-    if str(model_type) not in by_type:
-        supported = ", ".join(map(repr, sorted(by_type)))
-        raise ConfigError(f"{file}: model_type = {model_type!r}: expected one of {supported}")
-    name, config_type = by_type[str(model_type)]
-    try:
-        return {"name": name, **config_type.keys_from_huggingface(found)}
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
+    model_type, supported = found.get("model_type"), set[str]()
+    for name, config_type in MODELS.config_types().items():
+        supported |= config_type.huggingface_types
+        if str(model_type) in config_type.huggingface_types:
+            try:
+                return {"name": name, **config_type.keys_from_huggingface(found)}
+            except ConfigError as error:
+                raise ConfigError(f"{file}: {error}") from error
+    expected = ", ".join(map(repr, sorted(supported)))
+    raise ConfigError(f"{file}: model_type = {model_type!r}: expected one of {expected}")
 
 
 def without_copies(
