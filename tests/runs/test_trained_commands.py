@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import signal
 from functools import partial
 
 import pytest
@@ -240,17 +238,6 @@ def test_prompts_texts_and_exports_begin_as_the_documents_of_the_run(
     read = [t for index in range(10) for t in sequences[index][:-1].tolist()]
     read = [*read[1:], sequences[9][-1].item()]
     assert result["bytes"] == len(corpus.tokenizer().tokenizer.decode(read).encode())
-
-
-def test_a_stopped_export_is_one_line_and_leaves_nothing(trained, tmp_path, monkeypatch):
-    def stop(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr("switchtitan.cli.export.write_model_card", stop)
-    outcome = run("export", trained.run, "--folder", tmp_path / "out")
-    assert outcome.status == 128 + signal.SIGTERM
-    assert len(outcome.errors.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_greedy_text_is_that_of_transformers(target):
