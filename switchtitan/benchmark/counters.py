@@ -60,9 +60,6 @@ class CountFlops(CountingMode):
     appendix B): two products forward and four backward, without reduction for a causal mask or
     recomputation inside a fused kernel. Recomputation of checkpointed activations is counted.
     Element-wise operations, look-ups and matrix decompositions are not counted.
-
-    Attributes:
-        num_flops: FLOPs so far.
     """
 
     def __init__(self) -> None:

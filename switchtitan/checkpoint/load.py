@@ -220,9 +220,8 @@ def read_rows(path: Path, name: str, rows: range) -> Tensor:
     """Returns rows of a tensor, on the CPU; reads only the saved shards that hold them."""
     saved = saved_tensors(path)[name]
     into = torch.empty(len(rows), *saved.shape[1:], dtype=saved.dtype)
-    place = metadata.ChunkStorageMetadata(
-        torch.Size([rows.start, *[0] * (into.ndim - 1)]), into.shape
-    )
+    first = torch.Size([rows.start, *[0] * (into.ndim - 1)])
+    place = metadata.ChunkStorageMetadata(first, into.shape)
     # As a DTensor, it says which part is here (torch.distributed._checkpointable).
     sharded = torch.empty((), dtype=saved.dtype).expand(saved.shape)
     sharded.__create_chunk_list__ = lambda: [place]  # type: ignore[attr-defined]

@@ -247,9 +247,8 @@ def join_writers(timeout_s: float) -> bool:
 def copy_to_host(tensors: Mapping[str, Tensor], reused: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns copies of the local shards on the host, complete; the host waits once for all.
 
-    Args:
-        reused: host memory by name, page-locked for tensors on CUDA; what is missing is added.
-            Writing to memory that is already allocated takes a quarter of the time.
+    `reused` is host memory by name, page-locked for tensors on CUDA, to which what is missing is
+    added. Writing to memory that is already allocated takes a quarter of the time.
     """
     shards = {name: local(tensor) for name, tensor in tensors.items()}
     for name, shard in shards.items():

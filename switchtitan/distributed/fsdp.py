@@ -1,6 +1,5 @@
 """FSDP2 and HSDP over a model's blocks, mixed precision, and materialization of a sharded model."""
 
-import logging
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,8 +25,6 @@ from switchtitan.distributed.shards import (
     with_local,
 )
 from switchtitan.progress import progress_bar
-
-logger = logging.getLogger(__name__)
 
 
 def shard_model(
@@ -61,13 +58,11 @@ def shard_model(
     # The root holds what is outside the units: modules that any pass may use, in any order.
     shard(model, reshard_after_forward=False)
     # Sums of reduced gradients would read memory that FSDP may already have given to others.
-    if mesh.size(mesh.ndim - 1) == 1 and config.accumulate_gradients == "full":
-        if torch.__version__.startswith("2.13."):
-            from switchtitan.distributed.one_rank import use_few_kernels
+    is_alone = mesh.size(mesh.ndim - 1) == 1 and config.accumulate_gradients == "full"
+    if is_alone and torch.__version__.startswith("2.13."):
+        from switchtitan.distributed.one_rank import use_few_kernels
 
-            use_few_kernels(model)
-        else:
-            logger.info("torch %s: a rank takes more kernels than with 2.13", torch.__version__)
+        use_few_kernels(model)
     shard_buffers(model, mesh)
 
 

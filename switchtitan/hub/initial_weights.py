@@ -32,13 +32,9 @@ def read_initial_weights(path: Path, config: ModelConfig) -> tuple[Path, dict[st
 
 
 def find_weights(path: Path) -> Path:
-    """Returns the absolute path of weights, and compares the checksums of a checkpoint; a
-    CheckpointError if there are none.
-
-    Args:
-        path: a safetensors file, a folder in Hugging Face's layout or with a PEFT adapter, which is
-            merged, or a checkpoint or run of any method, whose newest checkpoint is read.
-    """
+    """Returns the absolute path of weights: a safetensors file, a folder in Hugging Face's layout
+    or with a PEFT adapter, which is merged, or a checkpoint or run of any method, whose newest
+    checkpoint is read, and its checksums compared. Raises a CheckpointError if there are none."""
     return (path if _has_safetensors(path) else find_given(path)).absolute()
 
 

@@ -119,7 +119,6 @@ def write_adapter(
     layer with another scale is multiplied by their ratio.
 
     Args:
-        folder: an existing folder.
         base: where the base model will be, for `AutoPeftModelForCausalLM`.
         dtype: of the stored factors.
         task_type: PEFT's name of the class of models; None for any module.
