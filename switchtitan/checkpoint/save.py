@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CHECKPOINTS_FOLDER = "checkpoints"
-"""The folder of checkpoints in a run's output folder."""
 METADATA_FILE, SUMS_FILE = "metadata.json", "SHA256SUMS"
 TENSOR_FILES = r"__\d+_\d+\.distcp|\.metadata"
 """A pattern of the names of the files that torch writes: one for each rank, and the index."""

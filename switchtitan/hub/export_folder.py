@@ -77,9 +77,7 @@ def export_dense(
     Args:
         read: returns weights of the model; asked for those of one module at a time.
         folder: created if it does not exist, e.g. in a `new_folder`.
-        dtype: of the stored weights.
         seq_len: tokens per sequence in training; max_position_embeddings in the config.
-        tokenizer: to write next to the weights.
         max_shard_bytes: the maximum size of a weights file, unless one tensor is larger.
     """
     huggingface_config = config.huggingface_config(seq_len)

@@ -47,14 +47,12 @@ class Trainer:
 
     stepper: Stepper
     num_steps: int
-    """Optimizer steps of the run."""
     evaluate_interval: int
     validation: Evaluator
     test: Evaluator | None
     """Evaluates the trained model once; None without a test split."""
     checkpointer: Checkpointer
     tensors: CheckpointTensors
-    """The tensors of the run's checkpoints."""
     reporter: Reporter
     throughput: Throughput
     profiler: Profiler

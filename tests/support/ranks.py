@@ -66,11 +66,6 @@ def run_on_gpus(num_ranks, function, *args):
     _run_all(_run_gpu_rank, num_ranks, function, args, timeout_s=900)
 
 
-def num_gpus():
-    """Returns the number of visible GPUs."""
-    return torch.cuda.device_count()
-
-
 @contextmanager
 def started_ranks(num_ranks, target, *args):
     """Yields the processes that call `target(rank, num_ranks, environ, *args)`, and kills them. It
