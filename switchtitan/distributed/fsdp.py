@@ -143,14 +143,13 @@ def materialize(
     results = [[*unfilled[name].values()] for name in shared]
     group = all_ranks_group(results[0][0]) if shared else None
     computed = compute_in_turns(shared.__getitem__, compute, results, device, group)
-    for name, own in progress_bar(
-        "initializing weights", unfilled.items(), total=len(unfilled), unit="modules"
-    ):
-        if name in shared:
-            for tensor, value in zip(own.values(), next(computed), strict=True):
-                copy_from_full_(tensor, value)
+    items, num = unfilled.items(), len(unfilled)
+    for name, own in progress_bar("initializing weights", items, total=num, unit="modules"):
+        if name not in shared:
+            start.fill(name, own)
             continue
-        start.fill(name, own)
+        for tensor, value in zip(own.values(), next(computed), strict=True):
+            copy_from_full_(tensor, value)
 
 
 class InitialValues(NamedTuple):

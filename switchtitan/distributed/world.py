@@ -147,15 +147,8 @@ def start_world(config: ParallelismConfig) -> World:
     for group in mesh.get_all_groups():
         # Groups that are split off get torch's default instead: 10 minutes with NCCL.
         _set_timeout(group, timeout)
-    return World(
-        rank,
-        num_ranks,
-        device,
-        mesh,
-        host_group=dist.new_group(backend="gloo", timeout=timeout),
-        timeout=timeout,
-        is_node_main=local_rank == 0,
-    )
+    host_group = dist.new_group(backend="gloo", timeout=timeout)
+    return World(rank, num_ranks, device, mesh, host_group, timeout, is_node_main=local_rank == 0)
 
 
 def mesh_shape(config: ParallelismConfig, num_ranks: int) -> tuple[int, int]:

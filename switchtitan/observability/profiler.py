@@ -58,14 +58,9 @@ class Profiler:
             return self
         # Otherwise Kineto prints two lines at each start and stop, into the progress bar.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+        idle = self._first_step - 2 - self.steps_done
         self._profile = profiler.profile(
-            schedule=profiler.schedule(
-                skip_first=self._first_step - 2 - self.steps_done,
-                wait=0,
-                warmup=1,
-                active=config.num_steps,
-                repeat=1,
-            ),
+            schedule=profiler.schedule(wait=idle, warmup=1, active=config.num_steps, repeat=1),
             on_trace_ready=self._write,
             record_shapes=config.record_shapes,
             profile_memory=config.memory,
