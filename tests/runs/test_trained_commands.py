@@ -161,11 +161,8 @@ def test_transformers_has_the_logits_and_the_tokenizer_of_the_run_from_an_export
     model, tokenizer = theirs(trained.exported)
     torch.testing.assert_close(model(TOKENS).logits, trained.logits, rtol=1e-5, atol=1e-5)
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
-    assert (
-        model.generation_config.eos_token_id
-        == tokenizer.eos_token_id
-        == corpus.index.tokenizer.eos_id
-    )
+    eos_id = corpus.index.tokenizer.eos_id
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == eos_id
 
 
 def test_commands_of_a_run_whose_corpus_is_gone_name_it_and_the_command_that_makes_it(
@@ -215,9 +212,8 @@ def test_prompts_texts_and_exports_begin_as_the_documents_of_the_run(
     starts = [270] if bos == "none" else []
     assert tokens == starts + corpus.tokenizer().tokenizer.encode(TEXT).ids[len(starts) :]
     stored = tokens_of(corpus, "train")
-    ends = [
-        place for place, token in enumerate(stored[:-1]) if token == corpus.index.tokenizer.eos_id
-    ]
+    eos_id = corpus.index.tokenizer.eos_id
+    ends = [place for place, token in enumerate(stored[:-1]) if token == eos_id]
     assert {stored[end + 1] == 270 for end in ends} == {bool(starts)}
     for weights in (folder / "run", exported):
         words = ("--prompt", TEXT, "--max-new-tokens", 1, *FLOAT32)
@@ -245,13 +241,8 @@ def test_greedy_text_is_that_of_transformers(target):
     ours = generated(target[0], *words)
     model, tokenizer = theirs(target[1])
     given = tokenizer(PROMPT, return_tensors="pt")
-    tokens = model.generate(
-        given.input_ids,
-        attention_mask=given.attention_mask,
-        do_sample=False,
-        max_new_tokens=40,
-        pad_token_id=0,
-    )[0, given.input_ids.shape[1] :]
+    keys = {"do_sample": False, "max_new_tokens": 40, "pad_token_id": 0}
+    tokens = model.generate(**given, **keys)[0, given.input_ids.shape[1] :]
     assert ours["prompt_tokens"] == given.input_ids[0].tolist()
     assert ours["tokens"] == tokens.tolist()
     assert ours["text"] == tokenizer.decode(tokens, skip_special_tokens=True)
