@@ -36,14 +36,14 @@ def read_dense(path: Path, single_name: str = WEIGHTS_NAME) -> dict[str, Tensor]
     whose only file is `single_name`, or has an index, `single_name` + ".index.json". Raises a
     CheckpointError if a file is missing or damaged."""
     tensors: dict[str, Tensor] = {}
-    for file in _files_in(path, single_name) if path.is_dir() else [path]:
-        try:
+    files = _files_in(path, single_name) if path.is_dir() else [path]
+    try:
+        for file in files:
             tensors |= load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is a missing, corrupted or truncated safetensors file ({error}); replace "
-                "it"
-            ) from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is a missing, corrupted or truncated safetensors file ({error}); replace it"
+        ) from error
     return {name: tensors[name] for name in tensors if not name.endswith(_COMPUTED_SUFFIX)}
 
 
