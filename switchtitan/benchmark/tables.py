@@ -7,8 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from switchtitan.benchmark.estimate import MAX_BATCH_SIZE, Fit, StepEstimate
-from switchtitan.benchmark.gpu.record import StepOnGpu
-from switchtitan.benchmark.gpu.roofline import bounds_s, costs_by
+from switchtitan.benchmark.gpu.record import StepOnGpu, bounds_s, costs_by
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
 from switchtitan.benchmark.step_times import StepTimes, ratio_of_steps
 from switchtitan.distributed.gpus import card_of

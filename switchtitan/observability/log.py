@@ -117,11 +117,7 @@ _COLUMNS = (
 
 
 class ConsoleTable:
-    """One row per report, under a header that is repeated.
-
-    Args:
-        num_steps: total training steps.
-    """
+    """One row per report of a run of `num_steps` steps, under a header that is repeated."""
 
     def __init__(self, num_steps: int) -> None:
         self._num_steps = num_steps

@@ -58,14 +58,9 @@ class Profiler:
             return self
         # Otherwise Kineto prints two lines at each start and stop, into the progress bar.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+        idle = self._first_step - 2 - self.steps_done
         self._profile = profiler.profile(
-            schedule=profiler.schedule(
-                skip_first=self._first_step - 2 - self.steps_done,
-                wait=0,
-                warmup=1,
-                active=config.num_steps,
-                repeat=1,
-            ),
+            schedule=profiler.schedule(wait=idle, warmup=1, active=config.num_steps, repeat=1),
             on_trace_ready=self._write,
             record_shapes=config.record_shapes,
             profile_memory=config.memory,
@@ -112,19 +107,14 @@ class Profiler:
         table = profile.key_averages().table(sort_by, row_limit=_TABLE_ROWS)
         # As tensorboard_trace_handler names it.
         path = folder / f"rank{self.rank}.{time.time_ns()}{_TRACE_SUFFIX}"
-        unfinished = path.with_name(f".{path.name}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            profile.export_chrome_trace(str(unfinished))
-            # Kineto reports no error. A trace ends with the name that it was written to.
-            if b'"traceName"' not in unfinished.read_bytes()[-(1 << 13) :]:
-                raise OSError("the profiler could not write the file; is the disk full?")
+            # Kineto reports no error of a full disk, but the table then has no room either.
+            profile.export_chrome_trace(str(path))
             path.with_suffix(".txt").write_text(table, encoding="utf-8")
-            unfinished.rename(path)
         except OSError as error:
             logger.warning("no trace was written to %s: %s", folder, error)
-            for left in folder.glob(f"{unfinished.name}*"):
-                left.unlink()
+            path.unlink(missing_ok=True)
             return
         self.trace = path
         logger.info("wrote a trace to %s, and its table of operations as .txt", path)

@@ -36,11 +36,8 @@ DOCUMENTS = make_documents(30)
 
 
 def damage_one_of(folder, change):
-    """Restores all files of a folder, and changes the bytes of one of them.
-
-    Args:
-        change: of a name, valid bytes and a source of random numbers to other bytes.
-    """
+    """Restores all files of a folder, and changes the bytes of one of them to `change` of its name,
+    valid bytes and a source of random numbers."""
     valid = {file: file.read_bytes() for file in sorted(folder.iterdir())}
 
     def damage(draw):

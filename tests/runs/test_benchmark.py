@@ -102,12 +102,9 @@ def test_a_timed_step_that_is_skipped_is_refused(corpora, monkeypatch):
 def test_sides_that_differ_in_a_key_of_the_process_are_refused(corpora, key):
     config = tiny_config(corpora / "differing", "lora")
     # Not by the command line: a CPU has no TF32.
-    configs = {
-        name: config.model_copy(
-            update={"training": config.training.model_copy(update={key: value})}
-        )
-        for name, value in (("one", True), ("other", False))
-    }
+    trainings = [config.training.model_copy(update={key: value}) for value in (True, False)]
+    one, other = (config.model_copy(update={"training": training}) for training in trainings)
+    configs = {"one": one, "other": other}
     with pytest.raises(ConfigError, match=rf"{key} = true in one, false in other"):
         time_steps_side_by_side(configs, rounds=1, steps_per_round=1)
 

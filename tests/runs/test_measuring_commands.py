@@ -69,14 +69,8 @@ def test_a_seed_shows_what_a_run_with_it_reads_first(tmp_path):
     words = ("--corpus", corpus.folder, "--seq-len", 40, "--show", 2)
     result = result_of("prepare", *words, "--seed", 7)
     assert result["fingerprint"] == corpus.fingerprint
-    batches = build_train_batches(
-        corpus.split("train", 40),
-        seed=7,
-        global_batch_size=2,
-        local_batch_size=2,
-        rank=0,
-        num_ranks=1,
-    )
+    sizes = {"global_batch_size": 2, "local_batch_size": 2}
+    batches = build_train_batches(corpus.split("train", 40), seed=7, **sizes, rank=0, num_ranks=1)
     (batch,) = next(batches)
     batches.close()
     assert [sequence["tokens"] for sequence in result["sequences"]] == batch.tokens.tolist()
