@@ -107,14 +107,19 @@ class Profiler:
         table = profile.key_averages().table(sort_by, row_limit=_TABLE_ROWS)
         # As tensorboard_trace_handler names it.
         path = folder / f"rank{self.rank}.{time.time_ns()}{_TRACE_SUFFIX}"
+        unfinished = path.with_name(f".{path.name}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # Kineto reports no error of a full disk, but the table then has no room either.
-            profile.export_chrome_trace(str(path))
+            profile.export_chrome_trace(str(unfinished))
+            # Kineto reports no error. A trace ends with the name that it was written to.
+            if b'"traceName"' not in unfinished.read_bytes()[-(1 << 13) :]:
+                raise OSError("the profiler could not write the file; is the disk full?")
             path.with_suffix(".txt").write_text(table, encoding="utf-8")
+            unfinished.rename(path)
         except OSError as error:
             logger.warning("no trace was written to %s: %s", folder, error)
-            path.unlink(missing_ok=True)
+            for left in folder.glob(f"{unfinished.name}*"):
+                left.unlink()
             return
         self.trace = path
         logger.info("wrote a trace to %s, and its table of operations as .txt", path)
