@@ -14,7 +14,8 @@
     <!-- end -->                            holds a table of rows, with differences to the first;
     0.0370<!-- FILE: a, rate -->            is the best learning rate of row a: the vertex of a
                                             parabola through the lowest of the validation losses on
-                                            seed 1, over log(rate), and its neighbours;
+                                            seed 1, over log(rate), and its neighbours; that of the
+                                            lowest loss if a neighbour is over a cliff;
     <!-- picture FILE: a; one: b=x, c=y; two: d=z -->
                                             comes before the picture results/FILE.svg: distances of
                                             rows b, c and d to a over x, y and z, in two series;
@@ -31,7 +32,7 @@ import io
 import re
 from collections.abc import Mapping
 from functools import cache
-from math import exp, isfinite, log
+from math import exp, inf, isfinite, log
 from pathlib import Path
 from statistics import fmean
 
@@ -67,6 +68,8 @@ _COLUMNS = (
 _PICTURE = re.compile(r"<!-- picture (?P<file>\w+): (?P<baseline>\S+); (?P<series>[^>]+) -->")
 _RATES = re.compile(r"<!-- rates (?P<file>\w+) (?P<others>[\w ]*): (?P<rows>[^>]+) -->")
 WIDTHS = 64, 128, 256, 512
+_CLIFF = 0.3
+"""A loss so far above the lowest is over a cliff, where no parabola goes."""
 _HIGHEST = 0.4
 """Of the losses in the picture of rates, above the lowest of a width."""
 
@@ -134,20 +137,20 @@ def _rate(match: re.Match[str]) -> str:
     rates = sorted(losses)
     best = min(rates, key=losses.__getitem__)
     place, end = rates.index(best), ""
-    if best in (rates[0], rates[-1]):
+    three = rates[max(0, place - 1) : place + 2]
+    if len(three) < 3:
         end = " or less" if best == rates[0] else " or more"
-    else:
-        three = rates[place - 1 : place + 2]
+    elif max(losses[rate] for rate in three) < losses[best] + _CLIFF:
         a, b, _ = np.polyfit(np.log(three), [losses[rate] for rate in three], 2)
         best = exp(-b / (2 * a))
     return f"{best:.4f}{end}{match[0][match[0].index('<!--') :]}"
 
 
 def _losses_by_rate(file: str, row: str) -> dict[float, float]:
-    """Returns the validation losses of a row's runs on seed 1 that did not diverge."""
+    """Returns the validation losses of a row's runs on seed 1; inf if they diverged."""
     runs = [run for run in _runs(file) if run["row"] == row and run["seed"] == "1"]
     found = {float(run["optimizer.lr"]): float(run["validation_loss"]) for run in runs}
-    return {rate: loss for rate, loss in found.items() if isfinite(loss)}
+    return {rate: loss if isfinite(loss) else inf for rate, loss in found.items()}
 
 
 def _table(match: re.Match[str]) -> str:

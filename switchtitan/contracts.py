@@ -103,6 +103,10 @@ class MethodConfig(NamedSection):
         one; None, the default: `[optimizer] tuned_hidden_size` was not checked for the method."""
         return None
 
+    def depends_on_length(self) -> bool:
+        """Returns whether a step depends on the number of steps of the run; default: no."""
+        return False
+
     def check_length(self, num_steps: int) -> list[str]:
         """Returns error messages for a run of `num_steps` optimizer steps; none by default."""
         return []
@@ -131,10 +135,10 @@ class OptimizerConfig(NamedSection):
     """Hidden size of the model with which lr and other_lr were tuned; set the key of the same name
     in [model] too. Rates are then multiplied by (tuned_hidden_size / hidden_size)^e: e is 1 for the
     head and, with adamw, matrices in blocks; 1/2 for matrices with muon and low-rank factors with
-    adamw; 0 for factors with muon, embedding, norms and biases. lr * weight_decay stays. With
-    adamw, at full rank, that is muP (arXiv 2203.03466, table 8) without multipliers in the model:
-    heads should keep their width. Its other exponents are ours. Refused where it was not checked.
-    Default: the same rates at every width."""
+    adamw; 0 for factors with muon, embedding, norms and biases. lr * weight_decay stays. With adamw
+    at full rank this is muP (arXiv 2203.03466, table 3) but for attention, which divides by the
+    square root of a head's width: keep that width. The other exponents are ours. Refused where it
+    was not checked. Logs show lr without factors. Default: the same rates at every width."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay, at least 0."""
     decay_norms: bool = False

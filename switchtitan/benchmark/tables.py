@@ -32,8 +32,11 @@ def step_table(times: Mapping[str, StepTimes]) -> list[str]:
 
 def slope_table(slopes: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Formats one line per configuration: the exponent of the change of each layer."""
-    names = list(next(iter(slopes.values())))
-    lines = [(*(f"{of[name]:+.2f}" for name in names), config) for config, of in slopes.items()]
+    names = dict.fromkeys(name for of in slopes.values() for name in of)
+    lines = [
+        (*(f"{of[name]:+.2f}" if name in of else "" for name in names), config)
+        for config, of in slopes.items()
+    ]
     return _aligned([(*names, ""), *lines])
 
 

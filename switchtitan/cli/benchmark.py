@@ -73,7 +73,11 @@ def _run_coordinates(options: argparse.Namespace) -> dict[str, Any]:
     from switchtitan.benchmark.coordinates import at_hidden_size, changes_in_a_step, slopes
     from switchtitan.benchmark.sides import load_sides
     from switchtitan.benchmark.tables import slope_table
+    from switchtitan.distributed.world import place_from_launcher
+    from switchtitan.errors import ConfigError
 
+    if place_from_launcher()[1] > 1 or len(set(options.sizes)) < 2:
+        raise ConfigError(f"--sizes {options.sizes}: expected two sizes or more, on one rank")
     sides = load_sides(options.configs, options.keys)
     changes = {
         name: {size: changes_in_a_step(at_hidden_size(config, size)) for size in options.sizes}

@@ -118,7 +118,9 @@ def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
     if options.json is not None:
         _check_json(Path(options.json))
     options.keys, options.command = keys, shlex.join(["switchtitan", command, *words])
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.set_name("switchtitan")  # `configure_logging` replaces it
+    logging.basicConfig(format="%(message)s", handlers=[handler])
     if command in _TELLING:
         logging.getLogger("switchtitan").setLevel(logging.INFO)
     errors.interrupt_on_sigterm()

@@ -16,6 +16,7 @@ from switchtitan.comparison.runs import (
     plan_run,
     read_csv,
     read_folder,
+    resumed_from,
 )
 from switchtitan.data.prepare import open_corpus
 from switchtitan.errors import ConfigError
@@ -95,18 +96,32 @@ def best_value(losses: Mapping[float, float]) -> float:
 def _runs_of_axis(config: ComparisonConfig, key: str, best: Values) -> list[Run]:
     """Returns a run for each value. Rows alternate, so that one that cannot train fails early."""
     rows = [row for row in config.rows if key in row.values]
-    return [
+    runs = [
         plan_run(config, row, {**best[row.name], key: value}, config.selection_seed)
         for values in zip(*(row.values[key] for row in rows), strict=True)
         for row, value in zip(rows, values, strict=True)
     ]
+    return _sharing_steps(config, runs)
 
 
 def _runs_of_report(config: ComparisonConfig, best: Values) -> list[Run]:
-    return [
+    runs = [
         plan_run(config, row, best.get(row.learning_rate_of or row.name, {}), seed)
         for seed in config.report_seeds
         for row in config.rows
+    ]
+    return _sharing_steps(config, runs)
+
+
+def _sharing_steps(config: ComparisonConfig, runs: list[Run]) -> list[Run]:
+    """Lets runs of rows with `resume_from` resume from those of that row with the same seed and
+    values, if they are among the runs."""
+    sources = {row.name: row.resume_from for row in config.rows}
+    planned = {(run.row, run.seed, *run.tuned.items()): run for run in runs}
+    found = [planned.get((sources[run.row], run.seed, *run.tuned.items())) for run in runs]
+    return [
+        run if source is None else resumed_from(source, run)
+        for run, source in zip(runs, found, strict=True)
     ]
 
 
@@ -142,6 +157,10 @@ class Comparison:
         """
         key = config_sha256(run.config)
         result = self._known.get(key) or read_folder(run)
+        if result is None and run.source is not None and not run.can_start:
+            shared = self.result(run.source)
+            if shared is not None and shared.diverged:  # before this run's own steps
+                result = shared.model_copy(update={"row": run.row, "config_sha256": key})
         if result is None:
             return None
         self._known[key] = result

@@ -107,6 +107,13 @@ def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> lis
             value = toml_value(getattr(getattr(config, section), key))
             void.append(f"[{section}] {key} = {value} has no effect {cause}")
     notes = [f"{message}; remove it" for message in void]
+    of_model = getattr(config.model, "tuned_hidden_size", None)
+    of_rates = config.optimizer.tuned_hidden_size
+    if of_model != of_rates and config.checkpoint.initial_weights is None:
+        notes.append(
+            f"tuned_hidden_size = {toml_value(of_model)} in [model] and {toml_value(of_rates)} in "
+            "[optimizer]: initial values and rates follow different sizes; set both alike"
+        )
     if (warmup_steps := config.lr_schedule.warmup_steps) >= training.steps:
         notes.append(
             f"[lr_schedule] warmup_steps = {warmup_steps} lasts until the end, [training] steps = "

@@ -36,7 +36,7 @@ class LRScheduleConfig(Section):
         if self.decay == "constant":
             return num_steps
         share = 1.0 if self.decay_ratio is None else self.decay_ratio
-        return max(self.warmup_steps, num_steps - round(share * num_steps))
+        return max(self.warmup_steps, num_steps - max(1, round(share * num_steps)))
 
 
 def build_lr_schedule(config: LRScheduleConfig, num_steps: int) -> Callable[[int], float]:

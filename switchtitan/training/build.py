@@ -75,7 +75,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         corpus = open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
     else:
         metadata, state = read_run(checkpoint, config, identity)
-        changes = changed_keys(metadata.config, resolved)
+        changes = changed_keys(metadata.config, config)
         corpus = _reopen_corpus(checkpoint, metadata, config, world)
         if checkpoint.resolve().parent != checkpoints.resolve():
             state.forked_from = config.checkpoint.resume_path

@@ -88,6 +88,10 @@ class SwitchLoraConfig(AdapterConfig):
         """See `contracts.MethodConfig`."""
         return WIDTH_EXPONENTS if self.init == "switchlora" else None
 
+    def depends_on_length(self) -> bool:
+        """See `contracts.MethodConfig`."""
+        return self.decay != "constant" or self.switches_per_vector is not None
+
     def rates(self, num_steps: int) -> np.ndarray:
         """Returns the factor on the switching frequency at every step, [num_steps]."""
         t, horizon = np.arange(num_steps, dtype=np.float64), self.decay_ratio * num_steps

@@ -128,7 +128,7 @@ class VectorAdamW(GroupedOptimizer):
         is_free = 1 - is_frozen
         root = (1 - beta2**steps_since_reset).sqrt()
         step_size = lr * root / (1 - beta1**steps_since_reset) * is_free
-        decay = 1 - lr * is_free * self._adam.weight_decay
+        decay = 1 - lr * is_free * self.groups[0].weight_decay
         table = torch.stack([is_free, decay, step_size, root * self._adam.eps], dim=1)
         return to_device(table, first.device)
 
