@@ -21,7 +21,10 @@
                                             rows b, c and d to a over x, y and z, in two series;
     <!-- rates FILE OTHER: a=label; b=label -->
                                             likewise: validation losses on seed 1 of rows a-hN and
-                                            b-hN, for all N, over rates; those of OTHER are dashed.
+                                            b-hN, for all N, over rates; those of OTHER are dashed;
+    <!-- slopes FILE: label; label --> to <!-- end -->
+                                            holds a table of measurements/FILE.json, which
+                                            `switchtitan benchmark coordinates` has written.
 
 `, validation` after a formula of losses takes the validation loss. Values are chosen on seed 1, and
 reported on the others; a@4e-3 is row a on seed 1 with this learning rate.
@@ -29,6 +32,7 @@ reported on the others; a@4e-3 is row a on seed 1 with this learning rate.
 
 import csv
 import io
+import json
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -70,6 +74,7 @@ _RATES = re.compile(r"<!-- rates (?P<file>\w+) (?P<others>[\w ]*): (?P<rows>[^>]
 WIDTHS = 64, 128, 256, 512
 _CLIFF = 0.3
 """A loss so far above the lowest is over a cliff, where no parabola goes."""
+_SLOPES = re.compile(r"<!-- slopes (?P<file>\w+): (?P<rows>[^>]+) -->\n.*?<!-- end -->", re.DOTALL)
 _HIGHEST = 0.4
 """Of the losses in the picture of rates, above the lowest of a width."""
 
@@ -86,9 +91,8 @@ def with_results(text: str) -> str:
     for match in _FORMULA.finditer(text):
         if match.end() not in computed:
             raise ValueError(f"{match[0]}: expected a number of its form before it")
-    for form, compute in ((_TABLE, _table), (_NUMBER, _number), (_SHARE, _share), (_RATE, _rate)):
-        text = form.sub(compute, text)
-    return text
+    text = _SLOPES.sub(_slope_table, _TABLE.sub(_table, text))
+    return _RATE.sub(_rate, _SHARE.sub(_share, _NUMBER.sub(_number, text)))
 
 
 def pictures(text: str) -> dict[Path, str]:
@@ -181,6 +185,24 @@ def _table(match: re.Match[str]) -> str:
     lines = [head, ("---", *["---:"] * (len(head) - 1)), *body]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"<!-- results {file}: {match['rows']} -->\n\n{table}\n\n<!-- end -->"
+
+
+def _slope_table(match: re.Match[str]) -> str:
+    """A row for each label and configuration; the exponents of linear layers are a range."""
+    found = json.loads((FOLDER.parent / "measurements" / f"{match['file']}.json").read_text())
+    lines = [
+        "|  | residual stream | linear layers | head | embedding |",
+        "| --- " + "| ---: " * 4 + "|",
+    ]
+    labels = [label.strip() for label in match["rows"].split(";")]
+    for label, of in zip(labels, found["slopes"].values(), strict=True):
+        others = ["residual stream", "lm_head", "embed_tokens"]
+        layers = sorted(value for name, value in of.items() if name not in others)
+        stream, head, embedding = (f"{of[name]:+.2f}" for name in others)
+        span = f"{layers[0]:+.2f} to {layers[-1]:+.2f}"
+        lines.append(f"| {label} | {stream} | {span} | {head} | {embedding} |")
+    table = "\n".join(lines)
+    return f"<!-- slopes {match['file']}: {match['rows']} -->\n\n{table}\n\n<!-- end -->"
 
 
 def _picture(match: re.Match[str]) -> str:
