@@ -42,7 +42,6 @@ class LoraConfig(ZeroStartConfig):
         return self
 
     def width_exponents(self) -> Mapping[str, float] | None:
-        """See `contracts.MethodConfig`."""
         return WIDTH_EXPONENTS if self.init == "balanced" else None
 
 

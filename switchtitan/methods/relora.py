@@ -45,7 +45,6 @@ class ReloraConfig(ZeroStartConfig):
     """Fraction, in (0, 1), of the values of each moment that a reset zeroes. Not with zero."""
 
     def check_length(self, num_steps: int) -> list[str]:
-        """See `contracts.MethodConfig`."""
         if self.reset_interval < num_steps:
             return []
         return [
@@ -65,7 +64,6 @@ class ReloraConfig(ZeroStartConfig):
         return self
 
     def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
         void = super().without_effect()
         if self.reset_moments == "zero" and not self.is_default("prune_ratio"):
             void.append(

@@ -38,7 +38,6 @@ class SltrainConfig(TargetConfig):
     rounded to a whole number of values, at least one."""
 
     def check_model(self, model: TrainedModel) -> list[str]:
-        """See `contracts.MethodConfig`."""
         problems = super().check_model(model)
         for name, linear in self.targeted(model).items():
             in_features = linear.in_features
@@ -82,14 +81,12 @@ class SparseProductLinear(ProductLinear):
     def initial_tensors(
         self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range]
     ) -> dict[str, Tensor]:
-        """See `contracts.Reparametrized`. A decomposition needs all rows of the weight."""
         tensors = {"support_seed": torch.tensor([self._seed])}
         if rows.keys() & {*FACTORS, SPARSE}:
             tensors |= super().initial_tensors(weight, generator_for, rows)
         return tensors
 
     def dense_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """See `FactorLinear`."""
         lora_a, lora_b, values = (tensors[name] for name in (*FACTORS, SPARSE))
         seed = torch.tensor([self._seed], device=values.device)
         return _dense(lora_a, lora_b, values, _columns(lora_a, lora_b, values, seed))
@@ -119,10 +116,8 @@ def support(seed: Tensor, out_features: int, in_features: int, num_per_row: int)
     """Returns the columns of a sparse matrix's values, [out, values per row] int64, ascending.
 
     A row is cut into as many parts as it has values, of lengths that differ by at most one; each
-    has one value, at a random position. A function of the arguments alone, on every device.
-
-    Args:
-        seed: [1] int64, at least 0; the result is on its device.
+    has one value, at a random position. A function of the arguments alone, on every device; `seed`
+    is [1] int64, at least 0.
     """
     draws = splitmix64(seed, torch.arange(out_features * num_per_row, device=seed.device))
     random = ((draws >> (64 - _NUM_BITS)) & ((1 << _NUM_BITS) - 1)).view(out_features, num_per_row)

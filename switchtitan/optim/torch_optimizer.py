@@ -128,7 +128,6 @@ class SGDConfig(OptimizerConfig):
     """Nesterov momentum; has no effect with momentum = 0."""
 
     def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
         void = ["nesterov = true has no effect with momentum = 0"] if self.nesterov else []
         return [*super().without_effect(), *(void if self.momentum == 0 else [])]
 

@@ -124,11 +124,7 @@ def _cheapest_of_shape(
     num_tokens: int,
     flops_per_value: float,
 ) -> str:
-    """See `cheapest_contraction`.
-
-    Args:
-        flops_per_value: operations in the time that a value of a matrix takes.
-    """
+    """See `cheapest_contraction`; a value of a matrix takes the time of `flops_per_value`."""
 
     def time(name: str) -> float:
         return sum(
@@ -151,10 +147,7 @@ def _flops_per_byte(device: torch.device, dtype: torch.dtype) -> float:
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, factor: Tensor) -> Tensor:
     """Returns s (left right), scaled inside the product: no other kernel reads the result.
-
-    Args:
-        factor: only its width, that of `right`, matters: addmm needs an input, beta = 0 ignores it.
-    """
+    `factor` has the width of `right`: addmm needs an input, which beta = 0 ignores."""
     unread = factor[:1].expand(len(left), -1)
     return torch.addmm(unread, left, right, beta=0, alpha=scale)
 

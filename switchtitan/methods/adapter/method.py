@@ -37,7 +37,6 @@ class AdapterConfig(TargetConfig):
     capability 8.0 to 8.8, of an H100 on all others. With dropout, training is always factored."""
 
     def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
         if not self.dropout or self.contraction == "cheapest":
             return []
         return [

@@ -77,7 +77,6 @@ class SwitchLoraConfig(AdapterConfig):
         return self
 
     def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
         void = super().without_effect()
         for key, by in (("decay_ratio", "decay"), ("candidates_device", "candidates")):
             if getattr(self, by) == "constant" and not self.is_default(key):
@@ -85,11 +84,9 @@ class SwitchLoraConfig(AdapterConfig):
         return void
 
     def width_exponents(self) -> Mapping[str, float] | None:
-        """See `contracts.MethodConfig`."""
         return WIDTH_EXPONENTS if self.init == "switchlora" else None
 
     def depends_on_length(self) -> bool:
-        """See `contracts.MethodConfig`."""
         return self.decay != "constant" or self.switches_per_vector is not None
 
     def rates(self, num_steps: int) -> np.ndarray:
@@ -109,7 +106,6 @@ class SwitchLoraConfig(AdapterConfig):
         return float(self.rates(num_steps).sum()) / self.switches_per_vector
 
     def check_length(self, num_steps: int) -> list[str]:
-        """See `contracts.MethodConfig`."""
         least = max(self.freeze_steps, 1) * self.rank / (self.rank // 2)
         interval = self.interval_in(num_steps)
         # The limit as the message prints it, in six digits, is accepted.

@@ -177,13 +177,12 @@ class LlamaFamilyConfig(ModelConfig):
         return nn.Linear(in_features, out_features, bias=name in self.biased_layers)
 
     def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
         if self.size is None or any(getattr(self, key) is None for key in Sizes._fields):
             return []
         return [f"size = {self.size!r} has no effect with {', '.join(Sizes._fields)}"]
 
     def architecture(self) -> dict[str, object]:
-        """See `ModelConfig`. Equal models are equal, however their keys were given."""
+        """Equal models are equal, however their keys were given."""
         others = {"size", "from_folder", "max_positions", "attention"}
         others |= {"init_std", "tuned_hidden_size"}
         return {
@@ -195,7 +194,6 @@ class LlamaFamilyConfig(ModelConfig):
 
     @classmethod
     def keys_from_huggingface(cls, found: Mapping[str, Any]) -> dict[str, object]:
-        """See `ModelConfig`."""
         keys, problems = read_config(found)
         try:
             config = cls.model_validate(keys, strict=True)
@@ -208,7 +206,6 @@ class LlamaFamilyConfig(ModelConfig):
         return {**config.architecture(), **keys, **resolved, "size": None}
 
     def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
-        """See `ModelConfig`."""
         if self.huggingface_class is None:
             return None
         max_positions = max(seq_len, self.max_positions or 0)
@@ -224,7 +221,6 @@ class LlamaFamilyConfig(ModelConfig):
         return write_config(keys) | keys_of_class
 
     def weight_copies(self) -> dict[str, str]:
-        """See `ModelConfig`."""
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.tied_head else {}
 
     def on_any_machine(self) -> Self:
