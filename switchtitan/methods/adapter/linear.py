@@ -11,11 +11,7 @@ from torch import Tensor, nn
 from switchtitan.contracts import TrainedModel
 from switchtitan.distributed.initial import GeneratorFor, split_blocks
 from switchtitan.distributed.random import draw_vectors
-from switchtitan.methods.adapter.contraction import (
-    Contraction,
-    cheapest_contraction,
-    frozen_linear,
-)
+from switchtitan.methods.adapter.contraction import Contraction, cheapest_contraction, frozen_linear
 from switchtitan.methods.targets import FACTORS, FactorLinear
 
 

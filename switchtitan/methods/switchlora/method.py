@@ -27,13 +27,7 @@ from switchtitan.methods.switchlora.candidates import (
     HostCandidates,
     StoredCandidates,
 )
-from switchtitan.methods.switchlora.plan import (
-    FACTOR_A,
-    FACTOR_B,
-    Plan,
-    Switch,
-    SwitchLoraConfig,
-)
+from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, Plan, Switch, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.methods.targets import FACTORS
 from switchtitan.optim import OPTIMIZERS
