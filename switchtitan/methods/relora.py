@@ -84,13 +84,8 @@ class Relora(AdapterMethod[ReloraConfig]):
 
 
 class ReloraOptimizer(SplitOptimizer):
-    """Wraps an optimizer and resets the factors after every `reset_interval`-th step except the
-    last of the run, number `num_steps` (ReLoRA, arXiv 2307.05695, Algorithm 1).
-
-    Args:
-        layers: by qualified name.
-        inner: AdamW for all parameters.
-    """
+    """Wraps AdamW of all parameters and resets the factors after every `reset_interval`-th step
+    except the last of the run, number `num_steps` (ReLoRA, arXiv 2307.05695, Algorithm 1)."""
 
     def __init__(
         self,
@@ -173,13 +168,8 @@ def merge_and_restart_(
     layers: Mapping[str, AdapterLinear], weights: FrozenWeights, number: int, seed: int
 ) -> None:
     """Adds s B A to W, draws A as at initialization, and zeroes B (Algorithm 1). The layers'
-    outputs do not change, with weights in bf16 in expectation.
-
-    Args:
-        layers: by qualified name.
-        weights: theirs.
-        number: of the reset. The new A follows from it, the name and the seed.
-    """
+    outputs do not change, with weights in bf16 in expectation. The new A follows from the number of
+    the reset, the layer's qualified name and the seed."""
     # A generator: one layer's full factors are in memory at a time.
     products = (
         (index, full_tensor(layer.lora_a), full_tensor(layer.lora_b))

@@ -112,9 +112,7 @@ class CrossEntropy:
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Returns the sum over targets of -log p(target), in nats, in fp32 or wider; 0-dim.
 
-    Args:
-        logits: [..., vocabulary].
-        targets: [...]; `IGNORED_TARGET` is ignored.
+    Logits are [..., vocabulary], targets [...]; `IGNORED_TARGET` is ignored.
     """
     return F.cross_entropy(
         logits.flatten(0, -2).to(_wide(logits.dtype)),

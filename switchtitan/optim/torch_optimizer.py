@@ -25,10 +25,7 @@ class TorchOptimizer(GroupedOptimizer):
 
     It trains on any number of ranks as on one. The state is `<parameter>.<key>`. Tensors that have
     the parameter's shape are sharded like it, and load on another number of ranks.
-
-    Args:
-        build: builds the torch optimizer.
-        initial_state: torch itself creates the state in the first step, too late to load it.
+    Torch itself would create the state in the first step, too late to load it.
     """
 
     def __init__(

@@ -92,16 +92,11 @@ def _products(
 
 
 def cheapest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) -> Contraction:
-    """Returns the contraction that takes the least time by a roofline of the device of x.
+    """Returns the contraction of x [..., in] that takes the least time by a roofline of its device,
+    for layers that are computed together.
 
     Of equal ones, the first in the table. On a CPU operations decide: measured, its narrow products
-    are as fast as others.
-
-    `factored` for a graph that torch.compile makes for any number of tokens.
-
-    Args:
-        x: [..., in].
-        out_features: of the layers that are computed together.
+    are as fast as others. `factored` for a graph that torch.compile makes for any number of tokens.
     """
     if torch.compiler.is_compiling() and not has_static_value(x.numel()):
         return factored

@@ -123,13 +123,8 @@ class SwitchLoraOptimizer(SplitOptimizer):
     """SwitchLoRA (arXiv 2406.06564, Algorithm 2) for all layers, on local shards.
 
     Neither a torch optimizer nor a hook of one: torch's checkpointing steps an optimizer to create
-    its state, and a switch must not happen then.
-
-    Args:
-        layers: by qualified name, in the order of `plan`.
-        rule: trains the factors of `layers`.
-        others: trains all other parameters.
-        weights: those of `layers`.
+    its state, and a switch must not happen then. `rule` trains the factors of the layers, which are
+    in the order of `plan`, and `others` all other parameters.
     """
 
     def __init__(

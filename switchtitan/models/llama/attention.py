@@ -123,12 +123,8 @@ class KeyValueCache:
         return self.cos[first : self._length], self.sin[first : self._length]
 
     def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Returns the attention of the new tokens to all tokens read, of the query's shape.
-
-        Args:
-            query: [1, heads, seq, head_dim], of the new tokens.
-            key, value: [1, kv_heads, seq, head_dim], of the new tokens, which are stored.
-        """
+        """Returns the attention of new tokens to all tokens read, of the query's shape, [1, heads,
+        seq, head_dim]; stores their key and value, [1, kv_heads, seq, head_dim]."""
         _, num_heads, seq_len, head_dim = key.shape
         if layer not in self._stored:
             shape = (1, num_heads, len(self.cos), head_dim)
