@@ -12,7 +12,7 @@ from switchtitan.contracts import OptimizerConfig, TrainedModel, TrainingOptimiz
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.random import draw_vectors, generator_for
 from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, row_range
-from switchtitan.methods.adapter.linear import AdapterLinear, adapter_layers, lora_bounds
+from switchtitan.methods.adapter.linear import AdapterLinear, adapter_layers
 from switchtitan.methods.adapter.method import AdapterMethod
 from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.lora import ZeroStartConfig
@@ -180,10 +180,9 @@ def merge_and_restart_(
         key = generator_for(seed, f"{name}.lora_a:{number}").initial_seed()
         own = row_range(layer.lora_a)
         slots = torch.arange(own.start, own.stop, device=layer.lora_a.device)
-        bound, _ = lora_bounds(layer.out_features, layer.in_features, layer.rank)
         # Filled on the device: a copy from the host would synchronize.
         keys = torch.full((), key, device=slots.device)
-        local(layer.lora_a).copy_(draw_vectors(keys, slots, layer.in_features, bound))
+        local(layer.lora_a).copy_(draw_vectors(keys, slots, layer.in_features, layer.bounds[0]))
         local(layer.lora_b).zero_()
 
 

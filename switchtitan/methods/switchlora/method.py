@@ -12,12 +12,7 @@ from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.rows import RowSpans, ShardedRows, copy_all_, gather_rows, paired_rows
 from switchtitan.distributed.shards import shard_group
-from switchtitan.methods.adapter.linear import (
-    AdapterLinear,
-    adapter_layers,
-    balanced_bounds,
-    lora_bounds,
-)
+from switchtitan.methods.adapter.linear import AdapterLinear, adapter_layers
 from switchtitan.methods.adapter.method import AdapterMethod
 from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.switchlora.candidates import (
@@ -75,11 +70,6 @@ class SwitchLora(AdapterMethod[SwitchLoraConfig]):
     """Low-rank factors whose vectors are exchanged with candidates throughout training."""
 
     layer_type = SwitchLoraLinear
-
-    def bounds(self, out_features: int, in_features: int) -> tuple[float, float]:
-        """Returns the bounds of A's and B's candidates."""
-        bounds = balanced_bounds if self.config.init == "switchlora" else lora_bounds
-        return bounds(out_features, in_features, self.config.rank)
 
     def build_layer(self, name: str, linear: nn.Linear) -> SwitchLoraLinear:
         layer = super().build_layer(name, linear)

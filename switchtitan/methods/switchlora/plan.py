@@ -2,7 +2,6 @@
 step, in integers that are the same on every rank."""
 
 import logging
-from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from switchtitan.distributed.rows import Spans
-from switchtitan.methods.adapter.method import WIDTH_EXPONENTS, AdapterConfig
+from switchtitan.methods.adapter.method import AdapterConfig
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +82,9 @@ class SwitchLoraConfig(AdapterConfig):
                 void.append(f'{key} = {getattr(self, key)!r} has no effect with {by} = "constant"')
         return void
 
-    def width_exponents(self) -> Mapping[str, float] | None:
-        return WIDTH_EXPONENTS if self.init == "switchlora" else None
+    @property
+    def is_balanced(self) -> bool:
+        return self.init == "switchlora"
 
     def depends_on_length(self) -> bool:
         return self.decay != "constant" or self.switches_per_vector is not None

@@ -210,15 +210,13 @@ class LlamaFamilyConfig(ModelConfig):
             return None
         max_positions = max(seq_len, self.max_positions or 0)
         keys = {"init_std": self.init_std, "max_positions": max_positions, **self.architecture()}
-        keys_of_class: dict[str, object] = {
-            "architectures": [self.huggingface_class],
-            "model_type": self.name,
-        }
+        written = write_config(keys)
+        written |= {"architectures": [self.huggingface_class], "model_type": self.name}
         if self.name == "llama" and self.sizes.hidden_size % self.sizes.num_heads:
             # transformers' LLaMA refuses such sizes, and its Mistral is the same model.
-            keys_of_class = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-            keys_of_class["sliding_window"] = None
-        return write_config(keys) | keys_of_class
+            written |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+            written["sliding_window"] = None
+        return written
 
     def weight_copies(self) -> dict[str, str]:
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.tied_head else {}
