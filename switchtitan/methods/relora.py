@@ -1,7 +1,6 @@
 """The method ReLoRA: its configuration, and the optimizer that resets the factors."""
 
 import logging
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -145,10 +144,30 @@ class ReloraOptimizer(SplitOptimizer):
         super().load_state_dict(state)
         self._counts = {name: int(state[f"reset.{name}"]) for name in self._counts}
 
+    @torch.no_grad()
     def _reset(self) -> None:
-        number, how = self._counts["num_resets"], self._config.reset_moments
-        merge_and_restart_(self._layers, self._weights, number, self._seed)
-        state = self._inner.state_dict()
+        """Adds s B A to W, draws A as at initialization, and zeroes B (Algorithm 1). The layers'
+        outputs do not change, with weights in bf16 in expectation."""
+        number = self._counts["num_resets"]
+        # A generator: one layer's full factors are in memory at a time.
+        products = (
+            (index, full_tensor(layer.lora_a), full_tensor(layer.lora_b))
+            for index, layer in enumerate(self._layers.values())
+        )
+        self._weights.add_products_(number, products)
+        for name, layer in self._layers.items():
+            key = generator_for(self._seed, f"{name}.lora_a:{number}").initial_seed()
+            own = row_range(layer.lora_a)
+            slots = torch.arange(own.start, own.stop, device=layer.lora_a.device)
+            # Filled on the device: a copy from the host would synchronize.
+            keys = torch.full((), key, device=slots.device)
+            local(layer.lora_a).copy_(draw_vectors(keys, slots, layer.in_features, layer.bounds[0]))
+            local(layer.lora_b).zero_()
+        self._reset_moments(number)
+        logger.info("reset %d: merged and reinitialized all factors", number)
+
+    def _reset_moments(self, number: int) -> None:
+        state, how = self._inner.state_dict(), self._config.reset_moments
         for factor in [f"{name}.{factor}" for name in self._layers for factor in FACTORS]:
             moments = state[f"{factor}.exp_avg"], state[f"{factor}.exp_avg_sq"]
             if how == "zero":
@@ -160,33 +179,8 @@ class ReloraOptimizer(SplitOptimizer):
             else:
                 lots = generator_for(self._seed, f"{factor}.moments:{number}")
                 prune_(*moments, self._config.prune_ratio, lots if how == "random" else None)
-        logger.info("reset %d: merged and reinitialized all factors", number)
 
 
-@torch.no_grad()
-def merge_and_restart_(
-    layers: Mapping[str, AdapterLinear], weights: FrozenWeights, number: int, seed: int
-) -> None:
-    """Adds s B A to W, draws A as at initialization, and zeroes B (Algorithm 1). The layers'
-    outputs do not change, with weights in bf16 in expectation. The new A follows from the number of
-    the reset, the layer's qualified name and the seed."""
-    # A generator: one layer's full factors are in memory at a time.
-    products = (
-        (index, full_tensor(layer.lora_a), full_tensor(layer.lora_b))
-        for index, layer in enumerate(layers.values())
-    )
-    weights.add_products_(number, products)
-    for name, layer in layers.items():
-        key = generator_for(seed, f"{name}.lora_a:{number}").initial_seed()
-        own = row_range(layer.lora_a)
-        slots = torch.arange(own.start, own.stop, device=layer.lora_a.device)
-        # Filled on the device: a copy from the host would synchronize.
-        keys = torch.full((), key, device=slots.device)
-        local(layer.lora_a).copy_(draw_vectors(keys, slots, layer.in_features, layer.bounds[0]))
-        local(layer.lora_b).zero_()
-
-
-@torch.no_grad()
 def prune_(
     exp_avg: Tensor, exp_avg_sq: Tensor, prune_ratio: float, generator: torch.Generator | None
 ) -> None:

@@ -127,12 +127,10 @@ class LlamaFamilyConfig(ModelConfig):
     def _check_rope(self) -> Self:
         needed = SCALING_KEYS[self.rope_type]
         for name in SCALING_KEYS["llama3"]:
-            key, value = f"rope_{name}", getattr(self, f"rope_{name}")
-            if value is None and name in needed:
-                raise ValueError(f"rope_type = {self.rope_type!r} needs {key}; set it")
-            if value is not None and name not in needed:
+            value, remedy = getattr(self, f"rope_{name}"), "set" if name in needed else "remove"
+            if (value is None) == (name in needed):
                 raise ValueError(
-                    f"{key} = {value} has no effect with rope_type = {self.rope_type!r}; remove it"
+                    f"rope_{name} = {value} with rope_type = {self.rope_type!r}: {remedy} it"
                 )
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         if low is not None and high is not None and high <= low:
