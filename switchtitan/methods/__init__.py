@@ -33,15 +33,9 @@ def optimizer_problems(
     """Returns why an optimizer cannot train a model with a method, or on this machine."""
     problems, name = [], f"[optimizer] name = {toml_value(optimizer.name)}"
     if method.optimizers is not None and optimizer.name not in method.optimizers:
-        able = [
-            able_name
-            for able_name, config_type in METHODS.config_types().items()
-            if config_type.optimizers is None or optimizer.name in config_type.optimizers
-        ]
         problems.append(
             f"{name}: [method] name = {toml_value(method.name)} cannot train with it; choose "
-            f"{' or '.join(sorted(method.optimizers))}, or a method that can: "
-            f"{', '.join(sorted(able))}"
+            f"{' or '.join(sorted(method.optimizers))}, or another method"
         )
     if optimizer.package is not None and not is_installed(optimizer.package):
         problems.append(needs_package(name, optimizer.package))

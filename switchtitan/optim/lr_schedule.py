@@ -24,7 +24,6 @@ class LRScheduleConfig(Section):
     """The factor at the end of the run, in [0, 1]. Not with constant."""
 
     def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
         return [
             f'{key} = {getattr(self, key)} has no effect with decay = "constant"'
             for key in ("min_factor", "decay_ratio")

@@ -36,11 +36,8 @@ class TrainedParameter(NamedTuple):
 
 
 def trained_parameters(model: TrainedModel, targeted: Collection[str]) -> list[TrainedParameter]:
-    """Returns the parameters that require a gradient, in the model's order.
-
-    Args:
-        targeted: names of the parameters that the method changes.
-    """
+    """Returns the parameters that require a gradient, in the model's order; `targeted` are names of
+    those that the method changes."""
     prefixes, head = tuple(f"{block}." for block in model.blocks()), model.output_head()
     # A tied head has no parameter of its own.
     in_head = set() if head is None else set(head.parameters())

@@ -23,12 +23,8 @@ and a call for each takes the host more time than the update."""
 
 
 class Factors:
-    """A of all layers, then B of all layers, as in a flattened table [2, layers, rank].
-
-    Attributes:
-        parameters: all factors.
-        held: the rows of each factor that this rank holds.
-    """
+    """A of all layers, then B of all layers, as in a flattened table [2, layers, rank]. `held`
+    are the rows of each factor that this rank holds."""
 
     def __init__(self, trained: list[TrainedParameter]) -> None:
         self.trained = trained
