@@ -15,7 +15,7 @@
     0.0370<!-- FILE: a, rate -->            is the best learning rate of row a: the vertex of a
                                             parabola through the lowest of the validation losses on
                                             seed 1, over log(rate), and its neighbours; that of the
-                                            lowest loss if a neighbour is over a cliff;
+                                            lowest loss if a neighbour diverged;
     <!-- picture FILE: a; one: b=x, c=y; two: d=z -->
                                             comes before the picture results/FILE.svg: distances of
                                             rows b, c and d to a over x, y and z, in two series;
@@ -34,7 +34,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from math import exp, inf, isfinite, log
 from pathlib import Path
@@ -72,8 +72,6 @@ _COLUMNS = (
 _PICTURE = re.compile(r"<!-- picture (?P<file>\w+): (?P<baseline>\S+); (?P<series>[^>]+) -->")
 _RATES = re.compile(r"<!-- rates (?P<file>\w+) (?P<others>[\w ]*): (?P<rows>[^>]+) -->")
 WIDTHS = 64, 128, 256, 512
-_CLIFF = 0.3
-"""A loss so far above the lowest is over a cliff, where no parabola goes."""
 _SLOPES = re.compile(r"<!-- slopes (?P<file>\w+): (?P<rows>[^>]+) -->\n.*?<!-- end -->", re.DOTALL)
 _HIGHEST = 0.4
 """Of the losses in the picture of rates, above the lowest of a width."""
@@ -144,7 +142,7 @@ def _rate(match: re.Match[str]) -> str:
     three = rates[max(0, place - 1) : place + 2]
     if len(three) < 3:
         end = " or less" if best == rates[0] else " or more"
-    elif max(losses[rate] for rate in three) < losses[best] + _CLIFF:
+    elif isfinite(sum(losses[rate] for rate in three)):
         a, b, _ = np.polyfit(np.log(three), [losses[rate] for rate in three], 2)
         best = exp(-b / (2 * a))
     return f"{best:.4f}{end}{match[0][match[0].index('<!--') :]}"
@@ -230,19 +228,23 @@ def _rates_picture(match: re.Match[str]) -> str:
     figure = Figure((3 * len(methods), 3), layout="constrained")
     panels = figure.subplots(1, len(methods), sharey=True)
     for axes, (method, label) in zip(panels, methods.items(), strict=True):
+        tried: Collection[float] = set()
         for place, width in enumerate(WIDTHS):
             losses = {file: _losses_by_rate(file, f"{method}-h{width}") for file in files}
             lowest = min((loss for of in losses.values() for loss in of.values()), default=0.0)
             for file, of in losses.items():
                 rates = sorted(of)
+                tried = {*tried, *rates}
                 above = [of[rate] - lowest for rate in rates]
                 style, name = ("o-", f"hidden {width}") if file == files[0] else ("x--", None)
                 if rates:
                     axes.plot(rates, above, style, color=f"C{place}", label=name, markersize=4)
         axes.set(xscale="log", xlabel="lr", title=label, ylim=(-0.01, _HIGHEST))
+        axes.minorticks_off()
+        axes.set_xticks(tried := sorted(tried), [f"{rate:g}" for rate in tried])
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set(ylabel="validation loss above the width's lowest")
+    panels[0].set(ylabel="loss above the width's lowest")
     panels[0].legend(frameon=False)
     return _svg(figure, match["file"])
 

@@ -85,11 +85,11 @@ def test_a_number_that_cannot_be_computed_is_refused(folder, text, fragment):
         results.with_results(text)
 
 
-CLIFF = ("cliff,1,9,0.002,2.1", "cliff,1,9,0.004,2.0", "cliff,1,inf,0.008,inf")
+DIVERGED = ("diverged,1,9,0.002,2.1", "diverged,1,9,0.004,2.0", "diverged,1,inf,0.008,inf")
 
 
 def test_the_best_rate_is_the_vertex_of_a_parabola_over_its_logarithm(folder):
-    """Losses 2 + log2(rate / 0.003)^2 / 10, rows whose lowest loss is at an end, and a cliff."""
+    """Losses 2 + log2(rate / 0.003)^2 / 10, lowest at an end, or with a neighbour that diverged."""
     rates = (0.001, 0.002, 0.004, 0.008)
     curves = {"inside": 0.003, "low": 0.0005, "high": 0.05}
     lines = [
@@ -98,8 +98,8 @@ def test_the_best_rate_is_the_vertex_of_a_parabola_over_its_logarithm(folder):
         for rate in rates
     ]
     head = "row,seed,test_loss,optimizer.lr,validation_loss"
-    (folder / "tried.csv").write_text("\n".join([head, *lines, *CLIFF, "inside,2,1,0.002,0"]))
-    forms = [f"0.0000<!-- tried: {row}, rate -->" for row in (*curves, "cliff")]
+    (folder / "tried.csv").write_text("\n".join([head, *lines, *DIVERGED, "inside,2,1,0.002,0"]))
+    forms = [f"0.0000<!-- tried: {row}, rate -->" for row in (*curves, "diverged")]
     found = results.with_results("\n".join(forms))
     for value in ("0.0030<", "0.0010 or less<", "0.0080 or more<", "0.0040<"):
         assert value in found
