@@ -1,7 +1,7 @@
 """Named regions of a run, such as "forward", for traces and for the time that each takes."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 STEP = "step"
 """The region around all others of an optimizer step."""
@@ -14,22 +14,16 @@ RegionObserver = Callable[[str], AbstractContextManager[object]]
 _observers: tuple[RegionObserver, ...] = ()
 
 
-class region:  # noqa: N801
+@contextmanager
+def region(name: str) -> Iterator[None]:
     """A context for the region `name`; for the main thread, outside of compiled code.
 
     A region inside another one interrupts it: times of regions exclude those inside.
     """
-
-    def __init__(self, name: str) -> None:
-        self._contexts = [observer(name) for observer in _observers]
-
-    def __enter__(self) -> None:
-        for context in self._contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(None, None, None)
+    with ExitStack() as contexts:
+        for observer in _observers:
+            contexts.enter_context(observer(name))
+        yield
 
 
 def observe_regions(observer: RegionObserver) -> None:

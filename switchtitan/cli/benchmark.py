@@ -100,14 +100,15 @@ def _run_step(options: argparse.Namespace) -> dict[str, Any] | None:
     times = time_steps_side_by_side(configs, options.rounds, options.steps_per_round)
     if rank != 0:
         return None
-    print("\n".join(step_table(times)), flush=True)
+    steps = step_record(times, configs)
+    print("\n".join(step_table(steps)), flush=True)
     return {
         "environment": describe_environment(),
         "num_ranks": num_ranks,
         "rounds": options.rounds,
         "steps_per_round": options.steps_per_round,
         "warm_up_steps": WARM_UP_STEPS,
-        "steps": step_record(times),
+        "steps": steps,
     }
 
 
