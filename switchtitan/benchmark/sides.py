@@ -18,17 +18,14 @@ def load_sides(
     keys: Sequence[str],
     parse: Callable[[Sequence[str]], JobConfig] = parse_arguments,
 ) -> dict[str, JobConfig]:
-    """Returns the configurations of all sides, by argument.
+    """Returns the configurations of all sides, by argument. Raises a ConfigError with all errors of
+    a side in one message, also if a side and `keys` have a key in common.
 
     Args:
         arguments: each `FILE` or `FILE:section.key=value,section.key=value`, whose values may
             contain commas; a repeated one gets a number.
         keys: words `--section.key value ...` for all sides.
         parse: reads a side's `--config FILE --section.key value ...`.
-
-    Raises:
-        ConfigError: with all errors of a side in one message; also if a side and `keys` have a key
-            in common.
     """
     configs: dict[str, JobConfig] = {}
     for index, argument in enumerate(arguments):

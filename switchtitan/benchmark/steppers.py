@@ -42,14 +42,11 @@ def fake_stepper(config: JobConfig, num_ranks: int, device: str = "cpu") -> Iter
     Its tensors are fake (shapes without values), and its collectives do nothing: it requires no
     ranks, no memory for the model and no corpus. dtype "auto" is bf16, as on current GPUs. Run
     steps inside the context. A process must not take several ranks, since torch caches the shapes
-    of a rank's shards.
+    of a rank's shards. Raises an EnvironmentMismatchError if the model cannot train on the device,
+    or the ranks do not fill the mesh of `config`.
 
     Args:
         device: "cuda:0" in a process of `call_with_gpus`, where regions compile as `config` says.
-
-    Raises:
-        EnvironmentMismatchError: if the model cannot train on the device, or the ranks do not fill
-            the mesh of `config`.
     """
     assert not dist.is_initialized(), "this process already has a process group"
     shape = mesh_shape(config.parallelism, num_ranks)

@@ -161,13 +161,8 @@ def is_rate(key: str) -> bool:
 
 
 def load_comparison(file: Path) -> ComparisonConfig:
-    """Reads the file that declares a comparison.
-
-    The paths of the result are relative to the working directory.
-
-    Raises:
-        ConfigError: with all mistakes in one message.
-    """
+    """Reads the file that declares a comparison; its paths become relative to the working
+    directory. Raises a ConfigError with all mistakes in one message."""
     file = find_config(file)
     declared = load_table(file, ComparisonConfig)
     update = {
