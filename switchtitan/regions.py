@@ -8,10 +8,9 @@ STEP = "step"
 OUTSIDE_STEP = ("evaluate", "save", "report")
 """Regions outside of steps, which are timed per call."""
 
-
-RegionObserver = Callable[[str], AbstractContextManager[object]]
-"""Name of a region -> a context around it. Regions are nested, and all of one thread."""
-_observers: tuple[RegionObserver, ...] = ()
+observers: list[Callable[[str], AbstractContextManager[object]]] = []
+"""Each returns a context around the region of a name. Those in this list when a region begins are
+called. Regions are nested, and all of one thread."""
 
 
 @contextmanager
@@ -21,18 +20,6 @@ def region(name: str) -> Iterator[None]:
     A region inside another one interrupts it: times of regions exclude those inside.
     """
     with ExitStack() as contexts:
-        for observer in _observers:
+        for observer in observers:
             contexts.enter_context(observer(name))
         yield
-
-
-def observe_regions(observer: RegionObserver) -> None:
-    """Calls `observer` from now on."""
-    global _observers
-    _observers = (*_observers, observer)
-
-
-def stop_observing_regions(observer: RegionObserver) -> None:
-    """Ends `observe_regions`; has no effect if it did not begin."""
-    global _observers
-    _observers = tuple(other for other in _observers if other != observer)
