@@ -61,11 +61,8 @@ class ModelConfig(NamedSection):
 
     @classmethod
     def keys_from_huggingface(cls, found: Mapping[str, Any]) -> dict[str, object]:
-        """Returns the keys of this section for a `config.json` of one of `huggingface_types`.
-
-        Raises:
-            ConfigError: names the keys that are missing, wrong or not supported.
-        """
+        """Returns the keys of this section for a `config.json` of one of `huggingface_types`; a
+        ConfigError names the keys that are missing, wrong or not supported."""
         raise NotImplementedError(f"{cls.__name__} has huggingface_types but reads no config.json")
 
     def weight_copies(self) -> dict[str, str]:

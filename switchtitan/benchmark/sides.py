@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Sequence
 
-from switchtitan.config import raise_together
 from switchtitan.errors import ConfigError
 from switchtitan.job.checks import check
 from switchtitan.job.config import JobConfig, parse_arguments, parse_unchecked
@@ -48,7 +47,7 @@ def load_simulated_sides(
 
     def parse(words: Sequence[str]) -> JobConfig:
         config = parse_unchecked(words)
-        raise_together(check(config, num_ranks, device=None))
+        check(config, num_ranks, device=None)
         return config
 
     return load_sides(arguments, keys, parse)

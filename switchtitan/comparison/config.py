@@ -35,10 +35,6 @@ class RowConfig(Section):
     them. With `optimizer.lr`, the row chooses no values."""
 
     @property
-    def title(self) -> str:
-        return self.label or self.name
-
-    @property
     def values(self) -> dict[str, tuple[float, ...]]:
         """The values to choose from, increasing, by dotted key."""
         rates = {LEARNING_RATE: self.learning_rates} if self.learning_rates else {}
