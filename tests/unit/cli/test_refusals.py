@@ -14,7 +14,7 @@ TRAIN = [
     # Keys that do not exist or do not fit.
     ("--training.step 9", "--training.step 9", "steps"),
     ("--config {lora} --method.init balanced", '"balanced"', "write alpha = 1"),
-    ("--config {lora} --optimizer.tuned_hidden_size 8", "tuned_hidden_size = 8", '"lora"'),
+    ("--config {lora} --optimizer.tuned_hidden_size 8", "tuned_hidden_size = 8", "change [method]"),
     ("--optimizer.tuned_hidden_size 8 --model.tied_head true", "tuned_hidden_size = 8", "tied"),
     ("--model.attention flash_attn", "[model] attention = 'flash_attn'", "CUDA"),
     # What is not there.
