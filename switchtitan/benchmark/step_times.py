@@ -49,12 +49,9 @@ def time_steps_side_by_side(
     first. All models are in memory at once. Nothing is evaluated, saved or reported. Collective
     over all ranks.
 
-    Args:
-        configs: by any name.
-
     Returns:
-        By the same names, [rounds]: seconds of a step on this rank, its batch included, the mean of
-        a round, from step `WARM_UP_STEPS` + 1 on.
+        By the names of `configs`, [rounds]: seconds of a step on this rank, its batch included, the
+        mean of a round, from step `WARM_UP_STEPS` + 1 on.
 
     Raises:
         ConfigError: if a configuration has fewer steps than are timed, or they differ in a key that

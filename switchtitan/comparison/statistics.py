@@ -29,12 +29,9 @@ class Difference(NamedTuple):
 
 
 def difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
-    """Returns row minus baseline, seed by seed; None without a shared seed, or if a run diverged.
+    """Returns row minus baseline, losses by seed; None without a shared seed, or if a run diverged.
 
     Runs with the same seed share data order and initial weights.
-
-    Args:
-        row, baseline: losses by seed.
     """
     of = [row[seed] - baseline[seed] for seed in sorted(row.keys() & baseline.keys())]
     if not of or not all(map(math.isfinite, of)):
