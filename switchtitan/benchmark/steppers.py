@@ -1,7 +1,7 @@
 """Steppers to measure: on real ranks and data, or on fake tensors for any number of ranks."""
 
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,8 @@ def real_stepper(config: JobConfig) -> Iterator[Stepper]:
     corpus = open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
     batches = build_batches(config, corpus, world, TrainState())
     dtype = dtype_on(world.device, config.training.dtype, world=world).dtype
-    stepper = build_stepper(config, world, batches, compute_dtype=dtype)
-    try:
+    with closing(build_stepper(config, world, batches, compute_dtype=dtype)) as stepper:
         yield stepper
-    finally:
-        stepper.close()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -54,12 +55,8 @@ def adjusted(p_values: Mapping[str, float | None]) -> dict[str, float]:
     (Holm 1979, "A simple sequentially rejective multiple test procedure")
     """
     known = sorted((p, row) for row, p in p_values.items() if p is not None)
-    largest = 0.0
-    result = {}
-    for place, (p, row) in enumerate(known):
-        largest = max(largest, min(1.0, (len(known) - place) * p))
-        result[row] = largest
-    return result
+    steps = (min(1.0, (len(known) - place) * p) for place, (p, _) in enumerate(known))
+    return {row: p for (_, row), p in zip(known, accumulate(steps, max), strict=True)}
 
 
 def verdict(p: float, adjusted_p: float) -> str:
