@@ -34,7 +34,7 @@ def num_cores(
 
 
 def set_thread_defaults(environ: MutableMapping[str, str], num_cores: int) -> None:
-    """Sets variables of OpenMP and of tokenizers that are not set. Call it before torch is imported:
+    """Sets variables of OpenMP and of tokenizers that are not set. Call it before `import torch`:
     GNU's OpenMP reads its variables when it is loaded."""
     num_ranks = int(environ.get("LOCAL_WORLD_SIZE") or 1)
     has_fewer = num_cores < _num_cores_by_affinity()

@@ -1,13 +1,12 @@
 """Steps are timed in alternation, and compared by robust ratios."""
 
 import gc
-import json
 import time
 
 import numpy as np
 import pytest
 import torch
-from support.commands import run
+from support.commands import result_of
 from support.tiny import tiny_config, tiny_toml
 
 from switchtitan.benchmark.coordinates import at_hidden_size, slopes
@@ -152,9 +151,8 @@ def test_the_coordinate_check_shows_that_the_rule_makes_changes_equal_at_all_wid
     sides = [",".join(f"model.{key}" for key in keys)]
     sides.append(f"{sides[0]},{ruled},optimizer.tuned_hidden_size=32")
     words = [f"{file}:{side}" for side in sides]
-    result = tmp_path / "slopes.json"
-    run("benchmark", "coordinates", *words, "--sizes", 32, 64, 128, "--json", result)
-    one_rate, rule = json.loads(result.read_text())["slopes"].values()
+    result = result_of("benchmark", "coordinates", *words, "--sizes", 32, 64, 128)
+    one_rate, rule = result["slopes"].values()
     # A step of AdamW changes the sum over n inputs by n^(1/2) to n (arXiv 2203.03466).
     assert 0.3 < one_rate["up_proj"] < 1.2
     assert one_rate["residual stream"] > 0.8
