@@ -53,11 +53,8 @@ class State:
 
 
 def follow(config: ComparisonConfig, find: FindResult) -> State:
-    """Follows a comparison as far as its finished runs reach.
-
-    Each of the axes in turn is tried with the other keys at their best values so far, at first
-    their starting values.
-    """
+    """Follows a comparison as far as its finished runs reach. Each of the axes in turn is tried
+    with the other keys at their best values so far, at first their starting values."""
     best = {row.name: row.start_values for row in config.rows if row.values}
     tried: list[tuple[str, dict[str, dict[float, float]]]] = []
     finished: dict[Run, RunResult] = {}

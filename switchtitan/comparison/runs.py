@@ -212,10 +212,8 @@ def read_folder(run: Run) -> RunResult | None:
 
 
 def write_csv(file: Path, results: Mapping[Run, RunResult]) -> None:
-    """Writes a line for each finished run, with its tuned keys for people.
-
-    Other results in the file stay, e.g. of values that are no longer declared.
-    """
+    """Writes a line for each finished run, with its tuned keys for people. Other results in it
+    stay, e.g. of values that are no longer declared."""
     tuned = [key for run in results for key in run.tuned]
     lines: list[dict[str, Any]] = [
         {**result.model_dump(), "row": run.row, **run.tuned} for run, result in results.items()
