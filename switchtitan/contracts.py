@@ -46,26 +46,19 @@ class ModelConfig(NamedSection):
     """Number of token ids of the embedding and the head."""
 
     def architecture(self) -> dict[str, object]:
-        """Returns the keys that determine the weights, as plain values; by default all keys.
-
-        Models with equal values can load each other's weights.
-        """
+        """Returns the keys that determine the weights, as plain values; by default all keys. Models
+        with equal values can load each other's weights."""
         return self.model_dump(mode="json")
 
     def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
-        """Returns the `config.json` with which transformers loads the weights by the same names.
-
-        None if transformers has no such model. `seq_len` is that of training.
-        """
+        """Returns the `config.json` with which transformers loads the weights by the same names;
+        None if transformers has no such model. `seq_len` is that of training."""
         return None
 
     @classmethod
     def keys_from_huggingface(cls, found: Mapping[str, Any]) -> dict[str, object]:
-        """Returns the keys of this section for a `config.json` of one of `huggingface_types`.
-
-        Raises:
-            ConfigError: names the keys that are missing, wrong or not supported.
-        """
+        """Returns the keys of this section for a `config.json` of one of `huggingface_types`; a
+        ConfigError names the keys that are missing, wrong or not supported."""
         raise NotImplementedError(f"{cls.__name__} has huggingface_types but reads no config.json")
 
     def weight_copies(self) -> dict[str, str]:
@@ -209,9 +202,7 @@ class LanguageModel(nn.Module, ABC):
 
     def outer_units(self) -> list[list[nn.Module]]:
         """Returns lists of modules outside the blocks that are gathered before their first call.
-
-        All other weights outside the blocks are gathered for the entire pass. Default: none.
-        """
+        All other weights outside the blocks are gathered for the entire pass. Default: none."""
         return []
 
     @abstractmethod
@@ -314,10 +305,8 @@ class TrainingOptimizer(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the state as flat tensors, DTensors where sharded.
-
-        To restore a state, load into these tensors in place, then call `load_state_dict`.
-        """
+        """Returns the state as flat tensors, DTensors where sharded. To restore a state, load into
+        these tensors in place, then call `load_state_dict`."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...

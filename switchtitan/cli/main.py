@@ -160,10 +160,8 @@ def _check_json(file: Path) -> None:
 
 
 def _exit(status: int) -> NoReturn:
-    """Ends the process as Python does, but destroys no objects.
-
-    Process groups that an error leaves behind would abort it if a thread of gloo still runs.
-    """
+    """Ends the process as Python does, but destroys no objects: process groups that an error leaves
+    behind would abort it if a thread of gloo still runs."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -53,11 +53,8 @@ class State:
 
 
 def follow(config: ComparisonConfig, find: FindResult) -> State:
-    """Follows a comparison as far as its finished runs reach.
-
-    Each of the axes in turn is tried with the other keys at their best values so far, at first
-    their starting values.
-    """
+    """Follows a comparison as far as its finished runs reach. Each of the axes in turn is tried
+    with the other keys at their best values so far, at first their starting values."""
     best = {row.name: row.start_values for row in config.rows if row.values}
     tried: list[tuple[str, dict[str, dict[float, float]]]] = []
     finished: dict[Run, RunResult] = {}
@@ -126,14 +123,12 @@ def _sharing_steps(config: ComparisonConfig, runs: list[Run]) -> list[Run]:
 
 
 class Comparison:
-    """A resumable comparison: it reads finished runs from CSV files, or from their folders.
+    """A resumable comparison: it reads finished runs from CSV files, or from their folders. Raises
+    a ConfigError if one of those files cannot be read.
 
     Args:
         folder: of its report, whose `runs.csv` is one of those files.
         corpus_fingerprint: the fingerprint of the corpus of all runs; None: not checked.
-
-    Raises:
-        ConfigError: if a CSV file of finished runs cannot be read.
     """
 
     def __init__(
@@ -150,11 +145,8 @@ class Comparison:
         return follow(self.config, self.result)
 
     def result(self, run: Run) -> RunResult | None:
-        """Returns the result of a run, None if it is not finished.
-
-        Raises:
-            ConfigError: if its folder has another configuration, or it is of another corpus.
-        """
+        """Returns the result of a run, None if it is not finished. Raises a ConfigError if its
+        folder has another configuration, or it is of another corpus."""
         key = config_sha256(run.config)
         result = self._known.get(key) or read_folder(run)
         if result is None and run.source is not None and not run.can_start:
@@ -175,11 +167,7 @@ class Comparison:
 
 
 def check_plan(config: ComparisonConfig) -> None:
-    """Checks before any run that all rows can be trained, with all their values, and reported.
-
-    Raises:
-        ConfigError: if they cannot.
-    """
+    """Raises a ConfigError if a row cannot be trained, with all its values, or not reported."""
     for run in _first_runs(config):
         training, evaluation = run.config.training, run.config.evaluation
         problem = None

@@ -100,11 +100,8 @@ def short_name(key: str) -> str:
 def plan_run(
     comparison: ComparisonConfig, row: RowConfig, values: Mapping[str, float], seed: int
 ) -> Run:
-    """Returns the run of a row with values of its tuned keys and a seed, in its own folder.
-
-    Raises:
-        ConfigError: if the row's keys do not fit.
-    """
+    """Returns the run of a row with values of its tuned keys and a seed, in its own folder. Raises
+    a ConfigError if the row's keys do not fit."""
     keys = row.given_values | dict(values)
     tuned = {key: keys[key] for key in comparison.axes if isinstance(keys.get(key), int | float)}
     parts = [f"{short_name(key)}-{value:g}" for key, value in tuned.items()]
@@ -182,12 +179,10 @@ def _is_first_default(section: Section, key: str) -> bool:
 
 
 def read_folder(run: Run) -> RunResult | None:
-    """Returns the result in a run's folder, None if it is not finished.
+    """Returns the result in a run's folder, None if it is not finished. Raises a ConfigError if the
+    folder contains a run with another configuration.
 
     Computes the effective rank of the last checkpoint, which takes a while.
-
-    Raises:
-        ConfigError: if the folder contains a run with another configuration.
     """
     saved, file = run.folder / CONFIG_FILE, run.folder / RESULTS_FILE
     if not saved.exists():
@@ -217,10 +212,8 @@ def read_folder(run: Run) -> RunResult | None:
 
 
 def write_csv(file: Path, results: Mapping[Run, RunResult]) -> None:
-    """Writes a line for each finished run, with its tuned keys for people.
-
-    Other results in the file stay, e.g. of values that are no longer declared.
-    """
+    """Writes a line for each finished run, with its tuned keys for people. Other results in it
+    stay, e.g. of values that are no longer declared."""
     tuned = [key for run in results for key in run.tuned]
     lines: list[dict[str, Any]] = [
         {**result.model_dump(), "row": run.row, **run.tuned} for run, result in results.items()
@@ -238,11 +231,8 @@ def write_csv(file: Path, results: Mapping[Run, RunResult]) -> None:
 
 
 def read_csv(file: Path) -> dict[str, RunResult]:
-    """Reads the finished runs of a CSV file that a report has written, by `config_sha256`.
-
-    Raises:
-        ConfigError: if the file cannot be read, or a line is no run.
-    """
+    """Reads the finished runs of a CSV file that a report has written, by `config_sha256`. Raises a
+    ConfigError if the file cannot be read, or a line is no run."""
     results, number = {}, 1
     try:
         for line in _lines(file):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from switchtitan.config import raise_together
 from switchtitan.data.config import TRAINED_TOKENIZER
 from switchtitan.distributed.dtype import bf16_support, choose_dtype, gpu_problem
 from switchtitan.distributed.world import mesh_shape
@@ -20,8 +21,8 @@ if TYPE_CHECKING:  # it calls these checks
     from switchtitan.job.config import JobConfig
 
 
-def check(config: "JobConfig", num_ranks: int, device: str | None) -> list[str]:
-    """Returns why a configuration cannot be trained.
+def check(config: "JobConfig", num_ranks: int, device: str | None) -> None:
+    """Raises a ConfigError that says all that keeps a configuration from being trained.
 
     Args:
         device: "cpu" or "cuda"; None for an estimate of a run on another machine.
@@ -38,7 +39,7 @@ def check(config: "JobConfig", num_ranks: int, device: str | None) -> list[str]:
     ]
     if device is not None:
         problems += [*check_device(config, device), *_check_compiler(config, device)]
-    return problems
+    raise_together(problems)
 
 
 def check_held_out(config: "JobConfig") -> list[str]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import profiler
 
+from switchtitan import regions
 from switchtitan.observability import TENSORBOARD_FOLDER
 from switchtitan.observability.config import ProfilerConfig
-from switchtitan.regions import observe_regions, stop_observing_regions
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Profiler:
             with_stack=config.with_stack,
         )
         self._profile.start()
-        observe_regions(profiler.record_function)
+        regions.observers.append(profiler.record_function)
         return self
 
     @property
@@ -97,7 +97,7 @@ class Profiler:
     def _stop(self) -> None:
         profile, self._profile = self._profile, None
         if profile is not None:
-            stop_observing_regions(profiler.record_function)
+            regions.observers.remove(profiler.record_function)
             profile.stop()
 
     def _write(self, profile: profiler.profile) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -52,9 +52,6 @@ from switchtitan.training.output import start_output
 from switchtitan.training.step import Stepper, TrainState
 from switchtitan.training.stop import Stop
 from switchtitan.training.trainer import Trainer
-
-if TYPE_CHECKING:
-    from switchtitan.spectra.telemetry import RankTelemetry
 
 logger = logging.getLogger(__name__)
 
@@ -290,9 +287,9 @@ def _open_initial_weights(
 
 def _open_telemetry(
     config: JobConfig, state: TrainState, world: World, is_restored: bool
-) -> "Callable[..., RankTelemetry] | None":
-    """Returns what builds the telemetry of spectra from a model and a reporter, if the run has any.
-    Raises a CheckpointError if the weights that a resumed run started from are missing."""
+) -> Callable[..., Any] | None:
+    """Returns what builds a `RankTelemetry` from a model and a reporter, if the run has one. Raises
+    a CheckpointError if the weights that a resumed run started from are missing."""
     if config.spectrum.interval is None:
         return None
     from switchtitan.spectra.telemetry import RankTelemetry

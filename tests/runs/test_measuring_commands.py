@@ -32,6 +32,7 @@ def test_steps_are_compared_in_a_table_and_a_record(trained, tmp_path):
     reference, other = record["steps"].values()
     assert reference["ratio"]["value"] == 1
     assert other["ratio"]["low"] <= other["ratio"]["value"] <= other["ratio"]["high"]
+    assert round(other["tokens_per_s"] * other["step_s"]) == 8 * 8
     assert 0 < min(other["rounds_s"]) <= other["step_s"] <= max(other["rounds_s"])
 
 

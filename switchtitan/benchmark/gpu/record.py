@@ -17,7 +17,7 @@ from switchtitan.distributed.gpus import CARDS, Card
 from switchtitan.errors import UserError
 from switchtitan.job.config import JobConfig
 from switchtitan.methods.operations import IMPLEMENTATIONS
-from switchtitan.regions import observe_regions, stop_observing_regions
+from switchtitan.regions import observers
 
 NUM_STEPS = 2
 """Steps of each configuration. The last is recorded; nothing should compile in it."""
@@ -90,10 +90,10 @@ def record_step(config: JobConfig, num_ranks: int = 1) -> StepOnGpu:
     with fake_stepper(config, num_ranks, device="cuda:0") as stepper:
         for _ in range(NUM_STEPS):
             record = RecordLaunches()
-            observe_regions(record.around)
+            observers.append(record.around)
             with record:
                 stepper.step()
-            stop_observing_regions(record.around)
+            observers.remove(record.around)
             compiled.append(torch_inside.newly_compiled())
     launches = list(record.launches.items())
     return StepOnGpu(launches, compiled)
