@@ -14,13 +14,17 @@
     <!-- end -->                            holds a table of rows, with differences to the first;
     0.0370<!-- FILE: a, rate -->            is the best learning rate of row a: the vertex of a
                                             parabola through the lowest of the validation losses on
-                                            seed 1, over log(rate), and its neighbours;
+                                            seed 1, over log(rate), and its neighbours; that of the
+                                            lowest loss if a neighbour diverged;
     <!-- picture FILE: a; one: b=x, c=y; two: d=z -->
                                             comes before the picture results/FILE.svg: distances of
                                             rows b, c and d to a over x, y and z, in two series;
     <!-- rates FILE OTHER: a=label; b=label -->
                                             likewise: validation losses on seed 1 of rows a-hN and
-                                            b-hN, for all N, over rates; those of OTHER are dashed.
+                                            b-hN, for all N, over rates; those of OTHER are dashed;
+    <!-- slopes FILE: label; label --> to <!-- end -->
+                                            holds a table of measurements/FILE.json, which
+                                            `switchtitan benchmark coordinates` has written.
 
 `, validation` after a formula of losses takes the validation loss. Values are chosen on seed 1, and
 reported on the others; a@4e-3 is row a on seed 1 with this learning rate.
@@ -28,10 +32,11 @@ reported on the others; a@4e-3 is row a on seed 1 with this learning rate.
 
 import csv
 import io
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
-from math import exp, isfinite, log
+from math import exp, inf, isfinite, log
 from pathlib import Path
 from statistics import fmean
 
@@ -67,6 +72,7 @@ _COLUMNS = (
 _PICTURE = re.compile(r"<!-- picture (?P<file>\w+): (?P<baseline>\S+); (?P<series>[^>]+) -->")
 _RATES = re.compile(r"<!-- rates (?P<file>\w+) (?P<others>[\w ]*): (?P<rows>[^>]+) -->")
 WIDTHS = 64, 128, 256, 512
+_SLOPES = re.compile(r"<!-- slopes (?P<file>\w+): (?P<rows>[^>]+) -->\n.*?<!-- end -->", re.DOTALL)
 _HIGHEST = 0.4
 """Of the losses in the picture of rates, above the lowest of a width."""
 
@@ -83,9 +89,8 @@ def with_results(text: str) -> str:
     for match in _FORMULA.finditer(text):
         if match.end() not in computed:
             raise ValueError(f"{match[0]}: expected a number of its form before it")
-    for form, compute in ((_TABLE, _table), (_NUMBER, _number), (_SHARE, _share), (_RATE, _rate)):
-        text = form.sub(compute, text)
-    return text
+    text = _SLOPES.sub(_slope_table, _TABLE.sub(_table, text))
+    return _RATE.sub(_rate, _SHARE.sub(_share, _NUMBER.sub(_number, text)))
 
 
 def pictures(text: str) -> dict[Path, str]:
@@ -134,20 +139,20 @@ def _rate(match: re.Match[str]) -> str:
     rates = sorted(losses)
     best = min(rates, key=losses.__getitem__)
     place, end = rates.index(best), ""
-    if best in (rates[0], rates[-1]):
+    three = rates[max(0, place - 1) : place + 2]
+    if len(three) < 3:
         end = " or less" if best == rates[0] else " or more"
-    else:
-        three = rates[place - 1 : place + 2]
+    elif isfinite(sum(losses[rate] for rate in three)):
         a, b, _ = np.polyfit(np.log(three), [losses[rate] for rate in three], 2)
         best = exp(-b / (2 * a))
     return f"{best:.4f}{end}{match[0][match[0].index('<!--') :]}"
 
 
 def _losses_by_rate(file: str, row: str) -> dict[float, float]:
-    """Returns the validation losses of a row's runs on seed 1 that did not diverge."""
+    """Returns the validation losses of a row's runs on seed 1; inf if they diverged."""
     runs = [run for run in _runs(file) if run["row"] == row and run["seed"] == "1"]
     found = {float(run["optimizer.lr"]): float(run["validation_loss"]) for run in runs}
-    return {rate: loss for rate, loss in found.items() if isfinite(loss)}
+    return {rate: loss if isfinite(loss) else inf for rate, loss in found.items()}
 
 
 def _table(match: re.Match[str]) -> str:
@@ -180,6 +185,24 @@ def _table(match: re.Match[str]) -> str:
     return f"<!-- results {file}: {match['rows']} -->\n\n{table}\n\n<!-- end -->"
 
 
+def _slope_table(match: re.Match[str]) -> str:
+    """A row for each label and configuration; the exponents of linear layers are a range."""
+    found = json.loads((FOLDER.parent / "measurements" / f"{match['file']}.json").read_text())
+    lines = [
+        "|  | residual stream | linear layers | head | embedding |",
+        "| --- " + "| ---: " * 4 + "|",
+    ]
+    labels = [label.strip() for label in match["rows"].split(";")]
+    for label, of in zip(labels, found["slopes"].values(), strict=True):
+        others = ["residual stream", "lm_head", "embed_tokens"]
+        layers = sorted(value for name, value in of.items() if name not in others)
+        stream, head, embedding = (f"{of[name]:+.2f}" for name in others)
+        span = f"{layers[0]:+.2f} to {layers[-1]:+.2f}"
+        lines.append(f"| {label} | {stream} | {span} | {head} | {embedding} |")
+    table = "\n".join(lines)
+    return f"<!-- slopes {match['file']}: {match['rows']} -->\n\n{table}\n\n<!-- end -->"
+
+
 def _picture(match: re.Match[str]) -> str:
     figure = Figure((7, 4), layout="constrained")
     axes = figure.subplots()
@@ -205,19 +228,23 @@ def _rates_picture(match: re.Match[str]) -> str:
     figure = Figure((3 * len(methods), 3), layout="constrained")
     panels = figure.subplots(1, len(methods), sharey=True)
     for axes, (method, label) in zip(panels, methods.items(), strict=True):
+        tried: Collection[float] = set()
         for place, width in enumerate(WIDTHS):
             losses = {file: _losses_by_rate(file, f"{method}-h{width}") for file in files}
             lowest = min((loss for of in losses.values() for loss in of.values()), default=0.0)
             for file, of in losses.items():
                 rates = sorted(of)
+                tried = {*tried, *rates}
                 above = [of[rate] - lowest for rate in rates]
                 style, name = ("o-", f"hidden {width}") if file == files[0] else ("x--", None)
                 if rates:
                     axes.plot(rates, above, style, color=f"C{place}", label=name, markersize=4)
         axes.set(xscale="log", xlabel="lr", title=label, ylim=(-0.01, _HIGHEST))
+        axes.minorticks_off()
+        axes.set_xticks(tried := sorted(tried), [f"{rate:g}" for rate in tried])
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set(ylabel="validation loss above the width's lowest")
+    panels[0].set(ylabel="loss above the width's lowest")
     panels[0].legend(frameon=False)
     return _svg(figure, match["file"])
 

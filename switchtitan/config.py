@@ -34,8 +34,6 @@ QUICKSTART = FOLDER / "llama_quickstart_switchlora.toml"
 
 KeyPath = tuple[str, ...]
 """Path of a key, e.g. ("training", "steps")."""
-Expand = Callable[[str], Mapping[str, object]]
-"""Value of a key -> the keys of its section that it stands for; raises a `ConfigError`."""
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 

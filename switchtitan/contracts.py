@@ -46,26 +46,19 @@ class ModelConfig(NamedSection):
     """Number of token ids of the embedding and the head."""
 
     def architecture(self) -> dict[str, object]:
-        """Returns the keys that determine the weights, as plain values; by default all keys.
-
-        Models with equal values can load each other's weights.
-        """
+        """Returns the keys that determine the weights, as plain values; by default all keys. Models
+        with equal values can load each other's weights."""
         return self.model_dump(mode="json")
 
     def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
-        """Returns the `config.json` with which transformers loads the weights by the same names.
-
-        None if transformers has no such model. `seq_len` is that of training.
-        """
+        """Returns the `config.json` with which transformers loads the weights by the same names;
+        None if transformers has no such model. `seq_len` is that of training."""
         return None
 
     @classmethod
     def keys_from_huggingface(cls, found: Mapping[str, Any]) -> dict[str, object]:
-        """Returns the keys of this section for a `config.json` of one of `huggingface_types`.
-
-        Raises:
-            ConfigError: names the keys that are missing, wrong or not supported.
-        """
+        """Returns the keys of this section for a `config.json` of one of `huggingface_types`; a
+        ConfigError names the keys that are missing, wrong or not supported."""
         raise NotImplementedError(f"{cls.__name__} has huggingface_types but reads no config.json")
 
     def weight_copies(self) -> dict[str, str]:
@@ -103,6 +96,10 @@ class MethodConfig(NamedSection):
         one; None, the default: `[optimizer] tuned_hidden_size` was not checked for the method."""
         return None
 
+    def depends_on_length(self) -> bool:
+        """Returns whether a step depends on the number of steps of the run; default: no."""
+        return False
+
     def check_length(self, num_steps: int) -> list[str]:
         """Returns error messages for a run of `num_steps` optimizer steps; none by default."""
         return []
@@ -131,10 +128,10 @@ class OptimizerConfig(NamedSection):
     """Hidden size of the model with which lr and other_lr were tuned; set the key of the same name
     in [model] too. Rates are then multiplied by (tuned_hidden_size / hidden_size)^e: e is 1 for the
     head and, with adamw, matrices in blocks; 1/2 for matrices with muon and low-rank factors with
-    adamw; 0 for factors with muon, embedding, norms and biases. lr * weight_decay stays. With
-    adamw, at full rank, that is muP (arXiv 2203.03466, table 8) without multipliers in the model:
-    heads should keep their width. Its other exponents are ours. Refused where it was not checked.
-    Default: the same rates at every width."""
+    adamw; 0 for factors with muon, embedding, norms and biases. lr * weight_decay stays. With adamw
+    at full rank this is muP (arXiv 2203.03466, table 3) but for attention, which divides by the
+    square root of a head's width: keep that width. The other exponents are ours. Refused where it
+    was not checked. Logs show lr without factors. Default: the same rates at every width."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay, at least 0."""
     decay_norms: bool = False
@@ -205,9 +202,7 @@ class LanguageModel(nn.Module, ABC):
 
     def outer_units(self) -> list[list[nn.Module]]:
         """Returns lists of modules outside the blocks that are gathered before their first call.
-
-        All other weights outside the blocks are gathered for the entire pass. Default: none.
-        """
+        All other weights outside the blocks are gathered for the entire pass. Default: none."""
         return []
 
     @abstractmethod
@@ -310,10 +305,8 @@ class TrainingOptimizer(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the state as flat tensors, DTensors where sharded.
-
-        To restore a state, load into these tensors in place, then call `load_state_dict`.
-        """
+        """Returns the state as flat tensors, DTensors where sharded. To restore a state, load into
+        these tensors in place, then call `load_state_dict`."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...

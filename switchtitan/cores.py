@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -20,27 +21,21 @@ def num_cores(
     That is the number of cores in its affinity mask, or the CPU quota of its control group
     (cgroups(7), version 2, rounded down) if that is lower. `os.cpu_count` knows neither.
     """
-    fewest = float(_num_cores_by_affinity())
-    try:
+    fewest, group = float(_num_cores_by_affinity()), ""
+    with suppress(OSError):  # not Linux
         group = own_cgroup.read_text(encoding="utf-8").strip().rpartition("::")[2].lstrip("/")
-    except OSError:  # not Linux
-        return int(fewest)
     # A container may see its own group as the root, under another path.
     for folder in (cgroup_root / group, *(cgroup_root / group).parents):
-        try:
+        with suppress(OSError):
             quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
-        except OSError:
-            continue
-        if quota != "max":  # microseconds
-            fewest = min(fewest, int(quota) / int(period))
+            if quota != "max":  # microseconds
+                fewest = min(fewest, int(quota) / int(period))
     return max(1, int(fewest))
 
 
 def set_thread_defaults(environ: MutableMapping[str, str], num_cores: int) -> None:
-    """Sets variables of OpenMP and of tokenizers that are not set.
-
-    Call it before torch is imported: GNU's OpenMP reads its variables when it is loaded.
-    """
+    """Sets variables of OpenMP and of tokenizers that are not set. Call it before `import torch`:
+    GNU's OpenMP reads its variables when it is loaded."""
     num_ranks = int(environ.get("LOCAL_WORLD_SIZE") or 1)
     has_fewer = num_cores < _num_cores_by_affinity()
     # Otherwise torch's own default is better: it uses one thread on a core with two hyperthreads.

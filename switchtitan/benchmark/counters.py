@@ -60,9 +60,6 @@ class CountFlops(CountingMode):
     appendix B): two products forward and four backward, without reduction for a causal mask or
     recomputation inside a fused kernel. Recomputation of checkpointed activations is counted.
     Element-wise operations, look-ups and matrix decompositions are not counted.
-
-    Attributes:
-        num_flops: FLOPs so far.
     """
 
     def __init__(self) -> None:
@@ -109,10 +106,8 @@ class CountCommunication(CountingMode):
     on average over ranks. For a full (unsharded) tensor of S bytes and n ranks: all_gather,
     reduce_scatter and broadcast (n-1)/n S, all_reduce 2 (n-1)/n S; gather and scatter (n-1)/n of a
     shard, all_to_all (n-1)/n of a rank's input. S includes the rows with which FSDP2 pads uneven
-    shards. Other NCCL algorithms, such as trees, and protocol overhead are not modeled.
-
-    Raises:
-        NotImplementedError: at a collective of another kind.
+    shards. Other NCCL algorithms, such as trees, and protocol overhead are not modeled. Raises a
+    NotImplementedError at a collective of another kind.
     """
 
     def __init__(self) -> None:

@@ -4,7 +4,6 @@ the largest micro-batch that fits in a device's memory."""
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from switchtitan.benchmark.counters import CollectiveCount, CountCommunication, CountFlops
 from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
@@ -23,8 +22,6 @@ NUM_MICRO_BATCHES = 2
 USABLE_SHARE = 0.9
 """The share of a device's memory that tensors may take. The rest is for what estimates leave out:
 the CUDA context, libraries, kernel workspaces and fragmentation."""
-
-Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,8 @@ def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
 
     Measures the second step, since the first may allocate the optimizer's state. Of many
     micro-batches it runs `_NUM_SIMULATED`: all but the first and the last cost the same.
-    docs/PERFORMANCE.md says what else is assumed.
-
-    Raises:
-        EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
+    docs/PERFORMANCE.md says what else is assumed. Raises an EnvironmentMismatchError if the ranks
+    do not fill the mesh of `config`.
     """
     training = config.training
     num_micro_batches = training.global_batch_size // (num_ranks * training.local_batch_size)
@@ -67,21 +62,18 @@ def estimate_step(config: JobConfig, num_ranks: int) -> StepEstimate:
         return _simulate_step(config, num_ranks, num_micro_batches)
     fewer = _simulate_step(config, num_ranks, _NUM_SIMULATED - 1)
     few = _simulate_step(config, num_ranks, _NUM_SIMULATED)
-
-    def extrapolated(low: Number, high: Number) -> Number:
-        return high + num_more * (high - low)
-
     communication = {
-        kind: CollectiveCount._make(map(extrapolated, fewer.communication[kind], count))
+        kind: CollectiveCount._make(
+            high + num_more * (high - low)
+            for low, high in zip(fewer.communication[kind], count, strict=True)
+        )
         for kind, count in few.communication.items()
     }
     return replace(
         few,
         communication=communication,
-        forward_backward_flops=extrapolated(
-            fewer.forward_backward_flops, few.forward_backward_flops
-        ),
-        full_rank_flops=extrapolated(fewer.full_rank_flops, few.full_rank_flops),
+        forward_backward_flops=few.forward_backward_flops * num_micro_batches // _NUM_SIMULATED,
+        full_rank_flops=few.full_rank_flops * num_micro_batches // _NUM_SIMULATED,
     )
 
 
@@ -105,16 +97,14 @@ def measure_step(stepper: Stepper, seq_len: int) -> StepEstimate:
         forward_backward_flops = flops.num_flops
         stepper.update()
         stepper.finish_step(result)
-    num_tokens = stepper.state.tokens_seen - tokens_seen_before
+    tokens_of_rank = (stepper.state.tokens_seen - tokens_seen_before) // stepper.world.size
     saved = CheckpointTensors(stepper.model, stepper.optimizer)()
     return StepEstimate(
         memory.use,
         communication.counts,
         forward_backward_flops=forward_backward_flops,
         update_flops=flops.num_flops - forward_backward_flops,
-        full_rank_flops=stepper.model.num_flops_per_token(seq_len)
-        * num_tokens
-        // stepper.world.size,
+        full_rank_flops=stepper.model.num_flops_per_token(seq_len) * tokens_of_rank,
         parameters=count_parameters(stepper.model),
         checkpoint_bytes=sum(tensor.numel() * tensor.itemsize for tensor in saved.values()),
     )
@@ -132,14 +122,8 @@ class Fit:
 
 
 def largest_batch_sizes(config: JobConfig, num_ranks: int, memories_gib: Sequence[float]) -> Fit:
-    """Searches the largest micro-batches of `config`, whose local batch size is not used.
-
-    Args:
-        memories_gib: memory of each kind of device, in GiB.
-
-    Raises:
-        EnvironmentMismatchError: if the ranks do not fill the mesh of `config`.
-    """
+    """Searches the largest micro-batches of `config`, whose local batch size is not used, for each
+    kind of device. Raises an EnvironmentMismatchError if the ranks do not fill the mesh."""
     peaks: dict[int, int] = {}
     with fake_stepper(config, num_ranks) as stepper:
         # The first step may allocate the optimizer's state.

@@ -82,7 +82,7 @@ class TrackMemory(CountingMode):
                     lambda parameter: self._hold(parameter.grad, GRADIENTS)
                 )
                 self._clean_up.callback(hook.remove)
-        for buffer in host_buffers(model).values():
+        for buffer in host_buffers(model):
             self._hold(buffer, HOST)
         for buffer in model.buffers():
             self._hold(buffer, BUFFERS)

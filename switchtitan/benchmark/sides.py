@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Sequence
 
-from switchtitan.config import raise_together
 from switchtitan.errors import ConfigError
 from switchtitan.job.checks import check
 from switchtitan.job.config import JobConfig, parse_arguments, parse_unchecked
@@ -18,17 +17,14 @@ def load_sides(
     keys: Sequence[str],
     parse: Callable[[Sequence[str]], JobConfig] = parse_arguments,
 ) -> dict[str, JobConfig]:
-    """Returns the configurations of all sides, by argument.
+    """Returns the configurations of all sides, by argument. Raises a ConfigError with all errors of
+    a side in one message, also if a side and `keys` have a key in common.
 
     Args:
         arguments: each `FILE` or `FILE:section.key=value,section.key=value`, whose values may
             contain commas; a repeated one gets a number.
         keys: words `--section.key value ...` for all sides.
         parse: reads a side's `--config FILE --section.key value ...`.
-
-    Raises:
-        ConfigError: with all errors of a side in one message; also if a side and `keys` have a key
-            in common.
     """
     configs: dict[str, JobConfig] = {}
     for index, argument in enumerate(arguments):
@@ -51,7 +47,7 @@ def load_simulated_sides(
 
     def parse(words: Sequence[str]) -> JobConfig:
         config = parse_unchecked(words)
-        raise_together(check(config, num_ranks, device=None))
+        check(config, num_ranks, device=None)
         return config
 
     return load_sides(arguments, keys, parse)

@@ -4,7 +4,6 @@ import gc
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,63 +23,35 @@ _RECOMPILE_LIMIT = 256
 share their functions."""
 
 
-@dataclass(frozen=True)
-class StepTimes:
-    """Times of one configuration's training steps on this rank."""
-
-    step_s: NDArray[np.float64]
-    """[rounds]: seconds of a step, its batch included; the mean of a round."""
-    tokens_per_step: int
-    """Tokens of the global batch, over all ranks."""
-
-    @property
-    def median_s(self) -> float:
-        """The median over rounds."""
-        return float(np.median(self.step_s))
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens per second of the median round."""
-        return self.tokens_per_step / self.median_s
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Ratio of the times of two sides."""
-
-    value: float
-    low: float
-    """Lower end of the 95 % bootstrap interval; `high` is the upper end."""
-    high: float
-
-
-def ratio_of_steps(times: StepTimes, reference: StepTimes) -> Ratio:
-    """Returns the median over rounds of a round's time divided by that of the reference's round.
+def ratio_of_steps(step_s: NDArray, reference_s: NDArray) -> dict[str, float]:
+    """Returns the median over rounds of a round's time divided by that of the reference's round, as
+    `value`, and its 95 % interval from `low` to `high`.
 
     Rounds are compared pairwise, so that a slowdown longer than a round affects both. The interval
     is the percentile bootstrap over rounds (Efron 1979), from 2000 resamples with a fixed seed; it
     is rough for few rounds.
+
+    Args:
+        step_s, reference_s: [rounds], of `time_steps_side_by_side`.
     """
-    ratios = times.step_s / reference.step_s
+    ratios = step_s / reference_s
     draws = np.random.default_rng(0).integers(len(ratios), size=(2000, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
-    return Ratio(float(np.median(ratios)), float(low), float(high))
+    return {"value": float(np.median(ratios)), "low": float(low), "high": float(high)}
 
 
 def time_steps_side_by_side(
     configs: Mapping[str, JobConfig], rounds: int, steps_per_round: int
-) -> dict[str, StepTimes]:
+) -> dict[str, NDArray]:
     """Times training steps of several configurations: each round runs `steps_per_round` of each.
 
     Every second round reverses their order, since the first may be slower or faster for being
     first. All models are in memory at once. Nothing is evaluated, saved or reported. Collective
     over all ranks.
 
-    Args:
-        configs: by any name.
-
     Returns:
-        This rank's times by the same names, from step `WARM_UP_STEPS` + 1 on.
+        By the names of `configs`, [rounds]: seconds of a step on this rank, its batch included, the
+        mean of a round, from step `WARM_UP_STEPS` + 1 on.
 
     Raises:
         ConfigError: if a configuration has fewer steps than are timed, or they differ in a key that
@@ -110,12 +81,7 @@ def time_steps_side_by_side(
         for index in range(rounds):
             for name in reversed(steppers) if index % 2 else steppers:
                 step_s[name].append(_take_steps(name, steppers[name], steps_per_round))
-    return {
-        name: StepTimes(
-            np.array(step_s[name]), config.training.global_batch_size * config.data.seq_len
-        )
-        for name, config in configs.items()
-    }
+    return {name: np.array(of) for name, of in step_s.items()}
 
 
 def _take_steps(name: str, stepper: Stepper, num_steps: int) -> float:

@@ -1,7 +1,7 @@
 """Steppers to measure: on real ranks and data, or on fake tensors for any number of ranks."""
 
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,8 @@ def real_stepper(config: JobConfig) -> Iterator[Stepper]:
     corpus = open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
     batches = build_batches(config, corpus, world, TrainState())
     dtype = dtype_on(world.device, config.training.dtype, world=world).dtype
-    stepper = build_stepper(config, world, batches, compute_dtype=dtype)
-    try:
+    with closing(build_stepper(config, world, batches, compute_dtype=dtype)) as stepper:
         yield stepper
-    finally:
-        stepper.close()
 
 
 @contextmanager
@@ -42,14 +39,11 @@ def fake_stepper(config: JobConfig, num_ranks: int, device: str = "cpu") -> Iter
     Its tensors are fake (shapes without values), and its collectives do nothing: it requires no
     ranks, no memory for the model and no corpus. dtype "auto" is bf16, as on current GPUs. Run
     steps inside the context. A process must not take several ranks, since torch caches the shapes
-    of a rank's shards.
+    of a rank's shards. Raises an EnvironmentMismatchError if the model cannot train on the device,
+    or the ranks do not fill the mesh of `config`.
 
     Args:
         device: "cuda:0" in a process of `call_with_gpus`, where regions compile as `config` says.
-
-    Raises:
-        EnvironmentMismatchError: if the model cannot train on the device, or the ranks do not fill
-            the mesh of `config`.
     """
     assert not dist.is_initialized(), "this process already has a process group"
     shape = mesh_shape(config.parallelism, num_ranks)

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from switchtitan.benchmark.estimate import MAX_BATCH_SIZE, Fit, StepEstimate
-from switchtitan.benchmark.gpu.record import StepOnGpu
-from switchtitan.benchmark.gpu.roofline import bounds_s, costs_by
+from switchtitan.benchmark.gpu.record import StepOnGpu, bounds_s, costs_by
 from switchtitan.benchmark.memory_tracker import KINDS, STATE
-from switchtitan.benchmark.step_times import StepTimes, ratio_of_steps
+from switchtitan.benchmark.step_times import ratio_of_steps
 from switchtitan.distributed.gpus import card_of
 from switchtitan.job.config import JobConfig
 
@@ -19,37 +20,41 @@ _NUM_OPERATIONS = 20
 """Lines of the operations with the highest bounds."""
 
 
-def step_table(times: Mapping[str, StepTimes]) -> list[str]:
-    """Formats one line per configuration; ratios are to the first."""
+def step_table(record: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Formats one line per configuration of a `step_record`; ratios are to the first."""
     rows = [("ms/step", "tokens/s", "ratio", "95 % interval", "")]
-    reference = next(iter(times.values()))
-    for name, side_times in times.items():
-        speed = _four_digits(1e3 * side_times.median_s), tqdm.format_sizeof(side_times.tokens_per_s)
-        ratio = ratio_of_steps(side_times, reference)
-        interval = "" if side_times is reference else f"{ratio.low:.3f}-{ratio.high:.3f}"
-        rows.append((*speed, f"{ratio.value:.3f}", interval, name))
+    for name, of in record.items():
+        speed = _four_digits(1e3 * of["step_s"]), tqdm.format_sizeof(of["tokens_per_s"])
+        ratio = of["ratio"]
+        interval = f"{ratio['low']:.3f}-{ratio['high']:.3f}" if len(rows) > 1 else ""
+        rows.append((*speed, f"{ratio['value']:.3f}", interval, name))
     return _aligned(rows)
 
 
 def slope_table(slopes: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Formats one line per configuration: the exponent of the change of each layer."""
-    names = list(next(iter(slopes.values())))
-    lines = [(*(f"{of[name]:+.2f}" for name in names), config) for config, of in slopes.items()]
+    names = dict.fromkeys(name for of in slopes.values() for name in of)
+    lines = [
+        (*(f"{of[name]:+.2f}" if name in of else "" for name in names), config)
+        for config, of in slopes.items()
+    ]
     return _aligned([(*names, ""), *lines])
 
 
-def step_record(times: Mapping[str, StepTimes]) -> dict[str, Any]:
+def step_record(
+    times: Mapping[str, NDArray], configs: Mapping[str, JobConfig]
+) -> dict[str, dict[str, Any]]:
     """Returns by configuration: seconds of a step, the median over rounds and in each round, and
     the ratio to the first one, with its 95 % interval."""
-    reference = next(iter(times.values()))
+    reference_s = next(iter(times.values()))
     return {
         name: {
-            "step_s": side_times.median_s,
-            "tokens_per_s": side_times.tokens_per_s,
-            "rounds_s": side_times.step_s.tolist(),
-            "ratio": asdict(ratio_of_steps(side_times, reference)),
+            "step_s": (median_s := float(np.median(step_s))),
+            "tokens_per_s": _tokens_per_step(configs[name]) / median_s,
+            "rounds_s": step_s.tolist(),
+            "ratio": ratio_of_steps(step_s, reference_s),
         }
-        for name, side_times in times.items()
+        for name, step_s in times.items()
     }
 
 
@@ -76,7 +81,7 @@ def size_table(
     rows = [(*first.parameters, "steps", "tokens", "checkpoint GiB", "")]
     for name, estimate in estimates.items():
         training = configs[name].training
-        num_tokens = training.steps * training.global_batch_size * configs[name].data.seq_len
+        num_tokens = training.steps * _tokens_per_step(configs[name])
         counts = [f"{number:,}" for number in estimate.parameters.values()]
         size = _four_digits(estimate.checkpoint_bytes / _GIB)
         rows.append((*counts, f"{training.steps:,}", tqdm.format_sizeof(num_tokens), size, name))
@@ -173,6 +178,10 @@ def gpu_record(steps: Mapping[str, Mapping[str, StepOnGpu]]) -> dict[str, Any]:
         }
         for name, by_arch in steps.items()
     }
+
+
+def _tokens_per_step(config: JobConfig) -> int:
+    return config.training.global_batch_size * config.data.seq_len
 
 
 def _gib(num_bytes: int) -> str:

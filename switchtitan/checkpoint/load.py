@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, filesystem, metadata, planner_helpers
+from torch.distributed.checkpoint import CheckpointException, filesystem, metadata
 
 from switchtitan.checkpoint.config import RESUME_AUTO, RESUME_NEVER, CheckpointConfig
 from switchtitan.checkpoint.save import (
@@ -220,7 +220,13 @@ def read_rows(path: Path, name: str, rows: range) -> Tensor:
     """Returns rows of a tensor, on the CPU; reads only the saved shards that hold them."""
     saved = saved_tensors(path)[name]
     into = torch.empty(len(rows), *saved.shape[1:], dtype=saved.dtype)
-    _read_(path, {name: into}, _RowsPlanner(rows.start))
+    first = torch.Size([rows.start, *[0] * (into.ndim - 1)])
+    place = metadata.ChunkStorageMetadata(first, into.shape)
+    # As a DTensor, it says which part is here (torch.distributed._checkpointable).
+    sharded = torch.empty((), dtype=saved.dtype).expand(saved.shape)
+    sharded.__create_chunk_list__ = lambda: [place]  # type: ignore[attr-defined]
+    sharded.__get_tensor_shard__ = lambda index: into  # type: ignore[attr-defined]
+    _read_(path, {name: sharded})
     return into
 
 
@@ -234,30 +240,11 @@ def saved_tensors(path: Path) -> dict[str, Tensor]:
         }
 
 
-def _read_(path: Path, tensors: Mapping[str, Tensor], planner: Any = None) -> None:
+def _read_(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with _reading(path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is .*single process")
         # No joint planning.
-        dcp.load(dict(tensors), storage_reader=_Reader(path), planner=planner, no_dist=True)
-
-
-class _RowsPlanner(dcp.DefaultLoadPlanner):
-    """Fills one tensor with the rows of a saved one from `first_row` on."""
-
-    def __init__(self, first_row: int) -> None:
-        super().__init__()
-        self._first_row = first_row
-
-    def create_local_plan(self) -> dcp.LoadPlan:
-        ((name, into),) = self.state_dict.items()
-        offsets = torch.Size([self._first_row, *[0] * (into.ndim - 1)])
-        wanted = metadata.ChunkStorageMetadata(offsets, into.shape)
-        saved: Any = self.metadata and self.metadata.state_dict_metadata[name]
-        items = planner_helpers.create_read_items_for_chunk_list(name, saved, [wanted])
-        return dcp.LoadPlan(items)
-
-    def lookup_tensor(self, index: metadata.MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn]
+        dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=True)
 
 
 class _Reader(filesystem.FileSystemReader):

@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CHECKPOINTS_FOLDER = "checkpoints"
-"""The folder of checkpoints in a run's output folder."""
 METADATA_FILE, SUMS_FILE = "metadata.json", "SHA256SUMS"
 TENSOR_FILES = r"__\d+_\d+\.distcp|\.metadata"
 """A pattern of the names of the files that torch writes: one for each rank, and the index."""
@@ -136,14 +135,12 @@ class Checkpointer:
     def save(
         self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, JsonValue]
     ) -> None:
-        """Writes `<folder>/step-<step>`; waits for an earlier save in progress.
+        """Writes `<folder>/step-<step>`: DTensors, or plain tensors that are the same on every
+        rank. Waits for an earlier save in progress.
 
         With `async_save`, returns once `tensors` are copied and may change; `poll` or `finish`
         completes the save. Raises a CheckpointError on every rank if this save or the earlier one
         fails; older checkpoints are untouched.
-
-        Args:
-            tensors: DTensors, or plain tensors that are the same on every rank.
         """
         self.finish()
         state = {"format_version": FORMAT_VERSION, "step": step, "train_state": train_state}
@@ -249,9 +246,8 @@ def join_writers(timeout_s: float) -> bool:
 def copy_to_host(tensors: Mapping[str, Tensor], reused: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns copies of the local shards on the host, complete; the host waits once for all.
 
-    Args:
-        reused: host memory by name, page-locked for tensors on CUDA; what is missing is added.
-            Writing to memory that is already allocated takes a quarter of the time.
+    `reused` is host memory by name, page-locked for tensors on CUDA, to which what is missing is
+    added. Writing to memory that is already allocated takes a quarter of the time.
     """
     shards = {name: local(tensor) for name, tensor in tensors.items()}
     for name, shard in shards.items():

@@ -20,9 +20,17 @@ import sys
 from functools import partial
 from typing import Any
 
+from switchtitan.benchmark import tables
+from switchtitan.benchmark.coordinates import at_hidden_size, changes_in_a_step, slopes
 from switchtitan.benchmark.gpu.device import call_with_gpus
+from switchtitan.benchmark.gpu.record import record_steps
+from switchtitan.benchmark.sides import load_sides, load_simulated_sides
+from switchtitan.benchmark.step_times import WARM_UP_STEPS, time_steps_side_by_side
 from switchtitan.cli.main import add_json, positive_int
 from switchtitan.distributed.gpus import ARCHS, card_of
+from switchtitan.distributed.world import place_from_launcher
+from switchtitan.errors import ConfigError
+from switchtitan.observability.environment import describe_environment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,49 +78,37 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _run_coordinates(options: argparse.Namespace) -> dict[str, Any]:
-    from switchtitan.benchmark.coordinates import at_hidden_size, changes_in_a_step, slopes
-    from switchtitan.benchmark.sides import load_sides
-    from switchtitan.benchmark.tables import slope_table
-
+    if place_from_launcher()[1] > 1 or len(set(options.sizes)) < 2:
+        raise ConfigError(f"--sizes {options.sizes}: expected two sizes or more, on one rank")
     sides = load_sides(options.configs, options.keys)
     changes = {
         name: {size: changes_in_a_step(at_hidden_size(config, size)) for size in options.sizes}
         for name, config in sides.items()
     }
     found = {name: slopes(by_size) for name, by_size in changes.items()}
-    print("\n".join(slope_table(found)), flush=True)
+    print("\n".join(tables.slope_table(found)), flush=True)
     return {"slopes": found, "changes": changes}
 
 
 def _run_step(options: argparse.Namespace) -> dict[str, Any] | None:
-    from switchtitan.benchmark.sides import load_sides
-    from switchtitan.benchmark.step_times import WARM_UP_STEPS, time_steps_side_by_side
-    from switchtitan.benchmark.tables import step_record, step_table
-    from switchtitan.distributed.world import place_from_launcher
-    from switchtitan.observability.environment import describe_environment
-
     rank, num_ranks, _ = place_from_launcher()
     configs = load_sides(options.configs, options.keys)
     times = time_steps_side_by_side(configs, options.rounds, options.steps_per_round)
     if rank != 0:
         return None
-    print("\n".join(step_table(times)), flush=True)
+    steps = tables.step_record(times, configs)
+    print("\n".join(tables.step_table(steps)), flush=True)
     return {
         "environment": describe_environment(),
         "num_ranks": num_ranks,
         "rounds": options.rounds,
         "steps_per_round": options.steps_per_round,
         "warm_up_steps": WARM_UP_STEPS,
-        "steps": step_record(times),
+        "steps": steps,
     }
 
 
 def _run_gpu(options: argparse.Namespace) -> dict[str, Any]:
-    from switchtitan.benchmark import tables
-    from switchtitan.benchmark.gpu.record import record_steps
-    from switchtitan.benchmark.sides import load_simulated_sides
-    from switchtitan.observability.environment import describe_environment
-
     configs = load_simulated_sides(options.configs, options.keys, options.num_ranks)
     if sys.stderr.isatty():
         print("compiling: about a minute for each configuration", file=sys.stderr)

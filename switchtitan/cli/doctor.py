@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from switchtitan.registry import is_installed
 
@@ -27,18 +27,6 @@ _EXTRAS = {
 _EAGER = "pass --compile.blocks false --compile.loss false --compile.optimizer false"
 
 
-class Check(NamedTuple):
-    """One line of the report."""
-
-    name: str
-    fine: str
-    problem: str = ""
-    """Empty if there is none."""
-    fix: str = ""
-    status: Literal["optional", "warning", "missing"] = "warning"
-    """Of a problem."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = "where runs go; need not exist (default: outputs)"
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help=where)
@@ -46,33 +34,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Prints and returns the findings."""
-    findings, can_train = [], True
-    for name, fine, problem, fix, severity in _checks(options.output_dir):
-        status, detail, remedy = (severity, problem, fix) if problem else ("ok", fine, None)
-        can_train &= status != "missing"
-        print(f"{status:<8} {name:<15} {detail}", flush=True)
-        if remedy is not None:
-            print(f"{'':<25}-> {remedy}", flush=True)
-        findings.append({"status": status, "name": name, "detail": detail, "fix": remedy})
+    findings = []
+    for finding in _checks(options.output_dir):
+        print("{status:<8} {name:<15} {detail}".format_map(finding), flush=True)
+        if finding["fix"] is not None:
+            print(f"{'':<25}-> {finding['fix']}", flush=True)
+        findings.append(finding)
+    can_train = all(finding["status"] != "missing" for finding in findings)
     print("training works here" if can_train else "training cannot work here: see what is missing")
     return {"can_train": can_train, "findings": findings, "exit_status": 0 if can_train else 1}
 
 
-def _checks(output_dir: Path) -> Iterator[Check]:
-    yield Check("Python", f"{sys.version.split()[0]}, {sys.executable}")
+def _found(
+    name: str, fine: str, problem: str = "", fix: str = "", severity: str = "warning"
+) -> dict[str, str | None]:
+    """Returns what is fine, or a problem, if there is one."""
+    status, detail = (severity, problem) if problem else ("ok", fine)
+    return {"status": status, "name": name, "detail": detail, "fix": fix if problem else None}
+
+
+def _checks(output_dir: Path) -> Iterator[dict[str, str | None]]:
+    yield _found("Python", f"{sys.version.split()[0]}, {sys.executable}")
     try:
         torch = importlib.import_module("torch")
     except Exception as error:  # a broken installation raises many kinds
         reason = str(error).partition("\n")[0] or type(error).__name__
         fix = "install torch as pytorch.org/get-started says"
-        yield Check("torch", "", f"cannot be imported ({reason})", fix, "missing")
+        yield _found("torch", "", f"cannot be imported ({reason})", fix, "missing")
     else:
-        yield Check("torch", torch.__version__)
+        yield _found("torch", torch.__version__)
         yield from _checks_with_torch()
     for extra, (package, purpose) in _EXTRAS.items():
         problem = "" if is_installed(package) else f"{package} is not installed, {purpose}"
         fix = f"run pip install '.[{extra}]' in the checkout if you need it"
-        yield Check(extra, f"{package} is installed, {purpose}", problem, fix, "optional")
+        yield _found(extra, f"{package} is installed, {purpose}", problem, fix, "optional")
     folder = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     workers = "start the container with --shm-size 8g, or set [data] num_workers = 0"
     for name, place, least_gib, fix in (
@@ -84,7 +79,7 @@ def _checks(output_dir: Path) -> Iterator[Check]:
             free_gib = shutil.disk_usage(place).free / 2**30
             detail = f"{free_gib:.1f} GiB free for {place}"
             problem = detail if free_gib < least_gib else ""
-            yield Check(name, detail, problem, f"{fix}: less than {least_gib} GiB is short")
+            yield _found(name, detail, problem, f"{fix}: less than {least_gib} GiB is short")
     problem = ""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -92,10 +87,10 @@ def _checks(output_dir: Path) -> Iterator[Check]:
     except OSError as error:
         problem = f"no file can be written and locked in {folder} ({error.strerror})"
     fix = "choose another folder as [job] output_dir; on Lustre, mount with -o flock"
-    yield Check("writing", f"files are written and locked in {folder}", problem, fix, "missing")
+    yield _found("writing", f"files are written and locked in {folder}", problem, fix, "missing")
 
 
-def _checks_with_torch() -> Iterator[Check]:
+def _checks_with_torch() -> Iterator[dict[str, str | None]]:
     import torch
 
     from switchtitan.distributed.dtype import bf16_support
@@ -106,13 +101,13 @@ def _checks_with_torch() -> Iterator[Check]:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = "cuda" if num_gpus else "cpu"
     problem, _, fix = (missing_toolchain(device) or "").partition("; ")
-    yield Check("compiler", "torch.compile builds code", problem, f"{fix}; until then, {_EAGER}")
+    yield _found("compiler", "torch.compile builds code", problem, f"{fix}; until then, {_EAGER}")
     support = bf16_support(torch.device(device))
     problem = "" if support.is_native else support.evidence
-    yield Check("bfloat16", support.evidence, problem, 'dtype = "auto" trains in float32')
+    yield _found("bfloat16", support.evidence, problem, 'dtype = "auto" trains in float32')
     for index in range(num_gpus):
         gpu = torch.cuda.get_device_properties(index)
-        yield Check(f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB")
+        yield _found(f"GPU {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB")
     if not num_gpus:
         problem, _, fix = (unusable_gpu() or "").partition("; ")
-        yield Check("GPU", "none: trains on the CPU", problem, fix, "missing")
+        yield _found("GPU", "none: trains on the CPU", problem, fix, "missing")

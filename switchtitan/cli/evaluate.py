@@ -8,16 +8,14 @@ run's corpus or other text. Other weights (a folder in Hugging Face's layout, a 
 folder, a safetensors file) need --corpus, --text or --config, which says model and corpus."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from switchtitan.cli.main import add_model_arguments, positive_int
-from switchtitan.cli.prepare import open_given
-from switchtitan.contracts import Batch
-from switchtitan.data.corpus import VERIFIED_BYTES, Corpus
+from switchtitan.data.corpus import VERIFIED_BYTES, Corpus, open_prepared
 from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.prepare import open_corpus
-from switchtitan.data.recorded import find_recorded
 from switchtitan.data.tokenizer import TextSize
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import dtype_on
@@ -27,6 +25,7 @@ from switchtitan.generation.text import held_out_text
 from switchtitan.generation.trained import (
     TrainedModel,
     check_tokens,
+    corpus_of_run,
     find_tokenizer,
     for_evaluation,
     open_tokenizer,
@@ -111,14 +110,18 @@ def _open_held_out(
     config: JobConfig | None,
     seq_len: int,
     world: World,
-) -> tuple[ValidationBatches | list[Batch], TextSize, dict[str, Any]]:
-    """Returns this rank's batches of a corpus or all of a text, the text's size, and what it is."""
+) -> tuple[ValidationBatches, TextSize, dict[str, Any]]:
+    """Returns this rank's batches of a corpus or a text, the size of all, and what it is."""
     batch_size = _LOCAL_BATCH_SIZE if config is None else config.training.local_batch_size
+    batches_of = partial(
+        ValidationBatches, local_batch_size=batch_size, rank=world.rank, num_ranks=world.size
+    )
     if options.text is not None:
         tokenizer = open_tokenizer(trained, options.tokenizer)
         check_tokens(trained, [tokenizer.vocab_size - 1])
-        own = held_out_text(options.text, options.tokens, tokenizer, seq_len, batch_size)
-        return *own, {"text": options.text}
+        text, targets, size = held_out_text(options.text, options.tokens, tokenizer, seq_len)
+        batches = batches_of(text, len(text), targets=targets)
+        return batches, size, {"text": options.text}
     split: Literal["validation", "test"] = options.split or "validation"
     evaluation = EvaluationConfig() if config is None else config.evaluation
     configured = evaluation.test_tokens if split == "test" else None
@@ -133,13 +136,7 @@ def _open_held_out(
     if options.tokens is None:
         # A default is no request for more than there is.
         num_sequences = min(num_sequences, sequences.num_unshuffled)
-    batches = ValidationBatches(
-        sequences,
-        num_sequences=num_sequences,
-        local_batch_size=batch_size,
-        rank=world.rank,
-        num_ranks=world.size,
-    )
+    batches = batches_of(sequences, num_sequences)
     described = {"corpus": corpus.description, "fingerprint": corpus.fingerprint, "split": split}
     return batches, batches.text_size(corpus.tokenizer()), described
 
@@ -151,9 +148,9 @@ def _open_corpus(
     metadata = trained.metadata
     trained_on = metadata and metadata.identity_value("corpus", "fingerprint", str)
     if options.corpus is not None:
-        corpus = open_given(options.corpus)
-    elif metadata is not None and config is not None:
-        corpus = find_recorded(metadata.run, config.data.cache_dir, trained.source)
+        corpus = open_prepared(options.corpus)
+    elif metadata is not None:
+        corpus = corpus_of_run(metadata, trained.source)
         corpus.verify(VERIFIED_BYTES)
     elif config is not None:
         corpus = open_corpus(config.data, prepares=False)
@@ -167,9 +164,8 @@ def _open_corpus(
     # Without one next to the weights, --config says that the corpus's is the model's.
     find = find_tokenizer if options.corpus is None else open_tokenizer
     own = find(trained, options.tokenizer)
-    if own is not None and corpus.index.tokenizer.bos is False:
-        own = own.without_bos()
-    if own is not None and own.sha256 != corpus.index.tokenizer.sha256:
+    found = corpus.index.tokenizer.sha256
+    if own is not None and found not in (own.sha256, own.without_bos().sha256):
         raise CorpusError(
             f"{corpus.folder}: its tokenizer is not that of {trained.source}; prepare the corpus "
             "with that one ([data] tokenizer), or pass --text FILE"

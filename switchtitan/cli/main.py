@@ -118,7 +118,9 @@ def _run(module: ModuleType, command: str, words: Sequence[str]) -> None:
     if options.json is not None:
         _check_json(Path(options.json))
     options.keys, options.command = keys, shlex.join(["switchtitan", command, *words])
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.set_name("switchtitan")  # `configure_logging` replaces it
+    logging.basicConfig(format="%(message)s", handlers=[handler])
     if command in _TELLING:
         logging.getLogger("switchtitan").setLevel(logging.INFO)
     errors.interrupt_on_sigterm()
@@ -158,10 +160,8 @@ def _check_json(file: Path) -> None:
 
 
 def _exit(status: int) -> NoReturn:
-    """Ends the process as Python does, but destroys no objects.
-
-    Process groups that an error leaves behind would abort it if a thread of gloo still runs.
-    """
+    """Ends the process as Python does, but destroys no objects: process groups that an error leaves
+    behind would abort it if a thread of gloo still runs."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -19,14 +19,11 @@ import numpy as np
 from switchtitan.cli.main import positive_int
 from switchtitan.config import find_config, load_config, read_with_bases, split_arguments
 from switchtitan.data.config import DataConfig
-from switchtitan.data.corpus import INDEX_FILE, Corpus, SplitName, open_prepared
+from switchtitan.data.corpus import Corpus, SplitName, open_prepared
 from switchtitan.data.prepare import open_corpus
 from switchtitan.errors import ConfigError
 from switchtitan.job.config import JobConfig, print_note
 from switchtitan.registry import Section
-
-_SEQ_LEN = 128
-"""Of a corpus without a configuration."""
 
 
 class DataJobConfig(Section):
@@ -52,11 +49,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     UserError if it cannot be read or prepared, or has no such split."""
     config = read_data_config(options.keys)
     if options.corpus is None:
-        corpus, seq_len = open_corpus(config), config.seq_len
+        corpus = open_corpus(config)
         corpus.verify(math.inf)
     else:
-        corpus = open_given(options.corpus)
-        seq_len = config.seq_len if "seq_len" in config.model_fields_set else _SEQ_LEN
+        corpus = open_prepared(options.corpus)
         for key in config.model_fields_set - {"seq_len"}:
             raise ConfigError(f"[data] {key}: has no effect with --corpus; leave one out")
     tokenizer = corpus.index.tokenizer
@@ -71,7 +67,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     print(f"tokenizer    {tokenizer.vocab_size:,} tokens, documents end in {tokenizer.eos_token}")
     print(f"fingerprint  {corpus.fingerprint}")
     if options.show is not None:
-        result |= _show_sequences(corpus, options.split, seq_len, options.show, options.seed)
+        result |= _show_sequences(corpus, options.split, config.seq_len, options.show, options.seed)
     return result
 
 
@@ -88,16 +84,6 @@ def read_data_config(words: list[str]) -> DataConfig:
     for message in config.without_effect():
         print_note(f"[data] {message}; remove it")
     return config
-
-
-def open_given(folder: Path) -> Corpus:
-    """Opens the corpus of `--corpus FOLDER`."""
-    if not (folder / INDEX_FILE).is_file():
-        raise ConfigError(
-            f"--corpus {folder}: no file {folder / INDEX_FILE}; expected a folder that "
-            "`switchtitan prepare` has written"
-        )
-    return open_prepared(folder)
 
 
 def _show_source(source: Corpus) -> dict[str, Any]:

@@ -6,16 +6,16 @@
 
 The page has results, curves, and the keys of the configurations that differ. It needs no server and
 no network. `--spectrum` draws singular values and ranks of the change of the runs' weights since
-step 0, which are drawn again from the seed or read from [checkpoint] initial_weights: of each run's
-newest checkpoint, and over training if [spectrum] interval was set."""
+step 0, which are drawn again from the seed or read from [checkpoint] initial_weights, of each run's
+newest checkpoint; curves have the ranks that [spectrum] interval has measured."""
 
 import argparse
 from pathlib import Path
 
 from switchtitan.errors import ConfigError
-from switchtitan.report.curves import draw_curves
-from switchtitan.report.page import Pictures, read_run, write_page
-from switchtitan.spectra import plots
+from switchtitan.observability.tensorboard import read_curves
+from switchtitan.report.page import Pictures, write_page
+from switchtitan.report.pictures import curve_panels, draw, measure, rank_table, spectrum_panels
 
 _FORMATS = (".html", ".png", ".svg", ".pdf")
 
@@ -42,23 +42,23 @@ def run(options: argparse.Namespace) -> dict[str, str]:
     labels = [run.resolve().name for run in options.runs]
     if len(set(labels)) < len(labels):
         labels = [str(run) for run in options.runs]
-    runs, records = dict(zip(labels, options.runs, strict=True)), {}
+    runs = dict(zip(labels, options.runs, strict=True))
     pictures: Pictures = {}
     if is_page or not options.spectrum:
-        records = {label: read_run(folder) for label, folder in runs.items()}
-        curves = {label: record.curves for label, record in records.items()}
-        pictures["Curves"] = draw_curves(curves), None
+        curves = {label: read_curves(folder) for label, folder in runs.items()}
+        pictures["Curves"] = draw(curve_panels(curves)), None
     if options.spectrum:
-        spectra = {label: plots.measure(folder) for label, folder in runs.items()}
-        pictures["Change of the weights"] = plots.draw(spectra), plots.table(spectra)
+        spectra = {label: measure(folder) for label, folder in runs.items()}
+        pictures["Change of the weights"] = draw(spectrum_panels(spectra)), rank_table(spectra)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if is_page:
-            write_page(records, pictures, output)
+            write_page(runs, pictures, output)
         else:
             ((figure, table),) = pictures.values()
             figure.savefig(output, dpi=120)
-            print("".join("  ".join(row) + "\n" for row in table or ()), end="")
+            if table is not None:
+                print(table.to_string())
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
     print(output)

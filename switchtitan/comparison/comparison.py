@@ -16,6 +16,7 @@ from switchtitan.comparison.runs import (
     plan_run,
     read_csv,
     read_folder,
+    resumed_from,
 )
 from switchtitan.data.prepare import open_corpus
 from switchtitan.errors import ConfigError
@@ -52,11 +53,8 @@ class State:
 
 
 def follow(config: ComparisonConfig, find: FindResult) -> State:
-    """Follows a comparison as far as its finished runs reach.
-
-    Each of the axes in turn is tried with the other keys at their best values so far, at first
-    their starting values.
-    """
+    """Follows a comparison as far as its finished runs reach. Each of the axes in turn is tried
+    with the other keys at their best values so far, at first their starting values."""
     best = {row.name: row.start_values for row in config.rows if row.values}
     tried: list[tuple[str, dict[str, dict[float, float]]]] = []
     finished: dict[Run, RunResult] = {}
@@ -95,30 +93,42 @@ def best_value(losses: Mapping[float, float]) -> float:
 def _runs_of_axis(config: ComparisonConfig, key: str, best: Values) -> list[Run]:
     """Returns a run for each value. Rows alternate, so that one that cannot train fails early."""
     rows = [row for row in config.rows if key in row.values]
-    return [
+    runs = [
         plan_run(config, row, {**best[row.name], key: value}, config.selection_seed)
         for values in zip(*(row.values[key] for row in rows), strict=True)
         for row, value in zip(rows, values, strict=True)
     ]
+    return _sharing_steps(config, runs)
 
 
 def _runs_of_report(config: ComparisonConfig, best: Values) -> list[Run]:
-    return [
+    runs = [
         plan_run(config, row, best.get(row.learning_rate_of or row.name, {}), seed)
         for seed in config.report_seeds
         for row in config.rows
     ]
+    return _sharing_steps(config, runs)
+
+
+def _sharing_steps(config: ComparisonConfig, runs: list[Run]) -> list[Run]:
+    """Lets runs of rows with `resume_from` resume from those of that row with the same seed and
+    values, if they are among the runs."""
+    sources = {row.name: row.resume_from for row in config.rows}
+    planned = {(run.row, run.seed, *run.tuned.items()): run for run in runs}
+    found = [planned.get((sources[run.row], run.seed, *run.tuned.items())) for run in runs]
+    return [
+        run if source is None else resumed_from(source, run)
+        for run, source in zip(runs, found, strict=True)
+    ]
 
 
 class Comparison:
-    """A resumable comparison: it reads finished runs from CSV files, or from their folders.
+    """A resumable comparison: it reads finished runs from CSV files, or from their folders. Raises
+    a ConfigError if one of those files cannot be read.
 
     Args:
         folder: of its report, whose `runs.csv` is one of those files.
         corpus_fingerprint: the fingerprint of the corpus of all runs; None: not checked.
-
-    Raises:
-        ConfigError: if a CSV file of finished runs cannot be read.
     """
 
     def __init__(
@@ -135,13 +145,14 @@ class Comparison:
         return follow(self.config, self.result)
 
     def result(self, run: Run) -> RunResult | None:
-        """Returns the result of a run, None if it is not finished.
-
-        Raises:
-            ConfigError: if its folder has another configuration, or it is of another corpus.
-        """
+        """Returns the result of a run, None if it is not finished. Raises a ConfigError if its
+        folder has another configuration, or it is of another corpus."""
         key = config_sha256(run.config)
         result = self._known.get(key) or read_folder(run)
+        if result is None and run.source is not None and not run.can_start:
+            shared = self.result(run.source)
+            if shared is not None and shared.diverged:  # before this run's own steps
+                result = shared.model_copy(update={"row": run.row, "config_sha256": key})
         if result is None:
             return None
         self._known[key] = result
@@ -156,11 +167,7 @@ class Comparison:
 
 
 def check_plan(config: ComparisonConfig) -> None:
-    """Checks before any run that all rows can be trained, with all their values, and reported.
-
-    Raises:
-        ConfigError: if they cannot.
-    """
+    """Raises a ConfigError if a row cannot be trained, with all its values, or not reported."""
     for run in _first_runs(config):
         training, evaluation = run.config.training, run.config.evaluation
         problem = None

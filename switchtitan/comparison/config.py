@@ -35,10 +35,6 @@ class RowConfig(Section):
     them. With `optimizer.lr`, the row chooses no values."""
 
     @property
-    def title(self) -> str:
-        return self.label or self.name
-
-    @property
     def values(self) -> dict[str, tuple[float, ...]]:
         """The values to choose from, increasing, by dotted key."""
         rates = {LEARNING_RATE: self.learning_rates} if self.learning_rates else {}
@@ -161,13 +157,8 @@ def is_rate(key: str) -> bool:
 
 
 def load_comparison(file: Path) -> ComparisonConfig:
-    """Reads the file that declares a comparison.
-
-    The paths of the result are relative to the working directory.
-
-    Raises:
-        ConfigError: with all mistakes in one message.
-    """
+    """Reads the file that declares a comparison; its paths become relative to the working
+    directory. Raises a ConfigError with all mistakes in one message."""
     file = find_config(file)
     declared = load_table(file, ComparisonConfig)
     update = {

@@ -32,7 +32,7 @@ def markdown(state: State) -> str:
     """Returns the report as Markdown."""
     config, lines = state.config, table(state)
     rule = ["---"] + ["---:"] * (len(lines[0]) - 1)
-    titles = {row.name: row.title for row in config.rows}
+    titles = {row.name: row.label or row.name for row in config.rows}
     parts = [
         f"# {config.name}",
         f"{len(state.finished)} of {config.num_runs} runs are finished.",
@@ -82,7 +82,7 @@ def _line(state: State, row: RowConfig, of: Difference | None, p: float | None) 
     on_gpu = [result for result in results if result.device != "CPU"]
     tokens = {"M tokens": _median(results, "tokens", 2, 1e-6)} if state.config.differ_in else {}
     return {
-        "": row.title,
+        "": row.label or row.name,
         **{short_name(key): _value(state, row.name, key) for key in state.config.axes},
         **tokens,
         "test loss": _mean(results, "test_loss", 4),

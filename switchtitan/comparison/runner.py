@@ -21,10 +21,7 @@ Environment = dict[str, str]
 
 def environments(num_jobs: int) -> list[Environment]:
     """Returns the environment variables of each concurrent job: its GPU, or its share of the cores.
-
-    Raises:
-        ConfigError: if there are fewer visible GPUs than jobs.
-    """
+    Raises a ConfigError if there are fewer visible GPUs than jobs."""
     threads = str(threads_per_process(num_cores(), num_jobs))
     shared = {"OMP_NUM_THREADS": threads, **os.environ}
     if not torch.cuda.is_available():
@@ -42,13 +39,9 @@ def train_all(
     """Trains every run in its own process, one at a time in each of the environments.
 
     A stopped run resumes from its newest checkpoint. Training locks its folder, so that two
-    processes cannot train one run.
-
-    Args:
-        report: called with each run that ended; returns whether it has a result.
-
-    Raises:
-        UserError: if a run has no result. The active runs are stopped and can be resumed.
+    processes cannot train one run. Calls `report` with each run that ended, which returns whether
+    it has a result. Raises a UserError if it has none; the active runs are stopped and can be
+    resumed.
     """
     waiting, free = list(runs), list(jobs)
     active: list[tuple[Run, Environment, subprocess.Popen[bytes]]] = []

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from switchtitan.spectra.weight_change import checkpoint_spectra
 from switchtitan.training.output import CONFIG_FILE
 
 _KEYS_OF_A_MACHINE = {"job": {"name", "output_dir"}, "data": {"cache_dir", "offline_dataset"}}
-"""Keys that change no result: names, folders, and what may replace a corpus that results name."""
+_KEYS_OF_A_MACHINE["checkpoint"] = {"resume"}
+"""Keys that change no result: names, folders, what may replace a corpus that results name, and the
+longer run that a run shares its first steps with."""
 
 
 @dataclass(frozen=True)
@@ -98,19 +100,12 @@ def short_name(key: str) -> str:
 def plan_run(
     comparison: ComparisonConfig, row: RowConfig, values: Mapping[str, float], seed: int
 ) -> Run:
-    """Returns the run of a row with values of its tuned keys and a seed, in its own folder.
-
-    Raises:
-        ConfigError: if the row's keys do not fit.
-    """
+    """Returns the run of a row with values of its tuned keys and a seed, in its own folder. Raises
+    a ConfigError if the row's keys do not fit."""
     keys = row.given_values | dict(values)
     tuned = {key: keys[key] for key in comparison.axes if isinstance(keys.get(key), int | float)}
     parts = [f"{short_name(key)}-{value:g}" for key, value in tuned.items()]
     label = "-".join([*parts, f"seed-{seed}"])
-    source = None
-    if row.resume_from is not None:
-        of = next(other for other in comparison.rows if other.name == row.resume_from)
-        source = plan_run(comparison, of, tuned, seed)
     keys |= {
         "job.seed": seed,
         "job.name": f"{row.name}-{label}",
@@ -121,33 +116,45 @@ def plan_run(
         arguments += [f"--{key}", value if isinstance(value, str) else toml_value(value)]
     try:
         config = parse_arguments(arguments, num_ranks=1)
-        if source is not None:
-            arguments += ["--checkpoint.resume", str(_branch_point(source.config, config))]
-            config = parse_arguments(arguments, num_ranks=1)
     except ConfigError as error:
         raise ConfigError(f"row {row.name}: {error}") from error
-    return Run(row.name, tuned, seed, tuple(arguments), config, source)
+    return Run(row.name, tuned, seed, tuple(arguments), config)
 
 
-def _branch_point(source: JobConfig, config: JobConfig) -> Path:
-    """Returns the checkpoint of `source` at the step where the rate of `config` begins to fall.
-    Raises a ConfigError if its rate is then not at the peak, or the checkpoint is not kept."""
-    step = config.lr_schedule.decay_start(config.training.steps)
-    first = source.lr_schedule.warmup_steps
-    last = source.lr_schedule.decay_start(source.training.steps)
-    interval, kept = source.checkpoint.interval, source.checkpoint.keep_every
+def resumed_from(source: Run, run: Run) -> Run:
+    """Returns a run that resumes from a longer one, where its own rate begins to fall, and computes
+    the same as `run` does from the start. Raises a ConfigError if it would not."""
+    config, longer = run.config, source.config
+    place = f"row {run.row}: resume_from = {source.row!r}"
+    alike = longer.model_copy(update={"job": config.job, "training": config.training})
+    if alike != config or config.method.depends_on_length():
+        raise ConfigError(
+            f"{place}: expected the keys of that row but [training] steps, and a method that does "
+            "not depend on the steps (for SwitchLoRA, set interval and decay = 'constant')"
+        )
+    schedule = config.lr_schedule
+    first, step = schedule.warmup_steps, schedule.decay_start(config.training.steps)
+    last = schedule.decay_start(longer.training.steps)
+    interval, kept = longer.checkpoint.interval, longer.checkpoint.keep_every
     if not first < step <= last or step % interval or kept is None or step % kept:
         raise ConfigError(
-            f"resume_from: the learning rate falls from step {step} on; expected a step from "
-            f"{first + 1} to {last}, where the other row's is at its peak, and a multiple of "
+            f"{place}: its learning rate falls from step {step} on; expected a step from "
+            f"{first + 1} to {last}, where that row's is at its peak, and a multiple of "
             f"[checkpoint] interval = {interval} and keep_every = {kept}; change these, or "
             "[lr_schedule] decay_ratio"
         )
-    return source.job.output_dir / CHECKPOINTS_FOLDER / f"step-{step:09d}"
+    path = str(source.folder / CHECKPOINTS_FOLDER / f"step-{step:09d}")
+    checkpoint = config.checkpoint.model_copy(update={"resume": path})
+    return replace(
+        run,
+        arguments=(*run.arguments, "--checkpoint.resume", path),
+        config=config.model_copy(update={"checkpoint": checkpoint}),
+        source=source,
+    )
 
 
 def config_sha256(config: JobConfig) -> str:
-    """Returns a checksum of a run's configuration, without its name and folders.
+    """Returns a checksum of a run's configuration, without its name, folders and `resume`.
 
     Runs with the same checksum compute the same, on the same corpus and with the same code. It
     covers the keys that differ from their first defaults, so that a later version with more keys,
@@ -172,12 +179,10 @@ def _is_first_default(section: Section, key: str) -> bool:
 
 
 def read_folder(run: Run) -> RunResult | None:
-    """Returns the result in a run's folder, None if it is not finished.
+    """Returns the result in a run's folder, None if it is not finished. Raises a ConfigError if the
+    folder contains a run with another configuration.
 
     Computes the effective rank of the last checkpoint, which takes a while.
-
-    Raises:
-        ConfigError: if the folder contains a run with another configuration.
     """
     saved, file = run.folder / CONFIG_FILE, run.folder / RESULTS_FILE
     if not saved.exists():
@@ -207,10 +212,8 @@ def read_folder(run: Run) -> RunResult | None:
 
 
 def write_csv(file: Path, results: Mapping[Run, RunResult]) -> None:
-    """Writes a line for each finished run, with its tuned keys for people.
-
-    Other results in the file stay, e.g. of values that are no longer declared.
-    """
+    """Writes a line for each finished run, with its tuned keys for people. Other results in it
+    stay, e.g. of values that are no longer declared."""
     tuned = [key for run in results for key in run.tuned]
     lines: list[dict[str, Any]] = [
         {**result.model_dump(), "row": run.row, **run.tuned} for run, result in results.items()
@@ -228,11 +231,8 @@ def write_csv(file: Path, results: Mapping[Run, RunResult]) -> None:
 
 
 def read_csv(file: Path) -> dict[str, RunResult]:
-    """Reads the finished runs of a CSV file that a report has written, by `config_sha256`.
-
-    Raises:
-        ConfigError: if the file cannot be read, or a line is no run.
-    """
+    """Reads the finished runs of a CSV file that a report has written, by `config_sha256`. Raises a
+    ConfigError if the file cannot be read, or a line is no run."""
     results, number = {}, 1
     try:
         for line in _lines(file):

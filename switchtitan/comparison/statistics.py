@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -29,12 +30,9 @@ class Difference(NamedTuple):
 
 
 def difference(row: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
-    """Returns row minus baseline, seed by seed; None without a shared seed, or if a run diverged.
+    """Returns row minus baseline, losses by seed; None without a shared seed, or if a run diverged.
 
     Runs with the same seed share data order and initial weights.
-
-    Args:
-        row, baseline: losses by seed.
     """
     of = [row[seed] - baseline[seed] for seed in sorted(row.keys() & baseline.keys())]
     if not of or not all(map(math.isfinite, of)):
@@ -57,12 +55,8 @@ def adjusted(p_values: Mapping[str, float | None]) -> dict[str, float]:
     (Holm 1979, "A simple sequentially rejective multiple test procedure")
     """
     known = sorted((p, row) for row, p in p_values.items() if p is not None)
-    largest = 0.0
-    result = {}
-    for place, (p, row) in enumerate(known):
-        largest = max(largest, min(1.0, (len(known) - place) * p))
-        result[row] = largest
-    return result
+    steps = (min(1.0, (len(known) - place) * p) for place, (p, _) in enumerate(known))
+    return {row: p for (_, row), p in zip(known, accumulate(steps, max), strict=True)}
 
 
 def verdict(p: float, adjusted_p: float) -> str:

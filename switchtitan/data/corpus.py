@@ -120,9 +120,9 @@ class TokenizerRecord(Record):
     vocab_size: int
     eos_token: str
     eos_id: int
-    bos: bool | None = None
-    """Whether documents begin with what the tokenizer puts before a text. None: an earlier version
-    prepared them, and they do not."""
+    bos: bool = False
+    """Whether documents begin with what the tokenizer puts before a text. Those that an earlier
+    version prepared do not."""
 
 
 class CorpusIndex(Record):
@@ -314,8 +314,13 @@ class Corpus:
 
 
 def open_prepared(folder: Path) -> Corpus:
-    """Opens the prepared corpus in a folder. Raises a CorpusError if a file is missing or damaged;
-    checksums of more than `VERIFIED_BYTES` are not compared."""
+    """Opens the prepared corpus in a folder, such as that of `--corpus`. Raises a CorpusError if a
+    file is missing or damaged; checksums of more than `VERIFIED_BYTES` are not compared."""
+    if not (folder / INDEX_FILE).is_file():
+        raise CorpusError(
+            f"--corpus {folder}: no file {folder / INDEX_FILE}; expected a folder that "
+            "`switchtitan prepare` has written"
+        )
     corpus = Corpus(folder, read_index(folder))
     corpus.verify(VERIFIED_BYTES)
     return corpus

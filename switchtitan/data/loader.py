@@ -124,6 +124,8 @@ class ValidationBatches:
     local_batch_size: int
     rank: int
     num_ranks: int
+    targets: range | None = None
+    """Places of those that count, among the targets of the first sequences; default: all."""
 
     def __post_init__(self) -> None:
         found = self.sequences.num_unshuffled
@@ -146,15 +148,18 @@ class ValidationBatches:
         return -(-self.num_sequences // (self.num_ranks * self.local_batch_size))
 
     def __iter__(self) -> Iterator[Batch]:
+        seq_len = self.sequences.seq_len
+        counted = self.targets or range(self.num_sequences * seq_len)
         for batch in range(len(self)):
             first = (batch * self.num_ranks + self.rank) * self.local_batch_size
             positions = first + np.arange(self.local_batch_size)
             chosen = self.sequences.ordered(None, positions.clip(max=self.num_sequences - 1))
             samples = [self.sequences[index] for index in chosen.tolist()]
             stacked = _collate(self.sequences.eos_id, samples)
-            is_padding = torch.from_numpy(positions >= self.num_sequences)
+            places = torch.from_numpy(positions[:, None] * seq_len + np.arange(seq_len))
+            is_padding = (places < counted.start) | (places >= counted.stop)
             # Not in place: the targets of a single sequence are a view of its tokens' memory.
-            targets = stacked.targets.masked_fill(is_padding[:, None], IGNORED_TARGET)
+            targets = stacked.targets.masked_fill(is_padding, IGNORED_TARGET)
             yield stacked._replace(targets=targets)
 
 

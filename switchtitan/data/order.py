@@ -87,12 +87,11 @@ class Schedule:
         slack = max(2 * len(self.counts) - 2, 1)
         given, chosen = [0] * len(self.counts), list[int]()
         for position in range(1, PERIOD + 1):
-            due = dict[int, Fraction]()
-            for source, count in enumerate(self.counts):
-                # Its share less what it was given, times PERIOD.
-                behind = count * position - PERIOD * given[source]
-                if slack * behind >= PERIOD:
-                    due[source] = Fraction(PERIOD * (slack - 1) - slack * behind, count)
+            due = {
+                source: Fraction(slack * (given[source] + 1) - 1, count)
+                for source, count in enumerate(self.counts)
+                if slack * (count * position - PERIOD * given[source]) >= PERIOD
+            }
             chosen.append(min(due, key=due.__getitem__))
             given[chosen[-1]] += 1
         return np.array(chosen)

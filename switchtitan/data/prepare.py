@@ -4,13 +4,13 @@ import hashlib
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -116,8 +116,8 @@ def _open(
     remedy = f"delete {plan.folder} to prepare it again, or set another [data] cache_dir"
     if verifies:
         check_files(plan.config, plan.source, corpus, remedy)
-    record = corpus.index.tokenizer
-    if record.bos is None and plan.config.bos is None and read_tokenizer(plan.folder).bos_ids:
+    is_old = not corpus.index.tokenizer.bos and read_tokenizer(plan.folder).bos_ids
+    if is_old and plan.config.bos is None:
         raise CorpusError(
             f"{plan.folder}: an earlier version prepared it, without the tokens that its tokenizer "
             f"puts before a text; {remedy}"
@@ -188,7 +188,7 @@ def prepare_corpus(plan: CorpusPlan, model_vocab_size: int | None = None) -> Non
 class Progress(BaseModel):
     """All that resuming a preparation needs."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")  # an earlier version's has other keys
 
     eos_token: str | None = None
     """Of the saved tokenizer; None before it is saved."""
@@ -200,7 +200,6 @@ class Progress(BaseModel):
     """Where to go on in that stream, and the non-empty documents before it."""
     revision: str | None = None
     """See `CorpusIndex`."""
-    segments: int = 0
     splits: dict[str, list[ShardRecord]] = {}
     """What is finished."""
     files: list[FileState] = []
@@ -224,14 +223,14 @@ class _Preparation:
             logger.info("reading commit %s of the dataset", progress.revision)
         logger.info("preparing corpus: %s -> %s", self._source.description, self._plan.folder)
         own_splits = self._source.splits()
-        for key in ("validation_fraction", "test_fraction"):
-            # Where a dataset always has its own splits, the keys are for other sources.
-            is_void = own_splits and not row.has_own_splits
-            if is_void and (value := getattr(config, key)) is not None:
-                raise CorpusError(
-                    f"[data] {key} = {value} has no effect: {self._source.description} has its own "
-                    "splits; leave it out"
-                )
+        # Where a dataset always has its own splits, the keys are for other sources.
+        if own_splits and not row.has_own_splits:
+            for key in ("validation_fraction", "test_fraction"):
+                if (value := getattr(config, key)) is not None:
+                    raise CorpusError(
+                        f"[data] {key} = {value} has no effect: {self._source.description} has its "
+                        "own splits; leave it out"
+                    )
         # The splits to read; None is all documents, of which we hold some out.
         streams = own_splits or (None,)
         tokenizer, bos = self._tokenizer(streams[0]), config.bos
@@ -269,7 +268,7 @@ class _Preparation:
         max_bytes = min(config.max_bytes or TRAINING_SAMPLE_BYTES, TRAINING_SAMPLE_BYTES)
         documents = self._source.read(stream, None, None)
         chunks = read_chunks(documents, config.max_documents, max_bytes)
-        texts = enumerate(chain.from_iterable(chunk.documents for chunk in chunks))
+        texts = enumerate(chain.from_iterable(texts for texts, *_ in chunks))
         sample = (text for number, text in texts if _split_of(number, stream, config) == "train")
         return train_tokenizer(sample, vocab_size)
 
@@ -284,34 +283,43 @@ class _Preparation:
             progress.bytes_of_text,
         )
         total = config.max_bytes or self._source.num_bytes
+        segment, num_tokens = dict[str, list[NDArray[Any]]](), 0
         with progress_bar(f"tokenizing {stream or ''}".rstrip(), total=total, unit="B") as bar:
             bar.update(progress.bytes_of_text)
-            for segment in tokenized(read_ahead(chunks), tokenizer, bar.update):
-                self._write_segment(segment, stream, tokenizer)
+            for documents, num_bytes, position in read_ahead(chunks):
+                if isinstance(documents[0], str):
+                    encoded = tokenizer.encode_documents(documents)
+                    # Arrays take 2 or 4 bytes per token, Python's numbers up to 40.
+                    documents = [np.array(ids, dtype=tokenizer.dtype) for ids in encoded]
+                for ids in documents:
+                    split = _split_of(progress.documents, stream, config)
+                    is_whole = split in (stream, "train")
+                    kept = ids if is_whole else ids[: HELD_OUT_DOCUMENT_TOKENS - 1]
+                    segment.setdefault(split, []).append(kept)
+                    progress.documents += 1
+                    num_tokens += len(ids) + 1
+                progress.position, progress.num_files_read = position, position.get("file", 0) + 1
+                progress.bytes_of_text += num_bytes
+                bar.update(num_bytes)
+                if num_tokens >= SEGMENT_TOKENS:
+                    self._write_segment(segment, tokenizer)
+                    segment, num_tokens = {}, 0
+        if segment:
+            self._write_segment(segment, tokenizer)
         progress.stream += 1
         progress.position, progress.documents, progress.bytes_of_text = None, 0, 0
         self._save_progress()
 
     def _write_segment(
-        self, segment: "Chunk", stream: str | None, tokenizer: DocumentTokenizer
+        self, segment: dict[str, list[NDArray[Any]]], tokenizer: DocumentTokenizer
     ) -> None:
         """Writes one shard for each split, and the progress after it."""
-        progress, documents = self._progress, dict[str, list[NDArray[Any]]]()
-        for ids in segment.documents:
-            split = _split_of(progress.documents, stream, self._config)
-            is_whole = split in (stream, "train")
-            kept = ids if is_whole else ids[: HELD_OUT_DOCUMENT_TOKENS - 1]
-            documents.setdefault(split, []).append(kept)
-            progress.documents += 1
-        for split, own in documents.items():
-            file = self._folder / f"{split}-{progress.segments:05d}.bin"
-            progress.splits.setdefault(split, []).append(write_shard(file, own, tokenizer))
-        progress.position = segment.position
-        progress.num_files_read = segment.position.get("file", 0) + 1
-        progress.bytes_of_text += segment.num_bytes
-        progress.segments += 1
+        for split, documents in segment.items():
+            shards = self._progress.splits.setdefault(split, [])
+            file = self._folder / f"{split}-{len(shards):05d}.bin"
+            shards.append(write_shard(file, documents, tokenizer))
         self._save_progress()
-        logger.info("finished segment %d", progress.segments)
+        logger.info("finished a segment of %s", " and ".join(segment))
 
     def _save_progress(self) -> None:
         write_atomically(self._folder / PROGRESS_FILE, self._progress.model_dump_json())
@@ -374,8 +382,6 @@ def _read_progress(folder: Path, files: list[FileState]) -> Progress:
         progress = Progress.model_validate_json((folder / PROGRESS_FILE).read_bytes())
         if progress.files != files:
             raise ValueError("files of the source have changed since")
-        if "token" in (progress.position or {}):
-            raise ValueError("an earlier version wrote it")
         (folder / TOKENIZER_FILE).stat()
         if any(path.is_symlink() for path in (folder, *folder.iterdir())):
             raise ValueError("it holds links")
@@ -388,7 +394,7 @@ def _read_progress(folder: Path, files: list[FileState]) -> Progress:
             logger.info("cannot resume %s (%s); starting over", folder, error)
             shutil.rmtree(folder)
         return Progress(files=files)
-    logger.info("resuming a stopped preparation after %d finished segments", progress.segments)
+    logger.info("resuming a stopped preparation after its last finished segment")
     return progress
 
 
@@ -424,15 +430,9 @@ def is_held_out(document: int, fraction: float, first: int = 0) -> bool:
     return document - start == int.from_bytes(chosen, "little") % (end - start)
 
 
-class Chunk(NamedTuple):
-    """Documents to tokenize together."""
-
-    documents: list[Any]
-    """Texts, or arrays of token ids without their end tokens."""
-    num_bytes: int
-    """Of all texts, or of the ids of tokenized documents."""
-    position: Position
-    """The stream's, after them."""
+Chunk = tuple[list[Any], int, Position]
+"""Documents to tokenize together (texts, or arrays of token ids without their end tokens), their
+bytes, and the stream's position after them."""
 
 
 def read_chunks(
@@ -459,32 +459,10 @@ def read_chunks(
             chunk.append(document)
             num_documents, num_bytes = num_documents + 1, num_bytes + size
         if num_bytes - before >= CHUNK_BYTES or len(chunk) >= CHUNK_DOCUMENTS:
-            yield Chunk(chunk, num_bytes - before, position)
+            yield chunk, num_bytes - before, position
             chunk, before = [], num_bytes
     if chunk:
-        yield Chunk(chunk, num_bytes - before, position)
-
-
-def tokenized(
-    chunks: Iterator[Chunk], tokenizer: DocumentTokenizer, on_bytes: Callable[[int], object]
-) -> Iterator[Chunk]:
-    """Yields segments of `SEGMENT_TOKENS` or more: chunks, joined, of token ids in place of texts.
-    `on_bytes` gets the size of each chunk."""
-    segment, num_bytes, num_tokens = list[NDArray[Any]](), 0, 0
-    for documents, size, position in chunks:
-        if isinstance(documents[0], str):
-            encoded = tokenizer.encode_documents(documents)
-            # Arrays take 2 or 4 bytes per token, Python's numbers up to 40.
-            documents = [np.array(token_ids, dtype=tokenizer.dtype) for token_ids in encoded]
-        segment += documents
-        num_bytes += size
-        num_tokens += sum(map(len, documents)) + len(documents)
-        on_bytes(size)
-        if num_tokens >= SEGMENT_TOKENS:
-            yield Chunk(segment, num_bytes, position)
-            segment, num_bytes, num_tokens = [], 0, 0
-    if segment:
-        yield Chunk(segment, num_bytes, position)
+        yield chunk, num_bytes - before, position
 
 
 def read_ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:

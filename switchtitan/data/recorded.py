@@ -47,7 +47,7 @@ def record(corpus: Corpus) -> dict[str, JsonValue]:
             fingerprint=source.fingerprint,
             count=count,
             fallback_for=source.fallback_for,
-            bos=bool(source.index.tokenizer.bos),
+            bos=source.index.tokenizer.bos,
         )
         for source, count in corpus.shares
     ]

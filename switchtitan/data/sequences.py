@@ -32,7 +32,8 @@ class TokenSequences(Dataset[Tensor]):
     Consecutive sequences share one token, the last target of one and the first input of the next,
     so each token is a target once."""
 
-    shards: Sequence[TokenFile]
+    shards: Sequence[NDArray[Any]]
+    """Each a `TokenFile`, or in memory."""
     seq_len: int
     eos_id: int
     """The token that ends a document."""

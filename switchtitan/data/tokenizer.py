@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import dropwhile, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -79,25 +79,12 @@ class DocumentTokenizer:
         return hashlib.sha256(self.serialized.encode()).hexdigest()
 
     def without_bos(self) -> "DocumentTokenizer":
-        """Returns the tokenizer that puts nothing before a text. Raises a CorpusError if its
-        post-processor is of an unknown kind."""
+        """Returns the tokenizer that puts nothing before a text, nor after it."""
         if not self.bos_ids:
             return self
-        state = json.loads(self.serialized)
-        processor = state["post_processor"]
-        for part in processor.get("processors", [processor]):
-            for template in ("single", "pair") if part["type"] == "TemplateProcessing" else ():
-                pieces = dropwhile(lambda piece: "SpecialToken" in piece, part[template])
-                part[template] = list(pieces)
-        if processor["type"] in ("BertProcessing", "RobertaProcessing"):
-            state["post_processor"] = None
-        found = DocumentTokenizer(Tokenizer.from_str(json.dumps(state)), self.eos_token)
-        if found.bos_ids:
-            raise CorpusError(
-                f"[data] bos = false: the tokenizer begins a text with {found.bos_token!r}; leave "
-                "bos out, or change the post_processor in its file"
-            )
-        return found
+        tokenizer = Tokenizer.from_str(self.serialized)
+        tokenizer.post_processor = None
+        return DocumentTokenizer(tokenizer, self.eos_token)
 
     def encode_documents(self, documents: list[str]) -> list[list[int]]:
         """Returns the token ids of each document, with what begins it, without end token; uses all

@@ -65,12 +65,8 @@ def dtype_on(
     device: torch.device, key: DtypeKey, saved: DtypeName | None = None, world: World | None = None
 ) -> ComputeDtype:
     """Returns `choose_dtype` for a device, or for those of all ranks of `world`, the same on every
-    rank; collective. Warns if this device emulates bf16.
-
-    Raises:
-        EnvironmentMismatchError: on every rank of `world`, if a GPU would emulate bf16, which
-            Triton refuses.
-    """
+    rank; collective. Warns if this device emulates bf16. Raises an EnvironmentMismatchError on
+    every rank of `world` if a GPU would emulate bf16, which Triton refuses."""
     own = bf16_support(device)
     supports = [own] if world is None else world.gather(own)
     chosen = choose_dtype(key, supports, saved)

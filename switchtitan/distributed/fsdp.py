@@ -1,7 +1,6 @@
 """FSDP2 and HSDP over a model's blocks, mixed precision, and materialization of a sharded model."""
 
-import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,8 +26,6 @@ from switchtitan.distributed.shards import (
     with_local,
 )
 from switchtitan.progress import progress_bar
-
-logger = logging.getLogger(__name__)
 
 
 def shard_model(
@@ -62,13 +59,11 @@ def shard_model(
     # The root holds what is outside the units: modules that any pass may use, in any order.
     shard(model, reshard_after_forward=False)
     # Sums of reduced gradients would read memory that FSDP may already have given to others.
-    if mesh.size(mesh.ndim - 1) == 1 and config.accumulate_gradients == "full":
-        if torch.__version__.startswith("2.13."):
-            from switchtitan.distributed.one_rank import use_few_kernels
+    is_alone = mesh.size(mesh.ndim - 1) == 1 and config.accumulate_gradients == "full"
+    if is_alone and torch.__version__.startswith("2.13."):
+        from switchtitan.distributed.one_rank import use_few_kernels
 
-            use_few_kernels(model)
-        else:
-            logger.info("torch %s: a rank takes more kernels than with 2.13", torch.__version__)
+        use_few_kernels(model)
     shard_buffers(model, mesh)
 
 
@@ -152,22 +147,17 @@ def materialize(
     results = [[*unfilled[name].values()] for name in shared]
     group = all_ranks_group(results[0][0]) if shared else None
     computed = compute_in_turns(shared.__getitem__, compute, results, device, group)
-    for name, own in progress_bar(
-        "initializing weights", unfilled.items(), total=len(unfilled), unit="modules"
-    ):
-        if name in shared:
-            for tensor, value in zip(own.values(), next(computed), strict=True):
-                copy_from_full_(tensor, value)
+    items, num = unfilled.items(), len(unfilled)
+    for name, own in progress_bar("initializing weights", items, total=num, unit="modules"):
+        if name not in shared:
+            start.fill(name, own)
             continue
-        start.fill(name, own)
+        for tensor, value in zip(own.values(), next(computed), strict=True):
+            copy_from_full_(tensor, value)
 
 
 class InitialValues(NamedTuple):
-    """The initial values of a model; see `materialize`.
-
-    Args:
-        model: with `initial_weights`, any module.
-    """
+    """The initial values of a model, or with `initial_weights` of any module; see `materialize`."""
 
     model: Any
     seed: int
@@ -209,24 +199,15 @@ class InitialValues(NamedTuple):
         return plain_value(self.model, self.seed, name, torch.Size(shape), rows)
 
 
-def host_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the buffers that modules keep in host memory, by qualified name."""
-    return {
-        f"{module_name}.{name}" if module_name else name: getattr(module, name)
-        for module_name, module in model.named_modules()
-        if isinstance(module, Reparametrized)
-        for name in module.host_buffers
-    }
-
-
-def num_device_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
-    """Returns the bytes of this rank's local shards of `tensors` that are on `device`."""
-    return sum(part.nbytes for part in map(local, tensors) if part.device.type == device.type)
+def host_buffers(model: nn.Module) -> list[Tensor]:
+    """Returns the buffers that modules keep in host memory."""
+    modules = [module for module in model.modules() if isinstance(module, Reparametrized)]
+    return [module.get_buffer(name) for module in modules for name in module.host_buffers]
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
     """Allocates a meta model on `device`, except for buffers that stay in host memory."""
-    on_host = set(host_buffers(model).values())
+    on_host = set(host_buffers(model))
     replicated = [
         (module, name, parameter)
         for module in model.modules()

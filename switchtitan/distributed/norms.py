@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from switchtitan.distributed.rows import cut
 from switchtitan.distributed.shards import all_ranks_group, local, replica_group, shard_group
 from switchtitan.regions import region
 
@@ -17,10 +18,8 @@ from switchtitan.regions import region
 def total_norm(tensors: Sequence[Tensor], loss: Tensor | None = None) -> Tensor:
     """Returns the 2-norm of all elements of all tensors, 0-dim, with equal bits on all ranks.
 
-    All tensors are sharded over the same ranks, or none is. Collective over all ranks.
-
-    Args:
-        loss: 0-dim, this rank's. If it is not finite on any of those ranks, the norm is nan.
+    All tensors are sharded over the same ranks, or none is. If this rank's `loss`, 0-dim, is not
+    finite on any of those ranks, the norm is nan. Collective over all ranks.
     """
     # Norms of tensors first: the sum of all squares rounds more, and could overflow.
     norms = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors]))
@@ -36,27 +35,22 @@ def total_norm(tensors: Sequence[Tensor], loss: Tensor | None = None) -> Tensor:
 def non_finite(tensors: Mapping[str, Tensor], device: torch.device) -> list[str]:
     """Returns the names of floating-point tensors with an inf or nan on any rank.
 
-    The same names on every rank: collective over all ranks; waits for the device.
-
-    Args:
-        device: the one that the default group communicates.
+    The same names on every rank: collective over all ranks, whose default group communicates
+    `device`; waits for it.
     """
-    parts = {name: local(part) for name, part in tensors.items() if part.is_floating_point()}
-    # One call and one copy for many tensors. Some are on the host.
-    alike: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-    for name, part in parts.items():
-        alike.setdefault((part.device, part.dtype), []).append(name)
-    if not alike:
+    is_finite: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            # A norm is not finite if an element is not, or is too large to train.
+            norm = torch.linalg.vector_norm(local(tensor))
+            is_finite.setdefault(norm.device, {})[name] = norm.isfinite()
+    if not is_finite:
         return []
-    # A norm is not finite if an element is not, or is too large to train.
-    norms = [torch._foreach_norm([parts[name] for name in names]) for names in alike.values()]
-    is_finite = torch.cat([torch.isfinite(torch.stack(of)).to(device) for of in norms])
-    spoiled = (~is_finite).to(torch.int32)
-    if dist.is_initialized():
-        dist.all_reduce(spoiled, op=dist.ReduceOp.MAX)
-    names = [name for group in alike.values() for name in group]
-    found = {name for name, is_spoiled in zip(names, spoiled.tolist(), strict=True) if is_spoiled}
-    return [name for name in tensors if name in found]
+    # One copy for all on the host.
+    flags = torch.cat([torch.stack([*of.values()]).to(device) for of in is_finite.values()]).int()
+    dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+    names = (name for of in is_finite.values() for name in of)
+    return [name for name, flag in zip(names, flags.tolist(), strict=True) if not flag]
 
 
 def sum_packed(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
@@ -73,8 +67,7 @@ def sum_packed(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
         dist.all_reduce(packed, group=group)
     if replicas is not None:
         packed /= replicas.size()
-    parts = packed.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return cut(packed, [tensor.shape for tensor in tensors])
 
 
 def sum_rows(summand: Tensor, like: Tensor) -> Tensor:

@@ -20,10 +20,8 @@ _BACKENDS: tuple[Any, Any] = torch.backends.cuda.matmul, torch.backends.mkldnn.m
 def use_full_precision(device_type: str) -> None:
     """Makes torch multiply fp32 matrices in fp32, and add up products of bf16 and fp16 in fp32.
 
-    Overrides TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which containers set.
-
-    Raises:
-        EnvironmentMismatchError: if a variable that cuBLAS itself reads demands TF32.
+    Overrides TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which containers set. Raises an
+    EnvironmentMismatchError if a variable that cuBLAS itself reads demands TF32.
     """
     override = os.environ.get("NVIDIA_TF32_OVERRIDE", "0")
     if device_type == "cuda" and override != "0":

@@ -38,11 +38,8 @@ _SHIFTS_32 = (16, 13, 16)
 
 
 def splitmix64(seeds: Tensor, indices: Tensor) -> Tensor:
-    """Returns outputs number `indices` 0, 1, ... of SplitMix64 generators seeded with `seeds`.
-
-    Args:
-        seeds, indices: int64, of shapes that broadcast.
-    """
+    """Returns outputs number `indices` 0, 1, ... of SplitMix64 generators seeded with `seeds`; both
+    are int64, of shapes that broadcast."""
     # One operation on tensors of full size instead of three.
     state = torch.add(seeds + _INCREMENT_64, indices, alpha=_INCREMENT_64)
     return _mix_(state, _SHIFTS_64, _MULTIPLIERS_64)

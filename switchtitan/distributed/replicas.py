@@ -54,49 +54,41 @@ def compute_in_turns(
 
 
 def check_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Compares plain tensors over all ranks, and shards of DTensors over their mesh's replicas.
+    """Compares plain tensors, by name, over all ranks, and shards of DTensors over replicas.
 
-    Reads every tensor twice, and sends a few bytes for each. Collective; waits for the device.
-
-    Args:
-        tensors: by name.
-        device: the one that the default group communicates.
-
-    Raises:
-        RanksDisagreeError: on every rank, if a tensor differs; names the first few.
+    Reads every tensor twice, and sends a few bytes for each. Collective; waits for the device,
+    which the default group communicates. Raises a RanksDisagreeError on every rank if a tensor
+    differs, which names the first few.
     """
     num_ranks = dist.get_world_size()
-    held_alike = {name: part for name, part in tensors.items() if _part(part)[1] < num_ranks}
-    if not held_alike:
+    num_parts = {name: _num_parts(tensor) for name, tensor in tensors.items()}
+    names = [name for name in tensors if num_parts[name] < num_ranks]
+    if not names:
         return
-    # One element for each shard of each tensor, so that one collective informs all ranks.
-    names, own_places = list[str](), list[int]()
-    for name, tensor in held_alike.items():
-        part, num_parts = _part(tensor)
-        own_places.append(len(names) + part)
-        names += [name] * num_parts
-    own = torch.stack([digest(local(tensor)).to(device) for tensor in held_alike.values()])
-    # The maximum, and the complement of the minimum.
-    extremes = torch.full((2, len(names)), torch.iinfo(torch.int64).min, device=device)
-    extremes[:, torch.tensor(own_places, device=device)] = torch.stack([own, ~own])
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    differing = (extremes[0] != ~extremes[1]).tolist()
-    if any(differing):
-        found = {name: None for name, differs in zip(names, differing, strict=True) if differs}
+    own = torch.stack([digest(local(tensors[name])).to(device) for name in names])
+    of_ranks = own.new_empty(num_ranks * len(names))
+    dist.all_gather_single(of_ranks, own)
+    differing = list[str]()
+    for name, digests in zip(names, of_ranks.cpu().view(num_ranks, -1).t(), strict=True):
+        # Every `num_parts`-th rank holds the same shard.
+        by_replica = digests.reshape(-1, num_parts[name])
+        if (by_replica != by_replica[0]).any():
+            differing.append(name)
+    if differing:
         raise RanksDisagreeError(
-            f"ranks no longer hold the same values ({abbreviate(found)}), so they no longer train "
-            "one model, and nothing more is saved; resume all ranks from the newest checkpoint. If "
-            "devices are of several kinds, use one kind, or set [parallelism] frozen_weights = "
-            '"shard" and replicate = 1. If it happens again, test memory and devices'
+            f"ranks no longer hold the same values ({abbreviate(differing)}), so they no longer "
+            "train one model, and nothing more is saved; resume all ranks from the newest "
+            "checkpoint. If devices are of several kinds, use one kind, or set [parallelism] "
+            'frozen_weights = "shard" and replicate = 1. If it happens again, test memory and '
+            "devices"
         )
 
 
-def _part(tensor: Tensor) -> tuple[int, int]:
-    """Returns (index of this rank's shard of `tensor`, number of shards)."""
+def _num_parts(tensor: Tensor) -> int:
+    """Returns the number of shards of one replica."""
     if not isinstance(tensor, DTensor):
-        return 0, 1
-    mesh = tensor.device_mesh
-    return mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+        return 1
+    return tensor.device_mesh.size(tensor.device_mesh.ndim - 1)
 
 
 def digest(tensor: Tensor) -> Tensor:

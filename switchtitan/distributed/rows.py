@@ -17,10 +17,8 @@ Spans = tuple[range, ...]
 class ShardedRows:
     """The rows that this rank holds of a matrix [rows, width], sharded along dimension 0 or plain.
 
-    Looks up the row range once: asking the mesh takes longer than slicing. Not for autograd.
-
-    Attributes:
-        shard: the local shard [held, width], sharing memory with `matrix`.
+    Looks up the row range once: asking the mesh takes longer than slicing. `shard` [held, width]
+    shares memory with the matrix. Not for autograd.
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -65,11 +63,8 @@ def gather_rows(requests: list[RowSpans], group: dist.ProcessGroup | None) -> li
     """Returns copies of the rows of each request, [wanted, width], in one collective.
 
     Every rank of `group` fills in the rows that it holds and zeros for the rest; summing the bit
-    patterns is exact.
-
-    Args:
-        requests: at least one, of matrices of one dtype on one device. A plain matrix counts as the
-            sum of all ranks' bit patterns.
+    patterns is exact. There is at least one request; all matrices have one dtype and device. A
+    plain one counts as the sum of all ranks' bit patterns.
     """
     packed, rows = pack_rows(requests)
     if group is not None:

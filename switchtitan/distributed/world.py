@@ -73,24 +73,23 @@ class World:
 
         If it raises on a rank, all ranks raise: that rank's UserError, or a RuntimeError.
         """
-        result, error = None, None
+        result: T | None = None
+        error: Exception | None = None
+        failure: Exception | None = None
+        where = f"rank {self.rank} on {socket.gethostname()}: " if self.rank else ""
         try:
             result = function()
+        except UserError as caught:
+            error, failure = caught, type(caught)(f"{where}{caught}")
         except Exception as caught:
-            error = caught
-        reason = None
-        if error is not None:
-            where = f"rank {self.rank} on {socket.gethostname()}: " if self.rank else ""
-            reason = type(error), f"{where}{error}"
-            if not isinstance(error, UserError):
-                reason = RuntimeError, f"{where or 'rank 0: '}{type(error).__name__}: {error}"
-        outcomes = self.gather((result, reason))
+            text = f"{where or 'rank 0: '}{type(caught).__name__}: {caught}"
+            error, failure = caught, RuntimeError(text)
+        outcomes = self.gather((result, failure))
         if error is not None and not isinstance(error, UserError):
             raise error
-        first = next((reason for _, reason in outcomes if reason is not None), None)
+        first = next((failure for _, failure in outcomes if failure is not None), None)
         if first is not None:
-            error_type, message = first
-            raise error_type(message) from error
+            raise first from error
         return [cast(T, outcome) for outcome, _ in outcomes]
 
     def on_main(self, function: Callable[[], T]) -> T:
@@ -148,15 +147,8 @@ def start_world(config: ParallelismConfig) -> World:
     for group in mesh.get_all_groups():
         # Groups that are split off get torch's default instead: 10 minutes with NCCL.
         _set_timeout(group, timeout)
-    return World(
-        rank,
-        num_ranks,
-        device,
-        mesh,
-        host_group=dist.new_group(backend="gloo", timeout=timeout),
-        timeout=timeout,
-        is_node_main=local_rank == 0,
-    )
+    host_group = dist.new_group(backend="gloo", timeout=timeout)
+    return World(rank, num_ranks, device, mesh, host_group, timeout, is_node_main=local_rank == 0)
 
 
 def mesh_shape(config: ParallelismConfig, num_ranks: int) -> tuple[int, int]:
@@ -228,13 +220,8 @@ _LAUNCHED = (
 
 
 def check_slurm_tasks(num_nodes: int) -> None:
-    """Checks that srun has not started this command more often than once per machine.
-
-    Call where no launcher says how the tasks train together.
-
-    Raises:
-        EnvironmentMismatchError: if it has; each task would train alone.
-    """
+    """Raises an EnvironmentMismatchError if srun has started this command more often than once per
+    machine: each task would train alone. Call where no launcher says how they train together."""
     # srun sets both in its tasks. A batch script has only the first. A shell in an allocation may
     # have the first of the allocation, and 1 as the second.
     counts = [os.environ.get(name, "") for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")]

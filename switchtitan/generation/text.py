@@ -1,12 +1,12 @@
-"""Text to tokens and batches, and tokens to text as they come."""
+"""Text to tokens and sequences, and tokens to text as they come."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
+import numpy as np
 from tokenizers import Tokenizer
 
-from switchtitan.contracts import IGNORED_TARGET, Batch
-from switchtitan.data.sequences import document_ids
+from switchtitan.data.order import ONE_SOURCE
+from switchtitan.data.sequences import Sequences, TokenSequences
 from switchtitan.data.tokenizer import DocumentTokenizer, TextSize
 from switchtitan.errors import ConfigError
 
@@ -44,14 +44,14 @@ def text_pieces(
 
 
 def held_out_text(
-    file: str, num_tokens: int | None, own: DocumentTokenizer, seq_len: int, batch_size: int
-) -> tuple[list[Batch], TextSize]:
-    """Returns the batches of a text file, one document without its end, and its size.
+    file: str, num_tokens: int | None, own: DocumentTokenizer, seq_len: int
+) -> tuple[Sequences, range, TextSize]:
+    """Returns the sequences of a text file, one document without its end; the places of its tokens
+    among their targets, of which each is one once; and its size.
 
     Args:
         num_tokens: only that many tokens at its start; None for all.
-        seq_len: tokens per sequence.
-        batch_size: sequences per batch.
+        seq_len: tokens per sequence; the last sequence is padded.
 
     Raises:
         ConfigError: if the file cannot be read, is not UTF-8 or is empty.
@@ -66,30 +66,8 @@ def held_out_text(
         raise ConfigError(f"--text {file}: has no text; expected a UTF-8 file with text")
     # A text follows what the tokenizer begins with, or the end of a document.
     context = own.bos_ids or [own.eos_id]
-    batches = text_batches([*context, *ids], len(context), seq_len, batch_size, own.eos_id)
-    return batches, TextSize(len(ids), len(text.encode()))
-
-
-def text_batches(
-    tokens: Sequence[int], num_context: int, seq_len: int, batch_size: int, eos_id: int
-) -> list[Batch]:
-    """Returns batches of tokens. Each token after the context is a target once.
-
-    Sequence i holds tokens [i * seq_len, (i + 1) * seq_len]; the last one, and sequences that fill
-    the last batch, are padded with `IGNORED_TARGET`.
-
-    Args:
-        tokens: of a text, its context first.
-        num_context: tokens that are no targets, at least one.
-        eos_id: the token that ends a document.
-    """
-    num_batches = -(-(len(tokens) - 1) // (batch_size * seq_len))
-    shape = (num_batches, batch_size, seq_len)
-    inputs, targets = torch.full(shape, eos_id), torch.full(shape, IGNORED_TARGET)
-    stream = torch.tensor(tokens)
-    inputs.view(-1)[: len(tokens) - 1] = stream[:-1]
-    targets.view(-1)[num_context - 1 : len(tokens) - 1] = stream[num_context:]
-    return [
-        Batch(rows, wanted, document_ids(rows, eos_id))
-        for rows, wanted in zip(inputs, targets, strict=True)
-    ]
+    end = len(context) - 1 + len(ids)
+    padded = np.full(-(-end // seq_len) * seq_len + 1, own.eos_id)
+    padded[: end + 1] = [*context, *ids]
+    sequences = Sequences([TokenSequences([padded], seq_len, own.eos_id)], [file], ONE_SOURCE)
+    return sequences, range(len(context) - 1, end), TextSize(len(ids), len(text.encode()))

@@ -19,14 +19,9 @@ from switchtitan.registry import ConfigT, Registry
 class DenseCheckpoint:
     """The fp32 weights of the plain model that is equivalent to a checkpoint's.
 
-    Reads only the modules that are asked for, and no buffers.
-
-    Args:
-        checkpoint: as `find_given` returns it, which has verified all its bytes.
-
-    Raises:
-        CheckpointError: if the checkpoint is not complete, its tensors are not its model's, or this
-            version does not know its model or method.
+    `checkpoint` is as `find_given` returns it, which has verified all its bytes. Reads only the
+    modules that are asked for, and no buffers. Raises a CheckpointError if the checkpoint is not
+    complete, its tensors are not its model's, or this version does not know its model or method.
     """
 
     def __init__(self, checkpoint: Path) -> None:

@@ -71,18 +71,14 @@ def export_dense(
 ) -> None:
     """Writes a folder that transformers loads: config, weights and, if given, a tokenizer.
 
-    Holds one weights file and one layer in memory.
+    Holds one weights file and one layer in memory. Raises a CheckpointError if transformers has no
+    class for the model.
 
     Args:
         read: returns weights of the model; asked for those of one module at a time.
         folder: created if it does not exist, e.g. in a `new_folder`.
-        dtype: of the stored weights.
         seq_len: tokens per sequence in training; max_position_embeddings in the config.
-        tokenizer: to write next to the weights.
         max_shard_bytes: the maximum size of a weights file, unless one tensor is larger.
-
-    Raises:
-        CheckpointError: if transformers has no class for the model.
     """
     huggingface_config = config.huggingface_config(seq_len)
     if huggingface_config is None:
@@ -115,12 +111,9 @@ def export_dense(
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yields the folder `.NAME.partial`, flushed and renamed to `folder` if the block succeeds. If
-    it fails, or is interrupted, nothing is left but the folders above it.
-
-    Raises:
-        CheckpointError: if the folder exists and is not empty.
-        OutputError: if it cannot be written, or its partial folder exists.
-    """
+    it fails, or is interrupted, nothing is left but the folders above it. Raises a CheckpointError
+    if the folder exists and is not empty, an OutputError if it cannot be written, or its partial
+    folder exists."""
     try:
         folder = Path(os.path.realpath(folder))
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -174,11 +167,7 @@ def _write_weights(
 
 def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, files: str) -> None:
     """Writes what the model is, its checkpoint's losses and facts, and the run's configuration.
-
-    Args:
-        command: that exported it.
-        files: a sentence on what the folder holds and how to load it.
-    """
+    `files` says what the folder holds, which `command` exported, and how to load it."""
     facts = metadata.model_dump(include={"step", "train_state", "run", "versions"})
     facts["run"].pop("config")
     about = json.dumps(facts | {"exported_by": command}, indent=2)

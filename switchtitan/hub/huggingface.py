@@ -32,28 +32,19 @@ class _Index(BaseModel):
 
 
 def read_dense(path: Path, single_name: str = WEIGHTS_NAME) -> dict[str, Tensor]:
-    """Memory-maps all tensors, by name, of a safetensors file or a folder in Hugging Face's layout.
-
-    Args:
-        single_name: of a folder's only file; several have an index, `single_name` + ".index.json".
-
-    Raises:
-        CheckpointError: if a file is missing or damaged.
-    """
+    """Memory-maps all tensors, by name, of a safetensors file or a folder in Hugging Face's layout,
+    whose only file is `single_name`, or has an index, `single_name` + ".index.json". Raises a
+    CheckpointError if a file is missing or damaged."""
     tensors: dict[str, Tensor] = {}
-    for file in _files_in(path, single_name) if path.is_dir() else [path]:
-        tensors |= read_safetensors(file)
-    return {name: tensors[name] for name in tensors if not name.endswith(_COMPUTED_SUFFIX)}
-
-
-def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Memory-maps all tensors, by name; a CheckpointError if the file is missing or damaged."""
+    files = _files_in(path, single_name) if path.is_dir() else [path]
     try:
-        return load_file(file)
+        for file in files:
+            tensors |= load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} is a missing, corrupted or truncated safetensors file ({error}); replace it"
         ) from error
+    return {name: tensors[name] for name in tensors if not name.endswith(_COMPUTED_SUFFIX)}
 
 
 def _files_in(folder: Path, single_name: str) -> list[Path]:

@@ -1,7 +1,6 @@
 """Reads the dense weights that a new run starts from, and the model that their folder describes."""
 
 import hashlib
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,25 +32,16 @@ def read_initial_weights(path: Path, config: ModelConfig) -> tuple[Path, dict[st
 
 
 def find_weights(path: Path) -> Path:
-    """Returns the absolute path of weights, and compares the checksums of a checkpoint.
-
-    Args:
-        path: a safetensors file, a folder in Hugging Face's layout or with a PEFT adapter, which is
-            merged, or a checkpoint or run of any method, whose newest checkpoint is read.
-
-    Raises:
-        CheckpointError: if there are no weights at `path`.
-    """
+    """Returns the absolute path of weights: a safetensors file, a folder in Hugging Face's layout
+    or with a PEFT adapter, which is merged, or a checkpoint or run of any method, whose newest
+    checkpoint is read, and its checksums compared. Raises a CheckpointError if there are none."""
     return (path if _has_safetensors(path) else find_given(path)).absolute()
 
 
 def open_weights(source: Path, config: ModelConfig) -> ReadRows:
-    """Returns what reads the plain model's weights from a path that `find_weights` returned.
-
-    Raises:
-        CheckpointError: if the weights do not match the model's section, `config`.
-        ConfigError: if a config.json next to them describes no model that is supported.
-    """
+    """Returns what reads the plain model's weights from a path that `find_weights` returned. Raises
+    a CheckpointError if the weights do not match the model's section, `config`, a ConfigError if a
+    config.json next to them describes no model that is supported."""
     if not _has_safetensors(source):
         dense = DenseCheckpoint(source)
         _check_same_model(dense.config, config, source)
@@ -85,13 +75,9 @@ def _check_same_model(theirs: ModelConfig, ours: ModelConfig, source: Path) -> N
 
 def checksum(source: Path) -> str:
     """Returns a checksum of the weight files at `source`, or of a checkpoint's checksums."""
-    if source.is_file():
-        files = [source]
-    elif (source / SUMS_FILE).is_file():
-        files = [source / SUMS_FILE]
-    else:
-        shards = (sorted(folder.glob("*.safetensors")) for folder in folders_of(source))
-        files = list(chain.from_iterable(shards))
+    files = [source] if source.is_file() else [*source.glob(SUMS_FILE)]
+    if not files:
+        files = [file for of in folders_of(source) for file in sorted(of.glob("*.safetensors"))]
         if is_adapter(source):  # the scale of its factors
             files.append(source / ADAPTER_CONFIG_NAME)
     return hashlib.sha256("".join(map(sha256_of_file, files)).encode()).hexdigest()
@@ -101,32 +87,25 @@ def checksum(source: Path) -> str:
 def read_model_folder(folder: Path) -> dict[str, object]:
     """Returns all keys of `[model]` that a folder's config.json determines, with `name`.
 
-    Args:
-        folder: in Hugging Face's layout, or with a PEFT adapter, whose base model is read.
-
-    Raises:
-        ConfigError: if there is no config.json, or it describes a model that is not supported;
-            names the keys, and what is supported.
+    The folder is in Hugging Face's layout, or has a PEFT adapter, whose base model is read. Raises
+    a ConfigError if there is no config.json, or it describes a model that is not supported, which
+    names the keys, and what is supported.
     """
     try:
         file = folder_of_model(folder) / CONFIG_NAME
         found = read_config(file)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
-    by_type = {
-        model_type: (name, config_type)
-        for name, config_type in MODELS.config_types().items()
-        for model_type in config_type.huggingface_types
-    }
-    model_type = found.get("model_type")
-    if str(model_type) not in by_type:
-        supported = ", ".join(map(repr, sorted(by_type)))
-        raise ConfigError(f"{file}: model_type = {model_type!r}: expected one of {supported}")
-    name, config_type = by_type[str(model_type)]
-    try:
-        return {"name": name, **config_type.keys_from_huggingface(found)}
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
+    model_type, supported = found.get("model_type"), set[str]()
+    for name, config_type in MODELS.config_types().items():
+        supported |= config_type.huggingface_types
+        if str(model_type) in config_type.huggingface_types:
+            try:
+                return {"name": name, **config_type.keys_from_huggingface(found)}
+            except ConfigError as error:
+                raise ConfigError(f"{file}: {error}") from error
+    expected = ", ".join(map(repr, sorted(supported)))
+    raise ConfigError(f"{file}: model_type = {model_type!r}: expected one of {expected}")
 
 
 def without_copies(

@@ -121,7 +121,6 @@ def write_adapter(
     layer with another scale is multiplied by their ratio.
 
     Args:
-        folder: an existing folder.
         base: where the base model will be, for `AutoPeftModelForCausalLM`.
         dtype: of the stored factors.
         task_type: PEFT's name of the class of models; None for any module.
@@ -174,12 +173,9 @@ def folders_of(path: Path) -> list[Path]:
 
 def read_merged(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Returns weights of a folder or file, by default all, by name; an adapter's are those of its
-    base with the adapter merged. Merged weights are fp32; the others are memory-mapped.
-
-    Raises:
-        CheckpointError: as `folder_of_model`, if a file is missing or damaged, or if factors do not
-            fit the base or the configuration.
-    """
+    base with the adapter merged. Merged weights are fp32; the others are memory-mapped. Raises a
+    CheckpointError as `folder_of_model`, if a file is missing or damaged, or if factors do not fit
+    the base or the configuration."""
     base = folder_of_model(path)
     weights = read_dense(base)
     names = weights if names is None else names

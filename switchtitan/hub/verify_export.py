@@ -24,17 +24,13 @@ _WITHOUT_CHECK = "--no-verify writes the folder without this check"
 def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype) -> float:
     """Compares the logits of a checkpoint's dense weights, rounded, and of an exported folder.
 
-    Computes in fp32 on 64 random tokens. Holds the weights outside the blocks and one block.
+    Returns the root mean square of the difference, divided by that of the checkpoint's logits;
+    a CheckpointError if the folder cannot be read, or computes other logits. Computes in fp32 on 64
+    random tokens. Holds the weights outside the blocks and one block.
 
     Args:
         folder: as `export_dense` writes it, or with an adapter. Its config.json is read too.
         dtype: of its weights.
-
-    Returns:
-        The root mean square of the difference, divided by that of the checkpoint's logits.
-
-    Raises:
-        CheckpointError: if the folder cannot be read, or computes other logits.
     """
 
     def read_rounded(names: Iterable[str]) -> Mapping[str, Tensor]:

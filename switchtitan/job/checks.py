@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from switchtitan.config import raise_together
 from switchtitan.data.config import TRAINED_TOKENIZER
 from switchtitan.distributed.dtype import bf16_support, choose_dtype, gpu_problem
 from switchtitan.distributed.world import mesh_shape
@@ -20,8 +21,8 @@ if TYPE_CHECKING:  # it calls these checks
     from switchtitan.job.config import JobConfig
 
 
-def check(config: "JobConfig", num_ranks: int, device: str | None) -> list[str]:
-    """Returns why a configuration cannot be trained.
+def check(config: "JobConfig", num_ranks: int, device: str | None) -> None:
+    """Raises a ConfigError that says all that keeps a configuration from being trained.
 
     Args:
         device: "cpu" or "cuda"; None for an estimate of a run on another machine.
@@ -38,7 +39,7 @@ def check(config: "JobConfig", num_ranks: int, device: str | None) -> list[str]:
     ]
     if device is not None:
         problems += [*check_device(config, device), *_check_compiler(config, device)]
-    return problems
+    raise_together(problems)
 
 
 def check_held_out(config: "JobConfig") -> list[str]:
@@ -107,6 +108,13 @@ def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> lis
             value = toml_value(getattr(getattr(config, section), key))
             void.append(f"[{section}] {key} = {value} has no effect {cause}")
     notes = [f"{message}; remove it" for message in void]
+    of_model = getattr(config.model, "tuned_hidden_size", None)
+    of_rates = config.optimizer.tuned_hidden_size
+    if of_model != of_rates and config.checkpoint.initial_weights is None:
+        notes.append(
+            f"tuned_hidden_size = {toml_value(of_model)} in [model] and {toml_value(of_rates)} in "
+            "[optimizer]: initial values and rates follow different sizes; set both alike"
+        )
     if (warmup_steps := config.lr_schedule.warmup_steps) >= training.steps:
         notes.append(
             f"[lr_schedule] warmup_steps = {warmup_steps} lasts until the end, [training] steps = "

@@ -17,7 +17,6 @@ from switchtitan.config import (
     help_text,
     load_config,
     parse_toml,
-    raise_together,
     read_with_bases,
     split_arguments,
 )
@@ -169,7 +168,7 @@ def parse_arguments(
     """
     config = parse_unchecked(argv, say)
     num_ranks, device = num_ranks or place_from_launcher()[1], device_type()
-    raise_together(check(config, num_ranks, device))
+    check(config, num_ranks, device)
     for message in keys_without_effect(config, num_ranks, device):
         say(message)
     if device == "cuda" and ("data", "offline_dataset") not in split_arguments(argv)[2]:

@@ -18,11 +18,8 @@ class Optimizer(torch.optim.Optimizer):
 
     Each group of `param_groups` has an `lr`, which schedulers change. All state exists from the
     start: torch's checkpoints would take a step to create it, and a step may switch vectors. The
-    state of the run, such as the steps done, is that of the first parameter.
-
-    Args:
-        model: whose parameters it trains.
-        build: builds the method's optimizer of the model's current parameters.
+    state of the run, such as the steps done, is that of the first parameter. `build` builds the
+    method's optimizer of the current parameters.
     """
 
     def __init__(self, model: AnyModel, build: Callable[[], TrainingOptimizer]) -> None:

@@ -8,6 +8,7 @@ from switchtitan.methods.projected import ApolloConfig, FiraConfig, GaloreConfig
 from switchtitan.methods.relora import Relora, ReloraConfig
 from switchtitan.methods.sltrain import Sltrain, SltrainConfig
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
+from switchtitan.methods.targets import TargetConfig
 from switchtitan.registry import Component, Registry, is_installed, needs_package, toml_value
 
 METHODS: Registry[MethodConfig, Method] = Registry(
@@ -32,15 +33,9 @@ def optimizer_problems(
     """Returns why an optimizer cannot train a model with a method, or on this machine."""
     problems, name = [], f"[optimizer] name = {toml_value(optimizer.name)}"
     if method.optimizers is not None and optimizer.name not in method.optimizers:
-        able = [
-            able_name
-            for able_name, config_type in METHODS.config_types().items()
-            if config_type.optimizers is None or optimizer.name in config_type.optimizers
-        ]
         problems.append(
             f"{name}: [method] name = {toml_value(method.name)} cannot train with it; choose "
-            f"{' or '.join(sorted(method.optimizers))}, or a method that can: "
-            f"{', '.join(sorted(able))}"
+            f"{' or '.join(sorted(method.optimizers))}, or another method"
         )
     if optimizer.package is not None and not is_installed(optimizer.package):
         problems.append(needs_package(name, optimizer.package))
@@ -48,12 +43,15 @@ def optimizer_problems(
         key = f"[optimizer] tuned_hidden_size = {optimizer.tuned_hidden_size}"
         if method.width_exponents() is None or optimizer.width_exponent is None:
             problems.append(
-                f"{key}: was not checked for [method] name = {toml_value(method.name)} with "
-                f"{name}; remove it, and tune at this width"
+                f"{key}: was checked for full_rank, and for switchlora and lora with SwitchLoRA's "
+                f"initial values, with adamw or muon; remove it, or change [method] or {name}"
             )
-        elif model.hidden_size() is None:
+        is_target = isinstance(method, TargetConfig) and (
+            model.output_head() in method.targeted(model).values()
+        )
+        if model.hidden_size() is None or is_target:
             problems.append(
-                f"{key}: was checked for LLaMA with a head of its own, and this model has another "
-                "architecture, a tied head or none; remove it"
+                f"{key}: was checked for LLaMA with a head of its own that is no target, and this "
+                "model is another, or its head is tied, not known or a target; remove it"
             )
     return problems

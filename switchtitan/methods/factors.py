@@ -43,12 +43,11 @@ class ProductLinear(FactorLinear):
     def initial_tensors(
         self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range]
     ) -> dict[str, Tensor]:
-        """See `contracts.Reparametrized`. A decomposition needs all rows of the weight."""
+        # A decomposition needs all rows of the weight.
         parts = self.initial_parts(weight)
         return {name: take(part, rows[name]) for name, part in parts.items() if name in rows}
 
     def dense_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """See `FactorLinear`."""
         return tensors["lora_b"].t() @ tensors["lora_a"]
 
     def initial_parts(self, weight: Tensor) -> dict[str, Tensor]:
@@ -77,10 +76,8 @@ def balanced_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Returns factors whose product is the best approximation of a weight [out, in] by rank.
 
     A = sqrt(S) V^T and B^T = sqrt(S) U^T with the leading `rank` singular values and vectors
-    ("spectral initialization", arXiv 2105.01029). Decomposed in fp64 on the weight's device.
-
-    Returns:
-        A [rank, in] and B transposed, [rank, out], in the dtype of the weight.
+    ("spectral initialization", arXiv 2105.01029), [rank, in] and [rank, out] in the dtype of the
+    weight. Decomposed in fp64 on its device.
     """
     matrix = weight.to(torch.float64)
     basis = leading_singular_vectors(matrix, rank)

@@ -22,7 +22,6 @@ class FullRankConfig(MethodConfig):
     """The method."""
 
     def width_exponents(self) -> Mapping[str, float]:
-        """See `contracts.MethodConfig`."""
         return {}
 
 

@@ -5,8 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from switchtitan.methods.adapter.linear import balanced_bounds, lora_bounds
-from switchtitan.methods.adapter.method import WIDTH_EXPONENTS, AdapterConfig, AdapterMethod
+from switchtitan.methods.adapter.method import AdapterConfig, AdapterMethod
 
 
 class ZeroStartConfig(AdapterConfig):
@@ -41,14 +40,10 @@ class LoraConfig(ZeroStartConfig):
             )
         return self
 
-    def width_exponents(self) -> Mapping[str, float] | None:
-        """See `contracts.MethodConfig`."""
-        return WIDTH_EXPONENTS if self.init == "balanced" else None
+    @property
+    def is_balanced(self) -> bool:
+        return self.init == "balanced"
 
 
 class Lora(AdapterMethod[LoraConfig]):
     """Trains low-rank factors and freezes their weights."""
-
-    def bounds(self, out_features: int, in_features: int) -> tuple[float, float]:
-        bounds = lora_bounds if self.config.init == "lora" else balanced_bounds
-        return bounds(out_features, in_features, self.config.rank)

@@ -116,15 +116,14 @@ class ProjectedWeight:
     def __init__(self, name: str, parameter: nn.Parameter, rank: int) -> None:
         self.name, self.parameter, self.is_right = name, parameter, is_right(parameter)
         out_features, in_features = parameter.shape
-        options: dict[str, Any] = {"dtype": parameter.dtype, "device": parameter.device}
-        sharded_zeros: Callable[..., Tensor] = partial(torch.zeros, **options)
+        zeros = sharded_zeros = local(parameter.detach()).new_zeros
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
             sharded_zeros = partial(
                 distributed_zeros, dtype=parameter.dtype, device_mesh=mesh, placements=placements
             )
         if self.is_right:
-            self.basis, shape = torch.zeros(in_features, rank, **options), (out_features, rank)
+            self.basis, shape = zeros(in_features, rank), (out_features, rank)
         else:
             self.basis, shape = sharded_zeros(out_features, rank), (rank, in_features)
         self.exp_avg, self.exp_avg_sq = sharded_zeros(shape), sharded_zeros(shape)

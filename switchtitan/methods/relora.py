@@ -1,7 +1,6 @@
 """The method ReLoRA: its configuration, and the optimizer that resets the factors."""
 
 import logging
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -12,7 +11,7 @@ from switchtitan.contracts import OptimizerConfig, TrainedModel, TrainingOptimiz
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.random import draw_vectors, generator_for
 from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, row_range
-from switchtitan.methods.adapter.linear import AdapterLinear, adapter_layers, lora_bounds
+from switchtitan.methods.adapter.linear import AdapterLinear, adapter_layers
 from switchtitan.methods.adapter.method import AdapterMethod
 from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.lora import ZeroStartConfig
@@ -45,7 +44,6 @@ class ReloraConfig(ZeroStartConfig):
     """Fraction, in (0, 1), of the values of each moment that a reset zeroes. Not with zero."""
 
     def check_length(self, num_steps: int) -> list[str]:
-        """See `contracts.MethodConfig`."""
         if self.reset_interval < num_steps:
             return []
         return [
@@ -65,7 +63,6 @@ class ReloraConfig(ZeroStartConfig):
         return self
 
     def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
         void = super().without_effect()
         if self.reset_moments == "zero" and not self.is_default("prune_ratio"):
             void.append(
@@ -86,13 +83,8 @@ class Relora(AdapterMethod[ReloraConfig]):
 
 
 class ReloraOptimizer(SplitOptimizer):
-    """Wraps an optimizer and resets the factors after every `reset_interval`-th step except the
-    last of the run, number `num_steps` (ReLoRA, arXiv 2307.05695, Algorithm 1).
-
-    Args:
-        layers: by qualified name.
-        inner: AdamW for all parameters.
-    """
+    """Wraps AdamW of all parameters and resets the factors after every `reset_interval`-th step
+    except the last of the run, number `num_steps` (ReLoRA, arXiv 2307.05695, Algorithm 1)."""
 
     def __init__(
         self,
@@ -152,10 +144,30 @@ class ReloraOptimizer(SplitOptimizer):
         super().load_state_dict(state)
         self._counts = {name: int(state[f"reset.{name}"]) for name in self._counts}
 
+    @torch.no_grad()
     def _reset(self) -> None:
-        number, how = self._counts["num_resets"], self._config.reset_moments
-        merge_and_restart_(self._layers, self._weights, number, self._seed)
-        state = self._inner.state_dict()
+        """Adds s B A to W, draws A as at initialization, and zeroes B (Algorithm 1). The layers'
+        outputs do not change, with weights in bf16 in expectation."""
+        number = self._counts["num_resets"]
+        # A generator: one layer's full factors are in memory at a time.
+        products = (
+            (index, full_tensor(layer.lora_a), full_tensor(layer.lora_b))
+            for index, layer in enumerate(self._layers.values())
+        )
+        self._weights.add_products_(number, products)
+        for name, layer in self._layers.items():
+            key = generator_for(self._seed, f"{name}.lora_a:{number}").initial_seed()
+            own = row_range(layer.lora_a)
+            slots = torch.arange(own.start, own.stop, device=layer.lora_a.device)
+            # Filled on the device: a copy from the host would synchronize.
+            keys = torch.full((), key, device=slots.device)
+            local(layer.lora_a).copy_(draw_vectors(keys, slots, layer.in_features, layer.bounds[0]))
+            local(layer.lora_b).zero_()
+        self._reset_moments(number)
+        logger.info("reset %d: merged and reinitialized all factors", number)
+
+    def _reset_moments(self, number: int) -> None:
+        state, how = self._inner.state_dict(), self._config.reset_moments
         for factor in [f"{name}.{factor}" for name in self._layers for factor in FACTORS]:
             moments = state[f"{factor}.exp_avg"], state[f"{factor}.exp_avg_sq"]
             if how == "zero":
@@ -167,39 +179,8 @@ class ReloraOptimizer(SplitOptimizer):
             else:
                 lots = generator_for(self._seed, f"{factor}.moments:{number}")
                 prune_(*moments, self._config.prune_ratio, lots if how == "random" else None)
-        logger.info("reset %d: merged and reinitialized all factors", number)
 
 
-@torch.no_grad()
-def merge_and_restart_(
-    layers: Mapping[str, AdapterLinear], weights: FrozenWeights, number: int, seed: int
-) -> None:
-    """Adds s B A to W, draws A as at initialization, and zeroes B (Algorithm 1). The layers'
-    outputs do not change, with weights in bf16 in expectation.
-
-    Args:
-        layers: by qualified name.
-        weights: theirs.
-        number: of the reset. The new A follows from it, the name and the seed.
-    """
-    # A generator: one layer's full factors are in memory at a time.
-    products = (
-        (index, full_tensor(layer.lora_a), full_tensor(layer.lora_b))
-        for index, layer in enumerate(layers.values())
-    )
-    weights.add_products_(number, products)
-    for name, layer in layers.items():
-        key = generator_for(seed, f"{name}.lora_a:{number}").initial_seed()
-        own = row_range(layer.lora_a)
-        slots = torch.arange(own.start, own.stop, device=layer.lora_a.device)
-        bound, _ = lora_bounds(layer.out_features, layer.in_features, layer.rank)
-        # Filled on the device: a copy from the host would synchronize.
-        keys = torch.full((), key, device=slots.device)
-        local(layer.lora_a).copy_(draw_vectors(keys, slots, layer.in_features, bound))
-        local(layer.lora_b).zero_()
-
-
-@torch.no_grad()
 def prune_(
     exp_avg: Tensor, exp_avg_sq: Tensor, prune_ratio: float, generator: torch.Generator | None
 ) -> None:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from switchtitan.contracts import TrainedModel
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for, splitmix64
 from switchtitan.methods.factors import ProductLinear, ProductMethod
@@ -37,20 +36,6 @@ class SltrainConfig(TargetConfig):
     """Number of values in a row of S divided by the length of the row, above 0 and below 1. It is
     rounded to a whole number of values, at least one."""
 
-    def check_model(self, model: TrainedModel) -> list[str]:
-        """See `contracts.MethodConfig`."""
-        problems = super().check_model(model)
-        for name, linear in self.targeted(model).items():
-            in_features = linear.in_features
-            if _num_per_row(self.density, in_features) >= in_features:
-                largest = (in_features - 1) * 1000 // in_features / 1000  # rounded down
-                problems.append(
-                    f"[method] density = {self.density:g}: expected fewer values than the "
-                    f"{in_features} columns of {name}; use at most {largest:g}, or full rank"
-                )
-                break
-        return problems
-
 
 class SparseProductLinear(ProductLinear):
     """y = x (B A + S)^T (+ bias).
@@ -67,7 +52,7 @@ class SparseProductLinear(ProductLinear):
 
     def __init__(self, linear: nn.Linear, rank: int, density: float, seed: int) -> None:
         super().__init__(linear, rank)
-        self.num_per_row = _num_per_row(density, self.in_features)
+        self.num_per_row = max(1, round(density * self.in_features))
         self.sparse_values = nn.Parameter(torch.empty(self.out_features * self.num_per_row))
         # A tensor: torch.compile would compile every layer by itself for a number of its own.
         self.register_buffer("support_seed", torch.empty(1, dtype=torch.int64), persistent=False)
@@ -82,14 +67,12 @@ class SparseProductLinear(ProductLinear):
     def initial_tensors(
         self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range]
     ) -> dict[str, Tensor]:
-        """See `contracts.Reparametrized`. A decomposition needs all rows of the weight."""
         tensors = {"support_seed": torch.tensor([self._seed])}
         if rows.keys() & {*FACTORS, SPARSE}:
             tensors |= super().initial_tensors(weight, generator_for, rows)
         return tensors
 
     def dense_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """See `FactorLinear`."""
         lora_a, lora_b, values = (tensors[name] for name in (*FACTORS, SPARSE))
         seed = torch.tensor([self._seed], device=values.device)
         return _dense(lora_a, lora_b, values, _columns(lora_a, lora_b, values, seed))
@@ -111,18 +94,12 @@ class Sltrain(ProductMethod[SltrainConfig]):
         return SparseProductLinear(linear, config.rank, config.density, seed)
 
 
-def _num_per_row(density: float, in_features: int) -> int:
-    return max(1, round(density * in_features))
-
-
 def support(seed: Tensor, out_features: int, in_features: int, num_per_row: int) -> Tensor:
     """Returns the columns of a sparse matrix's values, [out, values per row] int64, ascending.
 
     A row is cut into as many parts as it has values, of lengths that differ by at most one; each
-    has one value, at a random position. A function of the arguments alone, on every device.
-
-    Args:
-        seed: [1] int64, at least 0; the result is on its device.
+    has one value, at a random position. A function of the arguments alone, on every device; `seed`
+    is [1] int64, at least 0.
     """
     draws = splitmix64(seed, torch.arange(out_features * num_per_row, device=seed.device))
     random = ((draws >> (64 - _NUM_BITS)) & ((1 << _NUM_BITS) - 1)).view(out_features, num_per_row)

@@ -59,7 +59,6 @@ class TargetConfig(MethodConfig):
     full_rank."""
 
     def completed(self, build_model: Callable[[], TrainedModel]) -> "TargetConfig":
-        """See `contracts.MethodConfig`."""
         if self.targets is not None:
             return self
         local_names = dict.fromkeys(
@@ -68,7 +67,6 @@ class TargetConfig(MethodConfig):
         return self.model_copy(update={"targets": tuple(local_names)})
 
     def check_model(self, model: TrainedModel) -> list[str]:
-        """See `contracts.MethodConfig`."""
         problems = []
         names = [name for name, it in model.named_modules() if isinstance(it, nn.Linear)]
         local_names = {name.rpartition(".")[2] for name in names}
@@ -121,11 +119,8 @@ class FactorLinear(Reparametrized):
 
     @abstractmethod
     def dense_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns the weight [out, in] of a linear layer that computes the same.
-
-        Args:
-            tensors: full parameters by local name. The layer's own may be on the meta device.
-        """
+        """Returns the weight [out, in] of a linear layer that computes the same, given full
+        parameters by local name. The layer's own may be on the meta device."""
 
 
 class ReplacingMethod(Method[TargetConfigT]):

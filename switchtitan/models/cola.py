@@ -48,7 +48,6 @@ class ColaConfig(LlamaFamilyConfig):
         return self
 
     def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
         void = super().without_effect()
         if self.max_positions is not None:
             void.append(f"max_positions = {self.max_positions} has no effect on this model")

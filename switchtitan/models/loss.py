@@ -62,10 +62,8 @@ class CrossEntropy:
     """Computes the sum over targets of -log p(target), in nats, in fp32 or wider.
 
     For a `Head` or `TiedHead`, logits and their gradients exist for one chunk of tokens at a time.
-    Any other head, such as a low-rank one, computes all logits.
-
-    Args:
-        compile_regions: compile everything but matrix products and the head, for static shapes.
+    Any other head, such as a low-rank one, computes all logits. `compile_regions` compiles
+    everything but matrix products and the head, for static shapes.
     """
 
     def __init__(self, compile_regions: bool) -> None:
@@ -114,9 +112,7 @@ class CrossEntropy:
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Returns the sum over targets of -log p(target), in nats, in fp32 or wider; 0-dim.
 
-    Args:
-        logits: [..., vocabulary].
-        targets: [...]; `IGNORED_TARGET` is ignored.
+    Logits are [..., vocabulary], targets [...]; `IGNORED_TARGET` is ignored.
     """
     return F.cross_entropy(
         logits.flatten(0, -2).to(_wide(logits.dtype)),

@@ -19,7 +19,7 @@ _HEADER_INTERVAL = 20
 def configure_logging(*, is_main: bool, rank: int = 0, log_file: Path | None = None) -> None:
     """Sends this package's records and other packages' warnings to standard output.
 
-    Calling it again replaces the earlier handlers.
+    Replaces the handlers of earlier calls, and of the command's start.
 
     Args:
         is_main: print records from INFO up; other ranks print warnings only, with their rank.
@@ -28,8 +28,8 @@ def configure_logging(*, is_main: bool, rank: int = 0, log_file: Path | None = N
     """
     root = logging.getLogger()
     for handler in list(root.handlers):
-        is_basic = type(handler) is logging.StreamHandler  # of the command's start
-        if is_basic or isinstance(handler, _ConsoleHandler | _LogFileHandler):
+        is_own = isinstance(handler, _ConsoleHandler | _LogFileHandler)
+        if is_own or handler.name == "switchtitan":
             root.removeHandler(handler)
             handler.close()
     root.addHandler(_ConsoleHandler("" if is_main else f"[rank {rank}] "))
@@ -117,11 +117,7 @@ _COLUMNS = (
 
 
 class ConsoleTable:
-    """One row per report, under a header that is repeated.
-
-    Args:
-        num_steps: total training steps.
-    """
+    """One row per report of a run of `num_steps` steps, under a header that is repeated."""
 
     def __init__(self, num_steps: int) -> None:
         self._num_steps = num_steps

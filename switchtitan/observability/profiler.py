@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import profiler
 
+from switchtitan import regions
 from switchtitan.observability import TENSORBOARD_FOLDER
 from switchtitan.observability.config import ProfilerConfig
-from switchtitan.regions import observe_regions, stop_observing_regions
 
 logger = logging.getLogger(__name__)
 
@@ -58,21 +58,16 @@ class Profiler:
             return self
         # Otherwise Kineto prints two lines at each start and stop, into the progress bar.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+        idle = self._first_step - 2 - self.steps_done
         self._profile = profiler.profile(
-            schedule=profiler.schedule(
-                skip_first=self._first_step - 2 - self.steps_done,
-                wait=0,
-                warmup=1,
-                active=config.num_steps,
-                repeat=1,
-            ),
+            schedule=profiler.schedule(wait=idle, warmup=1, active=config.num_steps, repeat=1),
             on_trace_ready=self._write,
             record_shapes=config.record_shapes,
             profile_memory=config.memory,
             with_stack=config.with_stack,
         )
         self._profile.start()
-        observe_regions(profiler.record_function)
+        regions.observers.append(profiler.record_function)
         return self
 
     @property
@@ -102,7 +97,7 @@ class Profiler:
     def _stop(self) -> None:
         profile, self._profile = self._profile, None
         if profile is not None:
-            stop_observing_regions(profiler.record_function)
+            regions.observers.remove(profiler.record_function)
             profile.stop()
 
     def _write(self, profile: profiler.profile) -> None:

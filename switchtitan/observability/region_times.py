@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from switchtitan.regions import OUTSIDE_STEP, STEP, observe_regions, stop_observing_regions
+from switchtitan.regions import OUTSIDE_STEP, STEP, observers
 
 _Mark = float | torch.cuda.Event
 """A moment: seconds of the host's clock, or an event on the device's current stream."""
@@ -30,15 +30,15 @@ class RegionTimes:
         self._num_calls: Counter[str] = Counter()
 
     def __enter__(self) -> "RegionTimes":
-        observe_regions(self.around)
+        observers.append(self.around)
         return self
 
     def __exit__(self, *error: object) -> None:
-        stop_observing_regions(self.around)
+        observers.remove(self.around)
 
     @contextmanager
     def around(self, name: str) -> Iterator[None]:
-        """Times a region; a `RegionObserver`."""
+        """Times a region."""
         outer, began = self._inside, self._mark()
         self._inside = name
         try:

@@ -111,41 +111,36 @@ class Reporter:
         checkpoint: Path | None = None,
         trace: Path | None = None,
     ) -> None:
-        """Prints the losses, speed and paths; writes `values`, by name, to `results.json`.
-
-        Raises:
-            OutputError: on the main rank, after printing, if the file cannot be written.
-        """
+        """Prints the losses, speed and paths; writes `values`, by name, to `results.json`. Raises
+        an OutputError on the main rank, after printing, if the file cannot be written."""
         if not self.is_main:
             return
         self._bar.close()
         self._is_finished = True
         failure = self._write_results(values)
-        rows = dict[str, str]()
         # One, if the first evaluation was the last.
         losses = dict.fromkeys((first_validation_loss, values.get("loss/validation")))
-        if known := [loss for loss in losses if loss is not None]:
-            rows["validation loss"] = " -> ".join(f"{loss:.4f}" for loss in known)
-            rows["perplexity"] = " -> ".join(f"{perplexity_of(loss):.2f}" for loss in known)
-        if (test_loss := values.get("loss/test")) is not None:
-            rows["test loss"] = f"{test_loss:.4f}"
-        if num_skipped := values.get("batches_skipped"):
-            rows["batches skipped"] = f"{num_skipped:.0f}, not finite"
+        known = [loss for loss in losses if loss is not None]
+        test_loss, num_skipped = values.get("loss/test"), values.get("batches_skipped")
+        speed, time_s = (values.get(f"throughput/{key}") for key in ("tokens_per_s", "wall_time_s"))
         since = f" since step {self.start_step}" if self.start_step > 0 else ""
-        if speed := values.get("throughput/tokens_per_s"):
-            rows["tokens/s"] = tqdm.format_sizeof(speed) + since
-        if wall_time_s := values.get("throughput/wall_time_s"):
-            rows["wall time"] = format_duration(wall_time_s) + since
-        if checkpoint is not None:
-            rows["checkpoint"] = str(checkpoint)
-        rows["results"] = "not written" if failure else str(self._results)
-        if trace is not None:
-            rows["profile trace"] = str(trace)
-        if self._tensorboard is not None or trace is not None:
-            rows["logs"] = str(self._folder)
-            rows["view with"] = f"tensorboard --host localhost --logdir {self._folder}"
-        width = max(map(len, rows))
-        lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
+        has_logs = self._tensorboard is not None or trace is not None
+        rows = {
+            "validation loss": " -> ".join(f"{loss:.4f}" for loss in known),
+            "perplexity": " -> ".join(f"{perplexity_of(loss):.2f}" for loss in known),
+            "test loss": test_loss is not None and f"{test_loss:.4f}",
+            "batches skipped": num_skipped and f"{num_skipped:.0f}, not finite",
+            "tokens/s": speed and tqdm.format_sizeof(speed) + since,
+            "wall time": time_s and format_duration(time_s) + since,
+            "checkpoint": checkpoint,
+            "results": "not written" if failure else self._results,
+            "profile trace": trace,
+            "logs": has_logs and self._folder,
+            "view with": has_logs and f"tensorboard --host localhost --logdir {self._folder}",
+        }
+        shown = {name: value for name, value in rows.items() if value}
+        width = max(map(len, shown))
+        lines = [f"{name:<{width}}  {value}" for name, value in shown.items()]
         for line in ("-" * 80, *lines, "-" * 80):
             logger.info("%s", line)
         if failure:
@@ -181,10 +176,7 @@ class Reporter:
 
 def _start_wandb(output_dir: Path, description: str) -> Any:
     """Starts a run of the project `switchtitan`, or of `WANDB_PROJECT`; resumes `output_dir`'s.
-
-    Raises:
-        EnvironmentMismatchError: if wandb does not start.
-    """
+    Raises an EnvironmentMismatchError if wandb does not start."""
     import wandb
 
     file = output_dir / "wandb_run.txt"

@@ -109,11 +109,8 @@ class TensorBoardWriter:
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Returns all scalars that a run wrote for TensorBoard, by metric, e.g. "loss/train".
-
-    Raises:
-        ConfigError: if there are none.
-    """
+    """Returns all scalars that a run wrote for TensorBoard, by metric, e.g. "loss/train"; a
+    ConfigError if there are none."""
     # It warns about purged points, which every resumed run causes.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     folder = run / TENSORBOARD_FOLDER

@@ -37,10 +37,7 @@ class AdamW(TorchOptimizer):
     """`torch.optim.AdamW` on local shards, by torch's fused kernels.
 
     Its state is `<parameter>.exp_avg`, `.exp_avg_sq` (like the parameter) and `.step` (0-dim).
-
-    Args:
-        parameters: the parameters to train, fp32.
-        compile_step: has no effect, since torch's kernels are fused already.
+    `compile_step` has no effect, since torch's kernels are fused already.
     """
 
     def __init__(

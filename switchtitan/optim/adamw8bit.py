@@ -37,9 +37,7 @@ class AdamW8bit(TorchOptimizer):
     depended on the number of ranks. Here blocks are parts of rows, and the choice depends on the
     full shape: training and checkpoints do not depend on how rows are sharded. State is saved as
     plain tensors, since torch.distributed.checkpoint would pickle torchao's tensors.
-
-    Args:
-        compile_step: compile the update of each shape.
+    `compile_step` compiles the update of each shape.
     """
 
     def __init__(
@@ -95,11 +93,8 @@ def _state_in_fp32(like: Tensor) -> dict[str, Tensor]:
 
 
 def block_size(shape: tuple[int, ...]) -> int | None:
-    """Returns the elements of a row that share a scale; None for moments in fp32.
-
-    Args:
-        shape: of the full parameter.
-    """
+    """Returns how many elements of a row share a scale, by the full parameter's shape; None for
+    moments in fp32."""
     if len(shape) != 2 or shape[0] * shape[1] < _MIN_ELEMENTS:
         return None
     return next(

@@ -24,7 +24,6 @@ class LRScheduleConfig(Section):
     """The factor at the end of the run, in [0, 1]. Not with constant."""
 
     def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
         return [
             f'{key} = {getattr(self, key)} has no effect with decay = "constant"'
             for key in ("min_factor", "decay_ratio")
@@ -36,7 +35,7 @@ class LRScheduleConfig(Section):
         if self.decay == "constant":
             return num_steps
         share = 1.0 if self.decay_ratio is None else self.decay_ratio
-        return max(self.warmup_steps, num_steps - round(share * num_steps))
+        return max(self.warmup_steps, num_steps - max(1, round(share * num_steps)))
 
 
 def build_lr_schedule(config: LRScheduleConfig, num_steps: int) -> Callable[[int], float]:

@@ -53,11 +53,8 @@ class MatrixExchange:
         self._owned = Counter(shapes[place] for place in order if owners[place] == rank)
 
     def collect(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Returns the matrices that this rank owns, [matrices, rows, width] for each shape.
-
-        Args:
-            parts: this rank's rows of each matrix.
-        """
+        """Returns the matrices that this rank owns, [matrices, rows, width] for each shape, given
+        its rows of each matrix."""
         parts = [parts[place] for place in self._order]
         if self._group is None:
             batches = [self._empty(count, *shape) for shape, count in self._owned.items()]
@@ -79,11 +76,8 @@ class MatrixExchange:
         ]
 
     def distribute(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Returns this rank's rows of each matrix; they share memory, on one rank with `batches`.
-
-        Args:
-            batches: the matrices that this rank owns, as `collect` returned them.
-        """
+        """Returns this rank's rows of each matrix, given what it owns as `collect` returned it.
+        They share memory, on one rank with `batches`."""
         if self._group is None:
             own = _matrices(batches)
         else:
@@ -112,11 +106,8 @@ class MatrixExchange:
         ]
 
     def _blocks(self, packed: Tensor) -> list[Tensor]:
-        """Returns a view [ranks, matrices, rows/ranks, width] for each batch.
-
-        Args:
-            packed: of each rank, its rows of the matrices that this rank owns.
-        """
+        """Returns a view [ranks, matrices, rows/ranks, width] for each batch, of the packed rows of
+        the matrices that this rank owns."""
         sizes = [count * self._size_per_rank(shape) for shape, count in self._owned.items()]
         blocks = packed.view(self._num_ranks, sum(sizes)).split(sizes, dim=1)
         return [

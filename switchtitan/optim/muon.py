@@ -130,9 +130,7 @@ def advance_(
     """Moves each momentum, in place, towards its gradient; returns what is to be orthogonalized.
 
     A running mean, where Jordan et al. have a sum: the two differ by a factor, which cancels.
-
-    Args:
-        dtype: of the result, unless it is the momentum itself.
+    The result has `dtype`, unless it is the momentum itself.
     """
     torch._foreach_lerp_(momenta, grads, 1 - momentum)
     if not nesterov:
@@ -162,10 +160,8 @@ def orthogonalize(matrices: Tensor, num_steps: int) -> Tensor:
     """Returns about U V^T for each matrix U S V^T, scaled to AdamW's root mean square.
 
     Newton-Schulz iterations (Jordan et al. 2024): singular values become 0.7 to 1.2 rather than 1.
-    The scale is 0.2 sqrt(max(rows, columns)) (arXiv 2502.16982, sec. 2.2).
-
-    Args:
-        matrices: [count, rows, columns]; products are computed in their dtype.
+    The scale is 0.2 sqrt(max(rows, columns)) (arXiv 2502.16982, sec. 2.2). Matrices are [count,
+    rows, columns]; products are computed in their dtype.
     """
     num_rows, num_columns = matrices.shape[1:]
     is_tall = num_rows > num_columns

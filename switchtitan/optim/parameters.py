@@ -36,11 +36,8 @@ class TrainedParameter(NamedTuple):
 
 
 def trained_parameters(model: TrainedModel, targeted: Collection[str]) -> list[TrainedParameter]:
-    """Returns the parameters that require a gradient, in the model's order.
-
-    Args:
-        targeted: names of the parameters that the method changes.
-    """
+    """Returns the parameters that require a gradient, in the model's order; `targeted` are names of
+    those that the method changes."""
     prefixes, head = tuple(f"{block}." for block in model.blocks()), model.output_head()
     # A tied head has no parameter of its own.
     in_head = set() if head is None else set(head.parameters())
@@ -91,7 +88,7 @@ def with_width_factors(
 
     So that a step changes the outputs of each layer, relative to its inputs, as much as at the
     tuned width: (tuned / hidden size)^e, with e = 1 for the head and `width_exponent` for matrices
-    in blocks. As muP (Yang et al. 2022, arXiv 2203.03466, table 8), but for its multipliers.
+    in blocks, as in muP (Yang et al. 2022, arXiv 2203.03466, table 3).
     """
     hidden_size, tuned_size = model.hidden_size(), config.tuned_hidden_size
     if tuned_size is None:
@@ -108,7 +105,7 @@ def with_width_factors(
             return "layers", of_method
         if entry.is_head:
             return "head", 1.0
-        is_matrix = entry.is_in_block and entry.parameter.ndim == 2
+        is_matrix = entry.is_in_block and entry.parameter.ndim > 1 and entry.input_dim == 1
         return ("other layers", matrices) if is_matrix else ("embedding, norms", 0.0)
 
     scaled, rates = [], dict[str, str]()

@@ -45,10 +45,7 @@ class Scale(GroupedOptimizer):
 
     The inputs of most matrices are within a row, and a step sends nothing for them. Those of an
     embedding [vocabulary, dim], and of a factor stored transposed, are its rows: on several ranks,
-    one all-reduce sums their squares.
-
-    Args:
-        matrices: the parameters to train, fp32; one of them belongs to the head.
+    one all-reduce sums their squares. Matrices are fp32, and one of them belongs to the head.
     """
 
     def __init__(self, config: ScaleConfig, matrices: list[TrainedParameter]) -> None:
@@ -112,11 +109,8 @@ class Scale(GroupedOptimizer):
 def build_scale(
     config: ScaleConfig, parameters: Iterable[TrainedParameter], compile_step: bool
 ) -> TrainingOptimizer:
-    """Returns SCALE for matrices, and AdamW for other parameters.
-
-    Raises:
-        ConfigError: if no parameter belongs to the head.
-    """
+    """Returns SCALE for matrices, and AdamW for other parameters. Raises a ConfigError if no
+    parameter belongs to the head."""
     trained = list(parameters)
     matrices = [entry for entry in trained if entry.parameter.ndim == 2]
     if not any(entry.is_head for entry in matrices):

@@ -25,10 +25,7 @@ class TorchOptimizer(GroupedOptimizer):
 
     It trains on any number of ranks as on one. The state is `<parameter>.<key>`. Tensors that have
     the parameter's shape are sharded like it, and load on another number of ranks.
-
-    Args:
-        build: builds the torch optimizer.
-        initial_state: torch itself creates the state in the first step, too late to load it.
+    Torch itself would create the state in the first step, too late to load it.
     """
 
     def __init__(
@@ -128,7 +125,6 @@ class SGDConfig(OptimizerConfig):
     """Nesterov momentum; has no effect with momentum = 0."""
 
     def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
         void = ["nesterov = true has no effect with momentum = 0"] if self.nesterov else []
         return [*super().without_effect(), *(void if self.momentum == 0 else [])]
 

@@ -1,5 +1,6 @@
 """Computes effective ranks of matrices from their singular values, on plain tensors."""
 
+import re
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import NamedTuple
@@ -51,9 +52,8 @@ def layers_by_kind(names: Iterable[str]) -> dict[str, list[str]]:
     that of "model.layers.0.mlp.up_proj"."""
     kinds: dict[str, list[str]] = {}
     for name in names:
-        parts = name.split(".")
-        index = next((at for at in reversed(range(len(parts))) if parts[at].isdigit()), len(parts))
-        kinds.setdefault(".".join(parts[index + 2 :]) or parts[-1], []).append(name)
+        kind = re.sub(r"^(.*\.)?\d+\.([^.]+\.)?", "", name)
+        kinds.setdefault(kind, []).append(name)
     return kinds
 
 

@@ -1,7 +1,6 @@
 """Measures the rank of each linear layer's change during training."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,10 +10,7 @@ from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import World
 from switchtitan.observability.reporter import Reporter
 from switchtitan.spectra.spectrum import (
-    RankSummary,
-    Spectra,
     normalized_by_kind,
-    singular_values,
     summarize,
 )
 from switchtitan.spectra.weight_change import Origin
@@ -39,6 +35,7 @@ class RankTelemetry:
         """Whether to measure after `step` steps."""
         return step == self.num_steps or step % self.interval == 0
 
+    @full_precision()
     def after(self, step: int) -> None:
         """Measures and reports the change at this step. Collective.
 
@@ -47,10 +44,22 @@ class RankTelemetry:
         """
         is_main = self.world.is_main
         tensors = gather_on_main(self.model.named_parameters(), is_main)
-        spectra = self._measure(tensors) if is_main else {}
+        spectra, values = dict[str, Tensor](), dict[str, float]()
+        if is_main:
+            dense = self.origin.method.dense_weights(tensors)
+            spectra = self.origin.spectra(dense, self.world.device)
+            ranks = summarize(spectra)
+            values = {
+                "rank/effective_mean": ranks.effective,
+                **{f"rank/effective/{kind}": of for kind, of in ranks.effective_by_kind.items()},
+                **{
+                    f"rank/effective_by_layer/{layer}": of
+                    for layer, of in ranks.effective_by_layer.items()
+                },
+            }
         # The others wait here: rank 0's SVDs can exceed the timeout of the training step's
         # collectives.
-        values = self.world.gather(_metrics(summarize(spectra)) if is_main else {})[0]
+        values = self.world.gather(values)[0]
         self.reporter.report(step, values)
         by_kind = normalized_by_kind(spectra)
         histograms = {f"rank/spectrum/{kind}": shares for kind, shares in by_kind.items()}
@@ -62,16 +71,3 @@ class RankTelemetry:
                 values["rank/effective_mean"],
                 max(map(len, spectra.values())),
             )
-
-    @full_precision()
-    def _measure(self, tensors: Mapping[str, Tensor]) -> Spectra:
-        changes = self.origin.changes(self.origin.method.dense_weights(tensors))
-        return {name: singular_values(change.to(self.world.device)) for name, change in changes}
-
-
-def _metrics(ranks: RankSummary) -> dict[str, float]:
-    """Returns ranks by TensorBoard tag."""
-    values = {"rank/effective_mean": ranks.effective}
-    values |= {f"rank/effective/{kind}": of for kind, of in ranks.effective_by_kind.items()}
-    by_layer = ranks.effective_by_layer.items()
-    return values | {f"rank/effective_by_layer/{name}": rank for name, rank in by_layer}

@@ -1,6 +1,6 @@
 """Computes the change of linear layers since step 0. Initial weights are drawn or read again."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ class Origin:
         self._config, self._seed, self.method = config, seed, method
         self._model = plain_model(config)
         blocks = tuple(f"{block}." for block in self._model.blocks())
-        self.layers = [
+        self._layers = [
             name.removesuffix(".weight")
             for name, weight in self._model.named_parameters()
             if name.startswith(blocks) and weight.dim() == 2
@@ -61,16 +61,20 @@ class Origin:
             )
         self._read = open_weights(find_weights(self._source), self._config)
 
-    def changes(self, dense: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yields name and change [out, in] since step 0 of each linear layer; see `open`.
+    def spectra(self, dense: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Returns the singular values of each linear layer's change since step 0; see `open`.
 
         Args:
             dense: the current dense weights, fp32 on the CPU.
+            device: computes them.
         """
         self.open()
-        for layer in self.layers:
-            weight = dense[f"{layer}.weight"]
-            yield layer, weight - self._starting_weight(f"{layer}.weight", weight.shape)
+        spectra = dict[str, Tensor]()
+        for layer in progress_bar("measuring ranks", self._layers, total=None, unit="layers"):
+            name, weight = f"{layer}.weight", dense[f"{layer}.weight"]
+            change = weight - self._starting_weight(name, weight.shape)
+            spectra[layer] = singular_values(change.to(device))
+        return spectra
 
     def _starting_weight(self, name: str, shape: torch.Size) -> Tensor:
         if name in self._computed:
@@ -101,6 +105,4 @@ def checkpoint_spectra(checkpoint: Path) -> tuple[int, dict[str, Tensor]]:
     )
     seed = metadata.identity_value("job", "seed", int)
     origin = Origin(dense.config, seed, path, checksum, dense.method)
-    changes = origin.changes(dense.read())
-    progress = progress_bar(str(checkpoint), changes, total=len(origin.layers), unit="layers")
-    return metadata.step, {layer: singular_values(change) for layer, change in progress}
+    return metadata.step, origin.spectra(dense.read(), torch.device("cpu"))

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -53,9 +53,6 @@ from switchtitan.training.step import Stepper, TrainState
 from switchtitan.training.stop import Stop
 from switchtitan.training.trainer import Trainer
 
-if TYPE_CHECKING:
-    from switchtitan.spectra.telemetry import RankTelemetry
-
 logger = logging.getLogger(__name__)
 
 
@@ -75,7 +72,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         corpus = open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
     else:
         metadata, state = read_run(checkpoint, config, identity)
-        changes = changed_keys(metadata.config, resolved)
+        changes = changed_keys(metadata.config, config)
         corpus = _reopen_corpus(checkpoint, metadata, config, world)
         if checkpoint.resolve().parent != checkpoints.resolve():
             state.forked_from = config.checkpoint.resume_path
@@ -290,9 +287,9 @@ def _open_initial_weights(
 
 def _open_telemetry(
     config: JobConfig, state: TrainState, world: World, is_restored: bool
-) -> "Callable[..., RankTelemetry] | None":
-    """Returns what builds the telemetry of spectra from a model and a reporter, if the run has any.
-    Raises a CheckpointError if the weights that a resumed run started from are missing."""
+) -> Callable[..., Any] | None:
+    """Returns what builds a `RankTelemetry` from a model and a reporter, if the run has one. Raises
+    a CheckpointError if the weights that a resumed run started from are missing."""
     if config.spectrum.interval is None:
         return None
     from switchtitan.spectra.telemetry import RankTelemetry

@@ -11,7 +11,7 @@ from torch import nn
 
 from switchtitan.checkpoint.load import check_same_run, read_metadata
 from switchtitan.checkpoint.save import CheckpointMetadata
-from switchtitan.config import flatten, parse_toml
+from switchtitan.config import flatten, parse_toml, resolved_toml
 from switchtitan.data.corpus import Corpus
 from switchtitan.distributed.dtype import ComputeDtype
 from switchtitan.distributed.world import World, device_name
@@ -71,15 +71,20 @@ def completed_identity(
     return completed
 
 
-def changed_keys(saved_toml: str, current_toml: str) -> list[str]:
-    """Returns the keys whose values differ in two configurations, as `key: old -> new`."""
-    before, now = (
-        flatten(parse_toml(text, "the saved configuration")) for text in (saved_toml, current_toml)
-    )
-    return [
-        f"{key}: {toml_value(before[key])} -> {toml_value(now[key])}"
+def changed_keys(saved_toml: str, config: JobConfig) -> list[str]:
+    """Returns the keys whose values differ from those of a saved configuration, as `key: old ->
+    new`; a key that the saved one is too old to have had its default."""
+    name = "the saved configuration"
+    before, now = (flatten(parse_toml(of, name)) for of in (saved_toml, resolved_toml(config)))
+    before = {
+        key: now[key]
         for key in now
-        if key in before and before[key] != now[key] and not key.startswith(_UNLISTED_KEYS)
+        if (place := key.split("."))[1:] and getattr(config, place[0]).is_default(place[1])
+    } | before
+    return [
+        f"{key}: {toml_value(before.get(key, 'default'))} -> {toml_value(now[key])}"
+        for key in now
+        if before.get(key) != now[key] and not key.startswith(_UNLISTED_KEYS)
     ]
 
 

@@ -33,11 +33,8 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, after_batch: Callable[[], object] = lambda: None) -> float:
-        """Returns the mean loss per held-out token over all ranks, in nats.
-
-        Args:
-            after_batch: may raise, e.g. to stop; the model is as before.
-        """
+        """Returns the mean loss per held-out token over all ranks, in nats. `after_batch` may
+        raise, e.g. to stop; the model is as before."""
         device = self.world.device
         # [sum of losses, number of targets]. fp64 keeps long sums of fp32 numbers exact enough.
         totals = torch.zeros(2, dtype=torch.float64, device=device)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from switchtitan.checkpoint.config import RESUME_AUTO
 from switchtitan.checkpoint.save import OPTIMIZER, Checkpointer, CheckpointTensors
-from switchtitan.distributed.fsdp import num_device_bytes
 from switchtitan.distributed.norms import non_finite
 from switchtitan.distributed.replicas import check_replicas
+from switchtitan.distributed.shards import local
 from switchtitan.errors import RanksDisagreeError, UserError, abbreviate
 from switchtitan.observability.log import perplexity_of
 from switchtitan.observability.profiler import Profiler
@@ -47,14 +47,12 @@ class Trainer:
 
     stepper: Stepper
     num_steps: int
-    """Optimizer steps of the run."""
     evaluate_interval: int
     validation: Evaluator
     test: Evaluator | None
     """Evaluates the trained model once; None without a test split."""
     checkpointer: Checkpointer
     tensors: CheckpointTensors
-    """The tensors of the run's checkpoints."""
     reporter: Reporter
     throughput: Throughput
     profiler: Profiler
@@ -149,11 +147,8 @@ class Trainer:
 
     def check_ranks(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Compares all that ranks hold alike, the numbers that determine the next step included.
-        Raises a RanksDisagreeError on every rank if ranks differ.
-
-        Args:
-            tensors: what `self.tensors` returned, since the state of some optimizers takes time.
-        """
+        Raises a RanksDisagreeError on every rank if ranks differ. `tensors` is what `self.tensors`
+        returned, since the state of some optimizers takes time."""
         if self._world.size == 1:
             return
         state = self._state
@@ -275,13 +270,15 @@ class Trainer:
             test_loss = test(self.stepper.model)
             tested = {"loss/test": test_loss, "perplexity/test": perplexity_of(test_loss)}
             self.reporter.report(state.step, tested)
+        shards = map(local, self.tensors().values())
+        on_device = (shard for shard in shards if shard.device.type == device.type)
         values: dict[str, float | None] = {
             "step": state.step,
             "tokens_seen": state.tokens_seen,
             "batches_skipped": state.num_skipped,
             **self.throughput.means(),
             "memory/peak_gib": peak_memory_gib(device),
-            "memory/state_gib": num_device_bytes(self.tensors().values(), device) / 2**30,
+            "memory/state_gib": sum(shard.nbytes for shard in on_device) / 2**30,
         }
         for split, evaluator, loss in (
             ("validation", self.validation, state.last_validation_loss),

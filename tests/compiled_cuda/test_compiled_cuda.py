@@ -26,8 +26,7 @@ from support.compiled_cuda import (
 )
 
 from switchtitan.benchmark.gpu import device, torch_inside
-from switchtitan.benchmark.gpu.record import Launch, StepOnGpu, num_bytes_of
-from switchtitan.benchmark.gpu.roofline import bounds_s
+from switchtitan.benchmark.gpu.record import Launch, StepOnGpu, bounds_s, num_bytes_of
 from switchtitan.distributed.gpus import CARDS
 from switchtitan.errors import EnvironmentMismatchError
 

@@ -49,7 +49,6 @@ def test_what_contradicts_the_folder_is_refused(tmp_path):
     for keys, parts in (
         (("--model.num_layers", "3"), ("--model.num_layers 3", "from_folder")),
         (("--model.name", "llama"), ("--model.name llama", "from_folder")),
-        (("--model.tied_head", "false"), ("--model.tied_head false", "from_folder")),
         (("--method.targets", "q_proj,lm_head"), ("lm_head", "no linear layer")),
         (("--data.vocab_size", "1001"), ("vocab_size = 1001", "vocab_size = 1000")),
     ):

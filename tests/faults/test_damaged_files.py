@@ -121,11 +121,8 @@ def place(home, pattern):
 
 
 def use(runs, *names):
-    """Gives the command again, checks how it ends, and returns its outcome.
-
-    Args:
-        names: one of these is in the message of a refusal.
-    """
+    """Gives the command again, checks how it ends, with one of these names in the message of a
+    refusal, and returns its outcome."""
     before = contents(runs.home)
     outcome = train(runs.home, END)
     if outcome.status == 2:

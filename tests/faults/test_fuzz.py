@@ -36,11 +36,8 @@ DOCUMENTS = make_documents(30)
 
 
 def damage_one_of(folder, change):
-    """Restores all files of a folder, and changes the bytes of one of them.
-
-    Args:
-        change: of a name, valid bytes and a source of random numbers to other bytes.
-    """
+    """Restores all files of a folder, and changes the bytes of one of them to `change` of its name,
+    valid bytes and a source of random numbers."""
     valid = {file: file.read_bytes() for file in sorted(folder.iterdir())}
 
     def damage(draw):
@@ -139,8 +136,8 @@ def source(name):
             config = SourceConfig(dataset=name.partition(",")[0], path=folder)
             opened = DATASETS[config.dataset].open(config, None)
             stream = opened.read(None, None, TOKENIZER)
-            for chunk in read_chunks(stream, None, None):
-                for document in chunk.documents:
+            for documents, *_ in read_chunks(stream, None, None):
+                for document in documents:
                     assert isinstance(document, str) or 0 <= document.min() <= document.max() < 10
 
         return damage_one_of(folder, lambda name, data, draw: mutate_bytes(data, draw)), read

@@ -271,9 +271,7 @@ def test_a_stopped_preparation_with_links_writes_nothing_outside(corpus, tmp_pat
     (partial / "train-00000.bin").unlink()
     (tmp_path / "victim").write_text("untouched")
     (partial / "train-00000.bin").symlink_to(tmp_path / "victim")
-    (partial / "progress.json").write_text(
-        json.dumps({"eos_token": "<|endoftext|>", "segments": 0, "splits": {}})
-    )
+    (partial / "progress.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "splits": {}}))
     assert corpus.use().status == 0
     assert (tmp_path / "victim").read_text() == "untouched"
     assert not (corpus / "train-00000.bin").is_symlink()

@@ -64,13 +64,7 @@ def undisturbed(home):
 
 
 def check_stop(folder, stop, codes, printed, step_before):
-    """Checks a run that was told to stop; it has lost no step.
-
-    Args:
-        codes: exit statuses of all ranks.
-        printed: by rank 0.
-        step_before: the step from which the run resumed.
-    """
+    """Checks a run that resumed from a step and was told to stop; it has lost no step."""
     status = 128 + stop.number
     if stop.phase == "start-up":
         # The others may miss the first rank that ends before they get their own signal.

@@ -29,14 +29,8 @@ RUNS = [
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("method", "overrides"), RUNS)
 def test_a_compiled_bfloat16_run_on_cuda_lowers_its_loss(corpora, method, overrides):
-    trainer = tiny_trainer(
-        corpora / "-".join(["gpu", method, *overrides]),
-        method,
-        *overrides,
-        "--training.dtype",
-        "bfloat16",
-        *COMPILED,
-    )
+    folder, keys = corpora / "-".join(["gpu", method, *overrides]), (*overrides, *COMPILED)
+    trainer = tiny_trainer(folder, method, *keys, "--training.dtype", "bfloat16")
     assert trainer.stepper.world.device.type == "cuda"
     first = trainer.validation(trainer.stepper.model)
     losses = train_steps(trainer, 40)
@@ -61,12 +55,8 @@ def use_any_algorithm():
 def test_deterministic_runs_repeat_bitwise(corpora, dtype):
     losses = []
     for name in ("first", "second"):
-        trainer = tiny_trainer(
-            corpora / f"deterministic-{dtype}-{name}",
-            "switchlora",
-            *LARGER,
-            *("--training.deterministic", "true", "--training.dtype", dtype),
-        )
+        keys = (*LARGER, "--training.deterministic", "true", "--training.dtype", dtype)
+        trainer = tiny_trainer(corpora / f"deterministic-{dtype}-{name}", "switchlora", *keys)
         losses.append(train_steps(trainer, 20))
         trainer.stepper.close()
         stop_world()

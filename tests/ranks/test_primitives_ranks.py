@@ -74,13 +74,8 @@ def check_updates(mesh, start, num_between, tolerance):
     of_one, of_all = named | optimizer.state_dict(), split | split_optimizer.state_dict()
     check_replicas(of_all, CPU)
     for name, tensor in of_one.items():
-        torch.testing.assert_close(
-            full_tensor(of_all[name]).detach(),
-            tensor.detach(),
-            rtol=tolerance,
-            atol=tolerance,
-            msg=name,
-        )
+        found, bounds = full_tensor(of_all[name]).detach(), {"rtol": tolerance, "atol": tolerance}
+        torch.testing.assert_close(found, tensor.detach(), **bounds, msg=name)
 
 
 # Muon. Over 2 and 4 ranks: even, uneven, and fewer rows than ranks. Two of one shape.

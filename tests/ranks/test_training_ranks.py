@@ -316,11 +316,8 @@ def test_what_is_measured_does_not_depend_on_the_number_of_ranks(recorded, name,
 
 
 def take_four_steps(folder, method, *keys, spoil):
-    """Returns all tensors at the end, and the losses of all updates on this rank.
-
-    Args:
-        spoil: is called with the stepper before the third batch; None: the data lacks that batch.
-    """
+    """Returns all tensors at the end, and the losses of all updates on this rank. `spoil` is called
+    with the stepper before the third batch; None: the data lacks that batch."""
     trainer = tiny_trainer(folder, method, *SKIP, *keys, num_ranks=2)
     stepper, losses = trainer.stepper, []
     reader = stepper.batches

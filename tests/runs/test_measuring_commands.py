@@ -32,6 +32,7 @@ def test_steps_are_compared_in_a_table_and_a_record(trained, tmp_path):
     reference, other = record["steps"].values()
     assert reference["ratio"]["value"] == 1
     assert other["ratio"]["low"] <= other["ratio"]["value"] <= other["ratio"]["high"]
+    assert round(other["tokens_per_s"] * other["step_s"]) == 8 * 8
     assert 0 < min(other["rounds_s"]) <= other["step_s"] <= max(other["rounds_s"])
 
 
@@ -69,14 +70,8 @@ def test_a_seed_shows_what_a_run_with_it_reads_first(tmp_path):
     words = ("--corpus", corpus.folder, "--seq-len", 40, "--show", 2)
     result = result_of("prepare", *words, "--seed", 7)
     assert result["fingerprint"] == corpus.fingerprint
-    batches = build_train_batches(
-        corpus.split("train", 40),
-        seed=7,
-        global_batch_size=2,
-        local_batch_size=2,
-        rank=0,
-        num_ranks=1,
-    )
+    sizes = {"global_batch_size": 2, "local_batch_size": 2}
+    batches = build_train_batches(corpus.split("train", 40), seed=7, **sizes, rank=0, num_ranks=1)
     (batch,) = next(batches)
     batches.close()
     assert [sequence["tokens"] for sequence in result["sequences"]] == batch.tokens.tolist()

@@ -275,9 +275,8 @@ def test_frozen_weights_in_bf16_change_and_another_dtype_is_refused(trained):
     "name", ["full_rank", "full_rank_on_tied_qwen2", "switchlora_on_tied_qwen2"]
 )
 def test_other_lr_is_the_rate_of_all_but_the_layers_that_low_rank_methods_target(corpora, name):
-    trainer = trainer_of(
-        corpora / f"contract-other-lr-{name}", name, "--optimizer.other_lr", "1e-30"
-    )
+    folder = corpora / f"contract-other-lr-{name}"
+    trainer = trainer_of(folder, name, "--optimizer.other_lr", "1e-30")
     before = full_tensors(trainer)
     train_steps(trainer, 2)
     after = full_tensors(trainer)

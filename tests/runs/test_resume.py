@@ -1,6 +1,7 @@
 """What a run resumes from, what may change meanwhile, and what it says about that."""
 
 import json
+import math
 import os
 import shutil
 
@@ -8,14 +9,15 @@ import pytest
 import torch
 from support.checkpoints import refused
 from support.commands import run
-from support.comparisons import GRID, write_grid
+from support.comparisons import GRID, LR, result_of, write_grid
 from support.tensors import differing
 from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
 from support.trained import train_and_save
 
 from switchtitan.checkpoint.load import check_same_run
-from switchtitan.comparison.comparison import check_plan, follow
+from switchtitan.comparison.comparison import Comparison, check_plan, follow
 from switchtitan.comparison.config import load_comparison
+from switchtitan.comparison.runs import config_sha256, plan_run, write_csv
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.dtype import Bf16Support
 from switchtitan.distributed.initial import plain_value
@@ -325,9 +327,7 @@ STABLE = {
 }
 
 
-def test_a_row_that_resumes_from_a_longer_one_has_the_weights_of_a_run_from_the_start(
-    tmp_path, monkeypatch
-):
+def test_a_row_that_resumes_from_a_longer_one_has_the_weights_of_a_run_from_the_start(tmp_path):
     """The shorter run's rate falls from step 6 on, the longer one's from step 10 on."""
     file = write_grid(tmp_path, GRID.partition("[[rows]]")[0] + BRANCHES, STABLE)
     comparison = load_comparison(file)
@@ -339,6 +339,8 @@ def test_a_row_that_resumes_from_a_longer_one_has_the_weights_of_a_run_from_the_
     short = follow(comparison, lambda run: None).due[1]
     assert (short.row, short.tuned) == ("short", long.tuned)
     assert short.config.checkpoint.resume.endswith("step-000000006")
+    alone = plan_run(comparison, comparison.rows[1], short.tuned, short.seed)
+    assert config_sha256(alone.config) == config_sha256(short.config)
     job = short.config.job.model_copy(update={"output_dir": tmp_path / "straight"})
     checkpoint = short.config.checkpoint.model_copy(update={"resume": "never"})
     straight = short.config.model_copy(update={"job": job, "checkpoint": checkpoint})
@@ -351,6 +353,25 @@ def test_a_row_that_resumes_from_a_longer_one_has_the_weights_of_a_run_from_the_
     assert not differing(*ended)
 
 
+def test_a_row_resumes_from_a_run_of_its_own_values_and_diverges_with_it(tmp_path):
+    file = write_grid(tmp_path, GRID.partition("[[rows]]")[0] + BRANCHES, STABLE)
+    comparison, best = load_comparison(file), {"dense": 1e-3, "short": 2e-3}
+
+    def find(run):
+        if run.seed != comparison.selection_seed:
+            return None
+        return result_of(run, abs(run.tuned[LR] - best[run.row]), 9.0)
+
+    due = follow(comparison, find).due
+    # The longer runs of the report have another rate.
+    assert [(run.row, run.source) for run in due] == [("dense", None), ("short", None)] * 2
+    long = follow(comparison, lambda run: None).due[0]
+    write_csv(tmp_path / "runs.csv", {long: result_of(long, math.inf, math.inf)})
+    state = Comparison(comparison, tmp_path).state()
+    assert {run.row for run in state.finished} == {"dense", "short"}
+    assert all(result.diverged for result in state.finished.values())
+
+
 @pytest.mark.parametrize(
     ("rows", "changes", "fragments"),
     [
@@ -358,6 +379,12 @@ def test_a_row_that_resumes_from_a_longer_one_has_the_weights_of_a_run_from_the_
         ({"steps = 10": "steps = 20"}, {}, ("from step 12 on", "from 4 to 10")),
         ({"steps = 10": "steps = 8"}, {}, ("from step 5 on", "interval = 2 and keep_every = 6")),
         ({}, {"\ndecay_ratio = 0.4": ""}, ("from step 3 on", "decay_ratio")),
+        (
+            {"steps = 10 }}": "steps = 10 }}\nset.optimizer = {{ other_lr = 1e-2 }}"},
+            {},
+            ("row short", "the keys of that row"),
+        ),
+        ({"interval = 5": "switches_per_vector = 2"}, {}, ("row short", "does not depend")),
     ],
 )
 def test_a_row_that_cannot_branch_from_another_is_refused(tmp_path, rows, changes, fragments):

@@ -62,9 +62,8 @@ def test_full_rank_training_equals_a_plain_loop_bitwise(corpora, monkeypatch):
         for batch in micro_batches:
             hidden = model(batch.tokens, batch.document_ids, lambda hidden, head: hidden)
             # It rounds differently from torch's loss, with which the next test compares it.
-            loss = CrossEntropy(compile_regions=False)(
-                hidden, model.lm_head, batch.targets, num_targets
-            )
+            compute = CrossEntropy(compile_regions=False)
+            loss = compute(hidden, model.lm_head, batch.targets, num_targets)
             loss.backward()
             loss_plain += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

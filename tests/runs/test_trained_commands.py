@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import signal
 from functools import partial
 
 import pytest
@@ -23,7 +21,7 @@ from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import train_tokenizer
 from switchtitan.observability.tensorboard import read_curves
 from switchtitan.registry import toml_value
-from switchtitan.spectra.plots import measure
+from switchtitan.report.pictures import curve_panels, measure
 
 TEXT = "def größe(self, 日本):\n    return self.x  # €\n" * 9
 PROMPT = "def größe(self):\n    return "
@@ -163,11 +161,8 @@ def test_transformers_has_the_logits_and_the_tokenizer_of_the_run_from_an_export
     model, tokenizer = theirs(trained.exported)
     torch.testing.assert_close(model(TOKENS).logits, trained.logits, rtol=1e-5, atol=1e-5)
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
-    assert (
-        model.generation_config.eos_token_id
-        == tokenizer.eos_token_id
-        == corpus.index.tokenizer.eos_id
-    )
+    eos_id = corpus.index.tokenizer.eos_id
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == eos_id
 
 
 def test_commands_of_a_run_whose_corpus_is_gone_name_it_and_the_command_that_makes_it(
@@ -217,9 +212,8 @@ def test_prompts_texts_and_exports_begin_as_the_documents_of_the_run(
     starts = [270] if bos == "none" else []
     assert tokens == starts + corpus.tokenizer().tokenizer.encode(TEXT).ids[len(starts) :]
     stored = tokens_of(corpus, "train")
-    ends = [
-        place for place, token in enumerate(stored[:-1]) if token == corpus.index.tokenizer.eos_id
-    ]
+    eos_id = corpus.index.tokenizer.eos_id
+    ends = [place for place, token in enumerate(stored[:-1]) if token == eos_id]
     assert {stored[end + 1] == 270 for end in ends} == {bool(starts)}
     for weights in (folder / "run", exported):
         words = ("--prompt", TEXT, "--max-new-tokens", 1, *FLOAT32)
@@ -242,29 +236,13 @@ def test_prompts_texts_and_exports_begin_as_the_documents_of_the_run(
     assert result["bytes"] == len(corpus.tokenizer().tokenizer.decode(read).encode())
 
 
-def test_a_stopped_export_is_one_line_and_leaves_nothing(trained, tmp_path, monkeypatch):
-    def stop(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr("switchtitan.cli.export.write_model_card", stop)
-    outcome = run("export", trained.run, "--folder", tmp_path / "out")
-    assert outcome.status == 128 + signal.SIGTERM
-    assert len(outcome.errors.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_greedy_text_is_that_of_transformers(target):
     words = ("--prompt", PROMPT, "--temperature", 0, "--max-new-tokens", 40, *FLOAT32)
     ours = generated(target[0], *words)
     model, tokenizer = theirs(target[1])
     given = tokenizer(PROMPT, return_tensors="pt")
-    tokens = model.generate(
-        given.input_ids,
-        attention_mask=given.attention_mask,
-        do_sample=False,
-        max_new_tokens=40,
-        pad_token_id=0,
-    )[0, given.input_ids.shape[1] :]
+    keys = {"do_sample": False, "max_new_tokens": 40, "pad_token_id": 0}
+    tokens = model.generate(**given, **keys)[0, given.input_ids.shape[1] :]
     assert ours["prompt_tokens"] == given.input_ids[0].tolist()
     assert ours["tokens"] == tokens.tolist()
     assert ours["text"] == tokenizer.decode(tokens, skip_special_tokens=True)
@@ -306,11 +284,10 @@ def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     found = measure(trained.run)
     # The checkpoint's weights are merged again: roundings of an fp32 product.
     about = partial(pytest.approx, rel=1e-4)
-    assert found.by_kind["up"] == about(curves["rank/effective/up_proj"][1][-1])
-    measured = dict(zip(*curves["rank/effective_mean"], strict=True))
-    assert found.ranks.effective == about(measured[15])
-    assert found.over_training == measured
-    assert [*measured] == [5, 10, 15]
-    earlier = measure(trained.run / "checkpoints" / "step-000000010")
-    assert [*earlier.over_training] == [5, 10]
-    assert f"{found.ranks.effective:.1f}" in outcome.output
+    ranks, (steps, measured) = found.ranks, curves["rank/effective_mean"]
+    assert ranks.effective_by_kind["up_proj"] == about(curves["rank/effective/up_proj"][1][-1])
+    assert steps == [5, 10, 15]
+    assert ranks.effective == about(measured[-1])
+    (line,) = curve_panels({"run": curves})["Effective rank of the change by step"]
+    assert line[2:] == (steps, measured)
+    assert f"{ranks.effective:.1f}" in outcome.output

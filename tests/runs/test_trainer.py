@@ -163,9 +163,8 @@ def test_validation_loss_is_the_mean_over_the_first_held_out_tokens(corpora, loc
     for index in range(10):
         tokens = sequences[index]
         with torch.no_grad():
-            logits = plain(
-                tokens[None, :-1], document_ids(tokens[:-1], corpus.index.tokenizer.eos_id)[None]
-            )
+            ids = document_ids(tokens[:-1], corpus.index.tokenizer.eos_id)
+            logits = plain(tokens[None, :-1], ids[None])
         losses.append(F.cross_entropy(logits[0].double(), tokens[1:]).item())
     # fp32 logits of batches of other shapes: about ten operations with rounding errors of 6e-8.
     assert ours == pytest.approx(statistics.mean(losses), rel=1e-6)

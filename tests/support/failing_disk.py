@@ -65,11 +65,7 @@ def build(folder):
 
 
 def call_preloaded(library, function, *args):
-    """Calls `function(*args)` in a new process with the library; fails if that fails.
-
-    Args:
-        function: importable from its module.
-    """
+    """Calls an importable `function(*args)` in a new process with the library; fails with it."""
     with patch.dict(os.environ, LD_PRELOAD=str(library)):
         process = multiprocessing.get_context("spawn").Process(target=function, args=args)
         process.start()

@@ -15,18 +15,13 @@ from switchtitan.errors import UserError
 
 
 def fuzz(make_case, read, cases, min_refused=0.3):
-    """Makes and reads damaged files.
+    """Makes and reads damaged files. Fails if another error is raised, or the message of a
+    `UserError` is empty or a traceback, or too few cases are refused: perhaps all are valid.
 
     Args:
         make_case: writes a damaged file. Returns what to show if the case fails.
-        read: reads the file.
         cases: seeds; the case of a failure's seed can be run alone.
-        min_refused: the least fraction that must be refused, so that a fuzzer whose cases are all
-            valid fails.
-
-    Raises:
-        AssertionError: if another error is raised, or the message of a `UserError` is empty or a
-            traceback, or too few cases are refused.
+        min_refused: the least fraction that must be refused.
     """
     num_refused = 0
     for seed in cases:

@@ -94,13 +94,8 @@ def arguments(folder, cache_dir, is_async):
 
 
 def run(words, num_ranks, log, interrupt=None):
-    """Runs `switchtitan train` on gloo ranks; returns the exit codes of all ranks.
-
-    Args:
-        words: arguments of `switchtitan train`.
-        log: what rank 0 prints is appended to it.
-        interrupt: None lets the ranks end by themselves.
-    """
+    """Runs `switchtitan train` on gloo ranks; returns the exit codes of all ranks. What rank 0
+    prints is appended to the log. Without an interrupt, the ranks end by themselves."""
     kills_others = interrupt is None or interrupt.number == signal.SIGKILL
     with started_ranks(num_ranks, _train, words, log, interrupt) as ranks:
         assert join_ranks(ranks, 120, ends_with_first=kills_others), "a rank hung"

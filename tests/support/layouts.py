@@ -34,7 +34,6 @@ class Recorded:
     """What rows of a table compute: one session of ranks for many rows, when they are needed.
 
     Args:
-        folder: of all runs; is created.
         run: `run(rank, row, folder, session)` returns what rank 0 records.
         sessions: name -> number of ranks and rows, in running order.
     """

@@ -64,11 +64,9 @@ def estimate_all_micro_batches(config, num_ranks):
 def communication_of_a_step(config, num_ranks, step=2):
     """Counts what one of `num_ranks` ranks sends in a step; `CountCommunication` defines the bytes.
 
-    Runs uncompiled training steps on fake tensors; see `fake_stepper`.
-
-    Args:
-        step: from 1; earlier steps run too. Not the first by default, since a method may do work
-            only then. For events that become rarer during a run, an early step is an upper bound.
+    Runs uncompiled training steps on fake tensors; see `fake_stepper`. Not the first by default,
+    since a method may do work only then. For events that become rarer during a run, an early step
+    is an upper bound.
     """
     with fake_stepper(config, num_ranks) as stepper:
         for _ in range(step - 1):

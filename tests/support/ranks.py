@@ -33,24 +33,16 @@ LAUNCHER_VARIABLES = (
 
 
 def run_on_ranks(num_ranks, function, *args, timeout_s=600):
-    """Calls `function(rank, *args)` on `num_ranks` gloo ranks; fails if any of them fails.
-
-    Args:
-        function: importable from its module; exceptions in it carry the rank's traceback.
-
-    Raises:
-        AssertionError: if a rank raised, died, or did not finish in time.
-    """
+    """Calls an importable `function(rank, *args)` on `num_ranks` gloo ranks; fails, with the rank's
+    traceback, if one raised, died, or did not finish in time."""
     _run_all(_run_rank, num_ranks, function, args, timeout_s)
 
 
 def run_rows_on_ranks(num_ranks, function, rows, *args):
     """Calls `function(rank, row, *args)` for each row, all rows in the same ranks.
 
-    A row that fails, or hangs, ends its ranks; the rows after it get new ones.
-
-    Returns:
-        The errors of the rows that failed, by row.
+    A row that fails, or hangs, ends its ranks; the rows after it get new ones. Returns the errors
+    of the rows that failed, by row.
     """
     pending, errors = list(rows), {}
     while pending:
@@ -65,11 +57,7 @@ def run_rows_on_ranks(num_ranks, function, rows, *args):
 
 
 def run_forked(function, *args):
-    """Calls `function(*args)` in a process of its own, without a launcher's variables.
-
-    Raises:
-        AssertionError: as `run_on_ranks`.
-    """
+    """Calls `function(*args)` in a process of its own, without a launcher's variables."""
     _run_all(_run_alone, 1, function, args, timeout_s=300)
 
 
@@ -78,18 +66,10 @@ def run_on_gpus(num_ranks, function, *args):
     _run_all(_run_gpu_rank, num_ranks, function, args, timeout_s=900)
 
 
-def num_gpus():
-    """Returns the number of visible GPUs."""
-    return torch.cuda.device_count()
-
-
 @contextmanager
 def started_ranks(num_ranks, target, *args):
-    """Yields the processes that call `target(rank, num_ranks, environ, *args)`, and kills them.
-
-    Args:
-        target: calls `prepare_rank` first; importable from its module.
-    """
+    """Yields the processes that call `target(rank, num_ranks, environ, *args)`, and kills them. It
+    calls `prepare_rank` first, and is importable from its module."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     environ = dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(get_free_port()))
@@ -108,12 +88,8 @@ def started_ranks(num_ranks, target, *args):
 
 
 def join_ranks(ranks, timeout_s, ends_with_first=True):
-    """Waits until all ranks have ended; returns whether they did in time.
-
-    Args:
-        ends_with_first: whether to return when one has failed, as torchrun: the others may wait
-            for it in a collective.
-    """
+    """Waits until all ranks have ended, or one has failed, as torchrun: the others may wait for it
+    in a collective. Returns whether they did in time."""
     deadline = time.monotonic() + timeout_s
     while any(process.is_alive() for process in ranks):
         if ends_with_first and any(process.exitcode not in (None, 0) for process in ranks):

@@ -41,11 +41,7 @@ class Started:
 
 @contextmanager
 def started(command, output, **options):
-    """Starts a command; at the end of the block, stops it and kills what is left of its group.
-
-    Args:
-        options: those of `subprocess.Popen`.
-    """
+    """Starts a command; at the end of the block, stops it and kills what is left of its group."""
     with output.open("w") as printed:
         process = subprocess.Popen(
             command,

@@ -11,7 +11,7 @@ import pytest
 
 from switchtitan.cores import OtherLoad, num_cores, set_thread_defaults, threads_per_process
 from switchtitan.errors import interrupt_on_sigterm
-from switchtitan.regions import observe_regions, region, stop_observing_regions
+from switchtitan.regions import observers, region
 
 
 @pytest.fixture
@@ -120,17 +120,17 @@ def observer_of(calls):
 def test_an_observer_sees_begin_and_end_of_regions_also_if_it_starts_or_stops_inside_one():
     calls, late_calls = [], []
     first, late = observer_of(calls), observer_of(late_calls)
-    observe_regions(first)
+    observers.append(first)
     with region("outer"), region("inner"):
         calls.append("work")
     with pytest.raises(ValueError, match="within"), region("fails"):
         raise ValueError("within")
     with region("last"):
-        observe_regions(late)
-        stop_observing_regions(first)
+        observers.append(late)
+        observers.remove(first)
         with region("second"):
             pass
-    stop_observing_regions(late)
+    observers.remove(late)
     assert calls == ["outer", "inner", "work", "end", "end", "fails", "end", "last", "end"]
     assert late_calls == ["second", "end"]
 

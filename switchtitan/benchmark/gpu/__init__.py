@@ -1,5 +1,4 @@
 """What a training step runs on a GPU, found without one: its compiled kernels and their launches.
 
 A child process loads a CUDA device that does nothing (`device`), lets torch compile for it
-(`torch_inside`), and takes steps on fake tensors, whose launches it records (`record`). `roofline`
-derives the least time on a card."""
+(`torch_inside`), and takes steps on fake tensors, whose launches it records (`record`)."""

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,13 +21,15 @@ from switchtitan.errors import EnvironmentMismatchError, UserError
 
 T = TypeVar("T")
 _SOURCE = Path(__file__).with_name("fake_cuda.cpp")
+_TORCH = Path(str(distribution("torch").locate_file("torch")))
+"""The folder of the package torch, which is not imported."""
 
 
 def unusable() -> str | None:
     """Returns why this machine cannot have the device; None if it can."""
     if sys.platform != "linux":
         return "requires Linux"
-    if (_torch_folder() / "lib" / "libtorch_cuda.so").exists():
+    if (_TORCH / "lib" / "libtorch_cuda.so").exists():
         return "requires a CPU build of torch, since this one has a CUDA device of its own"
     if _compiler() is None:
         return "requires a C++ compiler; install g++, or set CXX"
@@ -35,16 +37,11 @@ def unusable() -> str | None:
 
 
 def call_with_gpus(calls: Sequence[tuple[str, Callable[[], T]]]) -> list[T]:
-    """Returns the results of functions, each called in a process that compiles for a GPU.
+    """Returns the results of picklable functions, each called in a process that compiles for a GPU
+    of its architecture, e.g. "sm_90", which the machine does not have.
 
-    The processes run at the same time. All end if this one is interrupted, or if one fails.
-
-    Args:
-        calls: architectures of GPUs that the machine does not have, e.g. "sm_90", and picklable
-            functions.
-
-    Raises:
-        EnvironmentMismatchError: if this machine cannot compile for a GPU without one.
+    The processes run at the same time. All end if this one is interrupted, or if one fails. Raises
+    an EnvironmentMismatchError if this machine cannot compile for a GPU without one.
     """
     problem = unusable()
     if importlib.util.find_spec("triton") is None:
@@ -93,27 +90,18 @@ def _main(arch: str, file: str) -> None:
 def load() -> None:
     """Adds the device to the torch that this process imports later."""
     assert "torch" not in sys.modules, "torch looks for devices when it is imported"
-    torch_folder = _torch_folder()
-    library = _build(torch_folder)
+    library = _build()
     # Loaded globally, since the library needs their symbols.
     for name in ("libc10.so", "libtorch_cpu.so"):
-        ctypes.CDLL(str(torch_folder / "lib" / name), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(_TORCH / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-
-def _torch_folder() -> Path:
-    """The folder of the package torch, which is not imported."""
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent
 
 
 def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def _build(torch_folder: Path) -> Path:
+def _build() -> Path:
     """The library for this source, torch and compiler, in the user's cache folder."""
     key = hashlib.sha256(
         _SOURCE.read_bytes() + f"{version('torch')} {_compiler()}".encode()
@@ -126,8 +114,8 @@ def _build(torch_folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         built = Path(folder) / "fake_cuda.so"
         command = [str(_compiler()), "-std=c++20", "-O0", "-shared", "-fPIC", str(_SOURCE)]
-        command += ["-o", str(built), f"-I{torch_folder / 'include'}"]
-        command += [f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
+        command += ["-o", str(built), f"-I{_TORCH / 'include'}"]
+        command += [f"-L{_TORCH / 'lib'}", "-lc10", "-ltorch_cpu"]
         subprocess.run(command, check=True)
         # Other processes may build it at the same time.
         built.replace(library)

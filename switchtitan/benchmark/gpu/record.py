@@ -1,9 +1,11 @@
-"""Records what compiled steps launch on a GPU: kernels, bytes and floating-point operations."""
+"""Records what compiled steps launch on a GPU: kernels, bytes and floating-point operations, and
+the least time that these take."""
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -11,10 +13,11 @@ from torch import Tensor
 from switchtitan.benchmark.counters import CountingMode, num_flops, tensors_in
 from switchtitan.benchmark.gpu import torch_inside
 from switchtitan.benchmark.steppers import fake_stepper
+from switchtitan.distributed.gpus import CARDS, Card
 from switchtitan.errors import UserError
 from switchtitan.job.config import JobConfig
 from switchtitan.methods.operations import IMPLEMENTATIONS
-from switchtitan.regions import observe_regions, stop_observing_regions
+from switchtitan.regions import observers
 
 NUM_STEPS = 2
 """Steps of each configuration. The last is recorded; nothing should compile in it."""
@@ -68,11 +71,8 @@ class StepOnGpu(NamedTuple):
 
 
 def record_steps(configs: Mapping[str, JobConfig], num_ranks: int) -> dict[str, StepOnGpu]:
-    """Takes steps of each configuration on rank 0; call by `call_with_gpus`.
-
-    Raises:
-        UserError: if a step reads values of the device.
-    """
+    """Takes steps of each configuration on rank 0; call by `call_with_gpus`. Raises a UserError if
+    a step reads values of the device."""
     steps = {}
     for name, config in configs.items():
         try:
@@ -90,10 +90,10 @@ def record_step(config: JobConfig, num_ranks: int = 1) -> StepOnGpu:
     with fake_stepper(config, num_ranks, device="cuda:0") as stepper:
         for _ in range(NUM_STEPS):
             record = RecordLaunches()
-            observe_regions(record.around)
+            observers.append(record.around)
             with record:
                 stepper.step()
-            stop_observing_regions(record.around)
+            observers.remove(record.around)
             compiled.append(torch_inside.newly_compiled())
     launches = list(record.launches.items())
     return StepOnGpu(launches, compiled)
@@ -250,3 +250,43 @@ def _num_launches_of_alike(lists: list[list[Tensor]]) -> int:
         if num_tensors == _TENSORS_PER_LAUNCH[len(lists)]:
             num_launches, num_tensors, num_blocks = num_launches + 1, 0, 0
     return num_launches + (num_blocks > 0)
+
+
+# The least time in which a card could run the launches (roofline).
+@dataclass
+class Cost:
+    """Sums over launches of one rank."""
+
+    num_launches: int = 0
+    num_bytes: int = 0
+    num_flops: int = 0
+    seconds: float = 0.0
+    """The bound on a card."""
+
+
+def costs_by(launches: Iterable[tuple[Launch, int]], card: Card, *keys: str) -> dict[tuple, Cost]:
+    """Returns the costs of launches by some of their attributes, e.g. "region"; by () the total."""
+    costs: dict[tuple, Cost] = {}
+    for launch, number in launches:
+        cost = costs.setdefault(tuple(getattr(launch, key) for key in keys), Cost())
+        cost.num_launches += number * launch.num_launches
+        cost.num_bytes += number * launch.num_bytes
+        cost.num_flops += number * launch.num_flops
+        cost.seconds += number * bound_s(launch, card)
+    return costs
+
+
+def bounds_s(steps: Mapping[str, StepOnGpu]) -> dict[str, float]:
+    """Returns the least seconds of a step on each card whose architecture is in `steps`."""
+    return {
+        name: costs_by(steps[card.arch].launches, card)[()].seconds
+        for name, card in CARDS.items()
+        if card.arch in steps
+    }
+
+
+def bound_s(launch: Launch, card: Card) -> float:
+    """Returns the least seconds of a launch; 0 for a collective."""
+    if launch.kind == "collective":
+        return 0.0
+    return max(launch.num_bytes / card.bandwidth, launch.num_flops / card.flops_per_s(launch.dtype))

@@ -23,11 +23,7 @@ _GUARDS = "torch._C._dynamo.guards"
 
 
 def _private(name: str) -> Any:
-    """Returns a private part of torch.
-
-    Raises:
-        EnvironmentMismatchError: if this torch has moved it.
-    """
+    """Returns a private part of torch; an EnvironmentMismatchError if this torch has moved it."""
     try:
         return resolve_name(name)
     except (ImportError, AttributeError) as error:
@@ -43,11 +39,8 @@ def _replace(name: str, value: object) -> None:
 
 
 def install(arch: str) -> None:
-    """Lets torch take steps on fake tensors of a GPU, and Inductor compile for it.
-
-    Raises:
-        EnvironmentMismatchError: if this torch has moved what is private.
-    """
+    """Lets torch take steps on fake tensors of a GPU, and Inductor compile for it. Raises an
+    EnvironmentMismatchError if this torch has moved what is private."""
     # First: torch._dynamo keeps functions of torch.cuda when it is imported.
     _install_device(arch)
     _install_inductor()

@@ -93,16 +93,11 @@ def _products(
 
 
 def cheapest_contraction(x: Tensor, out_features: tuple[int, ...], rank: int) -> Contraction:
-    """Returns the contraction that takes the least time by a roofline of the device of x.
+    """Returns the contraction of x [..., in] that takes the least time by a roofline of its device,
+    for layers that are computed together.
 
     Of equal ones, the first in the table. On a CPU operations decide: measured, its narrow products
-    are as fast as others.
-
-    `factored` for a graph that torch.compile makes for any number of tokens.
-
-    Args:
-        x: [..., in].
-        out_features: of the layers that are computed together.
+    are as fast as others. `factored` for a graph that torch.compile makes for any number of tokens.
     """
     if torch.compiler.is_compiling() and not has_static_value(x.numel()):
         return factored
@@ -125,11 +120,7 @@ def _cheapest_of_shape(
     num_tokens: int,
     flops_per_value: float,
 ) -> str:
-    """See `cheapest_contraction`.
-
-    Args:
-        flops_per_value: operations in the time that a value of a matrix takes.
-    """
+    """See `cheapest_contraction`; a value of a matrix takes the time of `flops_per_value`."""
 
     def time(name: str) -> float:
         return sum(
@@ -152,10 +143,7 @@ def _flops_per_byte(device: torch.device, dtype: torch.dtype) -> float:
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, factor: Tensor) -> Tensor:
     """Returns s (left right), scaled inside the product: no other kernel reads the result.
-
-    Args:
-        factor: only its width, that of `right`, matters: addmm needs an input, beta = 0 ignores it.
-    """
+    `factor` has the width of `right`: addmm needs an input, which beta = 0 ignores."""
     unread = factor[:1].expand(len(left), -1)
     return torch.addmm(unread, left, right, beta=0, alpha=scale)
 

@@ -12,11 +12,7 @@ from switchtitan.contracts import TrainedModel
 from switchtitan.distributed.fixed_point import unpack
 from switchtitan.distributed.initial import GeneratorFor, split_blocks
 from switchtitan.distributed.random import draw_vectors
-from switchtitan.methods.adapter.contraction import (
-    Contraction,
-    cheapest_contraction,
-    frozen_linear,
-)
+from switchtitan.methods.adapter.contraction import Contraction, cheapest_contraction, frozen_linear
 from switchtitan.methods.targets import FACTORS, FactorLinear
 
 
@@ -58,7 +54,6 @@ class AdapterLinear(FactorLinear):
         return self._with_bias(frozen_linear(x, self.weight) + low_rank * self.scale)
 
     def forward_together(self, x: Tensor, others: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-        """See `contracts.Reparametrized`."""
         alike = [other for other in others if self._is_alike(other)]
         # Fewer bytes, not fewer operations, which decide on a CPU.
         is_cheaper = x.is_cuda or self._contraction is not None
@@ -95,7 +90,7 @@ class AdapterLinear(FactorLinear):
     def initial_tensors(
         self, weight: Tensor, generator_for: GeneratorFor, rows: Mapping[str, range]
     ) -> dict[str, Tensor]:
-        """See `contracts.Reparametrized`: W + s B A is the plain layer's weight."""
+        """Returns values with which W + s B A is the plain layer's weight."""
         lora_a, lora_b = (
             self.draw(factor, slots, generator_for).to(weight.dtype)
             for factor, slots in zip(FACTORS, self.initial_slots(), strict=True)
@@ -109,7 +104,6 @@ class AdapterLinear(FactorLinear):
         }
 
     def dense_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """See `FactorLinear`."""
         weight, lora_a, lora_b = tensors["weight"], tensors["lora_a"], tensors["lora_b"]
         if weight.shape[1] > self.in_features:  # packed rows, whose integers fp32 holds exactly
             weight = unpack(weight, torch.float32)

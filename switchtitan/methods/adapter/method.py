@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from switchtitan.contracts import LowRankUpdate
 from switchtitan.methods.adapter.contraction import BY_NAME
-from switchtitan.methods.adapter.linear import AdapterLinear, lora_bounds
+from switchtitan.methods.adapter.linear import AdapterLinear, balanced_bounds, lora_bounds
 from switchtitan.methods.targets import (
     SUFFIX_A,
     SUFFIX_B,
@@ -16,9 +16,6 @@ from switchtitan.methods.targets import (
     TargetConfig,
     layers_with_factors,
 )
-
-WIDTH_EXPONENTS = {"adamw": 0.5, "muon": 0.0}
-"""`MethodConfig.width_exponents` of factors that start with gradients of similar size."""
 
 
 class AdapterConfig(TargetConfig):
@@ -36,8 +33,15 @@ class AdapterConfig(TargetConfig):
     that takes the least time by peak FLOP/s and memory bandwidth: of an A100 on GPUs of compute
     capability 8.0 to 8.8, of an H100 on all others. With dropout, training is always factored."""
 
+    @property
+    def is_balanced(self) -> bool:
+        """Whether A and B start with gradients of similar size; otherwise B starts at zero."""
+        return False
+
+    def width_exponents(self) -> Mapping[str, float] | None:
+        return {"adamw": 0.5, "muon": 0.0} if self.is_balanced else None
+
     def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
         if not self.dropout or self.contraction == "cheapest":
             return []
         return [
@@ -58,18 +62,15 @@ class AdapterMethod(ReplacingMethod[AdapterConfigT]):
         """Returns the scale s of a layer, W + s B A, by its qualified name."""
         return self.config.alpha / self.config.rank
 
-    def bounds(self, out_features: int, in_features: int) -> tuple[float, float]:
-        """Returns the bounds of a layer's initial A and B; by default those of LoRA."""
-        return lora_bounds(out_features, in_features, self.config.rank)
-
     def build_layer(self, name: str, linear: nn.Linear) -> AdapterLinear:
         config = self.config
+        bounds = balanced_bounds if config.is_balanced else lora_bounds
         return self.layer_type(
             linear.in_features,
             linear.out_features,
             config.rank,
             self.scale_of(name),
-            self.bounds(linear.out_features, linear.in_features),
+            bounds(linear.out_features, linear.in_features, config.rank),
             bias=linear.bias is not None,
             dropout=config.dropout,
             contraction=None if config.contraction == "cheapest" else BY_NAME[config.contraction],

@@ -20,14 +20,11 @@ _NUM_DROPPED_BITS = 16
 
 
 class FrozenWeights:
-    """The frozen weights of adapters, which products are added to.
+    """Adds products to the frozen weights of adapters, by qualified name; these have one dtype.
 
     Weights of 16 bits are rounded by random bits, a pure function of the seed, the weight's name,
     the event, and the element's place in the full weight: nothing is stored, and the bits do not
     depend on the number of ranks.
-
-    Args:
-        layers: by qualified name; their weights have one dtype.
     """
 
     def __init__(self, layers: Mapping[str, AdapterLinear], seed: int, compile_step: bool) -> None:

@@ -36,11 +36,8 @@ class Candidates:
         return []
 
     def take(self, switches: list[Switch], gathered: list[Tensor]) -> list[Tensor]:
-        """Returns the candidates in `slots_in` of each switch, unsharded; by default `gathered`.
-
-        Args:
-            gathered: the rows that `row_requests` listed.
-        """
+        """Returns the candidates in `slots_in` of each switch, unsharded; by default
+        `gathered`, the rows that `row_requests` listed."""
         return gathered
 
     def put_back(self, switches: list[Switch], vectors: list[Tensor]) -> None:
@@ -57,9 +54,7 @@ class Candidates:
 class DrawnCandidates(Candidates):
     """Constant candidates: every rank draws full vectors again whenever they are needed.
 
-    Args:
-        keys: int64, from which the candidates of A and B of each layer are drawn, [layers, 2]:
-            those of the layers' initial factors, which are copies of some candidates.
+    `keys` of A and B, [layers, 2] int64, are those of the initial factors, copies of candidates.
     """
 
     def __init__(self, layers: Sequence[AdapterLinear], keys: Tensor) -> None:

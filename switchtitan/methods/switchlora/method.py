@@ -12,12 +12,7 @@ from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.rows import RowSpans, ShardedRows, copy_all_, gather_rows, paired_rows
 from switchtitan.distributed.shards import shard_group
-from switchtitan.methods.adapter.linear import (
-    AdapterLinear,
-    adapter_layers,
-    balanced_bounds,
-    lora_bounds,
-)
+from switchtitan.methods.adapter.linear import AdapterLinear, adapter_layers
 from switchtitan.methods.adapter.method import AdapterMethod
 from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.switchlora.candidates import (
@@ -27,13 +22,7 @@ from switchtitan.methods.switchlora.candidates import (
     HostCandidates,
     StoredCandidates,
 )
-from switchtitan.methods.switchlora.plan import (
-    FACTOR_A,
-    FACTOR_B,
-    Plan,
-    Switch,
-    SwitchLoraConfig,
-)
+from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, Plan, Switch, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.methods.targets import FACTORS
 from switchtitan.optim import OPTIMIZERS
@@ -82,11 +71,6 @@ class SwitchLora(AdapterMethod[SwitchLoraConfig]):
 
     layer_type = SwitchLoraLinear
 
-    def bounds(self, out_features: int, in_features: int) -> tuple[float, float]:
-        """Returns the bounds of A's and B's candidates."""
-        bounds = balanced_bounds if self.config.init == "switchlora" else lora_bounds
-        return bounds(out_features, in_features, self.config.rank)
-
     def build_layer(self, name: str, linear: nn.Linear) -> SwitchLoraLinear:
         layer = super().build_layer(name, linear)
         assert isinstance(layer, SwitchLoraLinear)
@@ -129,13 +113,8 @@ class SwitchLoraOptimizer(SplitOptimizer):
     """SwitchLoRA (arXiv 2406.06564, Algorithm 2) for all layers, on local shards.
 
     Neither a torch optimizer nor a hook of one: torch's checkpointing steps an optimizer to create
-    its state, and a switch must not happen then.
-
-    Args:
-        layers: by qualified name, in the order of `plan`.
-        rule: trains the factors of `layers`.
-        others: trains all other parameters.
-        weights: those of `layers`.
+    its state, and a switch must not happen then. `rule` trains the factors of the layers, which are
+    in the order of `plan`, and `others` all other parameters.
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 step, in integers that are the same on every rank."""
 
 import logging
-from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from switchtitan.distributed.rows import Spans
-from switchtitan.methods.adapter.method import WIDTH_EXPONENTS, AdapterConfig
+from switchtitan.methods.adapter.method import AdapterConfig
 
 logger = logging.getLogger(__name__)
 
@@ -77,16 +76,18 @@ class SwitchLoraConfig(AdapterConfig):
         return self
 
     def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
         void = super().without_effect()
         for key, by in (("decay_ratio", "decay"), ("candidates_device", "candidates")):
             if getattr(self, by) == "constant" and not self.is_default(key):
                 void.append(f'{key} = {getattr(self, key)!r} has no effect with {by} = "constant"')
         return void
 
-    def width_exponents(self) -> Mapping[str, float] | None:
-        """See `contracts.MethodConfig`."""
-        return WIDTH_EXPONENTS if self.init == "switchlora" else None
+    @property
+    def is_balanced(self) -> bool:
+        return self.init == "switchlora"
+
+    def depends_on_length(self) -> bool:
+        return self.decay != "constant" or self.switches_per_vector is not None
 
     def rates(self, num_steps: int) -> np.ndarray:
         """Returns the factor on the switching frequency at every step, [num_steps]."""
@@ -105,7 +106,6 @@ class SwitchLoraConfig(AdapterConfig):
         return float(self.rates(num_steps).sum()) / self.switches_per_vector
 
     def check_length(self, num_steps: int) -> list[str]:
-        """See `contracts.MethodConfig`."""
         least = max(self.freeze_steps, 1) * self.rank / (self.rank // 2)
         interval = self.interval_in(num_steps)
         # The limit as the message prints it, in six digits, is accepted.

@@ -23,12 +23,8 @@ and a call for each takes the host more time than the update."""
 
 
 class Factors:
-    """A of all layers, then B of all layers, as in a flattened table [2, layers, rank].
-
-    Attributes:
-        parameters: all factors.
-        held: the rows of each factor that this rank holds.
-    """
+    """A of all layers, then B of all layers, as in a flattened table [2, layers, rank]. `held`
+    are the rows of each factor that this rank holds."""
 
     def __init__(self, trained: list[TrainedParameter]) -> None:
         self.trained = trained
@@ -128,7 +124,7 @@ class VectorAdamW(GroupedOptimizer):
         is_free = 1 - is_frozen
         root = (1 - beta2**steps_since_reset).sqrt()
         step_size = lr * root / (1 - beta1**steps_since_reset) * is_free
-        decay = 1 - lr * is_free * self._adam.weight_decay
+        decay = 1 - lr * is_free * self.groups[0].weight_decay
         table = torch.stack([is_free, decay, step_size, root * self._adam.eps], dim=1)
         return to_device(table, first.device)
 

@@ -62,11 +62,8 @@ def _load_flash() -> Attend:
 
 
 def build_mask(name: str, document_ids: Tensor) -> BlockMask | None:
-    """Returns a backend's mask, once per forward pass: causal within documents for flex.
-
-    Args:
-        document_ids: [batch, seq].
-    """
+    """Returns a backend's mask, once per forward pass: for flex, causal within documents, whose ids
+    are [batch, seq]."""
     if name != "flex":
         return None
 
@@ -118,23 +115,16 @@ class KeyValueCache:
         activations."""
 
     def next(self, seq_len: int) -> tuple[Tensor, Tensor]:
-        """Returns cos and sin [seq, 1, head_dim/2] fp32 of the next `seq_len` tokens.
-
-        Raises:
-            ValueError: if the tokens exceed the capacity.
-        """
+        """Returns cos and sin [seq, 1, head_dim/2] fp32 of the next `seq_len` tokens. Raises a
+        ValueError if they exceed the capacity."""
         first, self._length = self._length, self._length + seq_len
         if self._length > len(self.cos):
             raise ValueError(f"{self._length} tokens do not fit a cache of {len(self.cos)}")
         return self.cos[first : self._length], self.sin[first : self._length]
 
     def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Returns the attention of the new tokens to all tokens read, of the query's shape.
-
-        Args:
-            query: [1, heads, seq, head_dim], of the new tokens.
-            key, value: [1, kv_heads, seq, head_dim], of the new tokens, which are stored.
-        """
+        """Returns the attention of new tokens to all tokens read, of the query's shape, [1, heads,
+        seq, head_dim]; stores their key and value, [1, kv_heads, seq, head_dim]."""
         _, num_heads, seq_len, head_dim = key.shape
         if layer not in self._stored:
             shape = (1, num_heads, len(self.cos), head_dim)

@@ -127,12 +127,10 @@ class LlamaFamilyConfig(ModelConfig):
     def _check_rope(self) -> Self:
         needed = SCALING_KEYS[self.rope_type]
         for name in SCALING_KEYS["llama3"]:
-            key, value = f"rope_{name}", getattr(self, f"rope_{name}")
-            if value is None and name in needed:
-                raise ValueError(f"rope_type = {self.rope_type!r} needs {key}; set it")
-            if value is not None and name not in needed:
+            value, remedy = getattr(self, f"rope_{name}"), "set" if name in needed else "remove"
+            if (value is None) == (name in needed):
                 raise ValueError(
-                    f"{key} = {value} has no effect with rope_type = {self.rope_type!r}; remove it"
+                    f"rope_{name} = {value} with rope_type = {self.rope_type!r}: {remedy} it"
                 )
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         if low is not None and high is not None and high <= low:
@@ -177,13 +175,12 @@ class LlamaFamilyConfig(ModelConfig):
         return nn.Linear(in_features, out_features, bias=name in self.biased_layers)
 
     def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
         if self.size is None or any(getattr(self, key) is None for key in Sizes._fields):
             return []
         return [f"size = {self.size!r} has no effect with {', '.join(Sizes._fields)}"]
 
     def architecture(self) -> dict[str, object]:
-        """See `ModelConfig`. Equal models are equal, however their keys were given."""
+        """Equal models are equal, however their keys were given."""
         others = {"size", "from_folder", "max_positions", "attention"}
         others |= {"init_std", "tuned_hidden_size"}
         return {
@@ -195,7 +192,6 @@ class LlamaFamilyConfig(ModelConfig):
 
     @classmethod
     def keys_from_huggingface(cls, found: Mapping[str, Any]) -> dict[str, object]:
-        """See `ModelConfig`."""
         keys, problems = read_config(found)
         try:
             config = cls.model_validate(keys, strict=True)
@@ -208,23 +204,19 @@ class LlamaFamilyConfig(ModelConfig):
         return {**config.architecture(), **keys, **resolved, "size": None}
 
     def huggingface_config(self, seq_len: int) -> dict[str, object] | None:
-        """See `ModelConfig`."""
         if self.huggingface_class is None:
             return None
         max_positions = max(seq_len, self.max_positions or 0)
         keys = {"init_std": self.init_std, "max_positions": max_positions, **self.architecture()}
-        keys_of_class: dict[str, object] = {
-            "architectures": [self.huggingface_class],
-            "model_type": self.name,
-        }
+        written = write_config(keys)
+        written |= {"architectures": [self.huggingface_class], "model_type": self.name}
         if self.name == "llama" and self.sizes.hidden_size % self.sizes.num_heads:
             # transformers' LLaMA refuses such sizes, and its Mistral is the same model.
-            keys_of_class = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-            keys_of_class["sliding_window"] = None
-        return write_config(keys) | keys_of_class
+            written |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+            written["sliding_window"] = None
+        return written
 
     def weight_copies(self) -> dict[str, str]:
-        """See `ModelConfig`."""
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.tied_head else {}
 
     def on_any_machine(self) -> Self:

@@ -47,13 +47,9 @@ _ONLY_SUPPORTED: dict[str, object] = {
 
 
 def read_config(found: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the keys of `[model]` that a config.json sets, not validated, without its name.
-
-    Also returns a message for each key that asks for something that these models do not compute.
-
-    Raises:
-        ConfigError: names the keys that are missing.
-    """
+    """Returns the keys of `[model]` that a config.json sets, not validated, without its name, and a
+    message for each key that asks for something that these models do not compute. Raises a
+    ConfigError that names the keys that are missing."""
     # transformers 5 writes rope_parameters, version 4 rope_theta and rope_scaling.
     given = {key: value for key, value in found.items() if value is not None}
     rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
@@ -90,11 +86,8 @@ def _unsupported(found: Mapping[str, Any], given: Mapping[str, Any]) -> list[str
 
 
 def write_config(keys: Mapping[str, Any]) -> dict[str, object]:
-    """Returns a config.json that all versions of transformers read, without the class's name.
-
-    Args:
-        keys: of `[model]`, all those of `THEIR_KEYS`.
-    """
+    """Returns a config.json that all versions of transformers read, without the class's name, from
+    the keys of `[model]` that `THEIR_KEYS` has."""
     rope = {theirs: keys[key] for key, theirs in _ROPE_KEYS.items() if keys[key] is not None}
     return {
         **{theirs: keys[key] for key, theirs in _KEYS.items()},

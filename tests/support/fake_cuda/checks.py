@@ -127,12 +127,11 @@ def _two_saves(stepper, races):
 
 def _fake(tensors):
     """Returns what is saved; tensors made from NumPy arrays, which are real, as fake ones."""
-    return {
-        name: tensor
-        if isinstance(local(tensor), FakeTensor)
-        else torch.zeros(tensor.shape, dtype=tensor.dtype)
-        for name, tensor in tensors().items()
-    }
+    saved = tensors()
+    for name, tensor in saved.items():
+        if not isinstance(local(tensor), FakeTensor):
+            saved[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return saved
 
 
 def kernels_of_switches(rank):

@@ -38,11 +38,7 @@ def stream_of(func, args, kwargs):
 
 
 def start(stream, tensors, result):
-    """Lets others wait for the collective that `stream` has started last.
-
-    Args:
-        tensors: that it reads and writes.
-    """
+    """Lets others wait for the collective that `stream` has started last, on these tensors."""
     results = result if isinstance(result, (list, tuple)) else [result]
     works = [dist.Work.unbox(part) for part in results if isinstance(part, torch.ScriptObject)]
     for work in works:

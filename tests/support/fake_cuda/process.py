@@ -16,23 +16,11 @@ needs_compiler = pytest.mark.skipif(
 
 
 def run_check(check, *arguments):
-    """Returns `check(*arguments)`, called in a new process; arguments and result are JSON.
-
-    Args:
-        check: a function of an importable module.
-
-    Raises:
-        AssertionError: with its output, if the process fails.
-    """
+    """Returns `check(*arguments)`, called in a new process; arguments and result are JSON."""
     words = [check.__module__, check.__qualname__, json.dumps(arguments)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(
-        [sys.executable, "-m", __name__, *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
+    command, keys = [sys.executable, "-m", __name__, *words], {"capture_output": True, "text": True}
+    finished = subprocess.run(command, env=environment, timeout=1800, **keys)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return json.loads(finished.stdout.splitlines()[-1])
 

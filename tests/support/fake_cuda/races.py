@@ -39,10 +39,7 @@ class FindRaces(CountingMode):
     on. So the host must wait for an event before it uses the result of a copy. An asynchronous
     collective runs in a stream of its group; see `collectives`. Released memory counts as written
     by the next allocation in its owner's stream, to which torch's allocator may give it, unless
-    `record_stream` has named the streams that use it.
-
-    Attributes:
-        found: descriptions.
+    `record_stream` has named the streams that use it. `found` describes them.
     """
 
     def __init__(self):

@@ -22,10 +22,7 @@ class FindBlockingCopies(CountingMode):
 
     The host waits for a copy unless it is non-blocking with page-locked host memory, and for a
     device operation with a host tensor, which is copied first. A host scalar (a 0-dim tensor) is a
-    kernel argument.
-
-    Attributes:
-        found: each operation, and the project's line that calls it.
+    kernel argument. `found` has each operation, and the project's line that calls it.
     """
 
     def __init__(self):
@@ -63,13 +60,8 @@ class FindHostReads(TorchDispatchMode):
     """A context that records every operation that reads a device tensor's value on the host.
 
     A number that is read is 1, or True: fake tensors have no values. Operations whose result's
-    shape depends on values raise torch's `DynamicOutputShapeException`.
-
-    Args:
-        counters: count all other operations; they are not entered.
-
-    Attributes:
-        found: each operation, and the project's line that calls it.
+    shape depends on values raise torch's `DynamicOutputShapeException`. `found` has each operation,
+    and the project's line that calls it; counters, which are not entered, count all others.
     """
 
     def __init__(self, *counters):

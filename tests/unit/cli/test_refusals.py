@@ -14,7 +14,7 @@ TRAIN = [
     # Keys that do not exist or do not fit.
     ("--training.step 9", "--training.step 9", "steps"),
     ("--config {lora} --method.init balanced", '"balanced"', "write alpha = 1"),
-    ("--config {lora} --optimizer.tuned_hidden_size 8", "tuned_hidden_size = 8", '"lora"'),
+    ("--config {lora} --optimizer.tuned_hidden_size 8", "tuned_hidden_size = 8", "change [method]"),
     ("--optimizer.tuned_hidden_size 8 --model.tied_head true", "tuned_hidden_size = 8", "tied"),
     ("--model.attention flash_attn", "[model] attention = 'flash_attn'", "CUDA"),
     # What is not there.
@@ -62,7 +62,7 @@ OTHERS = [
     ("prepare --corpus {corpus} --show --split validation --seed 3", "--seed 3", "--split"),
     ("estimate {config} --world-size 2 --fitt 24", "--fitt 24", "--section.key"),
     ("estimate --json {grid} {config} --world-size 2", "--json {grid}", "not overwritten"),
-    ("compare {bad_grid}", "baseline", "dens"),
+    ("compare {lora}", "rows", "missing"),
     ("benchmark step {config}:method.rnk=3", "method.rnk=3", "rank"),
     ("benchmark step {config} --training.steps 9", "steps = 9", "at least 53"),
     ("benchmark gpu {config} --num-ranks 3", "global_batch_size", "3"),
@@ -93,8 +93,6 @@ def places(trained, tmp_path_factory):
     lora = TINY.format(folder=trained.run.parent, method="lora", method_keys="rank = 6")
     (home / "lora.toml").write_text(lora)
     grid = write_grid(home)
-    bad = grid.read_text().replace('baseline = "dense"', 'baseline = "dens"')
-    grid.with_name("bad.toml").write_text(bad)
     unprepared = trained.config.read_text().replace("/../corpora", "/no_corpora")
     (home / "unprepared").write_text(unprepared)
     names = ("folder", "empty", "latin", "other", "unprepared")
@@ -108,7 +106,6 @@ def places(trained, tmp_path_factory):
         "tokenizer": home / "tokenizer.json",
         "corpus": open_corpus(tiny_config(trained.run.parent, "full_rank").data).folder,
         "grid": grid,
-        "bad_grid": grid.with_name("bad.toml"),
         "long": home / "folder" / ("x" * 300),
         "elsewhere": "--job.output_dir another/run --data.cache_dir no_corpora",
         "new_run": "--job.output_dir another/run",

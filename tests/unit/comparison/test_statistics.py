@@ -8,10 +8,6 @@ import pytest
 from switchtitan.comparison.statistics import adjusted, difference
 
 
-def by_seed(values):
-    return dict(enumerate(values))
-
-
 @pytest.mark.parametrize("num", [2, 3, 5, 8, 40])
 def test_intervals_and_p_values_are_those_of_scipys_paired_t_test(num):
     from scipy import stats
@@ -19,7 +15,7 @@ def test_intervals_and_p_values_are_those_of_scipys_paired_t_test(num):
     draws = np.random.default_rng(num)
     row, baseline = draws.normal(2.9, 0.1, num), draws.normal(3.0, 0.1, num)
     paired = stats.ttest_rel(row, baseline)
-    found = difference(by_seed(row), by_seed(baseline))
+    found = difference(dict(enumerate(row)), dict(enumerate(baseline)))
     assert found.mean == pytest.approx(row.mean() - baseline.mean())
     assert found.p == pytest.approx(paired.pvalue)
     interval = (found.mean - found.half_width, found.mean + found.half_width)

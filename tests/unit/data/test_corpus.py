@@ -44,20 +44,6 @@ def offline(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"dataset": "c4", "validation_fraction": 0.1}, "validation_fraction = 0.1"),
-        ({"tokenizer": "t5-base", "vocab_size": 300}, "vocab_size = 300"),
-        ({"dataset": "pystdlib", "offline_dataset": "pystdlib"}, "offline_dataset"),
-        ({"sources": [{"dataset": "c4", "weight": 1}], "dataset": "c4"}, 'dataset = "c4"'),
-    ],
-)
-def test_a_key_without_effect_is_named(given, words):
-    (message,) = DataConfig(**given).without_effect()
-    assert words in message
-
-
-@pytest.mark.parametrize(
     "change",
     [
         {"vocab_size": 301},
@@ -116,11 +102,10 @@ def test_a_corpus_of_an_earlier_version_has_documents_that_begin_with_nothing(tm
         open_corpus(config)
 
 
-@pytest.mark.parametrize("kind", [processors.BertProcessing, processors.RobertaProcessing])
-def test_no_document_of_token_ids_begins_with_a_token_unless_bos_says_so(tmp_path, kind):
+def test_no_document_of_token_ids_begins_with_a_token_unless_bos_says_so(tmp_path):
     file = save_tokenizer(tmp_path / "tokenizer.json", "</s>", "<s>")
     tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.post_processor = kind(("</s>", 3), ("<s>", 4))
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 3), ("<s>", 4))
     tokenizer.save(str(file))
     assert read_tokenizer(file).bos_ids == [4]
     write_nanogpt(tmp_path / "bin" / "a.bin", [[1, 2]] * 60, eos_id=3)

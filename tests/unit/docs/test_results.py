@@ -85,22 +85,25 @@ def test_a_number_that_cannot_be_computed_is_refused(folder, text, fragment):
         results.with_results(text)
 
 
+DIVERGED = ("diverged,1,9,0.002,2.1", "diverged,1,9,0.004,2.0", "diverged,1,inf,0.008,inf")
+
+
 def test_the_best_rate_is_the_vertex_of_a_parabola_over_its_logarithm(folder):
-    """Losses 2 + log2(rate / 0.003)^2, and rows whose lowest loss is at an end."""
+    """Losses 2 + log2(rate / 0.003)^2 / 10, lowest at an end, or with a neighbour that diverged."""
     rates = (0.001, 0.002, 0.004, 0.008)
     curves = {"inside": 0.003, "low": 0.0005, "high": 0.05}
     lines = [
-        f"{row},1,9,{rate},{2 + math.log2(rate / best) ** 2}"
+        f"{row},1,9,{rate},{2 + 0.1 * math.log2(rate / best) ** 2}"
         for row, best in curves.items()
         for rate in rates
     ]
     head = "row,seed,test_loss,optimizer.lr,validation_loss"
-    (folder / "tried.csv").write_text("\n".join([head, *lines, "inside,2,1,0.002,0"]))
-    forms = [f"0.0000<!-- tried: {row}, rate -->" for row in curves]
+    (folder / "tried.csv").write_text("\n".join([head, *lines, *DIVERGED, "inside,2,1,0.002,0"]))
+    forms = [f"0.0000<!-- tried: {row}, rate -->" for row in (*curves, "diverged")]
     found = results.with_results("\n".join(forms))
-    for value in ("0.0030<", "0.0010 or less<", "0.0080 or more<"):
+    for value in ("0.0030<", "0.0010 or less<", "0.0080 or more<", "0.0040<"):
         assert value in found
     assert results.with_results(found) == found
     at = "+0.000 (one seed)<!-- tried: high@8e-3 - inside@4e-3, validation -->"
-    gap = math.log2(0.008 / 0.05) ** 2 - math.log2(0.004 / 0.003) ** 2
+    gap = 0.1 * (math.log2(0.008 / 0.05) ** 2 - math.log2(0.004 / 0.003) ** 2)
     assert results.with_results(at).startswith(f"{gap:+.3f} (one seed)<")

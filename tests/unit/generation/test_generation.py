@@ -143,6 +143,12 @@ def word_pieces():
     return tokenizer
 
 
+@pytest.fixture(scope="module")
+def euro(word_pieces):
+    """The three bytes of one character."""
+    return [word_pieces.token_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
+
+
 def test_pieces_are_full_characters(byte_level):
     pieces = list(text_pieces(byte_level, [], byte_level.encode(TEXT).ids))
     assert "".join(pieces) == TEXT
@@ -152,30 +158,20 @@ def test_pieces_are_full_characters(byte_level):
     assert list(text_pieces(byte_level, [], byte_level.encode("€").ids[:1])) == ["", REPLACEMENT]
 
 
-def test_pieces_of_random_bytes_are_the_text_of_all(byte_level):
+def test_pieces_of_random_tokens_are_the_text_of_all(byte_level, word_pieces, euro):
     drawn = random.Random(0)
-    prompt = byte_level.encode("and ").ids
-    for _ in range(200):
-        ids = [drawn.randrange(1, byte_level.get_vocab_size()) for _ in range(40)]
-        whole = byte_level.decode(prompt + ids)
-        assert "and " + "".join(text_pieces(byte_level, prompt, ids)) == whole
+    # The decoder of words takes back characters before bytes that are none.
+    words = [*([id] for id in range(1, euro[0])), euro]
+    any_bytes = [[id] for id in range(1, byte_level.get_vocab_size())]
+    for tokenizer, units in ((byte_level, any_bytes), (word_pieces, words)):
+        start = byte_level.encode("and ").ids if tokenizer is byte_level else drawn.choice(units)
+        for _ in range(200):
+            ids = [id for _ in range(40) for id in drawn.choice(units)]
+            text = tokenizer.decode(start) + "".join(text_pieces(tokenizer, start, ids))
+            assert text == tokenizer.decode(start + ids)
 
 
-def test_pieces_of_random_words_are_the_text_of_all(word_pieces):
-    # Three bytes of one character. The decoder takes back characters before bytes that are none.
-    euro = [word_pieces.token_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
-    units = [*([id] for id in range(1, euro[0])), euro]
-    drawn = random.Random(0)
-    for _ in range(200):
-        words = [drawn.choice(units) for _ in range(40)]
-        ids = [id for unit in words for id in unit]
-        cut = len(words[0])
-        pieces = text_pieces(word_pieces, ids[:cut], ids[cut:])
-        assert word_pieces.decode(ids[:cut]) + "".join(pieces) == word_pieces.decode(ids)
-
-
-def test_text_goes_on_after_bytes_that_take_back_a_character(word_pieces):
-    euro = [word_pieces.token_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
+def test_text_goes_on_after_bytes_that_take_back_a_character(word_pieces, euro):
     ids = [*word_pieces.encode("a").ids, *euro, euro[0], *word_pieces.encode("b").ids]
     pieces = list(text_pieces(word_pieces, [], [*ids, *word_pieces.encode("b").ids]))
     assert "".join(pieces).startswith("a€")

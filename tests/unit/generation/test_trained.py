@@ -9,10 +9,12 @@ import pytest
 import torch
 from support.folders import save_random_model
 from support.tiny import tiny_toml
+from support.tiny_documents import save_tokenizer
 
 from switchtitan.contracts import IGNORED_TARGET
+from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.tokenizer import read_tokenizer, train_tokenizer
-from switchtitan.generation.text import text_batches
+from switchtitan.generation.text import held_out_text
 from switchtitan.generation.trained import (
     TrainedModel,
     for_evaluation,
@@ -94,21 +96,22 @@ def test_a_checkpoint_of_a_compiled_run_is_opened_without_a_compiler(monkeypatch
     assert for_evaluation(parse_saved(saved)).compile.blocks
 
 
-# A text that is evaluated.
-STREAM = [1, 40, 5, 6, 7, 1, 8, 9, 10, 11, 12, 13, 1, 14]
-
-
 @pytest.mark.parametrize("seq_len", [2, 3, 5, 13, 20])
-@pytest.mark.parametrize("num_context", [1, 2])
-def test_every_token_of_a_text_after_the_context_is_a_target_once(seq_len, num_context):
-    pairs = []
-    for batch in text_batches(STREAM, num_context, seq_len, batch_size=2, eos_id=1):
-        assert batch.tokens.shape == batch.document_ids.shape == (2, seq_len)
-        flat = zip(batch.tokens.flatten().tolist(), batch.targets.flatten().tolist(), strict=True)
-        pairs += [pair for pair in flat if pair[1] != IGNORED_TARGET]
-    assert pairs == list(itertools.pairwise(STREAM))[num_context - 1 :]
-
-
-def test_documents_of_a_text_are_told_apart():
-    (batch,) = text_batches(STREAM, num_context=1, seq_len=7, batch_size=2, eos_id=1)
-    assert batch.document_ids.tolist()[0] == [0, 1, 1, 1, 1, 1, 2]
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> </s> $A"])
+def test_every_token_of_a_text_is_a_target_once_on_any_number_of_ranks(seq_len, template, tmp_path):
+    """It follows what the tokenizer begins a text with, or the end of a document."""
+    save_tokenizer(tmp_path / "tokenizer.json", "</s>", "<s>", template=template)
+    (tmp_path / "text").write_text("a b b a a b a b b b a a b")
+    tokenizer = read_tokenizer(tmp_path)
+    sequences, targets, size = held_out_text(str(tmp_path / "text"), None, tokenizer, seq_len)
+    assert size == (13, 25)
+    context = tokenizer.bos_ids or [tokenizer.eos_id]
+    stream = [*context, 1, 2, 2, 1, 1, 2, 1, 2, 2, 2, 1, 1, 2]
+    for num_ranks in (1, 2):
+        pairs = []
+        for rank in range(num_ranks):
+            batches = ValidationBatches(sequences, len(sequences), 2, rank, num_ranks, targets)
+            for batch in batches:
+                both = (batch.tokens.flatten().tolist(), batch.targets.flatten().tolist())
+                pairs += [pair for pair in zip(*both, strict=True) if pair[1] != IGNORED_TARGET]
+        assert sorted(pairs) == sorted(list(itertools.pairwise(stream))[len(context) - 1 :])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.observed import saved_besides
-from support.small_llama import MODEL, draw_model
+from support.small_llama import draw_model
 from support.tensors import draw, filled
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -12,7 +12,6 @@ from switchtitan.distributed.random import generator_for
 from switchtitan.methods import METHODS
 from switchtitan.methods.factors import ProductLinear, balanced_factors
 from switchtitan.methods.sltrain import SPARSE, Sltrain, SltrainConfig, SparseProductLinear, support
-from switchtitan.models import plain_model
 from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.parameters import parameter_groups
 
@@ -158,17 +157,3 @@ def test_rate_and_weight_decay_of_the_factors_are_those_of_the_sparse_values():
     for local_name in (SPARSE, "lora_a", "lora_b"):
         assert found[f"model.layers.0.mlp.up_proj.{local_name}"] == (1e-2, 0.1)
     assert found["model.norm.weight"] == (1e-5, 0)
-
-
-@pytest.mark.parametrize("in_features", [2, 20, 1001, 11008])
-def test_a_dense_sparse_matrix_is_refused_with_the_largest_density_that_is_accepted(in_features):
-    model = plain_model(MODEL.model_copy(update={"intermediate_size": in_features}))
-
-    def problems(density):
-        return SltrainConfig(rank=1, density=density, targets=("down_proj",)).check_model(model)
-
-    (problem,) = problems(0.99999)
-    assert "density = 0.99999" in problem
-    largest = float(problem.partition("at most ")[2].partition(",")[0])
-    assert problems(largest) == []
-    assert largest > 1 - 1 / in_features - 1e-3

@@ -64,14 +64,19 @@ def test_bf16_model_is_no_further_from_fp32_than_that_of_transformers():
 
 
 @torch.no_grad()
-def test_flex_keeps_documents_apart_and_sdpa_does_not():
-    flex, sdpa = (build(attention=name, num_layers=1) for name in ("flex", "sdpa"))
-    tokens, document_ids = draw_tokens(1, 12)
-    document_ids[:, 5:] = 1
-    apart = torch.cat([sdpa(part, document_ids) for part in tokens.split([5, 7], dim=1)], dim=1)
-    # Only differences of rotary positions matter: fp32 roundings of logits of order 1.
-    torch.testing.assert_close(flex(tokens, document_ids), apart, atol=1e-5, rtol=0)
-    assert (sdpa(tokens, document_ids) - apart)[:, 5:].abs().min() > 0
+def test_flex_keeps_documents_of_each_sequence_apart_and_sdpa_does_not():
+    """The mask's function closes over the ids; compilation must not keep those of the first."""
+    flex, sdpa = (build(**GROUPED | {"num_layers": 1}, attention=name) for name in ("flex", "sdpa"))
+    tokens, document_ids = draw_tokens(2, 12)
+    for lengths in ([5, 7], [12]), ([3, 6, 3], [4, 8]):
+        apart = []
+        for row, of_row in enumerate(lengths):
+            document_ids[row] = torch.arange(len(of_row)).repeat_interleave(torch.tensor(of_row))
+            parts = tokens[row : row + 1].split(of_row, dim=1)
+            apart.append(torch.cat([sdpa(part, document_ids) for part in parts], dim=1))
+        # Only differences of rotary positions matter: fp32 roundings of logits of order 1.
+        torch.testing.assert_close(flex(tokens, document_ids), torch.cat(apart), atol=1e-5, rtol=0)
+        assert (sdpa(tokens, document_ids) - torch.cat(apart))[0, lengths[0][0] :].abs().min() > 0
 
 
 def test_sharding_in_bf16_leaves_rotary_tables_in_fp32():

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
 from support.checkpoints import refused
 from support.small_llama import LLAMA3
 from support.tensors import draw
 
 from switchtitan.errors import EnvironmentMismatchError
-from switchtitan.models.llama.attention import build_mask, check_attention, load_attention
+from switchtitan.models.llama.attention import check_attention
 from switchtitan.models.llama.config import LlamaConfig, Qwen2Config
 from switchtitan.models.llama.rope import rotary_tables, rotate
 
@@ -25,23 +24,6 @@ def test_rotation_equals_multiplication_by_a_complex_unit():
     given, found = (torch.complex(*part.squeeze().chunk(2, -1)) for part in (features, turned))
     # fp32 rounding of angles below 5
     torch.testing.assert_close(found, given * torch.exp(1j * angles), rtol=0, atol=1e-6)
-
-
-BATCH, HEADS, KV_HEADS, SEQ, HEAD_DIM = 2, 6, 3, 13, 8
-CAUSAL = torch.ones(SEQ, SEQ, dtype=torch.bool).tril().expand(BATCH, 1, SEQ, SEQ)
-
-
-@torch.no_grad()
-def test_flex_is_softmax_attention_inside_each_document_of_each_batch():
-    """The mask function closes over the ids; compilation must not keep the first batch's ids."""
-    inputs = draw(BATCH, HEADS, SEQ, HEAD_DIM), *draw(2, BATCH, KV_HEADS, SEQ, HEAD_DIM, seed=1)
-    first = torch.zeros(BATCH, SEQ, dtype=torch.int32)
-    first[0, 4:], first[0, 9:], first[1, 12:] = 1, 2, 5
-    for ids in (first, torch.zeros_like(first)):
-        visible = CAUSAL & (ids[:, None, :, None] == ids[:, None, None, :])
-        expected = F.scaled_dot_product_attention(*inputs, visible, enable_gqa=True)
-        attended = load_attention("flex")(*inputs, build_mask("flex", ids))
-        torch.testing.assert_close(attended, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_attention_that_computes_in_half_precision_alone_is_refused_in_fp32():

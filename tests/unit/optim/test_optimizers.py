@@ -271,13 +271,25 @@ RATES = ("--optimizer.lr", "0.8", "--optimizer.other_lr", "0.4", "--optimizer.we
 def test_rates_of_another_width_are_scaled_by_class_and_their_weight_decay_stays(
     tmp_path, caplog, method, optimizer, layer, factor, other
 ):
-    targets = ("--method.targets", '["up_proj"]') if method == "switchlora" else ()
+    targets = (
+        ("--method.targets", '["up_proj"]', "--method.interval", "1e6")
+        if method == "switchlora"
+        else ()
+    )
     config = tiny_config(tmp_path, method, *SIZES, *RATES, "--optimizer.name", optimizer, *targets)
     model = model_on_meta(config).to_empty(device="cpu")
     built = METHODS.build(config.method, 40, 0)
     with caplog.at_level("INFO"):
-        groups = built.build_optimizer(model, config.optimizer, False).parameter_groups()
+        stepping = built.build_optimizer(model, config.optimizer, False)
+    groups = stepping.parameter_groups()
     found = {name: (of.lr, of.lr * of.weight_decay) for of in groups for name in of.parameters}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0).grad = torch.zeros_like(parameter)
+    stepping.set_lr(1.0)
+    stepping.step()
+    of_layer = model.get_parameter(f"model.{layer}")
+    torch.testing.assert_close(of_layer, torch.full_like(of_layer, 0.92))
     down = "model.layers.1.mlp.down_proj.weight"
     expected = {
         f"model.{layer}": (0.8 * factor, 0.08),

@@ -8,8 +8,9 @@ import pytest
 from support.comparisons import write_curves
 
 from switchtitan.errors import ConfigError
-from switchtitan.report.curves import draw_curves
-from switchtitan.report.page import read_run, write_page
+from switchtitan.observability.tensorboard import read_curves
+from switchtitan.report.page import write_page
+from switchtitan.report.pictures import curve_panels, draw
 
 CONFIG = """
 [job]
@@ -34,14 +35,13 @@ def write_run(folder, rank=8):
 
 def rows_of(page):
     """The cells of each row of the page's tables, as they are written."""
-    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    rows = re.findall(r"<tr\b[^>]*>(.*?)</tr>", page, re.DOTALL)
     return [re.findall(r"<t[dh]\b[^>]*>(.*?)</t[dh]>", row, re.DOTALL) for row in rows]
 
 
 def page_of(folders, tmp_path):
-    runs = {label: read_run(folder) for label, folder in folders.items()}
-    figure = draw_curves({label: run.curves for label, run in runs.items()})
-    write_page(runs, {"Curves": (figure, None)}, tmp_path / "page.html")
+    figure = draw(curve_panels({label: read_curves(run) for label, run in folders.items()}))
+    write_page(folders, {"Curves": (figure, None)}, tmp_path / "page.html")
     return (tmp_path / "page.html").read_text()
 
 
@@ -74,4 +74,4 @@ def test_a_damaged_file_is_named(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "results.json").write_text('{"step": ')
     with pytest.raises(ConfigError, match=r"run: cannot be read: Expecting value"):
-        read_run(run)
+        write_page({"run": run}, {}, tmp_path / "page.html")
