@@ -40,7 +40,7 @@ from switchtitan.spectra.spectrum import summarize
 from switchtitan.spectra.weight_change import checkpoint_spectra
 from switchtitan.training.build import build_trainer
 
-BF16 = ("--training.frozen_dtype", "int16")
+INT16 = ("--training.frozen_dtype", "int16")
 TIED = ("--model.name", "qwen2", "--model.tied_head", "true", "--model.head_dim", "8")
 COLA = ("--model.name", "cola", "--model.rank", "4")
 ROOT_SCALED = "root_scaled"
@@ -49,14 +49,14 @@ ON_TIED_QWEN2 = ("full_rank", "galore", "sltrain", "switchlora")
 RUNS = {
     **{method: (method, (), LONG) for method in METHOD_KEYS},
     "lora_with_dropout": ("lora", ("--method.dropout", "0.1"), LONG),
-    "relora_in_bf16": ("relora", BF16, LONG),
-    "switchlora_in_bf16": ("switchlora", BF16, LONG),
+    "relora_in_int16": ("relora", INT16, LONG),
+    "switchlora_in_int16": ("switchlora", INT16, LONG),
     ROOT_SCALED: (ROOT_SCALED, (), SHORT),
     **{f"{method}_on_tied_qwen2": (method, TIED, SHORT) for method in ON_TIED_QWEN2},
     "full_rank_on_cola": ("full_rank", COLA, SHORT),
 }
 """Name -> method, keys, and the steps after which it is saved and ends."""
-WITH_AN_ADAPTER = [ROOT_SCALED, "switchlora_in_bf16"]
+WITH_AN_ADAPTER = [ROOT_SCALED, "switchlora_in_int16"]
 EXPORTED = [*WITH_AN_ADAPTER, "switchlora"]
 EXPORTED += [f"{method}_on_tied_qwen2" for method in ON_TIED_QWEN2 if method != "galore"]
 RESUMED = [name for name in RUNS if "tied" not in name] + ["switchlora_on_tied_qwen2"]
@@ -257,11 +257,11 @@ def test_a_start_from_a_full_rank_checkpoint_computes_what_that_does(trained, tm
     assert config.method.keeps_initial_weights == (method not in ("low_rank", "sltrain"))
 
 
-def test_frozen_weights_in_bf16_change_and_another_dtype_is_refused(trained):
-    for name in ("switchlora_in_bf16", "relora_in_bf16"):
+def test_frozen_weights_in_int16_change_and_another_dtype_is_refused(trained):
+    for name in ("switchlora_in_int16", "relora_in_int16"):
         one = trained(name)
         before, after = one.initial_tensors, one.tensors
-        frozen = [key for key, tensor in after.items() if tensor.dtype == torch.bfloat16]
+        frozen = [key for key, tensor in after.items() if tensor.dtype == torch.int16]
         assert len(frozen) == 14
         assert not [key for key in frozen if torch.equal(before[key], after[key])]
         _, spectra = checkpoint_spectra(one.checkpoint)

@@ -71,7 +71,7 @@ RUNS = {
     "switchlora, gentle": f"switchlora {GENTLE}",
     "switchlora, constant decay": "switchlora",
     "switchlora, lora init": "switchlora --method.init lora --method.reset_moments both",
-    "switchlora, bf16 weights": "switchlora --training.frozen_dtype int16",
+    "switchlora, int16 weights": "switchlora --training.frozen_dtype int16",
     "switchlora, recomputed": "switchlora --activation_checkpoint.mode full",
     "switchlora, compiled": "switchlora --compile.blocks true --compile.optimizer true",
 }

@@ -6,6 +6,7 @@ import re
 import torch
 
 from switchtitan.data.prepare import open_corpus
+from switchtitan.distributed.shards import full_tensor
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import parse_arguments
 from switchtitan.methods import METHODS
@@ -155,6 +156,6 @@ def record_reports(trainer):
 def full_tensors(trainer):
     """Copies of all tensors of a checkpoint, as full tensors; collective."""
     return {
-        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+        name: full_tensor(tensor.detach()).clone()
         for name, tensor in trainer.tensors().items()
     }

@@ -41,7 +41,7 @@ CASES = {
     "constant candidates": "switchlora --method.candidates constant",
     "host candidates": f"switchlora {_ON_HOST}",
     "host candidates, HSDP": f"switchlora {_ON_HOST} {_HSDP}",
-    "bf16 weights": "switchlora --training.frozen_dtype int16",
+    "int16 weights": "switchlora --training.frozen_dtype int16",
     "one shard per replica": f"switchlora --parallelism.replicate 8 {_BF16}",
     "both moments, dropout": "switchlora --method.reset_moments both --method.dropout 0.1 "
     "--optimizer.weight_decay 0.1",
@@ -88,7 +88,7 @@ LONG = {"switchlora", "host candidates"}
 UNEVEN = {
     *("full rank", "lora", "low rank", "relora", "relora, HSDP", "relora, replicated weights"),
     *("galore", "fira, HSDP", "sltrain", "switchlora", "switchlora, HSDP", "constant candidates"),
-    *("host candidates", "host candidates, HSDP", "bf16 weights"),
+    *("host candidates", "host candidates, HSDP", "int16 weights"),
     *("sharded accumulation", "gathered once", "muon, low rank", "tied head"),
 }
 """Cases that the last rank takes too: it has fewer rows, or none, and must do the same."""

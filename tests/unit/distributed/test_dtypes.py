@@ -20,6 +20,7 @@ from switchtitan.distributed.dtype import (
     choose_dtype,
     dtype_on,
 )
+from switchtitan.distributed.fixed_point import random_words
 from switchtitan.distributed.precision import allow_tf32, full_precision, use_full_precision
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import EnvironmentMismatchError
@@ -235,12 +236,11 @@ def chi_square_per_degree(counts):
 
 
 def test_bits_are_uniform_and_independent_of_their_neighbours():
-    bits = random_bits(key(12345), 0, 512, 1024)
-    assert torch.equal(random_bits(key(12345), 4, 3, 1024), bits[4:7])
-    assert bits.min() >= 0
-    assert bits.max() < 2**16
-    assert bits.dtype == torch.int32
-    other = random_bits(key(12346), 0, 512, 1024)
+    words = random_words(key(12345), 0, 512, 1024)
+    assert torch.equal(random_words(key(12345), 4, 3, 1024), words[4:7])
+    assert words.dtype == torch.int32
+    bits, more = words & 0xFFFF, (words >> 16) & 0xFFFF
+    other = random_words(key(12346), 0, 512, 1024) & 0xFFFF
     pairs = {
         "halves": (bits, bits % 256),
         "rows": (bits[1:], bits[:-1] >> 8),
@@ -248,6 +248,7 @@ def test_bits_are_uniform_and_independent_of_their_neighbours():
         "second columns": (bits[:, 2:], bits[:, :-2] >> 8),
         "diagonals": (bits[1:, 1:], bits[:-1, :-1] >> 8),
         "events": (bits, other >> 8),
+        "words": (bits, more >> 8),
     }
     for name, (first, second) in pairs.items():
         counts = torch.bincount(((first >> 8) * 256 + second).flatten(), minlength=2**16).double()

@@ -1,0 +1,114 @@
+"""Frozen weights in 16-bit fixed point: their values, and what additions do to them."""
+
+import math
+
+import pytest
+import torch
+from support.tensors import draw
+
+from switchtitan.distributed.fixed_point import (
+    FIXED,
+    NUM_EXTRA,
+    add_fixed_,
+    pack,
+    power_of_two,
+    random_words,
+    unpack,
+)
+from switchtitan.distributed.random import splitmix32
+
+KEY = torch.tensor(5, dtype=torch.int32)
+STEP = 2.0**-20
+
+
+def values_of(rows):
+    return unpack(rows, torch.float32).double()
+
+
+def steps_of(rows):
+    """The step of each row, [rows, 1]."""
+    return power_of_two(rows[:, -NUM_EXTRA : 1 - NUM_EXTRA]).double()
+
+
+def event(number):
+    return splitmix32(KEY, torch.tensor(number, dtype=torch.int32))
+
+
+def test_packed_rows_are_the_nearest_ones_of_the_finest_step_that_holds_them():
+    weight = draw(7, 33) * torch.tensor([1e-6, 1e-3, 0.02, 1.0, 3.0, 400.0, 0.0])[:, None]
+    rows = pack(weight)
+    assert (rows.dtype, rows.shape) == (FIXED, (7, 33 + NUM_EXTRA))
+    steps = steps_of(rows)
+    assert bool(((values_of(rows) - weight.double()).abs() <= steps / 2).all())
+    largest = weight.abs().amax(1, keepdim=True).double()
+    # Half the step would not hold it, but for the least step.
+    assert bool((largest / steps > 32767 / 2 - 1)[1:-1].all())
+    assert values_of(rows)[-1].count_nonzero() == 0
+    assert pack(torch.empty(0, 5)).shape == (0, 5 + NUM_EXTRA)
+
+
+def test_unpacking_rounds_once():
+    rows = pack(draw(9, 65))
+    assert torch.equal(unpack(rows, torch.bfloat16), values_of(rows).bfloat16())
+
+
+@pytest.mark.parametrize("fraction", [0.0, 2**-9, 0.3, 0.999])
+def test_an_addition_has_the_right_mean_and_moves_each_value_to_a_neighbour(fraction):
+    start = torch.full((64, 512), 20000 * STEP)
+    packed, total, num = pack(start), 0.0, 40
+    assert bool((steps_of(packed) == STEP).all())
+    for number in range(num):
+        rows = packed.clone()
+        add_fixed_(
+            rows,
+            torch.full(start.shape, fraction * STEP / 2),
+            event(number),
+            first_row=0,
+            scale=2.0,
+        )
+        moved = (values_of(rows) - start.double()) / STEP
+        assert set(moved.unique().tolist()) <= {0.0, 1.0}
+        total += moved.mean().item() / num
+    deviation = math.sqrt(fraction * (1 - fraction) / (start.numel() * num))
+    # Five deviations, and the 2^-16 that random bits have.
+    assert abs(total - fraction) <= 5 * deviation + 2**-16
+
+
+def test_a_row_that_outgrows_its_step_takes_a_larger_one_without_a_bias():
+    weight = draw(4, 4096, seed=1) * 0.02
+    weight[0] = 0
+    rows, update = pack(weight), draw(4, 4096, seed=2) * 0.01
+    update[1] *= 100  # a row that grows more than eightfold
+    before = steps_of(rows)
+    add_fixed_(rows, update, KEY, first_row=0, scale=1.0)
+    exact = weight.double() + update.double()
+    error = values_of(rows) - exact
+    assert bool((steps_of(rows)[:2] > before[:2]).all())
+    assert bool((error.abs() <= 2 * steps_of(rows)).all())
+    # The error of a rounding is below a step, so its mean over a row is below 1 / 60 of one.
+    assert bool((error.mean(1, keepdim=True).abs() <= 5 * steps_of(rows) / 64).all())
+
+
+@pytest.mark.parametrize("num_folds", [400])
+def test_errors_of_many_additions_grow_as_a_random_walk_of_the_update_alone(num_folds):
+    weight = draw(32, 128) * 0.02
+    rows, exact = pack(weight), weight.double()
+    for number in range(num_folds):
+        left, right = draw(32, 1, seed=number), draw(1, 128, seed=1000 + number)
+        update = 1e-3 * left @ right
+        add_fixed_(rows, update, event(number), first_row=0, scale=1.0)
+        exact += update.double()
+    error = (values_of(rows) - exact) / steps_of(rows)
+    # A rounding has a variance of at most 1 / 4 of a step, on average 1 / 6.
+    assert error.square().mean().sqrt() <= 2 * math.sqrt(num_folds / 6)
+    assert (values_of(rows) - exact).norm() / exact.norm() <= 0.01
+
+
+def test_bits_depend_on_the_place_in_the_full_weight_alone():
+    weight, update = draw(6, 40), 1e-4 * draw(6, 40, seed=1)
+    whole, parts = pack(weight), [pack(weight[:2]), pack(weight[2:])]
+    add_fixed_(whole, update, KEY, first_row=0, scale=1.0)
+    add_fixed_(parts[0], update[:2], KEY, first_row=0, scale=1.0)
+    add_fixed_(parts[1], update[2:], KEY, first_row=2, scale=1.0)
+    assert torch.equal(torch.cat(parts), whole)
+    assert random_words(KEY, 0, 3, 5).dtype == torch.int32
