@@ -11,6 +11,7 @@ from support.switchlora_layers import limit_factors, with_interval
 from support.switchlora_runs import RANK, check_golden_trajectory, check_whole_run
 
 from switchtitan.distributed.blocks import compile_if
+from switchtitan.distributed.fixed_point import pack
 from switchtitan.methods.adapter.linear import AdapterLinear
 from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
@@ -60,17 +61,18 @@ def test_thirty_steps_of_switchlora_follow_the_rules_written_out_vector_by_vecto
     check_whole_run(config, compile_step=True, num_steps=30)
 
 
-def draw_layers():
+def draw_layers(rounded):
     generator = torch.Generator().manual_seed(0)
     layers = {name: AdapterLinear(5, 7, 3, 0.5, (0.4, 0.0)) for name in ("first", "second")}
     for layer in layers.values():
-        layer.weight.data = torch.randn(7, 5, generator=generator).bfloat16()
+        layer.weight.data = rounded(torch.randn(7, 5, generator=generator))
     return layers
 
 
 @torch.no_grad()
-def test_additions_to_weights_in_bf16_compile_once_and_give_the_same_bits():
-    model, compiled_model = draw_layers(), draw_layers()
+@pytest.mark.parametrize("rounded", [torch.Tensor.bfloat16, pack])
+def test_additions_to_weights_of_16_bits_compile_once_and_give_the_same_bits(rounded):
+    model, compiled_model = draw_layers(rounded), draw_layers(rounded)
     start, generator = model["second"].weight.clone(), torch.Generator().manual_seed(1)
     eager = FrozenWeights(model, 0, compile_step=False)
     compiled = FrozenWeights(compiled_model, 0, compile_step=True)
@@ -85,6 +87,8 @@ def test_additions_to_weights_in_bf16_compile_once_and_give_the_same_bits():
         # The compiler may fuse a multiplication and an addition into one rounding:
         # about one value in 2^16 may round differently.
         assert (compiled_model[name].weight != layer.weight).sum() <= 1
+    if rounded is pack:
+        return
     compiled.add_products_(4, [(0, NOT_FINITE[None], torch.ones(1, 7))])
     weight = compiled_model["first"].weight
     assert weight[:, :2].tolist() == [[math.inf, -math.inf]] * 7

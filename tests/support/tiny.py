@@ -156,6 +156,5 @@ def record_reports(trainer):
 def full_tensors(trainer):
     """Copies of all tensors of a checkpoint, as full tensors; collective."""
     return {
-        name: full_tensor(tensor.detach()).clone()
-        for name, tensor in trainer.tensors().items()
+        name: full_tensor(tensor.detach()).clone() for name, tensor in trainer.tensors().items()
     }
