@@ -34,7 +34,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import cache
 from math import exp, inf, isfinite, log
 from pathlib import Path
@@ -228,20 +228,20 @@ def _rates_picture(match: re.Match[str]) -> str:
     figure = Figure((3 * len(methods), 3), layout="constrained")
     panels = figure.subplots(1, len(methods), sharey=True)
     for axes, (method, label) in zip(panels, methods.items(), strict=True):
-        tried: Collection[float] = set()
+        tried = set[float]()
         for place, width in enumerate(WIDTHS):
             losses = {file: _losses_by_rate(file, f"{method}-h{width}") for file in files}
             lowest = min((loss for of in losses.values() for loss in of.values()), default=0.0)
             for file, of in losses.items():
                 rates = sorted(of)
-                tried = {*tried, *rates}
+                tried |= of.keys()
                 above = [of[rate] - lowest for rate in rates]
                 style, name = ("o-", f"hidden {width}") if file == files[0] else ("x--", None)
                 if rates:
                     axes.plot(rates, above, style, color=f"C{place}", label=name, markersize=4)
         axes.set(xscale="log", xlabel="lr", title=label, ylim=(-0.01, _HIGHEST))
         axes.minorticks_off()
-        axes.set_xticks(tried := sorted(tried), [f"{rate:g}" for rate in tried])
+        axes.set_xticks(sorted(tried), [f"{rate:g}" for rate in sorted(tried)])
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="loss above the width's lowest")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from switchtitan.benchmark.steppers import real_stepper
 from switchtitan.contracts import Batch, LanguageModel
 from switchtitan.distributed.config import CompileConfig
-from switchtitan.distributed.shards import full_tensor
+from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import device_type, temporary_world
 from switchtitan.errors import ConfigError
 from switchtitan.job.checks import check
@@ -74,8 +74,7 @@ def changes_in_a_step(config: JobConfig) -> dict[str, float]:
         for step in range(_NUM_STEPS):
             with torch.enable_grad():
                 stepper.step()
-            named = stepper.model.named_parameters()
-            tensors = {name: full_tensor(value.detach()).cpu() for name, value in named}
+            tensors = gather_on_main(stepper.model.named_parameters(), is_main=True)
             model.load_state_dict(method.dense_weights(tensors), assign=True)
             calls = record_calls(model, batch)
             for name, module in model.named_modules():

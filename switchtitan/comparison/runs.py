@@ -26,8 +26,11 @@ from switchtitan.spectra.spectrum import summarize
 from switchtitan.spectra.weight_change import checkpoint_spectra
 from switchtitan.training.output import CONFIG_FILE
 
-_KEYS_OF_A_MACHINE = {"job": {"name", "output_dir"}, "data": {"cache_dir", "offline_dataset"}}
-_KEYS_OF_A_MACHINE["checkpoint"] = {"resume"}
+_KEYS_OF_A_MACHINE = {
+    "job": {"name", "output_dir"},
+    "data": {"cache_dir", "offline_dataset"},
+    "checkpoint": {"resume"},
+}
 """Keys that change no result: names, folders, what may replace a corpus that results name, and the
 longer run that a run shares its first steps with."""
 

@@ -33,7 +33,6 @@ def check(config: "JobConfig", num_ranks: int, device: str | None) -> None:
         *config.method.check_model(model),
         *config.method.check_length(config.training.steps),
         *optimizer_problems(config.method, config.optimizer, model),
-        *_check_head(config),
         *check_held_out(config),
         *_check_reports(config, num_ranks),
     ]
@@ -139,16 +138,6 @@ def _check_ranks(config: "JobConfig", num_ranks: int) -> list[str]:
     except EnvironmentMismatchError as error:
         problems.append(str(error))
     return problems
-
-
-def _check_head(config: "JobConfig") -> list[str]:
-    if not (config.optimizer.needs_head and config.model.weight_copies()):
-        return []
-    return [
-        f"[optimizer] name = {toml_value(config.optimizer.name)}: treats the head's weight apart, "
-        "and the model's head is tied to the embedding; untie it (for LLaMA, [model] tied_head = "
-        "false), or choose another optimizer"
-    ]
 
 
 def _check_reports(config: "JobConfig", num_ranks: int) -> list[str]:

@@ -49,12 +49,9 @@ class AnyModel:
         return head
 
     def hidden_size(self) -> int | None:
-        """Returns the width of the head's inputs; None without a head, or if it is tied."""
-        head, modules = self.output_head(), self._module.modules()
-        embedded = {module.weight for module in modules if isinstance(module, nn.Embedding)}
-        if not isinstance(head, nn.Linear) or head.weight in embedded:
-            return None
-        return head.in_features
+        """Returns the width of the head's inputs; None without a linear head."""
+        head = self.output_head()
+        return head.in_features if isinstance(head, nn.Linear) else None
 
     def replaceable(self, targets: tuple[str, ...] | None) -> dict[str, nn.Linear]:
         """Returns the targets by name, by default the layers in blocks that train and whose weight

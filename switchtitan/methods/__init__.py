@@ -9,6 +9,7 @@ from switchtitan.methods.relora import Relora, ReloraConfig
 from switchtitan.methods.sltrain import Sltrain, SltrainConfig
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
 from switchtitan.methods.targets import TargetConfig
+from switchtitan.optim.parameters import own_head
 from switchtitan.registry import Component, Registry, is_installed, needs_package, toml_value
 
 METHODS: Registry[MethodConfig, Method] = Registry(
@@ -39,6 +40,13 @@ def optimizer_problems(
         )
     if optimizer.package is not None and not is_installed(optimizer.package):
         problems.append(needs_package(name, optimizer.package))
+    head = own_head(model)
+    if optimizer.needs_head and head is None:
+        problems.append(
+            f"{name}: treats the head's weight apart, and the model's head is tied to the "
+            "embedding, or not known; untie it (for LLaMA, [model] tied_head = false), or choose "
+            "another optimizer"
+        )
     if optimizer.tuned_hidden_size is not None:
         key = f"[optimizer] tuned_hidden_size = {optimizer.tuned_hidden_size}"
         if method.width_exponents() is None or optimizer.width_exponent is None:
@@ -46,10 +54,8 @@ def optimizer_problems(
                 f"{key}: was checked for full_rank, and for switchlora and lora with SwitchLoRA's "
                 f"initial values, with adamw or muon; remove it, or change [method] or {name}"
             )
-        is_target = isinstance(method, TargetConfig) and (
-            model.output_head() in method.targeted(model).values()
-        )
-        if model.hidden_size() is None or is_target:
+        is_target = isinstance(method, TargetConfig) and head in method.targeted(model).values()
+        if head is None or model.hidden_size() is None or is_target:
             problems.append(
                 f"{key}: was checked for LLaMA with a head of its own that is no target, and this "
                 "model is another, or its head is tied, not known or a target; remove it"

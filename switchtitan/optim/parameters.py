@@ -38,25 +38,34 @@ class TrainedParameter(NamedTuple):
 def trained_parameters(model: TrainedModel, targeted: Collection[str]) -> list[TrainedParameter]:
     """Returns the parameters that require a gradient, in the model's order; `targeted` are names of
     those that the method changes."""
-    prefixes, head = tuple(f"{block}." for block in model.blocks()), model.output_head()
-    # A tied head has no parameter of its own.
+    prefixes, head = tuple(f"{block}." for block in model.blocks()), own_head(model)
     in_head = set() if head is None else set(head.parameters())
-    modules = [module for _, module in model.named_modules()]
-    embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
-    in_embeddings = {parameter for module in embeddings for parameter in module.parameters()}
+    in_embeddings = _embedded(model)
     return [
         TrainedParameter(
             name,
             parameter,
             is_other=name not in targeted,
             is_in_block=name.startswith(prefixes),
-            is_head=parameter in in_head and parameter not in in_embeddings,
+            is_head=parameter in in_head,
             input_dim=0 if parameter in in_embeddings else 1,
             compute_dtype=model.compute_dtype,
         )
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
+
+
+def own_head(model: TrainedModel) -> nn.Module | None:
+    """Returns the head; None if it is not known or shares a parameter with the embedding."""
+    head = model.output_head()
+    parameters = set() if head is None else set(head.parameters())
+    return head if parameters and parameters.isdisjoint(_embedded(model)) else None
+
+
+def _embedded(model: TrainedModel) -> set[nn.Parameter]:
+    modules = [module for _, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    return {parameter for module in modules for parameter in module.parameters()}
 
 
 def parameter_groups(
@@ -93,7 +102,7 @@ def with_width_factors(
     hidden_size, tuned_size = model.hidden_size(), config.tuned_hidden_size
     if tuned_size is None:
         return entries
-    # See `methods.optimizer_problems`.
+    # By `methods.optimizer_problems`.
     assert hidden_size is not None
     assert config.width_exponent is not None
     matrices, exponents = config.width_exponent, method.width_exponents()

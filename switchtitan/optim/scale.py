@@ -10,7 +10,6 @@ from torch import Tensor
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.norms import sum_packed
 from switchtitan.distributed.shards import local
-from switchtitan.errors import ConfigError
 from switchtitan.optim.adamw import AdamKeys, AdamW
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.parameters import TrainedParameter
@@ -109,15 +108,9 @@ class Scale(GroupedOptimizer):
 def build_scale(
     config: ScaleConfig, parameters: Iterable[TrainedParameter], compile_step: bool
 ) -> TrainingOptimizer:
-    """Returns SCALE for matrices, and AdamW for other parameters. Raises a ConfigError if no
-    parameter belongs to the head."""
+    """Returns SCALE for matrices, and AdamW for other parameters."""
     trained = list(parameters)
     matrices = [entry for entry in trained if entry.parameter.ndim == 2]
-    if not any(entry.is_head for entry in matrices):
-        raise ConfigError(
-            '[optimizer] name = "scale": keeps momentum for the head alone, and the model names no '
-            "head with a weight of its own (LanguageModel.output_head); choose another optimizer"
-        )
     vector_config = config
     if config.vector_lr is not None:
         vector_config = config.model_copy(update={"lr": config.vector_lr, "other_lr": None})

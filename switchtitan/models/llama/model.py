@@ -152,7 +152,7 @@ class Llama(LanguageModel):
         return self.lm_head
 
     def hidden_size(self) -> int | None:
-        return None if self.config.tied_head else self.config.sizes.hidden_size
+        return self.config.sizes.hidden_size
 
     def outer_units(self) -> list[list[nn.Module]]:
         """The embedding, and the last norm with the head; nothing if the head is tied."""
