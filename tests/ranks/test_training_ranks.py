@@ -96,8 +96,15 @@ HELD_ROWS = {
     "sharded gradients": Row("switchlora", (*HELD, *SUMMED), like="held"),
     "all": Row("switchlora", (*HELD, *UNITS, *KEPT, *SUMMED, *RECOMPUTED), like="held"),
     "rounded, replicated": Row("switchlora", (*SWITCHING, *ROUNDED, *REPLICATED), like="rounded"),
+    # Factors do not move, so that sums of gradients in another order do not matter.
+    "switched alone": Row("switchlora", (*SWITCHING, *ROUNDED, "--optimizer.lr", "1e-30")),
 }
-HELD_IN = {"two": list(HELD_ROWS), "two_by_two": ["held", "all", "replicated"]}
+HELD_IN = {
+    "one": ["switched alone"],
+    "two": list(HELD_ROWS),
+    "four": ["switched alone"],
+    "two_by_two": ["held", "all", "replicated", "switched alone"],
+}
 RESUMED_AS = [("held", "replicated", "two")]
 """What two ranks have saved, the row that resumes it, and on which ranks."""
 ACCUMULATED = ("full_rank", "switchlora")
@@ -280,6 +287,17 @@ def test_how_weights_are_held_changes_no_loss_and_no_checkpoint(recorded, name, 
     assert kinds == expected_kinds
     if HELD_ROWS[name].is_bitwise:
         assert differing(found["final"], expected["final"]) == []
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "one"])
+@pytest.mark.parametrize("name", ["switched alone"])
+def test_switches_change_weights_of_16_bits_bitwise_as_on_one_rank(recorded, name, layout):
+    one, several = (recorded(ranks, name)["straight"] for ranks in ("one", layout))
+    packed = [key for key, tensor in one["final"].items() if tensor.dtype == FIXED]
+    assert packed
+    for key in packed:
+        assert not torch.equal(one["initial"][key], one["final"][key])
+        assert torch.equal(several["final"][key], one["final"][key])
 
 
 @pytest.mark.parametrize(("saved", "name", "layout"), RESUMED_AS)

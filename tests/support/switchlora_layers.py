@@ -9,6 +9,7 @@ from torch import nn
 from support.small_llama import initial_tensors
 from support.tensors import differing
 from switchtitan.distributed import random
+from switchtitan.distributed.fixed_point import FIXED, unpack
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import full_tensor
 from switchtitan.methods.adapter.linear import adapter_layers, balanced_bounds
@@ -154,10 +155,11 @@ def vector_steps(optimizer):
 def effective_weight(layer):
     """W + s B A in float64; of a sharded layer, the full weight, collective."""
     weight, lora_a, lora_b = (
-        full_tensor(tensor).detach().to(torch.float64)
-        for tensor in (layer.weight, layer.lora_a, layer.lora_b)
+        full_tensor(tensor).detach() for tensor in (layer.weight, layer.lora_a, layer.lora_b)
     )
-    return weight + layer.scale * lora_b.T @ lora_a
+    if weight.dtype == FIXED:
+        weight = unpack(weight, torch.float32)
+    return weight.double() + layer.scale * lora_b.double().T @ lora_a.double()
 
 
 def effective_weights(model):

@@ -89,21 +89,6 @@ def test_a_row_that_outgrows_its_step_takes_a_larger_one_without_a_bias():
     assert bool((error.mean(1, keepdim=True).abs() <= 5 * steps_of(rows) / 64).all())
 
 
-@pytest.mark.parametrize("num_folds", [400])
-def test_errors_of_many_additions_grow_as_a_random_walk_of_the_update_alone(num_folds):
-    weight = draw(32, 128) * 0.02
-    rows, exact = pack(weight), weight.double()
-    for number in range(num_folds):
-        left, right = draw(32, 1, seed=number), draw(1, 128, seed=1000 + number)
-        update = 1e-3 * left @ right
-        add_fixed_(rows, update, event(number), first_row=0, scale=1.0)
-        exact += update.double()
-    error = (values_of(rows) - exact) / steps_of(rows)
-    # A rounding has a variance of at most 1 / 4 of a step, on average 1 / 6.
-    assert error.square().mean().sqrt() <= 2 * math.sqrt(num_folds / 6)
-    assert (values_of(rows) - exact).norm() / exact.norm() <= 0.01
-
-
 def test_bits_depend_on_the_place_in_the_full_weight_alone():
     weight, update = draw(6, 40), 1e-4 * draw(6, 40, seed=1)
     whole, parts = pack(weight), [pack(weight[:2]), pack(weight[2:])]

@@ -1,5 +1,7 @@
 """A switch keeps a layer's output."""
 
+import math
+
 import pytest
 import torch
 from support.switchlora_layers import (
@@ -10,6 +12,7 @@ from support.switchlora_layers import (
     with_interval,
 )
 
+from switchtitan.distributed.fixed_point import NUM_EXTRA, pack, power_of_two
 from switchtitan.optim.adamw import AdamWConfig
 
 # (out, in, rank): wide, tall and with a rank near the number of candidates
@@ -17,10 +20,12 @@ SHAPES = [(5, 7, 2), (23, 14, 9), (31, 64, 30), (64, 48, 13)]
 ADAMW = AdamWConfig(lr=1e-3)
 
 
-def switching_layer(shape, dtype, seed, num_per_step=1, num_steps=500, alpha=1.0):
+def switching_layer(shape, dtype, seed, num_per_step=1, num_steps=500, alpha=1.0, is_packed=False):
     """A layer whose optimizer only switches: learning rate 0 and gradients of zero."""
     out_features, in_features, rank = shape
     layer = build_layer(out_features, in_features, rank, alpha / rank, dtype, seed)
+    if is_packed:
+        layer.weight.data = pack(layer.weight)
     config = with_interval(rank / num_per_step, rank=rank, freeze_steps=0, decay="constant")
     optimizer = build_optimizer(config, ADAMW, [layer], num_steps)
     optimizer.set_lr(0.0)
@@ -60,3 +65,18 @@ def test_five_hundred_steps_of_switching_keep_the_effective_weight(shape):
     assert optimizer.metrics()["switch/vectors_switched_total"] == 2 * 500
     # The promise; a random walk of 500 roundings of 6e-8 gives 1e-6.
     assert relative_change(effective_weight(layer), before) <= 1e-5
+
+
+@pytest.mark.parametrize("num_folds", [400])
+def test_weights_of_16_bits_move_by_a_random_walk_of_one_step_each_switch(num_folds):
+    layer, optimizer = switching_layer(
+        (128, 128, 32), torch.float32, seed=1, num_steps=num_folds, is_packed=True
+    )
+    before = effective_weight(layer)
+    for _ in range(num_folds):
+        optimizer.step()
+    after, steps = effective_weight(layer), power_of_two(layer.weight[:, -NUM_EXTRA, None])
+    # A rounding has a variance of at most 1 / 4 of a squared step, on average 1 / 6.
+    walk = ((after - before) / steps).square().mean().sqrt().item()
+    assert walk <= 2 * math.sqrt(num_folds / 6)
+    assert relative_change(after, before) <= 0.01
