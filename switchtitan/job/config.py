@@ -79,7 +79,7 @@ class TrainingConfig(Section):
     frozen_dtype: Literal["float32", "int16"] = "float32"
     """dtype of frozen weights; a resumed run cannot change it. int16 takes half the memory: fixed
     point, with a power of two as the step of each row. Changes are rounded stochastically: unbiased
-    (in a 128 x 128 example, the error is 0.6 % of the norm after 10 000 changes). No effect if all
+    (in a 128 x 128 example, the error is 0.7 % of the norm after 10 000 changes). No effect if all
     weights train."""
     tf32: bool = False
     """Whether a GPU may round the factors of forward's and backward's fp32 products to TF32 (10

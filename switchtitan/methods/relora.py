@@ -147,7 +147,7 @@ class ReloraOptimizer(SplitOptimizer):
     @torch.no_grad()
     def _reset(self) -> None:
         """Adds s B A to W, draws A as at initialization, and zeroes B (Algorithm 1). The layers'
-        outputs do not change, with weights in bf16 in expectation."""
+        outputs do not change, with weights of 16 bits in expectation."""
         number = self._counts["num_resets"]
         # A generator: one layer's full factors are in memory at a time.
         products = (
