@@ -57,8 +57,8 @@ class CompileConfig(Section):
     loss: bool = False
     """Compile the loss."""
     optimizer: bool = False
-    """Compile the update of factors that switch, of projected gradients, of frozen weights of
-    16 bits, and of `muon` and `adamw8bit`. Others never compile: `adamw` is torch's fused kernel."""
+    """Compile the update of factors that switch, of projected gradients, of frozen weights of 16
+    bits, and of `muon` and `adamw8bit`. Others never compile: `adamw` is torch's fused kernel."""
 
 
 class ActivationCheckpointConfig(Section):
