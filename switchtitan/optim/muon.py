@@ -7,7 +7,7 @@ et al. 2025, "Muon is Scalable for LLM Training", arXiv 2502.16982).
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.blocks import compile_if
-from switchtitan.distributed.shards import local, local_shards
+from switchtitan.distributed.shards import local, local_shards, shard_group
 from switchtitan.optim.adamw import AdamKeys, AdamW
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.matrix_exchange import MatrixExchange
@@ -30,8 +30,8 @@ _MIN_NORM = 1e-7
 _RMS_OF_ADAMW = 0.2
 """The root mean square of AdamW's updates without the learning rate (arXiv 2502.16982, eq. 4)."""
 _MAX_ELEMENTS = 1 << 26
-"""The most elements of matrices that are orthogonalized at a time, which bounds temporary memory;
-at least one matrix."""
+"""The most elements for each rank of matrices that are updated at a time, which bounds temporary
+memory; at least one matrix."""
 
 
 class MuonConfig(AdamKeys):
@@ -56,10 +56,10 @@ class MuonConfig(AdamKeys):
 class Muon(GroupedOptimizer):
     """Updates matrices by their orthogonalized momentum.
 
-    The state is `<parameter>.momentum`, sharded like the parameters. A step takes two collectives:
-    rows of momentum travel to the owner of their matrix, and rows of the update travel back; see
-    `MatrixExchange`. Replicas compute the same updates, so that none of it crosses the slower links
-    between them.
+    The state is `<parameter>.momentum`, sharded like the parameters. Large models are updated in
+    batches, of two collectives each: rows of momentum travel to the owner of their matrix, and rows
+    of the update travel back; see `MatrixExchange`. Replicas compute the same updates, so that none
+    of it crosses the slower links between them.
 
     Args:
         parameters: matrices [out, in], fp32; a gradient that is missing on one rank is missing on
@@ -76,47 +76,67 @@ class Muon(GroupedOptimizer):
         self._dtype = trained[0].compute_dtype if trained else torch.float32
         for name, parameter in self.parameters.items():
             self.state[f"{name}.momentum"] = torch.zeros_like(parameter, requires_grad=False)
-        self._exchanges: dict[tuple[str, ...], MatrixExchange] = {}
+        self._batches: dict[tuple[str, ...], list[tuple[list[str], MatrixExchange]]] = {}
         compile_it = compile_if(compile_step)
         self._advance: Callable[..., list[Tensor]] = compile_it(
             partial(advance_, momentum=config.momentum, nesterov=config.nesterov, dtype=self._dtype)
         )
-        self._orthogonalize: Callable[..., list[Tensor]] = compile_it(
-            partial(orthogonalize_all, num_steps=config.ns_steps)
+        self._orthogonalize: Callable[..., Tensor] = compile_it(
+            partial(orthogonalize, num_steps=config.ns_steps)
         )
         self._subtract: Callable[..., None] = compile_it(subtract_)
 
     @torch.no_grad()
     def step(self) -> None:
-        grads = {
-            name: local(parameter.grad)
-            for name, parameter in self.parameters.items()
-            if parameter.grad is not None
-        }
-        if not grads:
-            return
-        exchange = self._exchange_of(tuple(grads))
-        momenta = [local(self.state[f"{name}.momentum"]) for name in grads]
-        parts = self._advance(momenta, list(grads.values()))
-        batches = exchange.collect(parts)
-        del parts  # frees memory before more is allocated
-        if batches:
-            batches = self._orthogonalize(batches)
-        updates = dict(zip(grads, exchange.distribute(batches), strict=True))
         for group, rate in zip(self.groups, self.rates, strict=True):
-            if names := [name for name in group.parameters if name in grads]:
+            grads = {
+                name: local(parameter.grad)
+                for name, parameter in group.parameters.items()
+                if parameter.grad is not None
+            }
+            for names, exchange in self._batches_of(tuple(grads)):
+                batches = self._orthogonalized(names, [grads[name] for name in names], exchange)
+                updates = exchange.distribute(batches)
+                del batches  # frees memory before more is allocated
                 shards = local_shards(group.parameters[name] for name in names)
-                own = [updates[name] for name in names]
                 # torch.compile would recompile for every new Python number.
                 lr = torch.full((), rate, device=shards[0].device) if self._is_compiled else rate
-                self._subtract(shards, own, lr, group.weight_decay)
+                self._subtract(shards, updates, lr, group.weight_decay)
 
-    def _exchange_of(self, names: tuple[str, ...]) -> MatrixExchange:
-        if names not in self._exchanges:
-            matrices = [self.parameters[name] for name in names]
-            costs = [orthogonalization_cost(*matrix.shape) for matrix in matrices]
-            self._exchanges[names] = MatrixExchange(matrices, costs, self._dtype)
-        return self._exchanges[names]
+    def _orthogonalized(
+        self, names: list[str], grads: list[Tensor], exchange: MatrixExchange
+    ) -> list[Tensor]:
+        parts = self._advance([local(self.state[f"{name}.momentum"]) for name in names], grads)
+        batches = exchange.collect(parts)
+        del parts
+        return [self._orthogonalize(batches.pop(0)) for _ in range(len(batches))]
+
+    def _batches_of(self, names: tuple[str, ...]) -> list[tuple[list[str], MatrixExchange]]:
+        if names not in self._batches:
+            batches = split_matrices({name: self.parameters[name] for name in names})
+            self._batches[names] = [(batch, self._exchange(batch)) for batch in batches]
+        return self._batches[names]
+
+    def _exchange(self, names: list[str]) -> MatrixExchange:
+        matrices = [self.parameters[name] for name in names]
+        costs = [orthogonalization_cost(*matrix.shape) for matrix in matrices]
+        return MatrixExchange(matrices, costs, self._dtype)
+
+
+def split_matrices(matrices: Mapping[str, Tensor]) -> list[list[str]]:
+    """Returns names in batches of at most `_MAX_ELEMENTS` for each rank, of one shape after the
+    other."""
+    batches: list[list[str]] = []
+    size = 0
+    for name in sorted(matrices, key=lambda name: tuple(matrices[name].shape)):
+        group, num_elements = shard_group(matrices[name]), matrices[name].numel()
+        most = _MAX_ELEMENTS * (1 if group is None else group.size())
+        if not batches or size + num_elements > most:
+            batches.append([])
+            size = 0
+        batches[-1].append(name)
+        size += num_elements
+    return batches
 
 
 def advance_(
@@ -140,20 +160,6 @@ def advance_(
         torch.lerp(grad, mean, momentum).to(dtype)
         for grad, mean in zip(grads, momenta, strict=True)
     ]
-
-
-def orthogonalize_all(batches: list[Tensor], *, num_steps: int) -> list[Tensor]:
-    """Returns `orthogonalize` of each batch, a part of it at a time.
-
-    Empties `batches`, so that memory of those that are done is free for the results.
-    """
-    results: list[Tensor] = []
-    while batches:
-        batch = batches.pop(0)
-        count = max(1, _MAX_ELEMENTS // batch[0].numel())
-        parts = [orthogonalize(part, num_steps) for part in batch.split(count)]
-        results.append(parts[0] if len(parts) == 1 else torch.cat(parts))
-    return results
 
 
 def orthogonalize(matrices: Tensor, num_steps: int) -> Tensor:

@@ -8,7 +8,7 @@ from support.optimizer_steps import build, draw, limit_elements_per_call, parame
 
 from switchtitan.optim import muon
 from switchtitan.optim.adamw import AdamWConfig
-from switchtitan.optim.muon import MuonConfig, orthogonalize, orthogonalize_all
+from switchtitan.optim.muon import MuonConfig, orthogonalize
 
 LR, OTHER_LR, DECAY, MOMENTUM = 0.03, 0.007, 0.2, 0.9
 # Tall, wide, square, and two of one shape.
@@ -84,18 +84,18 @@ def test_steps_equal_the_formula_in_fp64_and_those_of_adamw(nesterov, compute_dt
     assert (named[BY_MUON[0]] - other).abs().max() > 1e-3
 
 
-def test_large_batches_are_orthogonalized_in_parts(monkeypatch):
-    batches = [torch.randn(5, 4, 6), torch.randn(1, 40, 50)]
-    expected = orthogonalize_all(list(batches), num_steps=5)
+def test_matrices_of_a_large_model_are_updated_in_batches_like_those_of_a_small_one(monkeypatch):
+    named, in_batches = parameters(SHAPES), parameters(SHAPES)
+    train(ours(named, torch.float32), named, range(NUM_STEPS))
     sizes = []
 
     def recorded(matrices, num_steps):
-        sizes.append(len(matrices))
+        sizes.append(matrices.numel())
         return orthogonalize(matrices, num_steps)
 
-    limit_elements_per_call(monkeypatch, muon, 50)
+    limit_elements_per_call(monkeypatch, muon, most := max(math.prod(SHAPES[n]) for n in BY_MUON))
     monkeypatch.setattr(muon, "orthogonalize", recorded)
-    for part, of_all in zip(orthogonalize_all(batches, num_steps=5), expected, strict=True):
-        torch.testing.assert_close(part, of_all, rtol=1e-5, atol=1e-5)
-    assert sizes == [2, 2, 1, 1]
-    assert batches == []
+    train(ours(in_batches, torch.float32), in_batches, range(NUM_STEPS))
+    for name, value in named.items():
+        torch.testing.assert_close(in_batches[name], value, rtol=1e-5, atol=1e-6)
+    assert max(sizes) <= most < sum(sizes) / NUM_STEPS
