@@ -1,8 +1,8 @@
 """16-bit fixed point for frozen weights: int16 values, with a power of two as the step of each row.
 
-A packed row is its values, the exponent of its step, and zeros: int16 [rows, in + NUM_EXTRA]. So
-sharding by rows keeps values next to their step, one tensor is gathered and saved, and rows start
-at multiples of 16 bytes if those of the weight do.
+A packed row is its values, the step as the bits of a bf16 number, and zeros: int16 [rows, in +
+NUM_EXTRA]. So sharding by rows keeps values next to their step, one tensor is gathered and saved,
+and rows start at multiples of 16 bytes if those of the weight do.
 """
 
 import torch
@@ -14,58 +14,81 @@ FIXED = torch.int16
 """dtype of packed rows."""
 NUM_EXTRA = 8
 """Values of a packed row after those of the weight."""
-_LARGEST, _MOST_DOUBLINGS = 32767, 15
+_LARGEST = 32767
 _LEAST_EXPONENT = -30
-"""Of rows of zeros too: updates of up to 1 then fit into int32 steps."""
+"""Of rows of zeros too."""
 _NUM_BITS = 16
 """Random bits for each rounding."""
 
 
 def pack(values: Tensor) -> Tensor:
-    """Rounds fp32 rows [rows, in] to the nearest packed ones, [rows, in + NUM_EXTRA]."""
-    # A row's largest magnitude is m 2^e with m < 1: divided by 2^(e - 15), it is below 2^15.
-    largest = values.abs().amax(1, keepdim=True) if values.numel() else values.new_zeros(0, 1)
-    exponents = (torch.frexp(largest).exponent - 15).clamp(min=_LEAST_EXPONENT)
-    exponents = exponents.where(largest > 0, _LEAST_EXPONENT)
-    rounded = torch.round(values / power_of_two(exponents)).clamp(-_LARGEST, _LARGEST)
-    zeros = exponents.new_zeros(len(values), NUM_EXTRA - 1)
-    return torch.cat([rounded.to(FIXED), exponents.to(FIXED), zeros.to(FIXED)], 1)
+    """Rounds fp32 rows [rows, in] to packed ones, [rows, in + NUM_EXTRA]: to the nearest multiple
+    of the least step of which at most 2^15 - 1 are taken. A row with inf or nan has the step inf.
+    """
+    steps = _least_steps(values, _LEAST_EXPONENT)
+    rows = torch.zeros(len(values), values.shape[1] + NUM_EXTRA, dtype=FIXED, device=values.device)
+    _values(rows).copy_(torch.round(values / steps).clamp(-_LARGEST, _LARGEST))
+    steps_of(rows).copy_(steps)
+    return rows
 
 
 def unpack(rows: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Returns the values of packed rows, rounded once to `dtype`, in one kernel."""
-    steps = power_of_two(rows[:, -NUM_EXTRA : 1 - NUM_EXTRA]).to(dtype)
-    return torch.mul(rows[:, :-NUM_EXTRA], steps, out=out)
+    """Returns the values of packed rows, rounded once to `dtype`."""
+    return torch.mul(_values(rows), steps_of(rows).to(dtype), out=out)
 
 
-def power_of_two(exponents: Tensor) -> Tensor:
-    """Returns 2^n in fp32, exactly, for integers n in [-126, 127]."""
-    return ((exponents.to(torch.int32) + 127) << 23).view(torch.float32)
+def values_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a weight's values, packed or not, in `dtype`."""
+    return unpack(weight, dtype) if weight.dtype == FIXED else weight.to(dtype)
+
+
+def num_values(weight: Tensor) -> int:
+    """Returns the number of a weight's values, packed or not."""
+    return weight.numel() - (NUM_EXTRA * len(weight) if weight.dtype == FIXED else 0)
+
+
+def steps_of(rows: Tensor) -> Tensor:
+    """Returns a view of the steps of packed rows, bf16 [rows, 1]."""
+    return rows[:, -NUM_EXTRA : 1 - NUM_EXTRA].view(torch.bfloat16)
 
 
 def add_fixed_(rows: Tensor, update: Tensor, key: Tensor, *, first_row: int, scale: float) -> None:
     """Adds scale * update, fp32 [rows, in], to packed rows, rounded stochastically: unbiased.
 
-    Only the update is rounded. A row that would overflow takes a step twice as large, as often as
-    needed, and is rounded to it by further random bits.
+    Only the update is rounded. A row that would overflow takes a larger step, and is rounded to it
+    by further random bits. With inf or nan, all of it is inf or nan from then on.
 
     Args:
         key: 0-dim int32 of this addition; see `random_words`.
         first_row: place of the first row in the full weight.
     """
-    values, exponents = rows[:, :-NUM_EXTRA], rows[:, -NUM_EXTRA : 1 - NUM_EXTRA]
+    values, steps = _values(rows), steps_of(rows)
     words = random_words(key, first_row, *update.shape)
-    steps = update * scale * power_of_two(-exponents.to(torch.int32))
-    down = torch.floor(steps)
-    # Of the 2^16 values that the bits have, k round up a fraction of k / 2^16.
-    is_up = (steps - down) * (1 << _NUM_BITS) > (words & ((1 << _NUM_BITS) - 1))
-    total = values.to(torch.int32) + down.to(torch.int32) + is_up
-    largest = total.abs().amax(1, keepdim=True)
-    limits = [largest > (_LARGEST << doublings) for doublings in range(_MOST_DOUBLINGS)]
-    doublings = torch.stack(limits).sum(0, dtype=torch.int32)
-    more = (words >> _NUM_BITS) & ((1 << doublings) - 1)
-    values.copy_(((total + more) >> doublings).clamp(-_LARGEST, _LARGEST))
-    exponents.add_(doublings)
+    total = values + _round(update * scale / steps.to(update.dtype), words)
+    growth = _least_steps(total, 0)
+    values.copy_(_round(total / growth, words >> _NUM_BITS).clamp(-_LARGEST, _LARGEST))
+    steps.mul_(growth)
+
+
+def _values(rows: Tensor) -> Tensor:
+    return rows[:, :-NUM_EXTRA]
+
+
+def _least_steps(values: Tensor, least_exponent: int) -> Tensor:
+    """Returns the least power of two by which each row [rows, in], divided, is below 2^15, but no
+    less than 2^least_exponent; inf for a row with inf or nan. fp32 [rows, 1]."""
+    largest = values.abs().amax(1, keepdim=True)
+    exponents = (largest.view(torch.int32) >> 23) - (126 + 15)
+    exponents = exponents.clamp(min=least_exponent).where(largest.isfinite(), 128)
+    return ((exponents + 127) << 23).view(torch.float32)
+
+
+def _round(values: Tensor, words: Tensor) -> Tensor:
+    """Rounds values up or down to an integer by the lower bits of random words."""
+    down = torch.floor(values)
+    # The middle of the interval that k of the 2^16 values of the bits stand for.
+    bits = (words & ((1 << _NUM_BITS) - 1)) + 0.5
+    return down + ((values - down) * (1 << _NUM_BITS) > bits)
 
 
 def random_words(key: Tensor, first_row: int, num_rows: int, num_columns: int) -> Tensor:

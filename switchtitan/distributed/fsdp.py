@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.config import ParallelismConfig
-from switchtitan.distributed.fixed_point import FIXED, NUM_EXTRA, pack
+from switchtitan.distributed.fixed_point import FIXED, pack
 from switchtitan.distributed.initial import ReadRows, covering_blocks, plain_value
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.random import generator_for
@@ -93,16 +93,14 @@ def _units(
         yield modules, False
 
 
-def cast_frozen_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Changes frozen matrices to `dtype`, int16 ones to packed rows (`distributed.fixed_point`);
-    call on the meta device, before sharding."""
+def pack_frozen_weights(model: nn.Module) -> None:
+    """Gives the frozen weights of replaced layers packed rows (`distributed.fixed_point`), without
+    values; call on the meta device, before sharding."""
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                rows, width = parameter.shape
-                width += NUM_EXTRA if dtype == FIXED else 0
-                cast = parameter.new_empty(rows, width, dtype=dtype)
-                setattr(module, name, nn.Parameter(cast, requires_grad=False))
+        weight = getattr(module, "weight", None) if isinstance(module, Reparametrized) else None
+        if weight is not None and not weight.requires_grad:
+            packed = pack(weight.detach())
+            module.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
 
 
 @full_precision()

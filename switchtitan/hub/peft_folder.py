@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from switchtitan.contracts import LowRankUpdate
-from switchtitan.distributed.fixed_point import FIXED, unpack
+from switchtitan.distributed.fixed_point import values_of
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
@@ -93,10 +93,9 @@ def reader_of_base(checkpoint: DenseCheckpoint) -> ReadWeights:
         names = list(names)
         tensors = checkpoint.read_trained(map(module_of, names))
         dense = method.dense_weights(tensors)
-        found = {name: (tensors if module_of(name) in updated else dense)[name] for name in names}
         return {
-            name: unpack(of, torch.float32) if of.dtype == FIXED else of.to(torch.float32)
-            for name, of in found.items()
+            name: values_of((tensors if module_of(name) in updated else dense)[name], torch.float32)
+            for name in names
         }
 
     return read

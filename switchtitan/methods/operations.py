@@ -90,7 +90,7 @@ products with `merge`'s rows."""
 def _flops_of_merge(
     weights: list[torch.Size], lora_a: list[torch.Size], *args: object, **kwargs: object
 ) -> int:
-    return sum(2 * weight.numel() * lora_a[0][0] for weight in weights)
+    return sum(2 * weight[0] * lora_a[0].numel() for weight in weights)
 
 
 @register_flop_formula(torch.ops.switchtitan.input_gradient)

@@ -26,7 +26,7 @@ from switchtitan.data.prepare import open_corpus
 from switchtitan.data.recorded import check_unchanged, find_recorded, record
 from switchtitan.distributed.blocks import checkpoint_activations, compile_blocks
 from switchtitan.distributed.dtype import dtype_on
-from switchtitan.distributed.fsdp import cast_frozen_weights, materialize, shard_model
+from switchtitan.distributed.fsdp import materialize, pack_frozen_weights, shard_model
 from switchtitan.distributed.gpus import peak_flops_per_s
 from switchtitan.distributed.initial import ReadRows, check_replaced
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
@@ -193,7 +193,8 @@ def build_stepper(
     checkpoint_activations(model, config.activation_checkpoint)
     if config.compile.blocks:
         compile_blocks(model)
-    cast_frozen_weights(model, getattr(torch, config.training.frozen_dtype))
+    if config.training.frozen_dtype == "int16":
+        pack_frozen_weights(model)
     shard_model(model, world.shard_mesh, compute_dtype, config.parallelism)
     materialize(model, world.device, config.job.seed, initial_weights, is_restored)
     optimizer = method.build_optimizer(model, config.optimizer, config.compile.optimizer)

@@ -14,6 +14,7 @@ from switchtitan.checkpoint.save import CheckpointMetadata
 from switchtitan.config import flatten, parse_toml, resolved_toml
 from switchtitan.data.corpus import Corpus
 from switchtitan.distributed.dtype import ComputeDtype
+from switchtitan.distributed.fixed_point import num_values
 from switchtitan.distributed.world import World, device_name
 from switchtitan.errors import CheckpointError
 from switchtitan.job.config import JobConfig
@@ -148,6 +149,6 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     parameters = list(model.parameters())
     return {
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        "frozen": sum(p.numel() for p in parameters if not p.requires_grad),
+        "frozen": sum(num_values(p) for p in parameters if not p.requires_grad),
         "buffers": sum(buffer.numel() for buffer in model.buffers()),
     }

@@ -11,7 +11,7 @@ from support.switchlora_layers import limit_factors, with_interval
 from support.switchlora_runs import RANK, check_golden_trajectory, check_whole_run
 
 from switchtitan.distributed.blocks import compile_if
-from switchtitan.distributed.fixed_point import pack
+from switchtitan.distributed.fixed_point import pack, unpack
 from switchtitan.methods.adapter.linear import AdapterLinear
 from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
@@ -87,10 +87,11 @@ def test_additions_to_weights_of_16_bits_compile_once_and_give_the_same_bits(rou
         # The compiler may fuse a multiplication and an addition into one rounding:
         # about one value in 2^16 may round differently.
         assert (compiled_model[name].weight != layer.weight).sum() <= 1
-    if rounded is pack:
-        return
     compiled.add_products_(4, [(0, NOT_FINITE[None], torch.ones(1, 7))])
     weight = compiled_model["first"].weight
+    if rounded is pack:
+        assert not unpack(weight, torch.float32).isfinite().any()
+        return
     assert weight[:, :2].tolist() == [[math.inf, -math.inf]] * 7
     assert weight[:, 2:].isnan().all()
 

@@ -12,7 +12,7 @@ from switchtitan.errors import RanksDisagreeError
 REPLICATED = ("--parallelism.replicate", "2")
 WHOLE = ("--parallelism.frozen_weights", "replicate")
 CONSTANT = ("--method.candidates", "constant")
-BF16 = ("--training.frozen_dtype", "int16")
+INT16 = ("--training.frozen_dtype", "int16")
 NO_SAVES = ("--checkpoint.interval", "100", "--evaluation.interval", "100")
 WEIGHT = "model.model.layers.1.mlp.up_proj.weight"
 BASIS = "optimizer.model.layers.0.mlp.up_proj.weight.basis"
@@ -29,7 +29,7 @@ HELD = {
     ],
     ("switchlora", *WHOLE): [WEIGHT, "optimizer.lm_head.weight.step"],
     ("switchlora", *CONSTANT): ["optimizer.switch.candidate_keys"],
-    ("relora", *BF16): ["optimizer.reset.rounding_keys"],
+    ("relora", *INT16): ["optimizer.reset.rounding_keys"],
     ("galore",): [BASIS],
     ("fira",): [BASIS, "optimizer.projection.update_norms"],
     ("apollo", *REPLICATED): [BASIS],

@@ -22,7 +22,7 @@ from support.tiny import (
     train_steps,
 )
 
-from switchtitan.distributed.fsdp import cast_frozen_weights, materialize
+from switchtitan.distributed.fsdp import materialize, pack_frozen_weights
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
@@ -250,7 +250,7 @@ def test_a_start_from_a_full_rank_checkpoint_computes_what_that_does(trained, tm
     config = config_of(tmp_path, name)
     model = model_on_meta(config)
     if "int16" in name:
-        cast_frozen_weights(model, torch.int16)
+        pack_frozen_weights(model)
     weights = DenseCheckpoint(dense.checkpoint)
     materialize(model, torch.device("cpu"), config.job.seed, weights.read_rows)
     error = (logits(model) - dense.saved_logits).abs().max()

@@ -18,7 +18,7 @@ CHECKPOINTED = ("--activation_checkpoint.mode", "full")
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("overrides", [(), MUON])
+@pytest.mark.parametrize("overrides", [(), (*MUON, "--training.frozen_dtype", "int16")])
 def test_no_graph_break_and_no_recompilation_in_steps_with_switches(corpora, overrides):
     trainer = tiny_trainer(corpora / "steady", "switchlora", *COMPILED, *overrides)
     train_steps(trainer, 1)

@@ -9,7 +9,7 @@ from torch import nn
 from support.small_llama import initial_tensors
 from support.tensors import differing
 from switchtitan.distributed import random
-from switchtitan.distributed.fixed_point import FIXED, unpack
+from switchtitan.distributed.fixed_point import values_of
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import full_tensor
 from switchtitan.methods.adapter.linear import adapter_layers, balanced_bounds
@@ -157,9 +157,7 @@ def effective_weight(layer):
     weight, lora_a, lora_b = (
         full_tensor(tensor).detach() for tensor in (layer.weight, layer.lora_a, layer.lora_b)
     )
-    if weight.dtype == FIXED:
-        weight = unpack(weight, torch.float32)
-    return weight.double() + layer.scale * lora_b.double().T @ lora_a.double()
+    return values_of(weight, torch.float64) + layer.scale * lora_b.double().T @ lora_a.double()
 
 
 def effective_weights(model):

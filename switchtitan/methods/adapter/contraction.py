@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from switchtitan.distributed.fixed_point import FIXED, unpack
+from switchtitan.distributed.fixed_point import values_of
 from switchtitan.distributed.gpus import CARDS
 from switchtitan.methods.operations import copy_in_backward, input_gradient, merge, part_of
 
@@ -152,8 +152,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        is_packed = weight.dtype == FIXED
-        return F.linear(x, unpack(weight, x.dtype) if is_packed else weight.to(x.dtype))
+        return F.linear(x, values_of(weight, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:

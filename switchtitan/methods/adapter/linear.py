@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from switchtitan.contracts import TrainedModel
-from switchtitan.distributed.fixed_point import unpack
 from switchtitan.distributed.initial import GeneratorFor, split_blocks
 from switchtitan.distributed.random import draw_vectors
 from switchtitan.methods.adapter.contraction import Contraction, cheapest_contraction, frozen_linear
@@ -104,10 +103,8 @@ class AdapterLinear(FactorLinear):
         }
 
     def dense_weight(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        weight, lora_a, lora_b = tensors["weight"], tensors["lora_a"], tensors["lora_b"]
-        if weight.shape[1] > self.in_features:  # packed rows, whose integers fp32 holds exactly
-            weight = unpack(weight, torch.float32)
-        return torch.addmm(weight, lora_b.t(), lora_a, alpha=self.scale)
+        lora_a, lora_b = tensors["lora_a"], tensors["lora_b"]
+        return torch.addmm(tensors["weight"], lora_b.t(), lora_a, alpha=self.scale)
 
     def draw(self, factor: str, slots: Tensor, generator_for: GeneratorFor) -> Tensor:
         """Returns the factor's random vectors number `slots`, [slots, width] fp32."""

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal, TypeVar
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from switchtitan.contracts import LowRankUpdate
+from switchtitan.distributed.fixed_point import values_of
 from switchtitan.methods.adapter.contraction import BY_NAME
 from switchtitan.methods.adapter.linear import AdapterLinear, balanced_bounds, lora_bounds
 from switchtitan.methods.targets import (
@@ -75,6 +77,9 @@ class AdapterMethod(ReplacingMethod[AdapterConfigT]):
             dropout=config.dropout,
             contraction=None if config.contraction == "cheapest" else BY_NAME[config.contraction],
         )
+
+    def dense_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return super().dense_weights({n: values_of(t, torch.float32) for n, t in tensors.items()})
 
     def low_rank_updates(self, tensors: Mapping[str, Tensor]) -> dict[str, LowRankUpdate]:
         return {

@@ -15,6 +15,8 @@ from switchtitan.distributed.random import generator_for, splitmix32
 from switchtitan.distributed.rows import ShardedRows
 from switchtitan.methods.adapter.linear import AdapterLinear
 
+_MAX_ELEMENTS = 1 << 24
+"""The most elements of a weight that are rounded at a time, which bounds temporary memory."""
 _NUM_DROPPED_BITS = 16
 """Bits of fp32 that bf16 lacks."""
 
@@ -57,9 +59,12 @@ class FrozenWeights:
             own_b = lora_b[:, held.start : held.stop].t()
             if not keys:
                 weight.shard.addmm_(own_b, lora_a, alpha=scale)
-            elif held:
-                update = own_b @ lora_a
-                self._add(weight.shard, update, keys[index], first_row=held.start, scale=scale)
+                continue
+            num_rows = max(1, _MAX_ELEMENTS // lora_a.shape[1])
+            for first in range(0, len(held), num_rows):
+                shard, update = weight.shard[first:][:num_rows], own_b[first:][:num_rows] @ lora_a
+                first_row = held.start + first
+                self._add(shard, update, keys[index], first_row=first_row, scale=scale)
 
     def replicated(self) -> dict[str, Tensor]:
         """Returns the weights' keys, which are the same on every rank; none without rounding."""

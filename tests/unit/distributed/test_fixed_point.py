@@ -10,9 +10,10 @@ from switchtitan.distributed.fixed_point import (
     FIXED,
     NUM_EXTRA,
     add_fixed_,
+    num_values,
     pack,
-    power_of_two,
     random_words,
+    steps_of,
     unpack,
 )
 from switchtitan.distributed.random import splitmix32
@@ -22,12 +23,7 @@ STEP = 2.0**-20
 
 
 def values_of(rows):
-    return unpack(rows, torch.float32).double()
-
-
-def steps_of(rows):
-    """The step of each row, [rows, 1]."""
-    return power_of_two(rows[:, -NUM_EXTRA : 1 - NUM_EXTRA]).double()
+    return unpack(rows, torch.float64)
 
 
 def event(number):
@@ -38,7 +34,7 @@ def test_packed_rows_are_the_nearest_ones_of_the_finest_step_that_holds_them():
     weight = draw(7, 33) * torch.tensor([1e-6, 1e-3, 0.02, 1.0, 3.0, 400.0, 0.0])[:, None]
     rows = pack(weight)
     assert (rows.dtype, rows.shape) == (FIXED, (7, 33 + NUM_EXTRA))
-    steps = steps_of(rows)
+    steps = steps_of(rows).double()
     assert bool(((values_of(rows) - weight.double()).abs() <= steps / 2).all())
     largest = weight.abs().amax(1, keepdim=True).double()
     # Half the step would not hold it, but for the least step.
@@ -79,14 +75,29 @@ def test_a_row_that_outgrows_its_step_takes_a_larger_one_without_a_bias():
     weight[0] = 0
     rows, update = pack(weight), draw(4, 4096, seed=2) * 0.01
     update[1] *= 100  # a row that grows more than eightfold
-    before = steps_of(rows)
+    update[2] *= 1e8
+    before = steps_of(rows).double()
     add_fixed_(rows, update, KEY, first_row=0, scale=1.0)
     exact = weight.double() + update.double()
     error = values_of(rows) - exact
-    assert bool((steps_of(rows)[:2] > before[:2]).all())
-    assert bool((error.abs() <= 2 * steps_of(rows)).all())
-    # The error of a rounding is below a step, so its mean over a row is below 1 / 60 of one.
-    assert bool((error.mean(1, keepdim=True).abs() <= 5 * steps_of(rows) / 64).all())
+    after = steps_of(rows).double()
+    assert bool((after[:3] > before[:3]).all())
+    assert bool((error.abs() <= 2 * after).all())
+    # The error of a rounding is below a step, so the deviation of a row's mean is below 1 / 60.
+    assert bool((error.mean(1, keepdim=True).abs() <= 5 * after / 64).all())
+
+
+def test_a_row_that_is_not_finite_stays_so():
+    values = torch.tensor([[math.inf, 0.5], [math.nan, 0.0], [1.0, 2.0], [0.0, 1.0]])
+    rows = pack(values)
+    for update in (math.nan, -math.inf, 1.0):
+        add_fixed_(rows, torch.tensor([[0.0], [0.0], [update], [0.5]]), KEY, first_row=0, scale=1.0)
+        is_finite = unpack(rows, torch.float32).isfinite()
+        assert is_finite.tolist() == [[False] * 2] * 3 + [[True] * 2]
+
+
+def test_the_values_of_a_weight_are_counted_without_their_steps():
+    assert num_values(pack(torch.ones(3, 5))) == num_values(torch.ones(3, 5)) == 15
 
 
 def test_bits_depend_on_the_place_in_the_full_weight_alone():

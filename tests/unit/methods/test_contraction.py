@@ -8,6 +8,7 @@ from support.tensors import draw64
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from switchtitan.distributed.fixed_point import pack, unpack, values_of
 from switchtitan.methods.adapter.contraction import (
     cheapest_contraction,
     dense_gradient,
@@ -40,7 +41,7 @@ def trained(x, layers):
 def plain(x, layers, scale):
     """What autograd makes of the merged weights by itself."""
     return [
-        x @ (weight.to(x.dtype) + scale * (lora_b.t() @ lora_a)).t()
+        x @ (values_of(weight, x.dtype) + scale * (lora_b.t() @ lora_a)).t()
         for weight, lora_a, lora_b in layers
     ]
 
@@ -74,6 +75,19 @@ def test_values_and_gradients_are_those_of_dense_weights(contraction, is_compile
     assert weight.grad is None
     found = [tensor.grad for tensor in trained(x, layers)]
     torch.testing.assert_close(found, [*expected_grads], rtol=1e-12, atol=1e-12)
+
+
+@every_contraction
+@pytest.mark.parametrize("num_tokens", [11, MANY_TOKENS])
+def test_packed_weights_compute_what_their_values_do(contraction, num_tokens):
+    weight, *factors = layer()
+    packed = pack(weight.float())
+    results, grad = [], draw64(num_tokens, OUT, seed=1)
+    for held in (packed, unpack(packed, torch.float64)):
+        x = input_of(num_tokens)
+        (output,) = contraction(x, [(held, *factors)], SCALE)
+        results.append([output, *torch.autograd.grad(output, [x, *factors], grad)])
+    assert all(map(torch.equal, *results))
 
 
 @every_contraction
@@ -142,18 +156,18 @@ def shapes_saved(function, x, parts):
 
 @every_contraction
 @pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.parametrize("weight_dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("held", [torch.Tensor.double, torch.Tensor.float, pack])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_of_few_tokens_inputs_and_the_thin_product_are_kept(contraction, is_compiled, weight_dtype):
+def test_of_few_tokens_inputs_and_the_thin_product_are_kept(contraction, is_compiled, held):
     """Not the merged weight, and no cast of a weight of another dtype."""
     num_tokens = 2
     weight, *factors = layer()
     # fp32 values, which the others' fp64 can hold: nothing is rounded.
-    case = input_of(num_tokens), (weight.float().to(weight_dtype), *factors)
+    case = input_of(num_tokens), (held(weight.float()), *factors)
     saved = shapes_saved(compiled(contraction) if is_compiled else contraction, *case)
     assert all(sorted(shape) == [num_tokens, RANK] for shape in saved)
     assert contraction is factored or not saved
-    if contraction is merged:
+    if contraction is merged and held is not pack:
         # The control: plain autograd keeps it.
         function = compiled(plain) if is_compiled else plain
         assert {(OUT, IN), (IN, OUT)} & set(shapes_saved(function, *case))

@@ -12,7 +12,7 @@ from support.switchlora_layers import (
     with_interval,
 )
 
-from switchtitan.distributed.fixed_point import NUM_EXTRA, pack, power_of_two
+from switchtitan.distributed.fixed_point import pack, steps_of
 from switchtitan.optim.adamw import AdamWConfig
 
 # (out, in, rank): wide, tall and with a rank near the number of candidates
@@ -75,7 +75,7 @@ def test_weights_of_16_bits_move_by_a_random_walk_of_one_step_each_switch(num_fo
     before = effective_weight(layer)
     for _ in range(num_folds):
         optimizer.step()
-    after, steps = effective_weight(layer), power_of_two(layer.weight[:, -NUM_EXTRA, None])
+    after, steps = effective_weight(layer), steps_of(layer.weight).double()
     # A rounding has a variance of at most 1 / 4 of a squared step, on average 1 / 6.
     walk = ((after - before) / steps).square().mean().sqrt().item()
     assert walk <= 2 * math.sqrt(num_folds / 6)
