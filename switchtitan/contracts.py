@@ -91,9 +91,9 @@ class MethodConfig(NamedSection):
         """Returns error messages for the plain model, on the meta device; none by default."""
         return []
 
-    def width_exponents(self) -> Mapping[str, float] | None:
-        """Returns by optimizer the `width_exponent` of what the method changes, if that is another
-        one; None, the default: `[optimizer] tuned_hidden_size` was not checked for the method."""
+    def width_exponent(self, of_matrices: float) -> float | None:
+        """Returns the `width_exponent` of what the method changes, given the optimizer's; None, the
+        default: `[optimizer] tuned_hidden_size` was not checked for the method."""
         return None
 
     def depends_on_length(self) -> bool:

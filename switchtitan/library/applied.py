@@ -20,7 +20,7 @@ from switchtitan.library.optimizer import Optimizer
 from switchtitan.methods import METHODS, optimizer_problems
 from switchtitan.methods.targets import FACTORS, FactorLinear, ReplacingMethod, TargetConfig
 from switchtitan.optim import OPTIMIZERS
-from switchtitan.optim.muon import MuonConfig
+from switchtitan.optim.muon import MuonKeys
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,10 @@ class AppliedMethod:
             raise ConfigError("optimizer: expected a name; it finds the parameters by itself")
         config = OPTIMIZERS.restore({"name": name, "lr": lr, **keys})
         problems = optimizer_problems(self._method.config, config, self._view)
-        if isinstance(config, MuonConfig) and not (self.layers or self._view.blocks()):
-            problems.append("[optimizer] name = 'muon': trains blocks; there is no nn.ModuleList")
+        if isinstance(config, MuonKeys) and not (self.layers or self._view.blocks()):
+            problems.append(
+                f"[optimizer] name = {name!r}: trains blocks; there is no nn.ModuleList"
+            )
         if self._view.is_merged:
             problems.append("optimizer: the method was merged; apply it again")
         if self._on_meta:

@@ -49,7 +49,8 @@ def optimizer_problems(
         )
     if optimizer.tuned_hidden_size is not None:
         key = f"[optimizer] tuned_hidden_size = {optimizer.tuned_hidden_size}"
-        if method.width_exponents() is None or optimizer.width_exponent is None:
+        exponent = optimizer.width_exponent
+        if exponent is None or method.width_exponent(exponent) is None:
             problems.append(
                 f"{key}: was checked for full_rank, and for switchlora and lora with SwitchLoRA's "
                 f"initial values, with adamw or muon; remove it, or change [method] or {name}"

@@ -1,6 +1,5 @@
 """Full-rank training, the baseline."""
 
-from collections.abc import Mapping
 from typing import Literal
 
 from switchtitan.contracts import (
@@ -21,8 +20,8 @@ class FullRankConfig(MethodConfig):
     name: Literal["full_rank"] = "full_rank"
     """The method."""
 
-    def width_exponents(self) -> Mapping[str, float]:
-        return {}
+    def width_exponent(self, of_matrices: float) -> float:
+        return of_matrices
 
 
 class FullRank(Method[FullRankConfig]):

@@ -6,15 +6,14 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from switchtitan.distributed.shards import as_shard_of, local
 from switchtitan.optim.adamw import AdamKeys
+from switchtitan.optim.moments import block_size, table_of_values
 from switchtitan.optim.parameters import TrainedParameter
 from switchtitan.optim.torch_optimizer import TorchOptimizer
 
-_MAX_BLOCK_SIZE, _MIN_BLOCK_SIZE, _MIN_ELEMENTS = 256, 64, 4096
-_MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 """Name of a moment in torchao's state -> whether it has a sign."""
 
 
@@ -25,6 +24,7 @@ class AdamW8bitConfig(AdamKeys):
     than 4096 elements and rows without a divisor from 64 to 256 keep moments in fp32. Updates one
     parameter after the other; compile it, since a matrix takes over 100 kernels otherwise."""
 
+    width_exponent: ClassVar[float] = 1.0
     name: Literal["adamw8bit"] = "adamw8bit"
     """The optimizer."""
     package: ClassVar[str | None] = "torchao"
@@ -41,15 +41,12 @@ class AdamW8bit(TorchOptimizer):
     """
 
     def __init__(
-        self, config: AdamW8bitConfig, parameters: Iterable[TrainedParameter], compile_step: bool
+        self, config: AdamKeys, parameters: Iterable[TrainedParameter], compile_step: bool
     ) -> None:
         from torchao.optim import AdamW8bit as TorchaoAdamW8bit
-        from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned
 
-        # Torchao keeps these tables of values, which must not be fake tensors.
-        with unset_fake_temporarily():
-            get_qmap_signed()
-            get_qmap_unsigned()
+        for is_signed in MOMENTS.values():
+            table_of_values(is_signed)  # torchao keeps them, and they must not be fake tensors
         build = partial(TorchaoAdamW8bit, betas=config.betas, eps=config.eps)
         # Torchao compiles by itself.
         super().__init__(config, parameters, build, _state_in_fp32)
@@ -72,7 +69,7 @@ class AdamW8bit(TorchOptimizer):
         rows, columns = self._padded(shard).shape
         state = {"step": torch.tensor(0.0)}
         self.state[f"{name}.step"] = state["step"]
-        for moment, is_signed in _MOMENTS.items():
+        for moment, is_signed in MOMENTS.items():
             in_8_bits: Tensor = OptimState8bit.zeros(
                 (rows, columns), is_signed, size, shard.device, shard.dtype
             )
@@ -89,15 +86,4 @@ class AdamW8bit(TorchOptimizer):
 
 
 def _state_in_fp32(like: Tensor) -> dict[str, Tensor]:
-    return {"step": torch.tensor(0.0), **{moment: torch.zeros_like(like) for moment in _MOMENTS}}
-
-
-def block_size(shape: tuple[int, ...]) -> int | None:
-    """Returns how many elements of a row share a scale, by the full parameter's shape; None for
-    moments in fp32."""
-    if len(shape) != 2 or shape[0] * shape[1] < _MIN_ELEMENTS:
-        return None
-    return next(
-        (size for size in range(_MAX_BLOCK_SIZE, _MIN_BLOCK_SIZE - 1, -1) if shape[1] % size == 0),
-        None,
-    )
+    return {"step": torch.tensor(0.0), **{moment: torch.zeros_like(like) for moment in MOMENTS}}

@@ -19,8 +19,10 @@ from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.shards import local, local_shards, shard_group
 from switchtitan.optim.adamw import AdamKeys, AdamW
+from switchtitan.optim.adamw8bit import AdamW8bit
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.matrix_exchange import MatrixExchange
+from switchtitan.optim.moments import Moments, Stored, decoded, encode_
 from switchtitan.optim.parameters import TrainedParameter
 
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315
@@ -34,17 +36,10 @@ _MAX_ELEMENTS = 1 << 26
 memory; at least one matrix."""
 
 
-class MuonConfig(AdamKeys):
-    """`[optimizer] name = "muon"`: Muon (Jordan et al. 2024) for the matrices in the model's
-    blocks, AdamW for all other parameters. Both use the same learning rate and decoupled weight
-    decay, since Muon's updates are scaled to the root mean square of AdamW's (arXiv 2502.16982). A
-    matrix has one moment, in fp32. An update needs the full matrix: ranks that share the model
-    share the matrices, and orthogonalize them in the run's compute dtype; replicas repeat the
-    work."""
+class MuonKeys(AdamKeys):
+    """The configuration keys of Muon."""
 
     width_exponent: ClassVar[float] = 0.5
-    name: Literal["muon"] = "muon"
-    """The optimizer."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Decay rate of the running mean of gradients, in [0, 1)."""
     nesterov: bool = True
@@ -53,13 +48,35 @@ class MuonConfig(AdamKeys):
     """Newton-Schulz iterations that orthogonalize an update, at least 1."""
 
 
+class MuonConfig(MuonKeys):
+    """`[optimizer] name = "muon"`: Muon (Jordan et al. 2024) for the matrices in the model's
+    blocks, AdamW for all other parameters. Both use the same learning rate and decoupled weight
+    decay, since Muon's updates are scaled to the root mean square of AdamW's (arXiv 2502.16982). A
+    matrix has one moment, in fp32. An update needs the full matrix: ranks that share the model
+    share the matrices, and orthogonalize them in the run's compute dtype; replicas repeat the
+    work."""
+
+    name: Literal["muon"] = "muon"
+    """The optimizer."""
+
+
+class Muon8bitConfig(MuonKeys):
+    """`[optimizer] name = "muon8bit"`: `muon` with its momentum in 8 bits, and `adamw8bit` in place
+    of AdamW; `pip install '.[torchao]'`. As with `adamw8bit`, momentum takes a byte for each
+    element, and four for each block of at most 256 elements of a row."""
+
+    package: ClassVar[str | None] = "torchao"
+    name: Literal["muon8bit"] = "muon8bit"
+    """The optimizer."""
+
+
 class Muon(GroupedOptimizer):
     """Updates matrices by their orthogonalized momentum.
 
-    The state is `<parameter>.momentum`, sharded like the parameters. Large models are updated in
-    batches, of two collectives each: rows of momentum travel to the owner of their matrix, and rows
-    of the update travel back; see `MatrixExchange`. Replicas compute the same updates, so that none
-    of it crosses the slower links between them.
+    The state is the momentum, sharded like the parameters; see `Moments`. Large models are updated
+    in batches, of two collectives each: rows of momentum travel to the owner of their matrix, and
+    rows of the update travel back; see `MatrixExchange`. Replicas compute the same updates, so that
+    none of it crosses the slower links between them.
 
     Args:
         parameters: matrices [out, in], fp32; a gradient that is missing on one rank is missing on
@@ -68,14 +85,15 @@ class Muon(GroupedOptimizer):
     """
 
     def __init__(
-        self, config: MuonConfig, parameters: Iterable[TrainedParameter], compile_step: bool
+        self, config: MuonKeys, parameters: Iterable[TrainedParameter], compile_step: bool
     ) -> None:
         trained = list(parameters)
         super().__init__(config, trained)
         self._is_compiled = compile_step
         self._dtype = trained[0].compute_dtype if trained else torch.float32
-        for name, parameter in self.parameters.items():
-            self.state[f"{name}.momentum"] = torch.zeros_like(parameter, requires_grad=False)
+        in_8_bits = isinstance(config, Muon8bitConfig)
+        self.momenta = Moments("momentum", self.parameters, is_signed=True, in_8_bits=in_8_bits)
+        self.state = self.momenta.state
         self._batches: dict[tuple[str, ...], list[tuple[list[str], MatrixExchange]]] = {}
         compile_it = compile_if(compile_step)
         self._advance: Callable[..., list[Tensor]] = compile_it(
@@ -106,7 +124,7 @@ class Muon(GroupedOptimizer):
     def _orthogonalized(
         self, names: list[str], grads: list[Tensor], exchange: MatrixExchange
     ) -> list[Tensor]:
-        parts = self._advance([local(self.state[f"{name}.momentum"]) for name in names], grads)
+        parts = self._advance([self.momenta.stored[name] for name in names], grads)
         batches = exchange.collect(parts)
         del parts
         return [self._orthogonalize(batches.pop(0)) for _ in range(len(batches))]
@@ -140,7 +158,7 @@ def split_matrices(matrices: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def advance_(
-    momenta: list[Tensor],
+    stored: list[Stored],
     grads: list[Tensor],
     *,
     momentum: float,
@@ -152,7 +170,10 @@ def advance_(
     A running mean, where Jordan et al. have a sum: the two differ by a factor, which cancels.
     The result has `dtype`, unless it is the momentum itself.
     """
+    momenta = [*map(decoded, stored)]
     torch._foreach_lerp_(momenta, grads, 1 - momentum)
+    for moment, values in zip(stored, momenta, strict=True):
+        encode_(moment, values)
     if not nesterov:
         return momenta
     # One at a time: only one of them takes memory in fp32.
@@ -206,11 +227,12 @@ def subtract_(
 
 
 def build_muon(
-    config: MuonConfig, parameters: Iterable[TrainedParameter], compile_step: bool
+    config: MuonKeys, parameters: Iterable[TrainedParameter], compile_step: bool
 ) -> TrainingOptimizer:
     matrices, others = list[TrainedParameter](), list[TrainedParameter]()
     for trained in parameters:
         is_matrix = trained.is_in_block and trained.parameter.ndim == 2
         (matrices if is_matrix else others).append(trained)
-    adamw = AdamW(config, others)
+    in_8_bits = isinstance(config, Muon8bitConfig)
+    adamw = AdamW8bit(config, others, compile_step) if in_8_bits else AdamW(config, others)
     return SplitOptimizer([Muon(config, matrices, compile_step), adamw]) if matrices else adamw

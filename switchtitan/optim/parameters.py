@@ -105,9 +105,8 @@ def with_width_factors(
     # By `methods.optimizer_problems`.
     assert hidden_size is not None
     assert config.width_exponent is not None
-    matrices, exponents = config.width_exponent, method.width_exponents()
-    assert exponents is not None
-    of_method = exponents.get(config.name, matrices)
+    matrices, of_method = config.width_exponent, method.width_exponent(config.width_exponent)
+    assert of_method is not None
 
     def kind_and_exponent(entry: TrainedParameter) -> tuple[str, float]:
         if not entry.is_other:

@@ -40,8 +40,8 @@ class AdapterConfig(TargetConfig):
         """Whether A and B start with gradients of similar size; otherwise B starts at zero."""
         return False
 
-    def width_exponents(self) -> Mapping[str, float] | None:
-        return {"adamw": 0.5, "muon": 0.0} if self.is_balanced else None
+    def width_exponent(self, of_matrices: float) -> float | None:
+        return of_matrices - 0.5 if self.is_balanced else None
 
     def without_effect(self) -> list[str]:
         if not self.dropout or self.contraction == "cheapest":

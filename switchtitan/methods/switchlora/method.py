@@ -26,9 +26,9 @@ from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, Plan, Switch
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.methods.targets import FACTORS
 from switchtitan.optim import OPTIMIZERS
-from switchtitan.optim.adamw import AdamWConfig
+from switchtitan.optim.adamw import AdamKeys
 from switchtitan.optim.base import SplitOptimizer
-from switchtitan.optim.muon import MuonConfig
+from switchtitan.optim.muon import MuonKeys
 from switchtitan.regions import region
 
 
@@ -87,10 +87,10 @@ class SwitchLora(AdapterMethod[SwitchLoraConfig]):
         trained = {entry.name: entry for entry in self.trained_parameters(model, config)}
         factors = Factors([trained.pop(f"{name}.{key}") for key in FACTORS for name in layers])
         rule: VectorAdamW | FactorMuon
-        if isinstance(config, MuonConfig):
+        if isinstance(config, MuonKeys):
             rule = FactorMuon(config, factors, plan, compile_step)
         else:
-            assert isinstance(config, AdamWConfig)  # see `SwitchLoraConfig.optimizers`
+            assert isinstance(config, AdamKeys)  # see `SwitchLoraConfig.optimizers`
             rule = VectorAdamW(config, factors, plan, compile_step)
         others = OPTIMIZERS.build(config, trained.values(), compile_step)
         weights = FrozenWeights(layers, self.seed, compile_step)

@@ -26,7 +26,9 @@ class SwitchLoraConfig(AdapterConfig):
     difference to the frozen weight, so the layer's output does not change."""
 
     resumable_keys: ClassVar[frozenset[str]] = AdapterConfig.resumable_keys | {"candidates_device"}
-    optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw", "muon"})
+    optimizers: ClassVar[frozenset[str] | None] = frozenset(
+        {"adamw", "adamw8bit", "muon", "muon8bit"}
+    )
     name: Literal["switchlora"] = "switchlora"
     """The method."""
     init: Literal["switchlora", "lora"] = "switchlora"

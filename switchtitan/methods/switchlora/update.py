@@ -12,9 +12,11 @@ from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.rows import copy_all_
 from switchtitan.distributed.shards import local, local_shards, row_range
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan, vector_spans
-from switchtitan.optim.adamw import AdamWConfig
+from switchtitan.optim.adamw import AdamKeys
+from switchtitan.optim.adamw8bit import MOMENTS, AdamW8bitConfig
 from switchtitan.optim.base import GroupedOptimizer
-from switchtitan.optim.muon import Muon, MuonConfig
+from switchtitan.optim.moments import Moments, Stored, decoded, encode_
+from switchtitan.optim.muon import Muon, MuonKeys
 from switchtitan.optim.parameters import TrainedParameter
 
 _FACTORS_PER_CALL = 8
@@ -28,7 +30,8 @@ class Factors:
 
     def __init__(self, trained: list[TrainedParameter]) -> None:
         self.trained = trained
-        self.parameters = [entry.parameter for entry in trained]
+        self.by_name = {entry.name: entry.parameter for entry in trained}
+        self.parameters = list(self.by_name.values())
         self.held = row_range(self.parameters[0])
 
     def groups(self, size: int) -> list[list[int]]:
@@ -70,18 +73,16 @@ class VectorAdamW(GroupedOptimizer):
     Equals torch's AdamW as long as no vector is reset or frozen.
     """
 
-    def __init__(
-        self, config: AdamWConfig, factors: Factors, plan: Plan, compile_step: bool
-    ) -> None:
+    def __init__(self, config: AdamKeys, factors: Factors, plan: Plan, compile_step: bool) -> None:
         super().__init__(config, factors.trained)
         self._adam, self._factors, self._plan = config, factors, plan
         self._means, self._squares = (
-            [torch.zeros_like(parameter) for parameter in factors.parameters] for _ in range(2)
+            Moments(key, factors.by_name, is_signed, isinstance(config, AdamW8bitConfig))
+            for key, is_signed in MOMENTS.items()
         )
-        for entry, mean, square in zip(factors.trained, self._means, self._squares, strict=True):
-            self.state |= {f"{entry.name}.exp_avg": mean, f"{entry.name}.exp_avg_sq": square}
-        tables = factors.parameters, self._means, self._squares
-        self._shards = [local_shards(table) for table in tables]
+        self.state = self._means.state | self._squares.state
+        moments = (list(each.stored.values()) for each in (self._means, self._squares))
+        self._tables: list[list[Any]] = [local_shards(factors.parameters), *moments]
         first = factors.parameters[0]
         # One after the other stays in a CPU's cache. Fake tensors stand for those of a GPU.
         is_alone = not compile_step and first.device.type == "cpu" and not is_fake(first)
@@ -99,7 +100,7 @@ class VectorAdamW(GroupedOptimizer):
             groups = [group for group in present if group]
         if not groups or not self._factors.held:
             return
-        tables: list[list[Any]] = [*self._shards, grads]
+        tables = [*self._tables, grads]
         coefficients = self._coefficients(groups).split([len(group) for group in groups])
         for group, rows in zip(groups, coefficients, strict=True):
             own = ([table[factor] for factor in group] for table in tables)
@@ -132,14 +133,14 @@ class VectorAdamW(GroupedOptimizer):
     def reset(self) -> None:
         """Zeroes the moments, or the first ones alone, of the vectors that the plan resets."""
         only_momentum = self._plan.config.reset_moments == "momentum"
-        states = (self._means,) if only_momentum else (self._means, self._squares)
-        self._factors.zero_(self._plan.resets(), *states)
+        moments = (self._means,) if only_momentum else (self._means, self._squares)
+        self._factors.zero_(self._plan.resets(), *(each.zeros() for each in moments))
 
 
 def update_(
     vectors: list[Tensor],
-    means: list[Tensor],
-    squares: list[Tensor],
+    stored_means: list[Stored],
+    stored_squares: list[Stored],
     grads: list[Tensor],
     *,
     coefficients: Tensor,
@@ -149,6 +150,7 @@ def update_(
     1711.05101, Algorithm 2), with coefficients [factors, 4, vectors, 1]; bias corrections are part
     of the step size and eps."""
     mask, decay, step_size, eps = zip(*map(Tensor.unbind, coefficients.unbind()), strict=True)
+    means, squares = [*map(decoded, stored_means)], [*map(decoded, stored_squares)]
     masked = torch._foreach_mul(grads, mask)
     torch._foreach_lerp_(means, masked, 1 - betas[0])
     torch._foreach_mul_(squares, betas[1])
@@ -159,6 +161,8 @@ def update_(
     torch._foreach_add_(roots, eps)
     torch._foreach_mul_(vectors, decay)
     torch._foreach_addcdiv_(vectors, torch._foreach_mul(means, step_size), roots, -1)
+    for stored, values in zip(stored_means + stored_squares, means + squares, strict=True):
+        encode_(stored, values)
 
 
 class FactorMuon(Muon):
@@ -168,26 +172,23 @@ class FactorMuon(Muon):
     update are what they would be without it.
     """
 
-    def __init__(
-        self, config: MuonConfig, factors: Factors, plan: Plan, compile_step: bool
-    ) -> None:
+    def __init__(self, config: MuonKeys, factors: Factors, plan: Plan, compile_step: bool) -> None:
         super().__init__(config, factors.trained, compile_step)
         self._factors, self._plan = factors, plan
-        self._means = [self.state[f"{entry.name}.momentum"] for entry in factors.trained]
 
     @torch.no_grad()
     def step(self) -> None:
         """Updates every vector that is not frozen; a frozen one keeps its value, which weight decay
         would change, and its momentum, where AdamW's moments decay."""
         frozen = vector_spans(self._plan.is_frozen())
-        kept = self._factors.views(frozen, self._factors.parameters, self._means)
+        kept = self._factors.views(frozen, self._factors.parameters, *self.momenta.rows())
         copies = [torch.empty_like(view) for view in kept]
         copy_all_(list(zip(copies, kept, strict=True)))
-        self._factors.zero_(frozen, self._means, self._factors.gradients())
+        self._factors.zero_(frozen, self.momenta.zeros(), self._factors.gradients())
         super().step()
         copy_all_(list(zip(kept, copies, strict=True)))
 
     @torch.no_grad()
     def reset(self) -> None:
         """Zeroes the momentum, the only state, of the vectors that the plan resets."""
-        self._factors.zero_(self._plan.resets(), self._means)
+        self._factors.zero_(self._plan.resets(), self.momenta.zeros())

@@ -1,0 +1,103 @@
+"""Moments of an optimizer, in fp32 or in 8 bits."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from switchtitan.distributed.shards import as_shard_of, local
+
+_MAX_BLOCK_SIZE, _MIN_BLOCK_SIZE, _MIN_ELEMENTS = 256, 64, 4096
+
+Stored = tuple[Tensor, ...]
+"""This rank's rows of a moment in fp32 alone; or in 8 bits: codes [rows, width], scales [rows,
+blocks], and the 256 values in [-1, 1] that codes stand for, in order."""
+
+
+class Moments:
+    """One moment of each of several parameters, zero at first, sharded like them.
+
+    In 8 bits it takes a byte for each element, and four for each block of a row, as in Dettmers et
+    al. 2021 (arXiv 2110.02861). Blocks depend on the full shape alone, so training does not depend
+    on how rows are sharded; parameters without a `block_size` have moments in fp32.
+
+    Args:
+        key: `<parameter>.<key>` is the name in checkpoints; in 8 bits, with `.codes` and `.scale`.
+        is_signed: whether values may be below zero.
+
+    Attributes:
+        stored: by parameter.
+        state: live tensors by the name that checkpoints have.
+    """
+
+    def __init__(
+        self, key: str, parameters: Mapping[str, Tensor], is_signed: bool, in_8_bits: bool
+    ) -> None:
+        self.stored: dict[str, Stored] = {}
+        self.state: dict[str, Tensor] = {}
+        for name, parameter in parameters.items():
+            size = block_size(tuple(parameter.shape)) if in_8_bits else None
+            if size is None:
+                mean = self.state[f"{name}.{key}"] = torch.zeros_like(parameter).detach()
+                self.stored[name] = (local(mean),)
+                continue
+            shard = local(parameter.detach())
+            codes = torch.zeros_like(shard, dtype=torch.uint8)
+            scale = shard.new_zeros(len(shard), shard.shape[1] // size, dtype=torch.float32)
+            table = torch.tensor(table_of_values(is_signed), device=shard.device)
+            self.stored[name] = (codes, scale, table)
+            for part, tensor in {"codes": codes, "scale": scale}.items():
+                self.state[f"{name}.{key}.{part}"] = as_shard_of(tensor, parameter)
+
+    def rows(self) -> list[list[Tensor | None]]:
+        """Returns lists of all tensors that have rows like the parameters, one for each part."""
+        stored = list(self.stored.values())
+        scales = [parts[1] if len(parts) > 1 else None for parts in stored]
+        return [[parts[0] for parts in stored], scales]
+
+    def zeros(self) -> list[Tensor]:
+        """Returns a tensor for each parameter whose rows, set to zero, are moments of zero."""
+        return [parts[min(1, len(parts) - 1)] for parts in self.stored.values()]
+
+
+def decoded(stored: Stored) -> Tensor:
+    """Returns a moment [rows, width] in fp32; if it is stored so, the moment itself."""
+    if len(stored) == 1:
+        return stored[0]
+    codes, scale, table = stored
+    blocks = table[codes.to(torch.int32)].unflatten(1, (scale.shape[1], -1))
+    return (blocks * scale.unsqueeze(2)).flatten(1)
+
+
+def encode_(stored: Stored, values: Tensor) -> None:
+    """Writes what `decoded` returned, with other values, to where it is stored."""
+    if len(stored) == 1:
+        return
+    codes, scale, table = stored
+    blocks = values.unflatten(1, (scale.shape[1], -1))
+    scale.copy_(blocks.abs().amax(2))
+    # A block of zeros has the code of zero.
+    parts = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(2)
+    codes.copy_(torch.bucketize(parts.flatten(1), (table[1:] + table[:-1]) / 2, out_int32=True))
+
+
+def table_of_values(is_signed: bool) -> tuple[float, ...]:
+    """Returns torchao's values of 8-bit codes, in order."""
+    from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned
+
+    # Torchao computes them by tensors, and keeps them.
+    with unset_fake_temporarily():
+        values: tuple[float, ...] = (get_qmap_signed if is_signed else get_qmap_unsigned)()
+    return values
+
+
+def block_size(shape: tuple[int, ...]) -> int | None:
+    """Returns how many elements of a row share a scale, by the full parameter's shape; None for
+    moments in fp32."""
+    if len(shape) != 2 or shape[0] * shape[1] < _MIN_ELEMENTS:
+        return None
+    return next(
+        (size for size in range(_MAX_BLOCK_SIZE, _MIN_BLOCK_SIZE - 1, -1) if shape[1] % size == 0),
+        None,
+    )
