@@ -41,6 +41,10 @@ from switchtitan.spectra.weight_change import checkpoint_spectra
 from switchtitan.training.build import build_trainer
 
 INT16 = ("--training.frozen_dtype", "int16")
+IN_8_BITS = (
+    *("--model.hidden_size", "128", "--model.intermediate_size", "256", "--method.rank", "32"),
+    *("--optimizer.name", "muon8bit", *INT16),
+)
 TIED = ("--model.name", "qwen2", "--model.tied_head", "true", "--model.head_dim", "8")
 COLA = ("--model.name", "cola", "--model.rank", "4")
 ROOT_SCALED = "root_scaled"
@@ -51,6 +55,7 @@ RUNS = {
     "lora_with_dropout": ("lora", ("--method.dropout", "0.1"), LONG),
     "relora_in_int16": ("relora", INT16, LONG),
     "switchlora_in_int16": ("switchlora", INT16, LONG),
+    "switchlora_in_8_bits": ("switchlora", IN_8_BITS, SHORT),
     ROOT_SCALED: (ROOT_SCALED, (), SHORT),
     **{f"{method}_on_tied_qwen2": (method, TIED, SHORT) for method in ON_TIED_QWEN2},
     "full_rank_on_cola": ("full_rank", COLA, SHORT),

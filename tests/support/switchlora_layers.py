@@ -21,7 +21,7 @@ from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.methods.targets import FACTORS
 from switchtitan.optim.adamw import AdamW, AdamWConfig
-from switchtitan.optim.muon import MuonConfig
+from switchtitan.optim.muon import MuonKeys
 from switchtitan.optim.parameters import TrainedParameter
 
 # Multiples of 16, for which cuBLAS has TF32 kernels.
@@ -74,7 +74,7 @@ def build_rule(keys, layers, plan=None, compile_step=False):
             for name, layer in layers.items()
         ]
     )
-    rule = FactorMuon if isinstance(keys, MuonConfig) else VectorAdamW
+    rule = FactorMuon if isinstance(keys, MuonKeys) else VectorAdamW
     return rule(keys, factors, plan, compile_step)
 
 

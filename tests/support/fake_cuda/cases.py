@@ -74,6 +74,8 @@ CASES = {
     # Matrices of at least 4096 elements have moments in 8 bits.
     "adamw8bit": "full_rank --optimizer.name adamw8bit "
     "--model.hidden_size 64 --model.intermediate_size 128",
+    "muon8bit": "switchlora --optimizer.name muon8bit --method.rank 32 "
+    "--model.hidden_size 128 --model.intermediate_size 256",
 }
 """Name -> a method, and options as on the command line."""
 _named = " ".join(CASES.values()).split()

@@ -23,7 +23,8 @@ from switchtitan.methods import METHODS
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.models import MODELS
 from switchtitan.optim.adamw import AdamWConfig
-from switchtitan.optim.adamw8bit import AdamW8bitConfig, block_size
+from switchtitan.optim.adamw8bit import AdamW8bitConfig
+from switchtitan.optim.moments import block_size
 from switchtitan.optim.muon import MuonConfig
 from switchtitan.optim.parameters import trained_parameters
 from switchtitan.optim.scale import ScaleConfig

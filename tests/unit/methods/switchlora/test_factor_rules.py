@@ -17,7 +17,8 @@ from switchtitan.methods.switchlora import SwitchLora, update
 from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, SwitchLoraConfig
 from switchtitan.optim import OPTIMIZERS
 from switchtitan.optim.adamw import AdamWConfig
-from switchtitan.optim.muon import MuonConfig
+from switchtitan.optim.adamw8bit import AdamW8bitConfig
+from switchtitan.optim.muon import Muon8bitConfig, MuonConfig
 from switchtitan.optim.parameters import TrainedParameter
 
 RANK, NUM_STEPS = 3, 12
@@ -129,6 +130,58 @@ def test_muon_holds_a_frozen_vector_still_and_moves_the_others_as_if_it_were_not
         torch.testing.assert_close(factor[rows[name]], expected, rtol=0, atol=TOLERANCE["muon"])
         assert torch.equal(factor[held[name]], start[name][held[name]])
         assert (state[f"{name}.momentum"][held[name]] == 7.0).all()
+
+
+IN_8_BITS = {
+    "adamw8bit": (AdamW8bitConfig(**ADAMW.model_dump(exclude={"name"})), ADAMW),
+    "muon8bit": (Muon8bitConfig(**MUON.model_dump(exclude={"name"})), MUON),
+}
+
+
+@pytest.mark.parametrize("name", IN_8_BITS)
+def test_with_moments_in_8_bits_vectors_stay_close_to_those_of_fp32(name):
+    frozen = [(FACTOR_A, 0, range(3, 5))]
+    results, start = [], None
+    for config in IN_8_BITS[name]:
+        torch.manual_seed(0)
+        layers = {"layer": build_layer(128, 64, 64, 0.5, torch.float32)}
+        optimizer, start = build_rule(config, layers), clones_of(layers)
+        for step in range(NUM_STEPS):
+            draw_gradients(factors_of(layers))
+            step_rule(optimizer, frozen if step == NUM_STEPS - 1 else ())
+            if step == NUM_STEPS - 2:
+                before = {key: value.clone() for key, value in optimizer.state_dict().items()}
+                held = layers["layer"].lora_a[3:5].clone()
+        assert torch.equal(layers["layer"].lora_a[3:5], held)
+        results.append(factors_of(layers))
+        if "muon" in name:  # AdamW's moments decay
+            for key, value in optimizer.state_dict().items():
+                if "lora_a" in key:
+                    assert torch.equal(value[3:5], before[key][3:5])
+    for key, in_8_bits in results[0].items():
+        exact = results[1][key]
+        # A code has 3 to 7 bits of mantissa: a few per cent of each update.
+        error = (in_8_bits - exact).norm() / (exact - start[key]).norm()
+        assert 0 < error < 0.05, key
+
+
+@pytest.mark.parametrize("name", IN_8_BITS)
+def test_a_reset_zeroes_moments_in_8_bits(name):
+    layer = build_layer(128, 128, 64, 0.5, torch.float32)
+    keys = {"interval": 64, "freeze_steps": 1, "decay": "constant"}
+    config = SwitchLoraConfig(rank=64, reset_moments="both", **keys)
+    optimizer = build_optimizer(config, IN_8_BITS[name][0], [layer], 20)
+    for _ in range(3):
+        for factor in (layer.lora_a, layer.lora_b):
+            factor.grad = torch.ones_like(factor)
+        optimizer.step()
+    zero = [
+        {row for row in range(64) if not scale[row].any()}
+        for key, scale in optimizer.state_dict().items()
+        if key.endswith(".scale") and "lora" in key
+    ]
+    # The counterparts of the last step's vectors were reset, and are frozen.
+    assert all(len(rows) == 1 for rows in zero), zero
 
 
 @pytest.mark.parametrize("reset_moments", ["counterpart", "momentum", "both", "none"])
