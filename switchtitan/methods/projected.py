@@ -38,8 +38,11 @@ from switchtitan.distributed.shards import (
     shard_group,
 )
 from switchtitan.methods.targets import TargetConfig
-from switchtitan.optim.adamw import AdamW, AdamWConfig
+from switchtitan.optim import OPTIMIZERS
+from switchtitan.optim.adamw import AdamKeys
+from switchtitan.optim.adamw8bit import MOMENTS, AdamW8bitConfig
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
+from switchtitan.optim.moments import Moments, Stored, decoded, encode_
 from switchtitan.optim.parameters import TrainedParameter, trained_parameters
 
 TINY_NORM = 1e-8
@@ -49,7 +52,7 @@ TINY_NORM = 1e-8
 class ProjectedConfig(TargetConfig):
     """The configuration keys of methods that project gradients."""
 
-    optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw"})
+    optimizers: ClassVar[frozenset[str] | None] = frozenset({"adamw", "adamw8bit"})
     rank: int = Field(ge=1)
     """Dimensions that gradients are projected onto: at least 1, and below the smaller dimension of
     every target."""
@@ -110,10 +113,10 @@ class ProjectedWeight:
     Attributes:
         parameter: [out, in], plain or sharded along dimension 0.
         basis: Q, [in, rank] on the right, unsharded; [out, rank] on the left, sharded.
-        exp_avg, exp_avg_sq: [out, rank] on the right, [rank, in] on the left, sharded.
+        moments: M and V, [out, rank] on the right, [rank, in] on the left, sharded.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter, rank: int) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, rank: int, in_8_bits: bool) -> None:
         self.name, self.parameter, self.is_right = name, parameter, is_right(parameter)
         out_features, in_features = parameter.shape
         zeros = sharded_zeros = local(parameter.detach()).new_zeros
@@ -126,7 +129,11 @@ class ProjectedWeight:
             self.basis, shape = zeros(in_features, rank), (out_features, rank)
         else:
             self.basis, shape = sharded_zeros(out_features, rank), (rank, in_features)
-        self.exp_avg, self.exp_avg_sq = sharded_zeros(shape), sharded_zeros(shape)
+        like = {name: sharded_zeros(shape)}
+        self.moments = [Moments(*moment, like, in_8_bits) for moment in MOMENTS.items()]
+
+    def stored_moments(self) -> list[Stored]:
+        return [moment.stored[self.name] for moment in self.moments]
 
     @property
     def grad(self) -> Tensor:
@@ -156,20 +163,22 @@ class ProjectedOptimizer(GroupedOptimizer):
     before the update. The state is `<weight>.exp_avg` and so on, and `projection.step`.
     """
 
-    saved: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq", "basis")
-    """Fields of `ProjectedWeight` that are part of the state."""
+    saves_bases: ClassVar[bool] = True
+    """Whether bases are part of the state."""
 
     def __init__(
         self,
         method: ProjectedConfig,
-        adam: AdamWConfig,
+        adam: AdamKeys,
         parameters: dict[str, nn.Parameter],
         seed: int,
         compile_step: bool,
     ) -> None:
         super().__init__(adam, [TrainedParameter(*item) for item in parameters.items()])
         self._method, self._adam, self._seed = method, adam, seed
-        self._targeted = [ProjectedWeight(*item, method.rank) for item in parameters.items()]
+        in_8_bits = isinstance(adam, AdamW8bitConfig)
+        items = parameters.items()
+        self._targeted = [ProjectedWeight(*item, method.rank, in_8_bits) for item in items]
         self._first = self._targeted[0].parameter
         self._have_bases = set[str]()
         self._group = shard_group(self._first)
@@ -177,7 +186,10 @@ class ProjectedOptimizer(GroupedOptimizer):
         self._compile = compile_if(compile_step)
         self._direction = self._compile(partial(direction_, betas=adam.betas, eps=adam.eps))
         for weight in self._targeted:
-            self.state |= {f"{weight.name}.{key}": getattr(weight, key) for key in self.saved}
+            for moment in weight.moments:
+                self.state |= moment.state
+            if self.saves_bases:
+                self.state[f"{weight.name}.basis"] = weight.basis
 
     def _choose_weights(self) -> None:
         """Chooses the weights that have a gradient; nothing of the others changes in a step."""
@@ -220,7 +232,7 @@ class ProjectedOptimizer(GroupedOptimizer):
         chunk = rows_per_rank(rank, num_ranks)
         packed = F.pad(torch.cat(partials, dim=1), (0, 0, 0, num_ranks * chunk - rank))
         own = sum_rows(packed, self._first)
-        num_held = local(self._left[0].exp_avg).shape[0]
+        num_held = len(self._left[0].stored_moments()[0][0])
         return list(own[:num_held].split([partial.shape[1] for partial in partials], dim=1))
 
     def gather_on_left(self, parts: list[Tensor]) -> list[Tensor]:
@@ -235,7 +247,7 @@ class ProjectedOptimizer(GroupedOptimizer):
 
     def direction(self, weight: ProjectedWeight, low: Tensor) -> Tensor:
         """Updates the moments from this rank's rows of R; returns those of N."""
-        direction: Tensor = self._direction(low, local(weight.exp_avg), local(weight.exp_avg_sq))
+        direction: Tensor = self._direction(low, *weight.stored_moments())
         return direction
 
     def metrics(self) -> dict[str, float]:
@@ -248,17 +260,19 @@ class ProjectedOptimizer(GroupedOptimizer):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
         self._num_steps = int(state["projection.step"])
-        if "basis" in self.saved:  # one full basis is in memory at a time
+        if self.saves_bases:  # one full basis is in memory at a time
             found = (it.name for it in self._targeted if bool(full_tensor(it.basis).any()))
             self._have_bases = set(found)
 
 
 def direction_(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, betas: tuple[float, float], eps: float
+    grad: Tensor, mean: Stored, square: Stored, *, betas: tuple[float, float], eps: float
 ) -> Tensor:
     """Updates the moments M and V in place; returns M / (sqrt(V) + eps)."""
-    exp_avg.lerp_(grad, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    exp_avg = decoded(mean).lerp_(grad, 1 - betas[0])
+    exp_avg_sq = decoded(square).mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    encode_(mean, exp_avg)
+    encode_(square, exp_avg_sq)
     return exp_avg / (exp_avg_sq.sqrt() + eps)
 
 
@@ -417,7 +431,7 @@ class ApolloOptimizer(LimitedOptimizer):
     (seed, name, number of the basis), so no checkpoint has them.
     """
 
-    saved = ("exp_avg", "exp_avg_sq")
+    saves_bases = False
     measure = staticmethod(sums_of_squares)
     _method: ApolloConfig
 
@@ -479,11 +493,11 @@ class Projected(Method[ProjectedConfig]):
     def build_optimizer(
         self, model: TrainedModel, config: OptimizerConfig, compile_step: bool
     ) -> TrainingOptimizer:
-        assert isinstance(config, AdamWConfig)  # see `ProjectedConfig.optimizers`
+        assert isinstance(config, AdamKeys)  # see `ProjectedConfig.optimizers`
         names = {f"{name}.weight" for name in self.config.targeted(model)}
         trained = trained_parameters(model, names)
         targeted = {entry.name: entry.parameter for entry in trained if not entry.is_other}
         others = [entry for entry in trained if entry.is_other]
         optimizer = _OPTIMIZERS[type(self.config)]
         projected = optimizer(self.config, config, targeted, self.seed, compile_step)
-        return SplitOptimizer([projected, AdamW(config, others)])
+        return SplitOptimizer([projected, OPTIMIZERS.build(config, others, compile_step)])

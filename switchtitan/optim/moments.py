@@ -32,7 +32,7 @@ class Moments:
     """
 
     def __init__(
-        self, key: str, parameters: Mapping[str, Tensor], is_signed: bool, in_8_bits: bool
+        self, key: str, is_signed: bool, parameters: Mapping[str, Tensor], in_8_bits: bool
     ) -> None:
         self.stored: dict[str, Stored] = {}
         self.state: dict[str, Tensor] = {}

@@ -92,7 +92,7 @@ class Muon(GroupedOptimizer):
         self._is_compiled = compile_step
         self._dtype = trained[0].compute_dtype if trained else torch.float32
         in_8_bits = isinstance(config, Muon8bitConfig)
-        self.momenta = Moments("momentum", self.parameters, is_signed=True, in_8_bits=in_8_bits)
+        self.momenta = Moments("momentum", True, self.parameters, in_8_bits)
         self.state = self.momenta.state
         self._batches: dict[tuple[str, ...], list[tuple[list[str], MatrixExchange]]] = {}
         compile_it = compile_if(compile_step)

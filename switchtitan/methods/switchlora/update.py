@@ -77,8 +77,8 @@ class VectorAdamW(GroupedOptimizer):
         super().__init__(config, factors.trained)
         self._adam, self._factors, self._plan = config, factors, plan
         self._means, self._squares = (
-            Moments(key, factors.by_name, is_signed, isinstance(config, AdamW8bitConfig))
-            for key, is_signed in MOMENTS.items()
+            Moments(*moment, factors.by_name, isinstance(config, AdamW8bitConfig))
+            for moment in MOMENTS.items()
         )
         self.state = self._means.state | self._squares.state
         moments = (list(each.stored.values()) for each in (self._means, self._squares))

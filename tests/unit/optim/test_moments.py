@@ -9,7 +9,7 @@ from switchtitan.optim.moments import Moments, decoded, encode_
 
 
 def stored(shape, is_signed):
-    moments = Moments("mean", {"weight": torch.empty(shape)}, is_signed, in_8_bits=True)
+    moments = Moments("mean", is_signed, {"weight": torch.empty(shape)}, in_8_bits=True)
     return moments, moments.stored["weight"]
 
 
