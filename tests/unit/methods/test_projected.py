@@ -14,7 +14,9 @@ from support.projected_models import (
     give_gradients,
     steps_next_to_adamw,
 )
+from torch import nn
 
+from switchtitan import apply
 from switchtitan.distributed.random import generator_for
 from switchtitan.methods import METHODS
 from switchtitan.methods.projected import (
@@ -244,3 +246,25 @@ def test_the_subspace_is_exact_where_singular_values_fall_far(shape):
     exact, ours = (vh.T if shape[0] > shape[1] else u)[:, :30], torch.linalg.qr(ours.double()).Q
     # The largest sine of the angles between both. Rounded to fp32 once, at 6e-8 per entry.
     assert torch.linalg.matrix_norm(ours - exact @ (exact.T @ ours), ord=2) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["galore", "fira", "apollo"])
+def test_with_moments_in_8_bits_weights_stay_close_to_those_of_fp32(name):
+    trained = {}
+    for optimizer_name in ("adamw8bit", "adamw"):
+        torch.manual_seed(0)
+        # One is projected on the left, and one on the right.
+        model = nn.Sequential(nn.Linear(128, 96), nn.Linear(96, 128))
+        start = [layer.weight.detach().clone() for layer in model]
+        # Bases follow from the first gradients alone, which are equal.
+        keys = {"rank": 64, "update_interval": NUM_STEPS, "targets": ["0", "1"]}
+        method = apply(model, name, num_steps=NUM_STEPS, **keys)
+        optimizer = method.optimizer(optimizer_name, lr=1e-2)
+        for _ in range(NUM_STEPS):
+            model(torch.randn(16, 128)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained[optimizer_name] = [layer.weight.detach() for layer in model]
+    for before, in_8_bits, exact in zip(start, *trained.values(), strict=True):
+        # A code has 3 to 7 bits of mantissa: a few per cent of each update.
+        assert 0 < (in_8_bits - exact).norm() < 0.05 * (exact - before).norm()
