@@ -41,7 +41,7 @@ from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput
 from switchtitan.optim.lr_schedule import build_lr_schedule
 from switchtitan.training.describe import (
-    changed_keys,
+    changes_since,
     describe_run,
     read_run,
     run_facts,
@@ -72,7 +72,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         corpus = open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
     else:
         metadata, state = read_run(checkpoint, config, identity)
-        changes = changed_keys(metadata.config, config)
+        changes = changes_since(metadata.config, config, state.step)
         corpus = _reopen_corpus(checkpoint, metadata, config, world)
         if checkpoint.resolve().parent != checkpoints.resolve():
             state.forked_from = config.checkpoint.resume_path
