@@ -57,7 +57,7 @@ def optimizer_problems(
         is_target = isinstance(method, TargetConfig) and head in method.targeted(model).values()
         if head is None or model.hidden_size() is None or is_target:
             problems.append(
-                f"{key}: was checked for LLaMA with a head of its own that is no target; this model "
-                "is another, or its head is tied or a target; remove it"
+                f"{key}: was checked for LLaMA with a head of its own that is no target; this "
+                "model is another, or its head is tied or a target; remove it"
             )
     return problems
