@@ -1,13 +1,9 @@
-"""Builds a run from its configuration: a `Trainer`, or what takes its steps alone, a `Stepper`.
-
-What most runs do not use is imported where it is built.
-"""
+"""Builds a run from its configuration: a `Trainer`, or what takes its steps alone, a `Stepper`."""
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,6 +27,7 @@ from switchtitan.distributed.gpus import peak_flops_per_s
 from switchtitan.distributed.initial import ReadRows, check_replaced
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
 from switchtitan.distributed.world import World, device_name
+from switchtitan.hub.initial_weights import checksum, find_weights, open_weights
 from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import plain_model
@@ -40,6 +37,8 @@ from switchtitan.observability.profiler import Profiler
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput
 from switchtitan.optim.lr_schedule import build_lr_schedule
+from switchtitan.spectra.telemetry import RankTelemetry
+from switchtitan.spectra.weight_change import Origin
 from switchtitan.training.describe import (
     changed_keys,
     describe_run,
@@ -107,7 +106,9 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)
     if checkpoint is not None:
         restore(checkpoint, tensors, world)
-    telemetry = _open_telemetry(config, state, world, is_restored=checkpoint is not None)
+    hooks = []
+    if (interval := config.spectrum.interval) is not None:
+        hooks.append(_build_telemetry(config, stepper, interval, checkpoint is not None))
 
     # What it writes: first here, after the checks.
     start_output(config.job.output_dir, resolved, world, state.step, config.training.steps)
@@ -154,7 +155,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         reporter=reporter,
         throughput=throughput,
         profiler=Profiler(config.profiler, config.job.output_dir, world.rank, state.step),
-        hooks=[telemetry(model=stepper.model, reporter=reporter)] if telemetry else [],
+        hooks=hooks,
         stop=stop or Stop(),
     )
 
@@ -266,7 +267,6 @@ def _open_initial_weights(
 ) -> ReadRows:
     """Opens the weights that a new run starts from, and records in `state` which ones; collective.
     Raises a CheckpointError if the weights cannot be read, or belong to another model."""
-    from switchtitan.hub.initial_weights import checksum, find_weights, open_weights
 
     def find() -> tuple[Path, str]:
         source = find_weights(Path(given))
@@ -285,25 +285,15 @@ def _open_initial_weights(
     return read_rows
 
 
-def _open_telemetry(
-    config: JobConfig, state: TrainState, world: World, is_restored: bool
-) -> Callable[..., Any] | None:
-    """Returns what builds a `RankTelemetry` from a model and a reporter, if the run has one. Raises
-    a CheckpointError if the weights that a resumed run started from are missing."""
-    if config.spectrum.interval is None:
-        return None
-    from switchtitan.spectra.telemetry import RankTelemetry
-    from switchtitan.spectra.weight_change import Origin
-
+def _build_telemetry(
+    config: JobConfig, stepper: Stepper, interval: int, is_restored: bool
+) -> RankTelemetry:
+    """Builds what measures ranks every `interval` steps. Raises a CheckpointError if the weights
+    that a resumed run started from are missing."""
     method = METHODS.build(config.method, config.training.steps, config.job.seed)
+    state, world = stepper.state, stepper.world
     source = state.initial_weights, state.initial_fingerprint
     origin = Origin(config.model, config.job.seed, *source, method)
     if is_restored:
         world.on_main(origin.open)
-    return partial(
-        RankTelemetry,
-        origin=origin,
-        world=world,
-        interval=config.spectrum.interval,
-        num_steps=config.training.steps,
-    )
+    return RankTelemetry(stepper.model, origin, world, interval, config.training.steps)
