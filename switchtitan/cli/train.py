@@ -3,9 +3,6 @@
 import signal
 from collections.abc import Sequence
 
-import torch
-
-from switchtitan.cores import OtherLoad, num_cores
 from switchtitan.distributed.world import (
     check_slurm_tasks,
     is_launched,
@@ -45,7 +42,6 @@ def run(words: Sequence[str]) -> None:
 
 
 def _train(words: Sequence[str], stop: Stop) -> None:
-    load = OtherLoad()
     if not is_launched():
         check_slurm_tasks(num_nodes=1)
     config = parse_arguments(words)
@@ -56,10 +52,7 @@ def _train(words: Sequence[str], stop: Stop) -> None:
     output_dir = config.job.output_dir
     snapshots = snapshot_if_memory_runs_out(config.profiler, output_dir, world.rank)
     with lock_output_dir(output_dir, world), snapshots:
-        trainer = build_trainer(config, world, stop=stop)
-        if world.size == 1 and world.device.type == "cpu":
-            load.warn(torch.get_num_threads(), num_cores())
-        trainer.train()
+        build_trainer(config, world, stop=stop).train()
     # Not after other errors: leaving the process group waits for the other ranks. If they wait
     # for this one, its traceback would never be printed.
     stop_world()
