@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Generator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,8 +77,18 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
 
     # What it reads. Before the model, because this rejects a corpus that is too small.
     batches = build_batches(config, corpus, world, state)
-    loss = CrossEntropy(config.compile.loss)
-    build_evaluator = partial(_build_evaluator, config, corpus, loss, world)
+    loss, seq_len = CrossEntropy(config.compile.loss), config.data.seq_len
+
+    def build_evaluator(split: SplitName, num_tokens: int) -> Evaluator:
+        held_out = ValidationBatches(
+            corpus.split(split, seq_len),
+            num_sequences=num_tokens // seq_len,
+            local_batch_size=config.training.local_batch_size,
+            rank=world.rank,
+            num_ranks=world.size,
+        )
+        return Evaluator(held_out, loss, world, lambda: held_out.text_size(corpus.tokenizer()))
+
     validation, test = build_evaluator("validation", config.evaluation.tokens), None
     if config.evaluation.test_tokens is not None:
         test = build_evaluator("test", config.evaluation.test_tokens)
@@ -124,7 +133,6 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         },
         latest=checkpoint,
     )
-    seq_len = config.data.seq_len
     # Only the bf16 peaks are known.
     has_peak = compute_dtype.dtype == torch.bfloat16
     throughput = Throughput(
@@ -165,7 +173,7 @@ def build_stepper(
     world: World,
     batches: Generator[list[Batch], None, None],
     *,
-    compute_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype,
     state: TrainState | None = None,
     loss: SummedLoss | None = None,
     initial_weights: ReadRows | None = None,
@@ -175,7 +183,7 @@ def build_stepper(
 
     Args:
         batches: see `build_batches`.
-        compute_dtype: of activations and gradients; by default the configuration's on this device.
+        compute_dtype: of activations and gradients.
         state, loss: by default those of a new run.
         initial_weights: reads the plain model's weights; by default they are random.
         is_restored: leaves the model's tensors uninitialized, since the caller restores them.
@@ -184,8 +192,6 @@ def build_stepper(
         use_deterministic_algorithms()
     if config.training.tf32:
         allow_tf32()
-    if compute_dtype is None:
-        compute_dtype = dtype_on(world.device, config.training.dtype).dtype
     method = METHODS.build(config.method, config.training.steps, config.job.seed)
     model = plain_model(config.model)
     plain_names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
@@ -244,22 +250,6 @@ def build_batches(
         num_workers=config.data.num_workers,
         pin_memory=world.device.type == "cuda",
     )
-
-
-def _build_evaluator(
-    config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World, split: SplitName, num: int
-) -> Evaluator:
-    """Builds what evaluates the model on `num` tokens of a split. Raises a CorpusError if the split
-    is shorter than one sequence."""
-    seq_len = config.data.seq_len
-    batches = ValidationBatches(
-        corpus.split(split, seq_len),
-        num_sequences=num // seq_len,
-        local_batch_size=config.training.local_batch_size,
-        rank=world.rank,
-        num_ranks=world.size,
-    )
-    return Evaluator(batches, loss, world, lambda: batches.text_size(corpus.tokenizer()))
 
 
 def _open_initial_weights(
