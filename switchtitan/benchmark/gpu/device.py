@@ -63,7 +63,9 @@ def call_with_gpus(calls: Sequence[tuple[str, Callable[[], T]]]) -> list[T]:
 
 
 def _call(arch: str, function: bytes) -> Any:
-    os.dup2(2, 1)  # standard output may be JSON
+    # Errors are raised; what else torch and Triton print is about a device that there is not.
+    for output in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     # Threads of the autograd engine may still run; an ordinary exit then calls std::terminate.
     atexit.register(os._exit, 0)
     load()
