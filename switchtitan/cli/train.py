@@ -8,7 +8,7 @@ from switchtitan.distributed.world import (
     is_launched,
     start_world,
     stop_world,
-    temporary_world,
+    stop_world_if_single,
 )
 from switchtitan.errors import UserError, exit_for, recorded_end
 from switchtitan.job.config import parse_arguments
@@ -27,17 +27,16 @@ def run(words: Sequence[str]) -> None:
     # Ends inside: a second signal, from a launcher, must not end this process by itself.
     with Stop(is_launched()) as stop:
         try:
-            with temporary_world():
-                _train(words, stop)
+            _train(words, stop)
         except Stopped as stopped:
-            stop_world()  # as all ranks do
+            stop_world()
             exit_for(stopped)
-        except UserError as error:
+        except (UserError, KeyboardInterrupt) as error:
+            stop_world_if_single()
+            if is_launched() and isinstance(error, KeyboardInterrupt):
+                # torchrun sends SIGTERM after a crash of another rank, too.
+                raise SystemExit(128 + (*error.args, signal.SIGINT)[0]) from None
             exit_for(error)
-        except KeyboardInterrupt as interrupt:
-            if is_launched():  # torchrun sends SIGTERM after a crash of another rank, too
-                raise SystemExit(128 + (*interrupt.args, signal.SIGINT)[0]) from None
-            exit_for(interrupt)
 
 
 def _train(words: Sequence[str], stop: Stop) -> None:
@@ -52,3 +51,6 @@ def _train(words: Sequence[str], stop: Stop) -> None:
     snapshots = snapshot_if_memory_runs_out(config.profiler, output_dir, world.rank)
     with lock_output_dir(output_dir, world), snapshots:
         build_trainer(config, world, stop=stop).train()
+    # Not after other errors: leaving the process group waits for the other ranks. If they wait
+    # for this one, its traceback would never be printed. A save in the background needs the group.
+    stop_world()

@@ -281,17 +281,13 @@ def device_name(device: torch.device) -> str:
 # The end.
 @contextmanager
 def temporary_world() -> Iterator[None]:
-    """Destroys, at its end, a process group that was created inside; keeps an earlier one.
-
-    After an error only that of a single rank: leaving the group waits for the other ranks. If they
-    wait for this one, its traceback would never be printed.
-    """
+    """Destroys, at its end, a process group that was created inside; keeps an earlier one."""
     was_joined = dist.is_initialized()
     try:
         yield
     except BaseException:
-        if not was_joined and dist.is_initialized() and dist.get_world_size() == 1:
-            stop_world()
+        if not was_joined:
+            stop_world_if_single()
         raise
     if not was_joined:
         stop_world()
@@ -301,3 +297,9 @@ def stop_world() -> None:
     """Destroys the process group; all ranks must call: with NCCL it waits for the others."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def stop_world_if_single() -> None:
+    """Destroys the process group if it has one rank: after an error, other ranks may be waiting."""
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        stop_world()
