@@ -1,17 +1,15 @@
-"""The cores of this process, the regions of its work, and signals to it."""
+"""The cores of this process, and signals to it."""
 
 import os
 import signal
 import sys
 import time
 import weakref
-from contextlib import contextmanager
 
 import pytest
 
 from switchtitan.cores import num_cores, set_thread_defaults
 from switchtitan.errors import interrupt_on_sigterm
-from switchtitan.regions import observers, region
 
 
 @pytest.fixture
@@ -65,36 +63,6 @@ def test_only_unset_variables_of_threads_get_a_share_of_the_cores(
     changed = dict(environ)
     set_thread_defaults(changed, cores_left)
     assert changed == environ | expected
-
-
-def observer_of(calls):
-    @contextmanager
-    def observe(name):
-        calls.append(name)
-        try:
-            yield
-        finally:
-            calls.append("end")
-
-    return observe
-
-
-def test_an_observer_sees_begin_and_end_of_regions_also_if_it_starts_or_stops_inside_one():
-    calls, late_calls = [], []
-    first, late = observer_of(calls), observer_of(late_calls)
-    observers.append(first)
-    with region("outer"), region("inner"):
-        calls.append("work")
-    with pytest.raises(ValueError, match="within"), region("fails"):
-        raise ValueError("within")
-    with region("last"):
-        observers.append(late)
-        observers.remove(first)
-        with region("second"):
-            pass
-    observers.remove(late)
-    assert calls == ["outer", "inner", "work", "end", "end", "fails", "end", "last", "end"]
-    assert late_calls == ["second", "end"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
