@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from switchtitan.checkpoint.save import join_writers
 from switchtitan.distributed.world import World
-from switchtitan.errors import ConfigError
+from switchtitan.errors import ConfigError, OutputError
 from switchtitan.files import write_atomically
 from switchtitan.observability.log import configure_logging
 
@@ -41,14 +41,25 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
     lock = FileLock(output_dir / LOCK_FILE)
     owner_file = output_dir / OWNER_FILE
     created: list[Path] = []
+    key = f"[job] output_dir = {str(output_dir)!r}"
 
     def acquire() -> str:
         owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}"
-        with _refused(output_dir):
+        try:
             created.extend(p for p in (output_dir, *output_dir.parents) if not p.exists())
             output_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=_ENDS_WITHIN_S)
             owner_file.write_text(owner, encoding="utf-8")
+        except Timeout as error:
+            raise ConfigError(
+                f"{key}: {_read(owner_file) or 'another process'}, trains in this folder; wait "
+                "until it ends, or stop it, or choose another output_dir"
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"{key}: expected a writable folder, but writing there failed ({error}); choose "
+                "another, or free space"
+            ) from error
         return owner
 
     try:
@@ -61,24 +72,6 @@ def lock_output_dir(output_dir: Path, world: World) -> Iterator[None]:
         else:
             # The interpreter joins threads before it calls this.
             atexit.register(_release, lock, owner_file, created)
-
-
-@contextmanager
-def _refused(output_dir: Path) -> Iterator[None]:
-    """Raises a ConfigError if the folder is locked or cannot be written inside."""
-    key = f"[job] output_dir = {str(output_dir)!r}"
-    try:
-        yield
-    except Timeout as error:
-        raise ConfigError(
-            f"{key}: {_read(output_dir / OWNER_FILE) or 'another process'}, trains in this folder; "
-            "wait until it ends, or stop it, or choose another output_dir"
-        ) from error
-    except OSError as error:
-        raise ConfigError(
-            f"{key}: expected a writable folder, but writing there failed ({error}); choose "
-            "another, or free space"
-        ) from error
 
 
 def _release(lock: FileLock, owner_file: Path, created: list[Path]) -> None:
@@ -115,12 +108,17 @@ def _read(file: Path) -> str:
 
 def start_output(output_dir: Path, resolved: str, world: World, step: int, num_steps: int) -> None:
     """Opens the run's log file; writes its configuration if steps are left after step `step`.
-    Raises a ConfigError on every rank if that fails."""
+    Raises an OutputError on every rank if that fails."""
 
     def start() -> None:
-        with _refused(output_dir):
+        try:
             configure_logging(is_main=True, log_file=output_dir / "train.log")
             if step < num_steps:
                 write_atomically(output_dir / CONFIG_FILE, resolved)
+        except OSError as error:
+            raise OutputError(
+                f"[job] output_dir = {str(output_dir)!r}: cannot be written ({error}); free space, "
+                "or choose another"
+            ) from error
 
     world.on_main(start)
