@@ -3,9 +3,6 @@
 import signal
 from collections.abc import Sequence
 
-import torch
-
-from switchtitan.cores import OtherLoad, num_cores
 from switchtitan.distributed.world import (
     check_slurm_tasks,
     is_launched,
@@ -31,21 +28,18 @@ def run(words: Sequence[str]) -> None:
     with Stop(is_launched()) as stop:
         try:
             _train(words, stop)
-        except UserError as error:
-            stop_world_if_single()
-            exit_for(error)
         except Stopped as stopped:
             stop_world()
             exit_for(stopped)
-        except KeyboardInterrupt as interrupt:
+        except (UserError, KeyboardInterrupt) as error:
             stop_world_if_single()
-            if is_launched():  # torchrun sends SIGTERM after a crash of another rank, too
-                raise SystemExit(128 + (*interrupt.args, signal.SIGINT)[0]) from None
-            exit_for(interrupt)
+            if is_launched() and isinstance(error, KeyboardInterrupt):
+                # torchrun sends SIGTERM after a crash of another rank, too.
+                raise SystemExit(128 + (*error.args, signal.SIGINT)[0]) from None
+            exit_for(error)
 
 
 def _train(words: Sequence[str], stop: Stop) -> None:
-    load = OtherLoad()
     if not is_launched():
         check_slurm_tasks(num_nodes=1)
     config = parse_arguments(words)
@@ -56,10 +50,7 @@ def _train(words: Sequence[str], stop: Stop) -> None:
     output_dir = config.job.output_dir
     snapshots = snapshot_if_memory_runs_out(config.profiler, output_dir, world.rank)
     with lock_output_dir(output_dir, world), snapshots:
-        trainer = build_trainer(config, world, stop=stop)
-        if world.size == 1 and world.device.type == "cpu":
-            load.warn(torch.get_num_threads(), num_cores())
-        trainer.train()
+        build_trainer(config, world, stop=stop).train()
     # Not after other errors: leaving the process group waits for the other ranks. If they wait
-    # for this one, its traceback would never be printed.
+    # for this one, its traceback would never be printed. A save in the background needs the group.
     stop_world()
