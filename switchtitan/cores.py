@@ -1,9 +1,16 @@
-"""The cores that this process may use, and its threads on them."""
+"""The cores that this process may use, its threads on them, and how busy others keep them."""
 
+import logging
 import os
+import time
 from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_BUSY = (0, 1, 2, 5, 6)
+"""Columns of /proc/stat: user, nice, system, irq, softirq; the others are idle and iowait."""
 
 
 def num_cores(
@@ -36,6 +43,39 @@ def set_thread_defaults(environ: MutableMapping[str, str], num_cores: int) -> No
         environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_ranks)))
     if has_fewer:
         environ.setdefault("RAYON_NUM_THREADS", str(num_cores))
+
+
+class OtherLoad:
+    """How busy other processes keep the cores of this one, from its creation on, by proc(5)."""
+
+    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
+        self._stat = stat
+        self._began_at, self._began_with = time.monotonic(), self._used_by_others_s()
+
+    def warn(self, num_threads: int, num_cores: int) -> None:
+        """Warns if threads must share a core with other processes; one slows down all."""
+        used_s = self._used_by_others_s() - self._began_with
+        busy = max(0.0, used_s / max(time.monotonic() - self._began_at, 1e-3))
+        if num_threads > 1 and num_threads + busy >= num_cores + 0.5:
+            logger.warning(
+                "other processes keep about %.1f of %d cores busy, and all threads wait for the "
+                "slowest: OMP_NUM_THREADS=%d is probably faster than %d threads; to change it, "
+                "stop this run and start it again with that variable set",
+                busy,
+                num_cores,
+                max(1, round(num_cores - busy)),
+                num_threads,
+            )
+
+    def _used_by_others_s(self) -> float:
+        """Busy seconds of the cores of the affinity mask, without this process and its children."""
+        try:
+            rows = map(str.split, self._stat.read_text(encoding="utf-8").splitlines())
+        except OSError:  # not Linux
+            return 0.0
+        own_cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        ticks = [int(row[1 + column]) for row in rows if row[0] in own_cores for column in _BUSY]
+        return sum(ticks) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def _num_cores_by_affinity() -> int:

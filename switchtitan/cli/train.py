@@ -3,6 +3,9 @@
 import signal
 from collections.abc import Sequence
 
+import torch
+
+from switchtitan.cores import OtherLoad, num_cores
 from switchtitan.distributed.world import (
     check_slurm_tasks,
     is_launched,
@@ -40,6 +43,7 @@ def run(words: Sequence[str]) -> None:
 
 
 def _train(words: Sequence[str], stop: Stop) -> None:
+    load = OtherLoad()
     if not is_launched():
         check_slurm_tasks(num_nodes=1)
     config = parse_arguments(words)
@@ -50,7 +54,10 @@ def _train(words: Sequence[str], stop: Stop) -> None:
     output_dir = config.job.output_dir
     snapshots = snapshot_if_memory_runs_out(config.profiler, output_dir, world.rank)
     with lock_output_dir(output_dir, world), snapshots:
-        build_trainer(config, world, stop=stop).train()
+        trainer = build_trainer(config, world, stop=stop)
+        if world.size == 1 and world.device.type == "cpu":
+            load.warn(torch.get_num_threads(), num_cores())
+        trainer.train()
     # Not after other errors: leaving the process group waits for the other ranks. If they wait
     # for this one, its traceback would never be printed. A save in the background needs the group.
     stop_world()

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from switchtitan.cores import num_cores, set_thread_defaults
+from switchtitan.cores import OtherLoad, num_cores, set_thread_defaults
 from switchtitan.errors import interrupt_on_sigterm
 
 
@@ -63,6 +63,44 @@ def test_only_unset_variables_of_threads_get_a_share_of_the_cores(
     changed = dict(environ)
     set_thread_defaults(changed, cores_left)
     assert changed == environ | expected
+
+
+def stat_lines(busy_s):
+    """/proc/stat with user seconds by core, and idle seconds that do not count."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    cores = [
+        f"cpu{core} {round(seconds * ticks)} 0 0 9 9 0 0 0" for core, seconds in busy_s.items()
+    ]
+    return "\n".join(["cpu 1 2 3 4 5 6 7 8", *cores, "intr 5"])
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "own_s", "num_threads", "advised"),
+    [
+        pytest.param({0: 10.0, 1: 10.0, 2: 6.0}, 0, 8, 5, id="several busy cores"),
+        pytest.param({0: 10.0, 1: 0.0}, 0, 7, None, id="enough cores are left"),
+        pytest.param({0: 2.0, 1: 1.0}, 0, 8, None, id="hardly busy"),
+        pytest.param({0: 10.0, 1: 10.0}, 0, 1, None, id="one thread"),
+        pytest.param({8: 10.0, 9: 10.0}, 0, 8, None, id="cores outside the affinity"),
+        pytest.param(dict.fromkeys(range(8), 10.0), 0, 8, 1, id="all busy"),
+        pytest.param({0: 10.0, 1: 10.0}, 20, 8, None, id="own work"),
+    ],
+)
+def test_threads_that_share_cores_with_other_processes_are_advised_against(
+    eight_cores, tmp_path, monkeypatch, caplog, busy_s, own_s, num_threads, advised
+):
+    stat, began, own = tmp_path / "stat", time.monotonic(), os.times()
+    stat.write_text(stat_lines(dict.fromkeys(busy_s, 0.0)))
+    monkeypatch.setattr(time, "monotonic", lambda: began)
+    monkeypatch.setattr(os, "times", lambda: own)
+    load = OtherLoad(stat)
+    stat.write_text(stat_lines(busy_s))
+    monkeypatch.setattr(time, "monotonic", lambda: began + 10)
+    used = os.times_result((own.user + own_s, *own[1:]))
+    monkeypatch.setattr(os, "times", lambda: used)
+    load.warn(num_threads, 8)
+    assert caplog.text.count("OMP_NUM_THREADS") == (advised is not None)
+    assert advised is None or f"OMP_NUM_THREADS={advised} " in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
