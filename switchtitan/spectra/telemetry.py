@@ -9,23 +9,19 @@ from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import World
 from switchtitan.observability.reporter import Reporter
-from switchtitan.spectra.spectrum import (
-    normalized_by_kind,
-    summarize,
-)
+from switchtitan.spectra.spectrum import normalized_by_kind, summarize
 from switchtitan.spectra.weight_change import Origin
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class RankTelemetry:
     """A hook of the trainer that measures singular values of each linear layer's change."""
 
     model: nn.Module
     origin: Origin
     """The weights at step 0."""
-    reporter: Reporter
     world: World
     interval: int
     """Optimizer steps between two measurements; the last step is also measured."""
@@ -36,7 +32,7 @@ class RankTelemetry:
         return step == self.num_steps or step % self.interval == 0
 
     @full_precision()
-    def after(self, step: int) -> None:
+    def after(self, step: int, reporter: Reporter) -> None:
         """Measures and reports the change at this step. Collective.
 
         Raises:
@@ -60,10 +56,10 @@ class RankTelemetry:
         # The others wait here: rank 0's SVDs can exceed the timeout of the training step's
         # collectives.
         values = self.world.gather(values)[0]
-        self.reporter.report(step, values)
+        reporter.report(step, values)
         by_kind = normalized_by_kind(spectra)
         histograms = {f"rank/spectrum/{kind}": shares for kind, shares in by_kind.items()}
-        self.reporter.report_histograms(step, histograms)
+        reporter.report_histograms(step, histograms)
         if is_main:
             logger.info(
                 "step %d: mean effective rank of the change %.1f of %d",

@@ -17,6 +17,7 @@ from support.tiny import (
     MINI,
     full_tensors,
     model_on_meta,
+    ready_trainer,
     record_reports,
     tiny_config,
     train_steps,
@@ -24,7 +25,6 @@ from support.tiny import (
 
 from switchtitan.distributed.fsdp import materialize, pack_frozen_weights
 from switchtitan.distributed.shards import gather_on_main
-from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.huggingface import read_dense
@@ -38,7 +38,6 @@ from switchtitan.models import MODELS
 from switchtitan.registry import Component
 from switchtitan.spectra.spectrum import summarize
 from switchtitan.spectra.weight_change import checkpoint_spectra
-from switchtitan.training.build import build_trainer
 
 INT16 = ("--training.frozen_dtype", "int16")
 IN_8_BITS = (
@@ -103,7 +102,7 @@ def config_of(folder, name, *more):
 
 def trainer_of(folder, name, *more):
     config = config_of(folder, name, *more)
-    return build_trainer(config, start_world(config.parallelism))
+    return ready_trainer(config)
 
 
 def method_of(config):
