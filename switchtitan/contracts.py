@@ -114,8 +114,6 @@ class OptimizerConfig(NamedSection):
 
     needs_head: ClassVar[bool] = False
     """Whether it treats the head's weight apart, so that the head must not be tied."""
-    package: ClassVar[str | None] = None
-    """The package that it needs, which switchtitan's extra of the same name installs."""
     width_exponent: ClassVar[float | None] = None
     """e if the best rate of matrices in blocks goes as (1 / hidden size)^e; None: not checked."""
     lr: float = Field(gt=0)

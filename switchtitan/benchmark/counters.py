@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 class CountingMode(TorchDispatchMode, ABC):
     """A context that calls `count` after every operation on plain tensors, also in backward passes.
 
-    An operation on DTensors, or on torchao's tensors, counts as its operations on their parts.
+    An operation on DTensors counts as its operations on their parts.
     """
 
     @classmethod

@@ -18,7 +18,6 @@ from typing import Any
 from switchtitan.registry import is_installed
 
 _EXTRAS = {
-    "torchao": ("torchao", 'for [optimizer] name = "adamw8bit"'),
     "gpu-compile": ("triton", "for switchtitan benchmark gpu, without a GPU"),
     "flash": ("flash_attn", 'for [model] attention = "flash_attn", on GPUs'),
     "wandb": ("wandb", 'for [metrics] trackers = ["wandb"]'),

@@ -10,7 +10,7 @@ from switchtitan.methods.sltrain import Sltrain, SltrainConfig
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
 from switchtitan.methods.targets import TargetConfig
 from switchtitan.optim.parameters import own_head
-from switchtitan.registry import Component, Registry, is_installed, needs_package, toml_value
+from switchtitan.registry import Component, Registry, toml_value
 
 METHODS: Registry[MethodConfig, Method] = Registry(
     "method",
@@ -31,15 +31,13 @@ METHODS: Registry[MethodConfig, Method] = Registry(
 def optimizer_problems(
     method: MethodConfig, optimizer: OptimizerConfig, model: TrainedModel
 ) -> list[str]:
-    """Returns why an optimizer cannot train a model with a method, or on this machine."""
+    """Returns why an optimizer cannot train a model with a method."""
     problems, name = [], f"[optimizer] name = {toml_value(optimizer.name)}"
     if method.optimizers is not None and optimizer.name not in method.optimizers:
         problems.append(
             f"{name}: [method] name = {toml_value(method.name)} cannot train with it; choose "
             f"{' or '.join(sorted(method.optimizers))}, or another method"
         )
-    if optimizer.package is not None and not is_installed(optimizer.package):
-        problems.append(needs_package(name, optimizer.package))
     head = own_head(model)
     if optimizer.needs_head and head is None:
         problems.append(

@@ -1,89 +1,123 @@
-"""AdamW with moments in 8 bits, by torchao."""
+"""AdamW with moments in 8 bits, and its update of parameters in any number of bits."""
 
-from collections.abc import Iterable
-from functools import partial
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.shards import as_shard_of, local
+from switchtitan.distributed.blocks import compile_if
+from switchtitan.distributed.copies import to_device
+from switchtitan.distributed.shards import local
 from switchtitan.optim.adamw import AdamKeys
-from switchtitan.optim.moments import block_size, table_of_values
+from switchtitan.optim.base import GroupedOptimizer
+from switchtitan.optim.moments import Moments, Stored, decoded, encode_
 from switchtitan.optim.parameters import TrainedParameter
-from switchtitan.optim.torch_optimizer import TorchOptimizer
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
-"""Name of a moment in torchao's state -> whether it has a sign."""
+"""Name of a moment in checkpoints -> whether it has a sign."""
+_MAX_ELEMENTS = 1 << 24
+"""The most elements of a parameter that are updated at a time, which bounds temporary memory."""
 
 
 class AdamW8bitConfig(AdamKeys):
-    """`[optimizer] name = "adamw8bit"`: `torchao.optim.AdamW8bit`, AdamW with moments in 8 bits
-    (arXiv 2110.02861); `pip install '.[torchao]'`. A moment takes one byte for each
-    element, and four for each block of at most 256 elements of a row. Vectors, matrices with fewer
-    than 4096 elements and rows without a divisor from 64 to 256 keep moments in fp32. Updates one
-    parameter after the other; compile it, since a matrix takes over 100 kernels otherwise."""
+    """`[optimizer] name = "adamw8bit"`: AdamW with moments in 8 bits (arXiv 2110.02861). A moment
+    takes one byte for each element, and four for each block of at most 256 elements of a row.
+    Vectors, matrices with fewer than 4096 elements and rows without a divisor from 64 to 256 keep
+    moments in fp32. Compile it, since a matrix takes some forty kernels otherwise."""
 
     width_exponent: ClassVar[float] = 1.0
     name: Literal["adamw8bit"] = "adamw8bit"
     """The optimizer."""
-    package: ClassVar[str | None] = "torchao"
 
 
-class AdamW8bit(TorchOptimizer):
-    """`torchao.optim.AdamW8bit` on local shards.
+class AdamW8bit(GroupedOptimizer):
+    """AdamW with moments in 8 bits, on local shards.
 
-    Torchao would quantize blocks of a flattened shard, so that blocks and the choice of parameters
-    depended on the number of ranks. Here blocks are parts of rows, and the choice depends on the
-    full shape: training and checkpoints do not depend on how rows are sharded. State is saved as
-    plain tensors, since torch.distributed.checkpoint would pickle torchao's tensors.
-    `compile_step` compiles the update of each shape.
+    The state is `<parameter>.step`, and that of `Moments`. Blocks are parts of rows, and the choice
+    of parameters depends on the full shape: training and checkpoints do not depend on how rows are
+    sharded. `compile_step` compiles the update of each shape.
     """
 
     def __init__(
         self, config: AdamKeys, parameters: Iterable[TrainedParameter], compile_step: bool
     ) -> None:
-        from torchao.optim import AdamW8bit as TorchaoAdamW8bit
+        super().__init__(config, parameters)
+        self._adam, self._update = config, compile_if(compile_step)(update_)
+        self._moments = [Moments(*moment, self.parameters, True) for moment in MOMENTS.items()]
+        self.state = {f"{name}.step": torch.tensor(0.0) for name in self.parameters}
+        for moments in self._moments:
+            self.state |= moments.state
 
-        for is_signed in MOMENTS.values():
-            table_of_values(is_signed)  # torchao keeps them, and they must not be fake tensors
-        build = partial(TorchaoAdamW8bit, betas=config.betas, eps=config.eps)
-        # Torchao compiles by itself.
-        super().__init__(config, parameters, build, _state_in_fp32)
-        self._stance = "default" if compile_step else "force_eager"
-
+    @torch.no_grad()
     def step(self) -> None:
-        with torch.compiler.set_stance(self._stance):
-            super().step()
+        names, rows = [], []
+        for group, rate in zip(self.groups, self.rates, strict=True):
+            for name, parameter in group.parameters.items():
+                if parameter.grad is not None:
+                    num_steps = self.state[f"{name}.step"].add_(1)
+                    size, eps = step_size_and_eps(num_steps, rate, self._adam)
+                    names.append(name)
+                    rows.append([1.0, 1 - rate * group.weight_decay, float(size), float(eps)])
+        if not names:
+            return
+        table = to_device(torch.tensor(rows)[:, :, None, None], self.parameters[names[0]].device)
+        for name, coefficients in zip(names, table.split(1), strict=True):
+            for part in self._parts(name):
+                self._update(*part, coefficients=coefficients, betas=self._adam.betas)
 
-    def _create_state(self, name: str) -> dict[str, Tensor]:
-        """Adds `<parameter>.step`, and `.exp_avg` and `.exp_avg_sq` in fp32 or, in 8 bits, their
-        `.codes` [out, in] and `.scale` [out, blocks]."""
-        from torchao.optim.subclass_8bit import OptimState8bit
-
+    def _parts(self, name: str) -> Iterator[tuple[Any, ...]]:
+        """Yields lists of one: rows of the parameter, of its moments and of its gradient."""
         parameter = self.parameters[name]
-        size = block_size(tuple(parameter.shape))
-        if size is None:
-            return super()._create_state(name)
-        shard = local(parameter.detach())
-        rows, columns = self._padded(shard).shape
-        state = {"step": torch.tensor(0.0)}
-        self.state[f"{name}.step"] = state["step"]
-        for moment, is_signed in MOMENTS.items():
-            in_8_bits: Tensor = OptimState8bit.zeros(
-                (rows, columns), is_signed, size, shard.device, shard.dtype
-            )
-            state[moment] = in_8_bits
-            parts = {"codes": in_8_bits.codes, "scale": in_8_bits.scale.view(rows, -1)}  # type: ignore[attr-defined]
-            for part, tensor in parts.items():
-                saved = as_shard_of(tensor[: len(shard)], parameter)
-                self.state[f"{name}.{moment}.{part}"] = saved
-        return state
-
-    def _padded(self, shard: Tensor) -> Tensor:
-        # Torchao has no block size for an empty tensor.
-        return shard if shard.numel() else shard.new_zeros(1, *shard.shape[1:])
+        assert parameter.grad is not None
+        own, grad = (local(t).view(-1, t.shape[-1]) for t in (parameter, parameter.grad))
+        num_rows = max(1, _MAX_ELEMENTS // own.shape[1])
+        for first in range(0, len(own), num_rows):
+            rows = slice(first, first + num_rows)
+            moments = ([_rows_of(each.stored[name], rows)] for each in self._moments)
+            yield ([own[rows]], *moments, [grad[rows]])
 
 
-def _state_in_fp32(like: Tensor) -> dict[str, Tensor]:
-    return {"step": torch.tensor(0.0), **{moment: torch.zeros_like(like) for moment in MOMENTS}}
+def _rows_of(stored: Stored, rows: slice) -> Stored:
+    if len(stored) == 1:
+        return (stored[0].view(-1, stored[0].shape[-1])[rows],)
+    codes, scale, values = stored
+    return codes[rows], scale[rows], values
+
+
+def step_size_and_eps(num_steps: Tensor, lr: float, adam: AdamKeys) -> tuple[Tensor, Tensor]:
+    """Returns lr sqrt(1 - beta2^n) / (1 - beta1^n), with both bias corrections, and
+    eps sqrt(1 - beta2^n), after n steps."""
+    root = (1 - adam.betas[1] ** num_steps).sqrt()
+    return lr * root / (1 - adam.betas[0] ** num_steps), root * adam.eps
+
+
+def update_(
+    parameters: list[Tensor],
+    stored_means: list[Stored],
+    stored_squares: list[Stored],
+    grads: list[Tensor],
+    *,
+    coefficients: Tensor,
+    betas: tuple[float, float],
+) -> None:
+    """Updates parameters [rows, width] and their moments by AdamW (arXiv 1711.05101, Algorithm 2).
+
+    Args:
+        coefficients: mask, decay, step size and eps, with bias corrections, of each row,
+            [parameters, 4, rows or 1, 1]. A row whose mask is 0 has a gradient of zero.
+    """
+    mask, decay, step_size, eps = zip(*map(Tensor.unbind, coefficients.unbind()), strict=True)
+    means, squares = [*map(decoded, stored_means)], [*map(decoded, stored_squares)]
+    masked = torch._foreach_mul(grads, mask)
+    torch._foreach_lerp_(means, masked, 1 - betas[0])
+    torch._foreach_mul_(squares, betas[1])
+    # Compiled for a CPU, lists would be rounded twice here.
+    for square, grad in zip(squares, masked, strict=True):
+        square.addcmul_(grad, grad, value=1 - betas[1])
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_add_(roots, eps)
+    torch._foreach_mul_(parameters, decay)
+    torch._foreach_addcdiv_(parameters, torch._foreach_mul(means, step_size), roots, -1)
+    for stored, values in zip(stored_means + stored_squares, means + squares, strict=True):
+        encode_(stored, values)

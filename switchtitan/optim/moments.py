@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from switchtitan.distributed.shards import as_shard_of, local
 
@@ -45,7 +44,7 @@ class Moments:
             shard = local(parameter.detach())
             codes = torch.zeros_like(shard, dtype=torch.uint8)
             scale = shard.new_zeros(len(shard), shard.shape[1] // size, dtype=torch.float32)
-            table = torch.tensor(table_of_values(is_signed), device=shard.device)
+            table = torch.tensor(values_of_codes(is_signed), device=shard.device)
             self.stored[name] = (codes, scale, table)
             for part, tensor in {"codes": codes, "scale": scale}.items():
                 self.state[f"{name}.{key}.{part}"] = as_shard_of(tensor, parameter)
@@ -82,14 +81,17 @@ def encode_(stored: Stored, values: Tensor) -> None:
     codes.copy_(torch.bucketize(parts.flatten(1), (table[1:] + table[:-1]) / 2, out_int32=True))
 
 
-def table_of_values(is_signed: bool) -> tuple[float, ...]:
-    """Returns torchao's values of 8-bit codes, in order."""
-    from torchao.optim.subclass_8bit import get_qmap_signed, get_qmap_unsigned
-
-    # Torchao computes them by tensors, and keeps them.
-    with unset_fake_temporarily():
-        values: tuple[float, ...] = (get_qmap_signed if is_signed else get_qmap_unsigned)()
-    return values
+def values_of_codes(is_signed: bool) -> list[float]:
+    """Returns the 256 values of 8-bit codes, in order (dynamic tree quantization, arXiv 2110.02861,
+    sec. 2.2): 0, 1, and for each e from 0 to 6 the middles of 2^e equal parts of 10^(e - 6) times
+    [0.1, 1], with both signs; of 2^(e + 1) parts without a sign."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        num = 2**exponent * (1 if is_signed else 2)
+        for index in range(num):
+            value = (0.1 + 0.9 * (index + 0.5) / num) * 10.0 ** (exponent - 6)
+            values += [value, -value] if is_signed else [value]
+    return sorted(values)
 
 
 def block_size(shape: tuple[int, ...]) -> int | None:

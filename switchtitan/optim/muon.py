@@ -62,10 +62,9 @@ class MuonConfig(MuonKeys):
 
 class Muon8bitConfig(MuonKeys):
     """`[optimizer] name = "muon8bit"`: `muon` with its momentum in 8 bits, and `adamw8bit` in place
-    of AdamW; `pip install '.[torchao]'`. As with `adamw8bit`, momentum takes a byte for each
-    element, and four for each block of at most 256 elements of a row."""
+    of AdamW. As with `adamw8bit`, momentum takes a byte for each element, and four for each block
+    of at most 256 elements of a row."""
 
-    package: ClassVar[str | None] = "torchao"
     name: Literal["muon8bit"] = "muon8bit"
     """The optimizer."""
 

@@ -38,7 +38,7 @@ class TorchOptimizer(GroupedOptimizer):
         super().__init__(config, parameters)
         self._initial_state = initial_state
         self._held = {
-            name: nn.Parameter(self._padded(local(parameter.detach())))
+            name: nn.Parameter(local(parameter.detach()))
             for name, parameter in self.parameters.items()
         }
         groups: list[dict[str, Any]] = []
@@ -54,7 +54,7 @@ class TorchOptimizer(GroupedOptimizer):
     def step(self) -> None:
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                self._held[name].grad = self._padded(local(parameter.grad))
+                self._held[name].grad = local(parameter.grad)
         self._optimizer.step()
         for held in self._held.values():
             held.grad = None
@@ -62,24 +62,15 @@ class TorchOptimizer(GroupedOptimizer):
     def set_lr(self, lr_factor: float) -> None:
         super().set_lr(lr_factor)
         for own, group in zip(self._optimizer.param_groups, self.groups, strict=False):
-            if isinstance(own["lr"], Tensor):  # torchao's
-                own["lr"].fill_(group.lr * lr_factor)
-            else:
-                own["lr"] = group.lr * lr_factor
+            own["lr"] = group.lr * lr_factor
 
     def _create_state(self, name: str) -> dict[str, Tensor]:
         """Returns torch's state of a parameter, and adds it to the state that is saved."""
         parameter = self.parameters[name]
-        shard = local(parameter.detach())
         state = self._initial_state(self._held[name].detach())
         for key, value in state.items():
-            saved = as_shard_of(value[: len(shard)], parameter) if value.ndim else value
-            self.state[f"{name}.{key}"] = saved
+            self.state[f"{name}.{key}"] = as_shard_of(value, parameter) if value.ndim else value
         return state
-
-    def _padded(self, shard: Tensor) -> Tensor:
-        """Returns the tensor on which torch steps. It begins with the rows of `shard`."""
-        return shard
 
 
 class FullTensorOptimizer(TorchOptimizer):

@@ -13,9 +13,9 @@ from switchtitan.distributed.rows import copy_all_
 from switchtitan.distributed.shards import local, local_shards, row_range
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan, vector_spans
 from switchtitan.optim.adamw import AdamKeys
-from switchtitan.optim.adamw8bit import MOMENTS, AdamW8bitConfig
+from switchtitan.optim.adamw8bit import MOMENTS, AdamW8bitConfig, step_size_and_eps, update_
 from switchtitan.optim.base import GroupedOptimizer
-from switchtitan.optim.moments import Moments, Stored, decoded, encode_
+from switchtitan.optim.moments import Moments
 from switchtitan.optim.muon import Muon, MuonKeys
 from switchtitan.optim.parameters import TrainedParameter
 
@@ -108,12 +108,8 @@ class VectorAdamW(GroupedOptimizer):
 
     def _coefficients(self, groups: list[list[int]]) -> Tensor:
         """Returns mask, decay, step size and epsilon of each local vector, [factors, 4, held, 1],
-        with factors in the order of `groups`.
-
-        After n steps, the step size is lr sqrt(1 - beta2^n) / (1 - beta1^n), with both bias
-        corrections, and epsilon is eps sqrt(1 - beta2^n).
-        """
-        (beta1, beta2), (lr,) = self._adam.betas, self.rates  # factors are one group
+        with factors in the order of `groups`."""
+        (lr,) = self.rates  # factors are one group
         first, held = self._factors.parameters[0], self._factors.held
         order = [factor for group in groups for factor in group]
         steps_since_reset, is_frozen = (
@@ -123,10 +119,9 @@ class VectorAdamW(GroupedOptimizer):
             for table in (self._plan.steps_since_reset(), self._plan.is_frozen())
         )
         is_free = 1 - is_frozen
-        root = (1 - beta2**steps_since_reset).sqrt()
-        step_size = lr * root / (1 - beta1**steps_since_reset) * is_free
+        step_size, eps = step_size_and_eps(steps_since_reset, lr, self._adam)
         decay = 1 - lr * is_free * self.groups[0].weight_decay
-        table = torch.stack([is_free, decay, step_size, root * self._adam.eps], dim=1)
+        table = torch.stack([is_free, decay, step_size * is_free, eps], dim=1)
         return to_device(table, first.device)
 
     @torch.no_grad()
@@ -135,34 +130,6 @@ class VectorAdamW(GroupedOptimizer):
         only_momentum = self._plan.config.reset_moments == "momentum"
         moments = (self._means,) if only_momentum else (self._means, self._squares)
         self._factors.zero_(self._plan.resets(), *(each.zeros() for each in moments))
-
-
-def update_(
-    vectors: list[Tensor],
-    stored_means: list[Stored],
-    stored_squares: list[Stored],
-    grads: list[Tensor],
-    *,
-    coefficients: Tensor,
-    betas: tuple[float, float],
-) -> None:
-    """Updates vectors and moments of several factors, each [vectors, width], by AdamW (arXiv
-    1711.05101, Algorithm 2), with coefficients [factors, 4, vectors, 1]; bias corrections are part
-    of the step size and eps."""
-    mask, decay, step_size, eps = zip(*map(Tensor.unbind, coefficients.unbind()), strict=True)
-    means, squares = [*map(decoded, stored_means)], [*map(decoded, stored_squares)]
-    masked = torch._foreach_mul(grads, mask)
-    torch._foreach_lerp_(means, masked, 1 - betas[0])
-    torch._foreach_mul_(squares, betas[1])
-    # Compiled for a CPU, lists would be rounded twice here.
-    for square, grad in zip(squares, masked, strict=True):
-        square.addcmul_(grad, grad, value=1 - betas[1])
-    roots = torch._foreach_sqrt(squares)
-    torch._foreach_add_(roots, eps)
-    torch._foreach_mul_(vectors, decay)
-    torch._foreach_addcdiv_(vectors, torch._foreach_mul(means, step_size), roots, -1)
-    for stored, values in zip(stored_means + stored_squares, means + squares, strict=True):
-        encode_(stored, values)
 
 
 class FactorMuon(Muon):

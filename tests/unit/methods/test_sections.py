@@ -16,7 +16,6 @@ from switchtitan.optim.torch_optimizer import SGDConfig
         ("galore", "optimizer.name sgd", ("galore", "sgd")),
         ("apollo", "optimizer.name muon", ("apollo", "muon")),
         ("relora", "optimizer.name adafactor", ("relora", "adafactor")),
-        ("full_rank", "optimizer.name adamw8bit", ("adamw8bit", "torchao")),
         ("full_rank", "optimizer.name scale model.tied_head true", ("scale", "tied")),
         ("relora", "method.restart_warmup_steps 9", ("restart_warmup_steps = 9",)),
         ("switchlora", "method.interval 9 method.switches_per_vector 2",
@@ -28,8 +27,7 @@ from switchtitan.optim.torch_optimizer import SGDConfig
         ("lora", "model.name cola model.rank 5", ("rank = 6", "factor_a", "at most 4")),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_before_any_work(tmp_path, monkeypatch, method, keys, fragments):
-    monkeypatch.setattr("switchtitan.registry.find_spec", lambda name: None)
+def test_what_cannot_be_is_refused_before_any_work(tmp_path, method, keys, fragments):
     words = keys.split()
     words[::2] = [f"--{key}" for key in words[::2]]
     with refused(*fragments, error=ConfigError):
