@@ -18,8 +18,6 @@ class RankSummary(NamedTuple):
     effective: float
     effective_by_kind: dict[str, float]
     """By the layers' local name, e.g. "q_proj"."""
-    effective_by_layer: dict[str, float]
-    """By the layer's qualified name."""
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -66,26 +64,13 @@ def summarize(spectra: Spectra) -> RankSummary:
             kind: fmean(effective[name] for name in names)
             for kind, names in layers_by_kind(spectra).items()
         },
-        effective_by_layer=effective,
     )
-
-
-def normalized_by_kind(spectra: Spectra) -> dict[str, Tensor]:
-    """Concatenates, by kind, its layers' singular values as shares of each layer's largest."""
-    return {
-        kind: torch.cat([_shares_of_largest(spectra[name]) for name in names])
-        for kind, names in layers_by_kind(spectra).items()
-    }
 
 
 def mean_normalized_spectrum(spectra: Spectra) -> Tensor:
     """Averages, over layers, singular values as shares of each layer's largest: [max min(out, in)].
 
     Layers with fewer values are padded with zeros. An unchanged layer counts as zero."""
-    rows = [_shares_of_largest(values) for values in spectra.values()]
+    tiny = torch.finfo(torch.float32).tiny
+    rows = [values / values.max().clamp(min=tiny) for values in spectra.values()]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).mean(dim=0)
-
-
-def _shares_of_largest(values: Tensor) -> Tensor:
-    """Divides singular values [n] by the largest one; zeros stay zero."""
-    return values / values.max().clamp(min=torch.finfo(values.dtype).tiny)

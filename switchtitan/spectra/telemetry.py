@@ -3,16 +3,13 @@
 import logging
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import World
 from switchtitan.observability.reporter import Reporter
-from switchtitan.spectra.spectrum import (
-    normalized_by_kind,
-    summarize,
-)
+from switchtitan.spectra.spectrum import summarize
 from switchtitan.spectra.weight_change import Origin
 
 logger = logging.getLogger(__name__)
@@ -40,34 +37,18 @@ class RankTelemetry:
         """Measures and reports the change at this step. Collective.
 
         Raises:
-            CheckpointError: on the main rank, if the run's initial weights are no longer available.
+            CheckpointError: if the run's initial weights are no longer available.
         """
-        is_main = self.world.is_main
-        tensors = gather_on_main(self.model.named_parameters(), is_main)
-        spectra, values = dict[str, Tensor](), dict[str, float]()
-        if is_main:
+        tensors = gather_on_main(self.model.named_parameters(), self.world.is_main)
+
+        def measure() -> dict[str, float]:
             dense = self.origin.method.dense_weights(tensors)
             spectra = self.origin.spectra(dense, self.world.device)
-            ranks = summarize(spectra)
-            values = {
-                "rank/effective_mean": ranks.effective,
-                **{f"rank/effective/{kind}": of for kind, of in ranks.effective_by_kind.items()},
-                **{
-                    f"rank/effective_by_layer/{layer}": of
-                    for layer, of in ranks.effective_by_layer.items()
-                },
-            }
-        # The others wait here: rank 0's SVDs can exceed the timeout of the training step's
-        # collectives.
-        values = self.world.gather(values)[0]
-        self.reporter.report(step, values)
-        by_kind = normalized_by_kind(spectra)
-        histograms = {f"rank/spectrum/{kind}": shares for kind, shares in by_kind.items()}
-        self.reporter.report_histograms(step, histograms)
-        if is_main:
-            logger.info(
-                "step %d: mean effective rank of the change %.1f of %d",
-                step,
-                values["rank/effective_mean"],
-                max(map(len, spectra.values())),
-            )
+            mean, by_kind = summarize(spectra)
+            full = max(map(len, spectra.values()))
+            logger.info("step %d: mean effective rank of the change %.1f of %d", step, mean, full)
+            of_kinds = {f"rank/effective/{kind}": rank for kind, rank in by_kind.items()}
+            return {"rank/effective_mean": mean, **of_kinds}
+
+        # The others wait: SVDs can exceed the timeout of the training step's collectives.
+        self.reporter.report(step, self.world.on_main(measure))

@@ -70,7 +70,7 @@ def assert_spectra_are(measured, expected):
 @pytest.fixture(scope="module")
 def switching(corpora):
     """A run of SwitchLoRA that measures, and what it reported."""
-    return train(corpora / "rank", "switchlora", *EVERY_5, "--metrics.tensorboard", "true")
+    return train(corpora / "rank", "switchlora", *EVERY_5)
 
 
 # Fira and APOLLO train full weights, as GaLore and full rank do.
@@ -91,23 +91,13 @@ def test_measured_ranks_equal_those_of_merged_minus_starting_weights(corpora, sw
     assert ranks["rank/effective_mean"] == pytest.approx(summarize(expected).effective, rel=1e-4)
     of_q = {name: values for name, values in expected.items() if name.endswith("q_proj")}
     assert ranks["rank/effective/q_proj"] == pytest.approx(summarize(of_q).effective, rel=1e-4)
-    assert len(ranks) == 1 + 7 + NUM_LAYERS
+    assert len(ranks) == 1 + 7
     # LoRA stays within its rank; W + s B A is rounded to fp32: 6e-8 of weights of 0.02.
     beyond = [values[6] / values[0] for values in measured.values()]
     if method == "lora":
         assert max(beyond) < 1e-4
     if method in ("full_rank", "switchlora"):
         assert min(beyond) > 1e-3
-
-
-def test_every_kinds_spectrum_reaches_tensorboard(corpora, switching):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder = str(corpora / "rank" / "run" / "tensorboard")
-    events = EventAccumulator(folder, size_guidance={"histograms": 0}).Reload()
-    points = {tag: events.Histograms(tag) for tag in events.Tags()["histograms"]}
-    assert len(points) == 7
-    assert all([point.step for point in of_kind] == [5, 10, 12] for of_kind in points.values())
 
 
 def test_without_the_setting_nothing_is_measured_and_the_run_is_the_same(corpora, switching):
