@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from switchtitan.checkpoint.load import find_given
 from switchtitan.checkpoint.save import CheckpointMetadata
@@ -14,11 +13,12 @@ from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.data.corpus import Corpus
 from switchtitan.data.recorded import find_recorded, recorded_sources
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
+from switchtitan.distributed.initial import ReadRows
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import CheckpointError, CheckpointFormatError, ConfigError, CorpusError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.huggingface import CONFIG_NAME, read_config
-from switchtitan.hub.initial_weights import read_initial_weights, read_model_folder
+from switchtitan.hub.initial_weights import find_weights, open_weights, read_model_folder
 from switchtitan.hub.peft_folder import folders_of
 from switchtitan.job.checks import check_device, check_held_out
 from switchtitan.job.config import JobConfig
@@ -32,19 +32,17 @@ class TrainedModel:
     source: Path
     """The checkpoint, or the file or folder of weights."""
     config: ModelConfig
-    tensors: dict[str, Tensor]
-    """Dense weights by the plain model's names. `load` takes them out."""
+    read_rows: ReadRows
+    """Reads the plain model's weights."""
     metadata: CheckpointMetadata | None
     """Of the checkpoint; None for other weights."""
-    found_config: dict[str, Any]
-    """The `config.json` next to the weights; empty if there is none."""
 
     @property
     def max_positions(self) -> int | None:
         """Tokens of the longest sequence that it was made for; None if that is not known."""
         if self.metadata is not None:
             return self.metadata.identity_value("data", "seq_len", int)
-        given = self.found_config.get("max_position_embeddings")
+        given = _read_beside(self.source, CONFIG_NAME).get("max_position_embeddings")
         return given if isinstance(given, int) and given > 0 else None
 
     @property
@@ -56,13 +54,13 @@ class TrainedModel:
         return "float32" if saved == "float32" else "bfloat16"
 
     def load(self, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-        """Returns the plain model, unsharded, for passes without gradients.
-
-        Takes the weights out of `tensors`, one at a time, so that memory does not hold the model in
-        both dtypes.
-        """
-        model, names = plain_model(self.config), list(self.tensors)
-        weights = {name: self.tensors.pop(name).to(device, dtype) for name in names}
+        """Returns the plain model, unsharded, for passes without gradients."""
+        model = plain_model(self.config)
+        # One at a time, so that memory does not hold the model in both dtypes.
+        weights = {
+            name: self.read_rows(name, range(len(weight))).to(device, dtype)
+            for name, weight in model.named_parameters()
+        }
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(False).eval()
 
@@ -83,9 +81,8 @@ def open_trained_model(path: Path, config: ModelConfig | None = None) -> Trained
     if config is None and (path.suffix == ".safetensors" or file.is_file()):
         config = MODELS.restore(read_model_folder(file.parent))
     if config is not None:
-        source, tensors = read_initial_weights(path, config)
-        found_config = read_config(file) if file.is_file() else {}
-        return TrainedModel(source, config, tensors, None, found_config)
+        source = find_weights(path)
+        return TrainedModel(source, config, open_weights(source, config), None)
     try:
         checkpoint = find_given(path)
     except CheckpointFormatError:
@@ -95,7 +92,7 @@ def open_trained_model(path: Path, config: ModelConfig | None = None) -> Trained
             f"{error}, or a folder in Hugging Face's layout; for other weights, pass --config FILE"
         ) from error
     dense = DenseCheckpoint(checkpoint)
-    return TrainedModel(checkpoint, dense.config, dense.read(), dense.metadata, {})
+    return TrainedModel(checkpoint, dense.config, dense.read_rows, dense.metadata)
 
 
 def for_evaluation(config: JobConfig) -> JobConfig:
@@ -151,10 +148,8 @@ def corpus_of_run(metadata: CheckpointMetadata, checkpoint: Path) -> Corpus:
 
 def stop_tokens(trained: TrainedModel, tokenizer: DocumentTokenizer) -> frozenset[int]:
     """Returns the tokens that end a text: those that transformers stops at, or the tokenizer's."""
-    name = "generation_config.json"
-    file = None if trained.metadata is not None else _find_beside(trained.source, name)
-    for found in ({} if file is None else read_config(file), trained.found_config):
-        given = found.get("eos_token_id")
+    for name in ("generation_config.json", CONFIG_NAME) if trained.metadata is None else ():
+        given = _read_beside(trained.source, name).get("eos_token_id")
         ids = given if isinstance(given, list) else [given]
         if ids and all(isinstance(token, int) for token in ids):
             return frozenset(ids)
@@ -175,3 +170,9 @@ def check_tokens(trained: TrainedModel, tokens: list[int]) -> None:
 def _find_beside(source: Path, name: str) -> Path | None:
     files = (folder / name for folder in folders_of(source))
     return next((file for file in files if file.is_file()), None)
+
+
+def _read_beside(source: Path, name: str) -> dict[str, Any]:
+    """Returns a file of JSON next to weights; empty if there is none."""
+    file = _find_beside(source, name)
+    return {} if file is None else read_config(file)

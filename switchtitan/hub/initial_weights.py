@@ -13,7 +13,7 @@ from switchtitan.distributed.initial import ReadRows
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import sha256_of_file
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.huggingface import CONFIG_NAME, check_shapes, parameter_shapes, read_config
+from switchtitan.hub.huggingface import CONFIG_NAME, check_shapes, read_config
 from switchtitan.hub.peft_folder import (
     ADAPTER_CONFIG_NAME,
     folder_of_model,
@@ -22,13 +22,6 @@ from switchtitan.hub.peft_folder import (
     read_merged,
 )
 from switchtitan.models import MODELS
-
-
-def read_initial_weights(path: Path, config: ModelConfig) -> tuple[Path, dict[str, Tensor]]:
-    """Returns what `find_weights` does, and all of the plain model's weights by name."""
-    source, shapes = find_weights(path), parameter_shapes(config)
-    read_rows = open_weights(source, config)
-    return source, {name: read_rows(name, range(shape[0])) for name, shape in shapes.items()}
 
 
 def find_weights(path: Path) -> Path:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.folders import random_weights, reader_of, with_header
+from support.folders import random_weights, read_weights, reader_of, with_header
 from support.fuzzing import EXTREME_NUMBERS, STRANGE_STRINGS, fuzz, mutate_bytes, mutate_json
 from support.long_form import num_cases
 from support.tiny import METHOD_KEYS, tiny_config, tiny_toml
@@ -27,7 +27,7 @@ from switchtitan.data.sources import DATASETS
 from switchtitan.data.tokenizer import read_tokenizer
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.huggingface import parameter_shapes
-from switchtitan.hub.initial_weights import read_initial_weights, read_model_folder
+from switchtitan.hub.initial_weights import read_model_folder
 from switchtitan.job.config import parse_arguments
 from switchtitan.models import MODELS
 from switchtitan.registry import toml_value
@@ -97,7 +97,7 @@ def hugging_face_folder(folder):
 
     def read():
         assert parameter_shapes(MODELS.restore(read_model_folder(exported)))
-        read_initial_weights(exported, model)
+        read_weights(exported, model)
 
     return damage_one_of(exported, change_safetensors), read
 

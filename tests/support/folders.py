@@ -5,6 +5,7 @@ import json
 import torch
 
 from switchtitan.hub.huggingface import parameter_shapes
+from switchtitan.hub.initial_weights import find_weights, open_weights
 
 _SHAPES = {
     "vocab_size": 1000,
@@ -72,6 +73,14 @@ def random_weights(model, seed=1):
     return {
         name: 0.02 * torch.randn(shape, generator=generator) + (len(shape) == 1)
         for name, shape in parameter_shapes(model).items()
+    }
+
+
+def read_weights(path, config):
+    """Returns all weights of a folder or a file, by name."""
+    read_rows = open_weights(find_weights(path), config)
+    return {
+        name: read_rows(name, range(shape[0])) for name, shape in parameter_shapes(config).items()
     }
 
 

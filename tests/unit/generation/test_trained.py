@@ -3,7 +3,6 @@ the batches of a text that it is evaluated on."""
 
 import itertools
 import json
-import weakref
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.tokenizer import read_tokenizer, train_tokenizer
 from switchtitan.generation.text import held_out_text
 from switchtitan.generation.trained import (
-    TrainedModel,
     for_evaluation,
     open_tokenizer,
     open_trained_model,
@@ -24,31 +22,6 @@ from switchtitan.generation.trained import (
 )
 from switchtitan.hub.peft_folder import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from switchtitan.job.config import parse_saved
-
-
-class WatchedTensors(dict):
-    """Counts the tensors in memory each time that one is taken out."""
-
-    def __init__(self, tensors):
-        super().__init__({name: tensor.clone() for name, tensor in tensors.items()})
-        self.references = [weakref.ref(tensor) for tensor in self.values()]
-        self.num_alive = []
-
-    def pop(self, name):
-        self.num_alive.append(sum(reference() is not None for reference in self.references))
-        return super().pop(name)
-
-
-def test_loading_frees_each_weight_after_its_conversion(tmp_path):
-    opened = open_trained_model(save_random_model("llama", tmp_path / "model"))
-    given = dict(opened.tensors)
-    tensors = WatchedTensors(given)
-    trained = TrainedModel(opened.source, opened.config, tensors, None, opened.found_config)
-    model = trained.load(torch.device("cpu"), torch.bfloat16)
-    assert not trained.tensors
-    assert tensors.num_alive == list(range(len(given), 0, -1))
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, given[name].to(torch.bfloat16))
 
 
 @pytest.fixture
