@@ -15,7 +15,8 @@ from pathlib import Path
 from switchtitan.errors import ConfigError
 from switchtitan.observability.tensorboard import read_curves
 from switchtitan.report.page import Pictures, write_page
-from switchtitan.report.pictures import curve_panels, draw, measure, rank_table, spectrum_panels
+from switchtitan.report.pictures import curve_panels, draw, rank_table, spectrum_panels
+from switchtitan.spectra.weight_change import checkpoint_spectra
 
 _FORMATS = (".html", ".png", ".svg", ".pdf")
 
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> dict[str, str]:
         curves = {label: read_curves(folder) for label, folder in runs.items()}
         pictures["Curves"] = draw(curve_panels(curves)), None
     if options.spectrum:
-        spectra = {label: measure(folder) for label, folder in runs.items()}
+        spectra = {label: checkpoint_spectra(folder) for label, folder in runs.items()}
         pictures["Change of the weights"] = draw(spectrum_panels(spectra)), rank_table(spectra)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

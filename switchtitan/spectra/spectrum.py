@@ -1,23 +1,13 @@
 """Computes effective ranks of matrices from their singular values, on plain tensors."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from statistics import fmean
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Spectra = Mapping[str, Tensor]
 """Singular values [min(out, in)] by the layer's qualified name, largest first."""
-
-
-class RankSummary(NamedTuple):
-    """Effective ranks, averaged over layers."""
-
-    effective: float
-    effective_by_kind: dict[str, float]
-    """By the layers' local name, e.g. "q_proj"."""
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -45,26 +35,9 @@ def effective_rank(values: Tensor) -> float:
     return torch.special.entr(values.double() / total).sum().exp().item()
 
 
-def layers_by_kind(names: Iterable[str]) -> dict[str, list[str]]:
-    """Groups layers, in order of first occurrence, by their name in a part of a block: "up_proj" is
-    that of "model.layers.0.mlp.up_proj"."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kind = re.sub(r"^(.*\.)?\d+\.([^.]+\.)?", "", name)
-        kinds.setdefault(kind, []).append(name)
-    return kinds
-
-
-def summarize(spectra: Spectra) -> RankSummary:
-    """Averages ranks over all layers and over the layers of each kind."""
-    effective = {name: effective_rank(values) for name, values in spectra.items()}
-    return RankSummary(
-        effective=fmean(effective.values()),
-        effective_by_kind={
-            kind: fmean(effective[name] for name in names)
-            for kind, names in layers_by_kind(spectra).items()
-        },
-    )
+def mean_effective_rank(spectra: Spectra) -> float:
+    """Averages effective ranks over layers."""
+    return fmean(map(effective_rank, spectra.values()))
 
 
 def mean_normalized_spectrum(spectra: Spectra) -> Tensor:

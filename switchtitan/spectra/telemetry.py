@@ -9,7 +9,7 @@ from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import World
 from switchtitan.observability.reporter import Reporter
-from switchtitan.spectra.spectrum import summarize
+from switchtitan.spectra.spectrum import mean_effective_rank
 from switchtitan.spectra.weight_change import Origin
 
 logger = logging.getLogger(__name__)
@@ -44,11 +44,9 @@ class RankTelemetry:
         def measure() -> dict[str, float]:
             dense = self.origin.method.dense_weights(tensors)
             spectra = self.origin.spectra(dense, self.world.device)
-            mean, by_kind = summarize(spectra)
-            full = max(map(len, spectra.values()))
+            mean, full = mean_effective_rank(spectra), max(map(len, spectra.values()))
             logger.info("step %d: mean effective rank of the change %.1f of %d", step, mean, full)
-            of_kinds = {f"rank/effective/{kind}": rank for kind, rank in by_kind.items()}
-            return {"rank/effective_mean": mean, **of_kinds}
+            return {"rank/effective_mean": mean}
 
         # The others wait: SVDs can exceed the timeout of the training step's collectives.
         self.reporter.report(step, self.world.on_main(measure))

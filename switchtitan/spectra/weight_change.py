@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from switchtitan.checkpoint.load import find_given
 from switchtitan.contracts import Method, ModelConfig
 from switchtitan.distributed.initial import ReadRows, plain_value
 from switchtitan.errors import CheckpointError
@@ -90,14 +91,11 @@ class Origin:
         return start
 
 
-def checkpoint_spectra(checkpoint: Path) -> tuple[int, dict[str, Tensor]]:
-    """Returns the step, and the singular values of the linear layers' change until then, by name.
-
-    Raises:
-        CheckpointError: if the checkpoint is not complete, or the run's initial weights are no
-            longer available.
-    """
-    dense = DenseCheckpoint(checkpoint)
+def checkpoint_spectra(run: Path) -> tuple[int, dict[str, Tensor]]:
+    """Returns the step of a checkpoint, or of a run's newest one, and the singular values of the
+    linear layers' change until then, by name. Raises a CheckpointError if there is no complete
+    one, or the run's initial weights are no longer available."""
+    dense = DenseCheckpoint(find_given(run))
     metadata = dense.metadata
     path, checksum = (
         None if value is None else str(value)

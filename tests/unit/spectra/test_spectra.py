@@ -1,14 +1,12 @@
-"""Ranks of matrices with a known spectrum, and layers by kind."""
+"""Ranks of matrices with a known spectrum."""
 
 import pytest
 import torch
 
 from switchtitan.spectra.spectrum import (
     effective_rank,
-    layers_by_kind,
     mean_normalized_spectrum,
     singular_values,
-    summarize,
 )
 
 
@@ -29,19 +27,6 @@ def test_effective_ranks_match_a_hand_calculation():
         assert effective_rank(scale * torch.tensor([2.0, 1.0, 1.0, 0.0])) == pytest.approx(2**1.5)
     unchanged = singular_values(torch.zeros(4, 6))
     assert effective_rank(unchanged) == 0
-
-
-def test_a_summary_averages_over_layers_and_kinds():
-    spectra = {
-        "model.layers.0.self_attn.q_proj": torch.ones(4),
-        "model.layers.0.mlp.up_proj": torch.tensor([1.0, 0.0]),
-        "model.layers.1.self_attn.q_proj": torch.tensor([5.0, 5.0, 0.0, 0.0]),
-    }
-    summary = summarize(spectra)
-    assert summary.effective == pytest.approx((4 + 1 + 2) / 3)
-    assert summary.effective_by_kind == pytest.approx({"q_proj": 3, "up_proj": 1})
-    assert list(layers_by_kind(spectra)) == ["q_proj", "up_proj"]
-    assert [*layers_by_kind(["layers.0.self_attn.q_proj.factor_a"])] == ["q_proj.factor_a"]
 
 
 def test_the_mean_spectrum_is_of_shares_of_each_layer_s_largest_value():
