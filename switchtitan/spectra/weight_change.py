@@ -1,6 +1,7 @@
 """Computes the change of linear layers since step 0. Initial weights are drawn or read again."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,50 +18,37 @@ from switchtitan.progress import progress_bar
 from switchtitan.spectra.spectrum import singular_values
 
 
+@dataclass(eq=False)
 class Origin:
-    """The dense weights that a run started from, drawn or read again when asked for.
+    """The dense weights that a run started from, drawn or read again when asked for."""
 
-    Args:
-        config: the plain model's section.
-        seed: `[job] seed`.
-        initial_weights: the path that initial weights were read from; None if all were drawn.
-        checksum: of these weights, see `initial_weights.checksum`.
-        method: the run's method, which may start from other weights than these.
-    """
+    config: ModelConfig
+    """The plain model's section."""
+    seed: int
+    initial_weights: str | None
+    """The path that initial weights were read from; None if all were drawn."""
+    checksum: str | None
+    """Of these weights, see `initial_weights.checksum`."""
+    method: Method
+    """The run's, which may start from other weights than these."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        seed: int,
-        initial_weights: str | None,
-        checksum: str | None,
-        method: Method,
-    ) -> None:
-        self._config, self._seed, self.method = config, seed, method
-        self._model = plain_model(config)
-        blocks = tuple(f"{block}." for block in self._model.blocks())
-        self._layers = [
-            name.removesuffix(".weight")
-            for name, weight in self._model.named_parameters()
-            if name.startswith(blocks) and weight.dim() == 2
-        ]
-        """Qualified names of the linear layers in blocks: no embedding, no head."""
-        self._source = None if initial_weights is None else Path(initial_weights)
-        self._checksum = checksum
+    def __post_init__(self) -> None:
+        self._model = plain_model(self.config)
         self._read: ReadRows | None = None
         self._computed: dict[str, Tensor] = {}
 
     def open(self) -> None:
         """Reads again what was read at step 0; a CheckpointError if it has moved or changed."""
-        if self._source is None or self._read is not None:
+        if self.initial_weights is None or self._read is not None:
             return
-        if not self._source.exists() or checksum(self._source) != self._checksum:
+        source = Path(self.initial_weights)
+        if not source.exists() or checksum(source) != self.checksum:
             raise CheckpointError(
-                f"cannot measure the weights' change since step 0: the initial weights "
-                f"{self._source} {'have changed' if self._source.exists() else 'are missing'}; "
-                "restore them, or set [spectrum] interval = none"
+                f"cannot measure the weights' change since step 0: the initial weights {source} "
+                f"{'have changed' if source.exists() else 'are missing'}; restore them, or set "
+                "[spectrum] interval = none"
             )
-        self._read = open_weights(find_weights(self._source), self._config)
+        self._read = open_weights(find_weights(source), self.config)
 
     def spectra(self, dense: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Returns the singular values of each linear layer's change since step 0; see `open`.
@@ -71,17 +59,19 @@ class Origin:
         """
         self.open()
         spectra = dict[str, Tensor]()
-        for layer in progress_bar("measuring ranks", self._layers, total=None, unit="layers"):
-            name, weight = f"{layer}.weight", dense[f"{layer}.weight"]
-            change = weight - self._starting_weight(name, weight.shape)
-            spectra[layer] = singular_values(change.to(device))
+        blocks = tuple(f"{block}." for block in self._model.blocks())
+        items, num = dense.items(), len(dense)
+        for name, weight in progress_bar("measuring ranks", items, total=num, unit="weights"):
+            if name.startswith(blocks) and weight.dim() == 2:  # no embedding, no head
+                change = weight - self._starting_weight(name, weight.shape)
+                spectra[name.removesuffix(".weight")] = singular_values(change.to(device))
         return spectra
 
     def _starting_weight(self, name: str, shape: torch.Size) -> Tensor:
         if name in self._computed:
             return self._computed[name]
         if self._read is None:
-            weight = plain_value(self._model, self._seed, name, shape)
+            weight = plain_value(self._model, self.seed, name, shape)
         else:
             weight = self._read(name, range(shape[0])).to(torch.float32)
         start = self.method.starting_weight(name, weight)
@@ -93,8 +83,8 @@ class Origin:
 
 def checkpoint_spectra(run: Path) -> tuple[int, dict[str, Tensor]]:
     """Returns the step of a checkpoint, or of a run's newest one, and the singular values of the
-    linear layers' change until then, by name. Raises a CheckpointError if there is no complete
-    one, or the run's initial weights are no longer available."""
+    linear layers' change until then, by name. Raises a CheckpointError if there is no complete one,
+    or the run's initial weights are no longer available."""
     dense = DenseCheckpoint(find_given(run))
     metadata = dense.metadata
     path, checksum = (
