@@ -146,7 +146,7 @@ def test_changed_files_of_equal_sizes_are_not_those_of_a_corpus(tmp_path):
     write_json_lines(tmp_path / "in" / "b.jsonl", ["bbbb"] * 40)  # was not read
     assert open_corpus(config).fingerprint == corpus.fingerprint
     write_json_lines(tmp_path / "in" / "a.jsonl", ["bbbb"] * 40)
-    with pytest.raises(CorpusError, match=r"\[data\] path = .* a.jsonl has other contents"):
+    with pytest.raises(CorpusError, match=r"\[data\] path = .* a.jsonl: missing, new or changed"):
         open_corpus(config)
 
 
