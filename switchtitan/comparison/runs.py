@@ -21,8 +21,7 @@ from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.observability import RESULTS_FILE
 from switchtitan.registry import Section, toml_value
-from switchtitan.spectra.spectrum import mean_effective_rank
-from switchtitan.spectra.weight_change import checkpoint_spectra
+from switchtitan.spectra.weight_change import checkpoint_spectra, mean_effective_rank
 from switchtitan.training.output import CONFIG_FILE
 
 _KEYS_OF_A_MACHINE = {

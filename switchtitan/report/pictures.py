@@ -10,7 +10,7 @@ from pandas import DataFrame
 
 from switchtitan.observability import PLOT_STYLE
 from switchtitan.observability.tensorboard import Curve
-from switchtitan.spectra.spectrum import Spectra, mean_effective_rank, mean_normalized_spectrum
+from switchtitan.spectra.weight_change import Spectra, mean_effective_rank, mean_normalized_spectrum
 
 Panels = dict[str, list[tuple[str, str, Any, Any]]]
 """Title -> lines: label, how their points are drawn, x and y."""

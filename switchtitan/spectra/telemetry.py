@@ -9,8 +9,7 @@ from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import World
 from switchtitan.observability.reporter import Reporter
-from switchtitan.spectra.spectrum import mean_effective_rank
-from switchtitan.spectra.weight_change import Origin
+from switchtitan.spectra.weight_change import Origin, mean_effective_rank
 
 logger = logging.getLogger(__name__)
 

@@ -36,8 +36,7 @@ from switchtitan.methods.adapter.method import AdapterConfig, AdapterMethod
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.models import MODELS
 from switchtitan.registry import Component
-from switchtitan.spectra.spectrum import mean_effective_rank
-from switchtitan.spectra.weight_change import checkpoint_spectra
+from switchtitan.spectra.weight_change import checkpoint_spectra, mean_effective_rank
 from switchtitan.training.build import build_trainer
 
 BF16 = ("--training.frozen_dtype", "bfloat16")

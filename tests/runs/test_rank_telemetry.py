@@ -16,8 +16,7 @@ from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
 from switchtitan.job.config import parse_arguments
 from switchtitan.methods import METHODS
-from switchtitan.spectra.spectrum import mean_effective_rank
-from switchtitan.spectra.weight_change import checkpoint_spectra
+from switchtitan.spectra.weight_change import checkpoint_spectra, mean_effective_rank
 from switchtitan.training.build import build_trainer
 
 NUM_STEPS = ("--training.steps", "12", "--evaluation.interval", "100")

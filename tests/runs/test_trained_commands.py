@@ -22,8 +22,7 @@ from switchtitan.data.tokenizer import train_tokenizer
 from switchtitan.observability.tensorboard import read_curves
 from switchtitan.registry import toml_value
 from switchtitan.report.pictures import curve_panels
-from switchtitan.spectra.spectrum import mean_effective_rank
-from switchtitan.spectra.weight_change import checkpoint_spectra
+from switchtitan.spectra.weight_change import checkpoint_spectra, mean_effective_rank
 
 TEXT = "def größe(self, 日本):\n    return self.x  # €\n" * 9
 PROMPT = "def größe(self):\n    return "
