@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.commands import run
-from support.folders import change_json
+from support.folders import change_json, save_random_model
 from support.trained import train_and_save
 
 from switchtitan.errors import CheckpointError
@@ -20,14 +20,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    config = LlamaConfig(vocab_size=53, hidden_size=36, intermediate_size=29, **heads)
-    folder = tmp_path_factory.mktemp("adapters") / "model"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_random_model("llama", tmp_path_factory.mktemp("adapters") / "model")
 
 
 def save_adapter(base, folder, **keys):
