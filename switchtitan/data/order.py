@@ -69,13 +69,10 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 @dataclass(frozen=True)
 class Schedule:
     """Sources by position. Of the first p positions, source k has `counts[k] / PERIOD * p` of them,
-    within one.
-
-    Args:
-        counts: [sources], positions of each source in a period; they add up to `PERIOD`.
-    """
+    within one."""
 
     counts: tuple[int, ...]
+    """[sources], positions of each source in a period; they add up to `PERIOD`."""
 
     @cached_property
     def _sources(self) -> NDArray[np.int64]:

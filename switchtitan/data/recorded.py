@@ -55,16 +55,9 @@ def record(corpus: Corpus) -> dict[str, JsonValue]:
 
 
 def find_recorded(run: Mapping[str, object], cache_dir: Path, checkpoint: Path) -> Corpus:
-    """Finds the corpus that a run has recorded, by its index; verifies and prepares nothing.
-
-    Args:
-        run: of the checkpoint's metadata.
-        cache_dir: searched, as is the folder where the corpus was.
-        checkpoint: for the message if the corpus is not there.
-
-    Raises:
-        CorpusError: if it is not on this machine, or its index is damaged.
-    """
+    """Finds the corpus that the metadata of a checkpoint record, by its index, in `cache_dir` and
+    in the folder where it was; verifies and prepares nothing. Raises a CorpusError if it is not on
+    this machine, or its index is damaged."""
     sources = recorded_sources(run, checkpoint)
     parts = [_find(source, cache_dir, checkpoint) for source in sources]
     return join_sources(parts, Schedule(tuple(source.count for source in sources)))

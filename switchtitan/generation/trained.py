@@ -66,17 +66,11 @@ class TrainedModel:
 
 
 def open_trained_model(path: Path, config: ModelConfig | None = None) -> TrainedModel:
-    """Reads a run's newest checkpoint, a given checkpoint, or other weights: a folder in Hugging
-    Face's layout, a LoRA adapter's folder or a safetensors file.
-
-    Args:
-        config: the plain model's section; by default the checkpoint's, or the one that a
-            `config.json` describes.
-
-    Raises:
-        CheckpointError: if the weights cannot be read or do not match the model.
-        ConfigError: if a `config.json` describes no model that is supported.
-    """
+    """Opens a run's newest checkpoint, a given checkpoint, or other weights: a folder in Hugging
+    Face's layout, a LoRA adapter's folder or a safetensors file. `config`, the plain model's
+    section, is by default the checkpoint's, or the one that a `config.json` describes. Raises a
+    CheckpointError if the weights cannot be read or do not match the model, a ConfigError if the
+    `config.json` describes no model that is supported."""
     file = folders_of(path)[-1] / CONFIG_NAME
     if config is None and (path.suffix == ".safetensors" or file.is_file()):
         config = MODELS.restore(read_model_folder(file.parent))
@@ -104,15 +98,9 @@ def for_evaluation(config: JobConfig) -> JobConfig:
 
 
 def open_tokenizer(trained: TrainedModel, given: Path | None = None) -> DocumentTokenizer:
-    """Returns a trained model's tokenizer.
-
-    Args:
-        given: a `tokenizer.json`, or a folder with one; by default that of the run's corpus, or the
-            one next to the weights, or next to those of an adapter's base.
-
-    Raises:
-        CorpusError: if there is none, or it cannot be read.
-    """
+    """Returns a trained model's tokenizer: of a `tokenizer.json`, or a folder with one, that is
+    given; by default that of the run's corpus, or the one next to the weights, or next to those of
+    an adapter's base. Raises a CorpusError if there is none, or it cannot be read."""
     tokenizer = find_tokenizer(trained, given)
     if tokenizer is None:
         where = " or ".join(map(str, folders_of(trained.source)))

@@ -373,7 +373,7 @@ def test_the_offline_corpus_takes_its_place_with_a_warning(tmp_path, caplog, key
     corpus = open_corpus(DataConfig(**keys))
     assert "REQUESTED CORPUS UNAVAILABLE" in caplog.text
     assert f"dataset = '{keys['dataset']}'" in str(corpus.fallback_for)
-    assert corpus.name.startswith("pystdlib-")
+    assert corpus.index.name.startswith("pystdlib-")
 
 
 @pytest.mark.usefixtures("offline")
