@@ -20,13 +20,10 @@ rounded to multiples of one in 10 000."""
 
 
 def sequence_index(seed: int, position: NDArray[np.int64], num_sequences: int) -> NDArray[np.int64]:
-    """Returns the sequences at the given positions of the endless global order.
+    """Returns the sequences at positions [...] of the endless global order, from 0.
 
     Epoch e covers positions [e * num_sequences, (e + 1) * num_sequences) and visits every sequence
     once, in its own order.
-
-    Args:
-        position: [...], 0 or more.
     """
     epochs, offsets = np.divmod(np.asarray(position, dtype=np.int64), num_sequences)
     indices = np.empty_like(offsets)

@@ -66,11 +66,8 @@ class Sampler:
         return int(torch.multinomial(chances, 1, generator=self._generator))
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Returns the probabilities of tokens [vocabulary] at a temperature above 0.
-
-        Args:
-            logits: [vocabulary], fp32 or wider.
-        """
+        """Returns the probabilities of tokens [vocabulary] at a temperature above 0, of logits
+        [vocabulary] in fp32 or wider."""
         logits = logits / self.temperature
         if self.top_k is not None and self.top_k < len(logits):
             last_kept = logits.topk(self.top_k).values[-1]

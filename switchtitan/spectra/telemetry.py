@@ -33,11 +33,8 @@ class RankTelemetry:
 
     @full_precision()
     def after(self, step: int) -> None:
-        """Measures and reports the change at this step. Collective.
-
-        Raises:
-            CheckpointError: if the run's initial weights are no longer available.
-        """
+        """Measures and reports the change at this step; collective. Raises a CheckpointError if the
+        run's initial weights are no longer available."""
         tensors = gather_on_main(self.model.named_parameters(), self.world.is_main)
 
         def measure() -> dict[str, float]:

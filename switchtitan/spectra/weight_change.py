@@ -54,12 +54,8 @@ class Origin:
         self._read = open_weights(find_weights(source), self.config)
 
     def spectra(self, dense: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """Returns the singular values of each linear layer's change since step 0; see `open`.
-
-        Args:
-            dense: the current dense weights, fp32 on the CPU.
-            device: computes them.
-        """
+        """Returns the singular values of each linear layer's change since step 0, computed on
+        `device` from the current dense weights, fp32 on the CPU; see `open`."""
         self.open()
         spectra = dict[str, Tensor]()
         blocks = tuple(f"{block}." for block in self._model.blocks())
