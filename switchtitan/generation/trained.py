@@ -6,23 +6,20 @@ from typing import Any, Literal
 
 import torch
 
-from switchtitan.checkpoint.load import find_given
 from switchtitan.checkpoint.save import CheckpointMetadata
 from switchtitan.config import flatten, parse_toml, raise_together
 from switchtitan.contracts import LanguageModel, ModelConfig
 from switchtitan.data.corpus import Corpus
 from switchtitan.data.recorded import find_recorded, recorded_sources
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
-from switchtitan.distributed.initial import ReadRows
 from switchtitan.distributed.world import device_type
-from switchtitan.errors import CheckpointError, CheckpointFormatError, ConfigError, CorpusError
-from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.huggingface import CONFIG_NAME, read_config
-from switchtitan.hub.initial_weights import find_weights, open_weights, read_model_folder
+from switchtitan.errors import CheckpointError, ConfigError, CorpusError
+from switchtitan.hub.huggingface import CONFIG_NAME, ReadWeight, read_config
+from switchtitan.hub.initial_weights import find_weights, open_weights
 from switchtitan.hub.peft_folder import folders_of
 from switchtitan.job.checks import check_device, check_held_out
 from switchtitan.job.config import JobConfig
-from switchtitan.models import MODELS, plain_model
+from switchtitan.models import plain_model
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class TrainedModel:
     source: Path
     """The checkpoint, or the file or folder of weights."""
     config: ModelConfig
-    read_rows: ReadRows
+    read: ReadWeight
     """Reads the plain model's weights."""
     metadata: CheckpointMetadata | None
     """Of the checkpoint; None for other weights."""
@@ -57,10 +54,7 @@ class TrainedModel:
         """Returns the plain model, unsharded, for passes without gradients."""
         model = plain_model(self.config)
         # One at a time, so that memory does not hold the model in both dtypes.
-        weights = {
-            name: self.read_rows(name, range(len(weight))).to(device, dtype)
-            for name, weight in model.named_parameters()
-        }
+        weights = {name: self.read(name).to(device, dtype) for name, _ in model.named_parameters()}
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(False).eval()
 
@@ -71,22 +65,10 @@ def open_trained_model(path: Path, config: ModelConfig | None = None) -> Trained
     section, is by default the checkpoint's, or the one that a `config.json` describes. Raises a
     CheckpointError if the weights cannot be read or do not match the model, a ConfigError if the
     `config.json` describes no model that is supported."""
-    file = folders_of(path)[-1] / CONFIG_NAME
-    if config is None and (path.suffix == ".safetensors" or file.is_file()):
-        config = MODELS.restore(read_model_folder(file.parent))
-    if config is not None:
-        source = find_weights(path)
-        return TrainedModel(source, config, open_weights(source, config), None)
-    try:
-        checkpoint = find_given(path)
-    except CheckpointFormatError:
-        raise
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}, or a folder in Hugging Face's layout; for other weights, pass --config FILE"
-        ) from error
-    dense = DenseCheckpoint(checkpoint)
-    return TrainedModel(checkpoint, dense.config, dense.read_rows, dense.metadata)
+    source = find_weights(path)
+    weights = open_weights(source, config)
+    metadata = weights.metadata if config is None else None
+    return TrainedModel(source, weights.config, weights.read, metadata)
 
 
 def for_evaluation(config: JobConfig) -> JobConfig:

@@ -1,6 +1,5 @@
 """Reads the dense weights of a checkpoint of any method."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +44,20 @@ class DenseCheckpoint:
         check_shapes(dense, self.config, f"{checkpoint}")
 
     @full_precision()
-    def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Returns weights, by default all; a CheckpointError if a tensor cannot be read."""
-        names = self.names if names is None else list(names)
-        dense = self.method.dense_weights(self.read_trained(map(module_of, names)))
-        return {name: dense[name] for name in names}
+    def read(self, name: str) -> Tensor:
+        """Returns a weight; a CheckpointError if it cannot be read."""
+        return self.method.dense_weights(self.read_trained(module_of(name)))[name]
 
-    @full_precision()
     def read_rows(self, name: str, rows: range) -> Tensor:
         """Returns rows of a weight: what is saved of them, or computed from its entire module."""
         if name in self._stored:
             return read_rows(self._checkpoint, MODEL + name, rows)
-        return self.read([name])[name][rows.start : rows.stop]
+        return self.read(name)[rows.start : rows.stop]
 
-    def read_trained(self, modules: Iterable[str]) -> dict[str, Tensor]:
-        """Returns the parameters of modules and their children, as the method trains them."""
-        prefixes = tuple({f"{module}." if module else "" for module in modules})
-        names = [MODEL + name for name in self.on_meta if name.startswith(prefixes)]
+    def read_trained(self, module: str) -> dict[str, Tensor]:
+        """Returns the parameters of a module and its children, as the method trains them."""
+        prefix = f"{module}." if module else ""
+        names = [MODEL + name for name in self.on_meta if name.startswith(prefix)]
         read = read_tensors(self._checkpoint, names)
         return {name.removeprefix(MODEL): tensor for name, tensor in read.items()}
 

@@ -1,6 +1,6 @@
 """Computes the change of linear layers since step 0, its singular values and effective ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from switchtitan.checkpoint.load import find_given
 from switchtitan.contracts import Method, ModelConfig
-from switchtitan.distributed.initial import ReadRows, plain_value
+from switchtitan.distributed.initial import plain_value
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
+from switchtitan.hub.huggingface import ReadWeight
 from switchtitan.hub.initial_weights import checksum, find_weights, open_weights
 from switchtitan.models import plain_model
 from switchtitan.progress import progress_bar
@@ -37,7 +38,7 @@ class Origin:
 
     def __post_init__(self) -> None:
         self._model = plain_model(self.config)
-        self._read: ReadRows | None = None
+        self._read: ReadWeight | None = None
         self._computed: dict[str, Tensor] = {}
 
     def open(self) -> None:
@@ -51,16 +52,17 @@ class Origin:
                 f"{'have changed' if source.exists() else 'are missing'}; restore them, or set "
                 "[spectrum] interval = none"
             )
-        self._read = open_weights(find_weights(source), self.config)
+        self._read = open_weights(find_weights(source), self.config).read
 
-    def spectra(self, dense: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    def spectra(
+        self, dense: Iterable[tuple[str, Tensor]], device: torch.device
+    ) -> dict[str, Tensor]:
         """Returns the singular values of each linear layer's change since step 0, computed on
-        `device` from the current dense weights, fp32 on the CPU; see `open`."""
+        `device` from the current dense weights by name, fp32 on the CPU; see `open`."""
         self.open()
         spectra = dict[str, Tensor]()
         blocks = tuple(f"{block}." for block in self._model.blocks())
-        items, num = dense.items(), len(dense)
-        for name, weight in progress_bar("measuring ranks", items, total=num, unit="weights"):
+        for name, weight in progress_bar("measuring ranks", dense, total=None, unit="weights"):
             if name.startswith(blocks) and weight.dim() == 2:  # no embedding, no head
                 change = weight - self._starting_weight(name, weight.shape)
                 spectra[name.removesuffix(".weight")] = singular_values(change.to(device))
@@ -72,7 +74,7 @@ class Origin:
         if self._read is None:
             weight = plain_value(self._model, self.seed, name, shape)
         else:
-            weight = self._read(name, range(shape[0])).to(torch.float32)
+            weight = self._read(name).to(torch.float32)
         start = self.method.starting_weight(name, weight)
         if start is not weight:
             # It may be a decomposition, which takes longer than the measurement.
@@ -92,7 +94,8 @@ def checkpoint_spectra(run: Path) -> tuple[int, dict[str, Tensor]]:
     )
     seed = metadata.identity_value("job", "seed", int)
     origin = Origin(dense.config, seed, path, checksum, dense.method)
-    return metadata.step, origin.spectra(dense.read(), torch.device("cpu"))
+    weights = ((name, dense.read(name)) for name in dense.names)
+    return metadata.step, origin.spectra(weights, torch.device("cpu"))
 
 
 # Matrices and their singular values, on plain tensors.

@@ -275,14 +275,14 @@ def _open_initial_weights(
     # Checksums read all bytes: once. Other ranks read only the rows that they hold.
     source, state.initial_fingerprint = world.on_main(find)
     state.initial_weights = str(source)
-    read_rows = open_weights(source, config.model)
+    weights = open_weights(source, config.model)
     logger.info("initial weights: %s", source)
     if not config.method.keeps_initial_weights:
         logger.warning(
             "[method] name = %r starts from an approximation of the initial weights",
             config.method.name,
         )
-    return read_rows
+    return weights.read_rows
 
 
 def _open_telemetry(

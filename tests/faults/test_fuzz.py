@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.folders import random_weights, read_weights, reader_of, with_header
+from support.folders import random_weights, read_weights, with_header
 from support.fuzzing import EXTREME_NUMBERS, STRANGE_STRINGS, fuzz, mutate_bytes, mutate_json
 from support.long_form import num_cases
 from support.tiny import METHOD_KEYS, tiny_config, tiny_toml
@@ -92,7 +92,7 @@ def change_safetensors(name, valid, draw):
 
 def hugging_face_folder(folder):
     model, exported = tiny_config(folder / "home", "full_rank").model, folder / "exported"
-    weights = reader_of(random_weights(model))
+    weights = random_weights(model).__getitem__
     export_dense(weights, model, exported, torch.float32, max_shard_bytes=20_000)
 
     def read():

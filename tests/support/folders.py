@@ -76,17 +76,10 @@ def random_weights(model, seed=1):
     }
 
 
-def read_weights(path, config):
-    """Returns all weights of a folder or a file, by name."""
-    read_rows = open_weights(find_weights(path), config)
-    return {
-        name: read_rows(name, range(shape[0])) for name, shape in parameter_shapes(config).items()
-    }
-
-
-def reader_of(tensors):
-    """Returns what reads weights in memory by their names, to export them."""
-    return lambda names: {name: tensors[name] for name in names}
+def read_weights(path, config=None):
+    """Returns all weights of a folder, a file or a checkpoint, by name."""
+    weights = open_weights(find_weights(path), config)
+    return {name: weights.read(name) for name in parameter_shapes(weights.config)}
 
 
 def with_header(data, change):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import refused
-from support.folders import KINDS, change_json, read_weights, reader_of, save_random_model
+from support.folders import KINDS, change_json, read_weights, save_random_model
 from support.tensors import differing
 
 from switchtitan.errors import CheckpointError, ConfigError
@@ -60,7 +60,7 @@ def logits_of_transformers(folder):
 
 
 def export(config, weights, folder, dtype=torch.float32, **keys):
-    export_dense(reader_of(weights), config, folder, dtype, **keys)
+    export_dense(weights.__getitem__, config, folder, dtype, **keys)
 
 
 @pytest.mark.parametrize("kind", KINDS)
