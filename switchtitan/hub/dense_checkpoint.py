@@ -38,8 +38,6 @@ class DenseCheckpoint:
         self.on_meta = {name: saved[MODEL + name] for name in trained if MODEL + name in saved}
         """The parameters as the method trains them, by name, on the meta device."""
         dense = self.method.dense_weights(self.on_meta)
-        self.names = list(dense)
-        """Names of the weights in the plain model."""
         self._stored = {name for name in dense if dense[name] is self.on_meta.get(name)}
         check_shapes(dense, self.config, f"{checkpoint}")
 

@@ -39,7 +39,7 @@ class RankTelemetry:
 
         def measure() -> dict[str, float]:
             dense = self.origin.method.dense_weights(tensors)
-            spectra = self.origin.spectra(dense.items(), self.world.device)
+            spectra = self.origin.spectra(dense.__getitem__, self.world.device)
             mean, full = mean_effective_rank(spectra), max(map(len, spectra.values()))
             logger.info("step %d: mean effective rank of the change %.1f of %d", step, mean, full)
             return {"rank/effective_mean": mean}

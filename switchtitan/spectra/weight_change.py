@@ -1,6 +1,6 @@
 """Computes the change of linear layers since step 0, its singular values and effective ranks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -54,18 +54,20 @@ class Origin:
             )
         self._read = open_weights(find_weights(source), self.config).read
 
-    def spectra(
-        self, dense: Iterable[tuple[str, Tensor]], device: torch.device
-    ) -> dict[str, Tensor]:
+    def spectra(self, read: ReadWeight, device: torch.device) -> dict[str, Tensor]:
         """Returns the singular values of each linear layer's change since step 0, computed on
-        `device` from the current dense weights by name, fp32 on the CPU; see `open`."""
+        `device`; see `open`. `read` returns the current dense weights, fp32 on the CPU."""
         self.open()
-        spectra = dict[str, Tensor]()
         blocks = tuple(f"{block}." for block in self._model.blocks())
-        for name, weight in progress_bar("measuring ranks", dense, total=None, unit="weights"):
-            if name.startswith(blocks) and weight.dim() == 2:  # no embedding, no head
-                change = weight - self._starting_weight(name, weight.shape)
-                spectra[name.removesuffix(".weight")] = singular_values(change.to(device))
+        layers = [  # no embedding, no head
+            (name, weight.shape)
+            for name, weight in self._model.named_parameters()
+            if name.startswith(blocks) and weight.dim() == 2
+        ]
+        spectra = dict[str, Tensor]()
+        for name, shape in progress_bar("measuring ranks", layers, total=None, unit="layers"):
+            change = read(name) - self._starting_weight(name, shape)
+            spectra[name.removesuffix(".weight")] = singular_values(change.to(device))
         return spectra
 
     def _starting_weight(self, name: str, shape: torch.Size) -> Tensor:
@@ -94,8 +96,7 @@ def checkpoint_spectra(run: Path) -> tuple[int, dict[str, Tensor]]:
     )
     seed = metadata.identity_value("job", "seed", int)
     origin = Origin(dense.config, seed, path, checksum, dense.method)
-    weights = ((name, dense.read(name)) for name in dense.names)
-    return metadata.step, origin.spectra(weights, torch.device("cpu"))
+    return metadata.step, origin.spectra(dense.read, torch.device("cpu"))
 
 
 # Matrices and their singular values, on plain tensors.
