@@ -14,8 +14,14 @@ from pathlib import Path
 
 from switchtitan.errors import ConfigError
 from switchtitan.observability.tensorboard import read_curves
-from switchtitan.report.page import Pictures, write_page
-from switchtitan.report.pictures import curve_panels, draw, rank_table, spectrum_panels
+from switchtitan.report.page import (
+    Pictures,
+    curve_panels,
+    draw,
+    rank_table,
+    spectrum_panels,
+    write_page,
+)
 from switchtitan.spectra.weight_change import checkpoint_spectra
 
 _FORMATS = (".html", ".png", ".svg", ".pdf")

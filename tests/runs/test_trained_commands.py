@@ -21,7 +21,7 @@ from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import train_tokenizer
 from switchtitan.observability.tensorboard import read_curves
 from switchtitan.registry import toml_value
-from switchtitan.report.pictures import curve_panels
+from switchtitan.report.page import curve_panels
 from switchtitan.spectra.weight_change import checkpoint_spectra, mean_effective_rank
 
 TEXT = "def größe(self, 日本):\n    return self.x  # €\n" * 9
