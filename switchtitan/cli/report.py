@@ -14,15 +14,7 @@ from pathlib import Path
 
 from switchtitan.errors import ConfigError
 from switchtitan.observability.tensorboard import read_curves
-from switchtitan.report.page import (
-    Pictures,
-    curve_panels,
-    draw,
-    rank_table,
-    spectrum_panels,
-    write_page,
-)
-from switchtitan.spectra.weight_change import checkpoint_spectra
+from switchtitan.report.page import Pictures, curve_panels, draw, draw_spectra, write_page
 
 _FORMATS = (".html", ".png", ".svg", ".pdf")
 
@@ -55,8 +47,7 @@ def run(options: argparse.Namespace) -> dict[str, str]:
         curves = {label: read_curves(folder) for label, folder in runs.items()}
         pictures["Curves"] = draw(curve_panels(curves)), None
     if options.spectrum:
-        spectra = {label: checkpoint_spectra(folder) for label, folder in runs.items()}
-        pictures["Change of the weights"] = draw(spectrum_panels(spectra)), rank_table(spectra)
+        pictures["Change of the weights"] = draw_spectra(runs)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if is_page:

@@ -19,7 +19,11 @@ from switchtitan.files import write_atomically
 from switchtitan.observability import PLOT_STYLE, RESULTS_FILE
 from switchtitan.observability.tensorboard import Curve
 from switchtitan.registry import toml_value
-from switchtitan.spectra.weight_change import Spectra, mean_effective_rank, mean_normalized_spectrum
+from switchtitan.spectra.weight_change import (
+    checkpoint_spectra,
+    mean_effective_rank,
+    mean_normalized_spectrum,
+)
 from switchtitan.training.output import CONFIG_FILE
 
 Panels = dict[str, list[tuple[str, str, Any, Any]]]
@@ -46,15 +50,6 @@ td:first-child, th:first-child { text-align: left; white-space: nowrap; }
 svg { max-width: 100%; height: auto; }"""
 
 
-def rank_table(runs: Mapping[str, tuple[int, Spectra]]) -> DataFrame:
-    """Returns, for runs by label, step, mean effective rank over layers, and the full rank."""
-    rows = {
-        label: [step, f"{mean_effective_rank(spectra):.1f}", max(map(len, spectra.values()))]
-        for label, (step, spectra) in runs.items()
-    }
-    return DataFrame.from_dict(rows, "index", columns=["step", "effective rank", "of"])
-
-
 def curve_panels(runs: Mapping[str, Mapping[str, Curve]]) -> Panels:
     """Returns what runs' curves by metric tell: losses, learning rate, switches, measured ranks."""
     return {
@@ -68,11 +63,17 @@ def curve_panels(runs: Mapping[str, Mapping[str, Curve]]) -> Panels:
     }
 
 
-def spectrum_panels(runs: Mapping[str, tuple[int, Spectra]]) -> Panels:
-    """Returns mean spectra of runs by label."""
-    means = {label: mean_normalized_spectrum(of).tolist() for label, (_, of) in runs.items()}
-    lines = [(label, "-", range(1, len(mean) + 1), mean) for label, mean in means.items()]
-    return {_SINGULAR_VALUES: lines}
+def draw_spectra(runs: Mapping[str, Path]) -> tuple[Figure, DataFrame]:
+    """Draws mean spectra of the change of the weights of runs by label; returns them with a table of
+    mean effective ranks over layers, and the full ranks. See `checkpoint_spectra`."""
+    lines, rows = [], {}
+    for label, run in runs.items():
+        step, spectra = checkpoint_spectra(run)
+        mean = mean_normalized_spectrum(spectra).tolist()
+        lines.append((label, "-", range(1, len(mean) + 1), mean))
+        rows[label] = [step, f"{mean_effective_rank(spectra):.1f}", len(mean)]
+    table = DataFrame.from_dict(rows, "index", columns=["step", "effective rank", "of"])
+    return draw({_SINGULAR_VALUES: lines}), table
 
 
 @rc_context(PLOT_STYLE)
