@@ -64,8 +64,8 @@ def curve_panels(runs: Mapping[str, Mapping[str, Curve]]) -> Panels:
 
 
 def draw_spectra(runs: Mapping[str, Path]) -> tuple[Figure, DataFrame]:
-    """Draws mean spectra of the change of the weights of runs by label; returns them with a table of
-    mean effective ranks over layers, and the full ranks. See `checkpoint_spectra`."""
+    """Draws mean spectra of runs by label; returns them with a table of mean effective ranks over
+    layers, and the full ranks. See `checkpoint_spectra`."""
     lines, rows = [], {}
     for label, run in runs.items():
         step, spectra = checkpoint_spectra(run)
