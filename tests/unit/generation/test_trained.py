@@ -10,7 +10,7 @@ from support.folders import save_random_model
 from support.tiny import tiny_toml
 from support.tiny_documents import save_tokenizer
 
-from switchtitan.contracts import IGNORED_TARGET
+from switchtitan.contracts import IGNORED_TARGET, LowRankUpdate
 from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.tokenizer import read_tokenizer, train_tokenizer
 from switchtitan.generation.text import held_out_text
@@ -20,7 +20,7 @@ from switchtitan.generation.trained import (
     open_trained_model,
     stop_tokens,
 )
-from switchtitan.hub.peft_folder import ADAPTER_CONFIG_NAME, ADAPTER_NAME
+from switchtitan.hub.peft_folder import write_adapter
 from switchtitan.job.config import parse_saved
 
 
@@ -36,16 +36,10 @@ def base(tmp_path):
 @pytest.fixture
 def adapter(base, tmp_path):
     """An adapter as PEFT writes it: without the files of its base."""
-    from safetensors.torch import save_file
-
     folder = tmp_path / "adapter"
     folder.mkdir()
-    layer = "base_model.model.model.layers.0.mlp.up_proj"
-    factors = {"A": torch.zeros(2, 54), "B": torch.zeros(77, 2)}
-    tensors = {f"{layer}.lora_{name}.weight": factor for name, factor in factors.items()}
-    save_file(tensors, folder / ADAPTER_NAME)
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(base)}
-    (folder / ADAPTER_CONFIG_NAME).write_text(json.dumps(config))
+    update = LowRankUpdate(torch.zeros(2, 54), torch.zeros(2, 77), 2.0)
+    write_adapter([("model.layers.0.mlp.up_proj", update)], folder, base, torch.float32, None)
     return folder
 
 
