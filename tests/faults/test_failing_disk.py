@@ -7,8 +7,8 @@ import re
 import signal
 import tempfile
 import traceback
-from contextlib import contextmanager
 from functools import partial
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import pytest
@@ -38,17 +38,6 @@ from switchtitan.errors import CheckpointError
 from switchtitan.files import make_folder, write_atomically
 
 STEPS = {step: f"step-{step:09d}" for step in range(1, 9)}
-
-
-@contextmanager
-def logged():
-    """Yields a list of what is logged."""
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("switchtitan").addHandler(handler)
-    yield lines
-    logging.getLogger("switchtitan").removeHandler(handler)
 
 
 make_checkpointer = partial(checkpoints.make_checkpointer, async_save=False)
@@ -99,18 +88,20 @@ def check_a_fault(home, name, is_async):
     num_kept = 1 if prunes else 2
     checkpointer = make_checkpointer(home, async_save=is_async, keep_latest=num_kept)
     save(checkpointer, 1)
-    with logged() as lines:
-        set_faults(*CASES[name])
-        try:
-            save(checkpointer, 2)
-        except CheckpointError as error:
-            lines.append(str(error))
-        finally:
-            set_faults()
-    messages = "\n".join(lines)
+    log, error = BufferingHandler(1000), ""
+    logging.getLogger("switchtitan").addHandler(log)
+    set_faults(*CASES[name])
+    try:
+        save(checkpointer, 2)
+    except CheckpointError as caught:
+        error = str(caught)
+    finally:
+        set_faults()
+        logging.getLogger("switchtitan").removeHandler(log)
+    messages = "\n".join([error, *(record.getMessage() for record in log.buffer)])
     assert not is_noticed or TEXTS[fault.outcome] in messages, messages
-    has_failed = "cannot save step 2" in messages
-    assert has_failed == (is_noticed and not prunes), messages
+    has_failed = "cannot save step 2" in error
+    assert has_failed == bool(error) == (is_noticed and not prunes), messages
     assert has_failed == (checkpointer.latest.name == STEPS[1])
     whole = [path.name for path in sorted(home.glob("step-*")) if is_whole(path)]
     assert whole[0] == STEPS[1] or prunes, whole
