@@ -17,15 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from switchtitan.errors import ConfigError
-from switchtitan.registry import (
-    NONE,
-    UNKNOWN,
-    Registry,
-    Section,
-    explain,
-    mistakes,
-    toml_value,
-)
+from switchtitan.registry import NONE, UNKNOWN, Registry, Section, explain, mistakes, toml_value
 
 FOLDER = Path(str(resources.files("switchtitan"))) / "train_configs"
 """The configurations that are installed with the package."""

@@ -139,7 +139,6 @@ class OptimizerConfig(NamedSection):
     weight decay."""
 
     def without_effect(self) -> list[str]:
-        """See `registry.Section`."""
         if self.decay_norms and self.weight_decay == 0:
             return ["decay_norms = true has no effect with weight_decay = 0"]
         return []

@@ -40,14 +40,9 @@ def set_thread_defaults(environ: MutableMapping[str, str], num_cores: int) -> No
     has_fewer = num_cores < _num_cores_by_affinity()
     # Otherwise torch's own default is better: it uses one thread on a core with two hyperthreads.
     if num_ranks > 1 or has_fewer:
-        environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(num_cores, num_ranks)))
+        environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_ranks)))
     if has_fewer:
         environ.setdefault("RAYON_NUM_THREADS", str(num_cores))
-
-
-def threads_per_process(num_cores: int, num_processes: int) -> int:
-    """Returns an equal share of the cores, at least 1."""
-    return max(1, num_cores // num_processes)
 
 
 class OtherLoad:

@@ -4,7 +4,6 @@ import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +60,8 @@ class TrackMemory(CountingMode):
     def __init__(self, stepper: Stepper) -> None:
         super().__init__()
         self._stepper = stepper
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, tuple[str, int]] = {}
+        """Storage -> its kind and bytes."""
         self._now = dict.fromkeys((*KINDS, _BATCH), 0)
         self._most, self._at_peak = dict(self._now), dict(self._now)
         self._clean_up = ExitStack()
@@ -116,18 +116,17 @@ class TrackMemory(CountingMode):
     def _hold_storage(self, storage: torch.UntypedStorage, kind: str) -> None:
         key = id(storage)
         if key not in self._held:
-            reference = weakref.ref(storage, partial(self._release, key))
-            self._held[key] = _Held(reference, kind, 0)
-        held = self._held[key]
-        self._now[held.kind] -= held.num_bytes
-        if held.kind == OTHER:
-            held.kind = kind
-        held.num_bytes = 0 if held.kind == _BATCH else storage.nbytes()
-        self._now[held.kind] += held.num_bytes
+            weakref.finalize(storage, self._release, key)
+        held_as, num_bytes = self._held.get(key, (kind, 0))
+        self._now[held_as] -= num_bytes
+        if held_as != OTHER:
+            kind = held_as
+        self._held[key] = kind, 0 if kind == _BATCH else storage.nbytes()
+        self._now[kind] += self._held[key][1]
 
-    def _release(self, key: int, reference: object) -> None:
-        held = self._held.pop(key)
-        self._now[held.kind] -= held.num_bytes
+    def _release(self, key: int) -> None:
+        kind, num_bytes = self._held.pop(key)
+        self._now[kind] -= num_bytes
 
     def _measure(self) -> None:
         self._most = {kind: max(most, self._now[kind]) for kind, most in self._most.items()}
@@ -156,15 +155,6 @@ class TrackMemory(CountingMode):
 
 def _on_device(use: Mapping[str, int]) -> int:
     return sum(num_bytes for kind, num_bytes in use.items() if kind != HOST)
-
-
-@dataclass
-class _Held:
-    """A storage in memory."""
-
-    storage: "weakref.ref[torch.UntypedStorage]"
-    kind: str
-    num_bytes: int
 
 
 def _tensors_within(part: object) -> Iterator[Tensor]:

@@ -33,8 +33,10 @@ def real_stepper(config: JobConfig) -> Iterator[Stepper]:
 
 
 @contextmanager
-def fake_stepper(config: JobConfig, num_ranks: int, device: str = "cpu") -> Iterator[Stepper]:
-    """Yields the stepper of the first of `num_ranks` ranks: on a CPU, uncompiled.
+def fake_stepper(
+    config: JobConfig, num_ranks: int, device: str = "cpu", rank: int = 0
+) -> Iterator[Stepper]:
+    """Yields the stepper of one of `num_ranks` ranks: on a CPU, uncompiled.
 
     Its tensors are fake (shapes without values), and its collectives do nothing: it requires no
     ranks, no memory for the model and no corpus. dtype "auto" is bf16, as on current GPUs. Run
@@ -61,7 +63,7 @@ def fake_stepper(config: JobConfig, num_ranks: int, device: str = "cpu") -> Iter
         # Compilation changes no collectives.
         "compile": CompileConfig() if device == "cpu" else config.compile,
     }
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     try:
         mesh = init_device_mesh(
             torch.device(device).type, shape, mesh_dim_names=("replicate", "shard")
@@ -71,7 +73,7 @@ def fake_stepper(config: JobConfig, num_ranks: int, device: str = "cpu") -> Iter
         with FakeTensorMode():
             yield build_stepper(
                 config.model_copy(update=without_values),
-                World(0, num_ranks, torch.device(device), mesh, group),
+                World(rank, num_ranks, torch.device(device), mesh, group),
                 fake_batches(training.local_batch_size, seq_len, num_micro_batches),
                 compute_dtype=compute_dtype,
             )

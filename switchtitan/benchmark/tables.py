@@ -58,48 +58,48 @@ def step_record(
     }
 
 
-def communication_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
-    """Formats MiB that each rank sends in a step, and number of calls, by collective."""
-    counts = {name: estimate.communication for name, estimate in estimates.items()}
-    first = next(iter(counts.values()))
-    used = [kind for kind in first if any(of[kind].num_calls for of in counts.values())]
-    rows = [("MiB/step", *used, "")]
-    for name, by_kind in counts.items():
-        total = sum(count.bytes_sent for count in by_kind.values())
-        cells = [
-            f"{by_kind[kind].bytes_sent / _MIB:.2f} ({by_kind[kind].num_calls})" for kind in used
-        ]
-        rows.append((f"{total / _MIB:.2f}", *cells, name))
-    return _aligned(rows)
-
-
-def size_table(
-    estimates: Mapping[str, StepEstimate], configs: Mapping[str, JobConfig]
+def estimate_tables(
+    estimates: Mapping[str, StepEstimate], configs: Mapping[str, JobConfig], num_ranks: int
 ) -> list[str]:
-    """Formats one line per configuration: values of the model, steps, tokens, checkpoint."""
+    """Formats four tables with a line for each configuration, of memory two: sizes, memory, bytes
+    that are sent by the collectives that occur, operations."""
     first = next(iter(estimates.values()))
-    rows = [(*first.parameters, "steps", "tokens", "checkpoint GiB", "")]
-    for name, estimate in estimates.items():
-        training = configs[name].training
-        num_tokens = training.steps * _tokens_per_step(configs[name])
-        counts = [f"{number:,}" for number in estimate.parameters.values()]
-        size = _four_digits(estimate.checkpoint_bytes / _GIB)
-        rows.append((*counts, f"{training.steps:,}", tqdm.format_sizeof(num_tokens), size, name))
-    return _aligned(rows)
-
-
-def memory_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
-    """Formats two lines per configuration, in GiB: each kind at the peak, and its maximum."""
-    rows = [("GiB", "total", "state", *KINDS, "")]
-    for name, estimate in estimates.items():
-        memory = estimate.memory
-        at_peak = (memory.at_peak[kind] for kind in KINDS)
-        state_at_peak = sum(memory.at_peak[kind] for kind in STATE)
-        rows.append(("peak", *map(_gib, (memory.peak, state_at_peak, *at_peak)), name))
-        rows.append(
-            ("most", "", *map(_gib, (memory.state, *(memory.most[kind] for kind in KINDS))), "")
-        )
-    return _aligned(rows)
+    counts = [estimate.communication for estimate in estimates.values()]
+    used = [kind for kind in first.communication if any(of[kind].num_calls for of in counts)]
+    sizes = [(*first.parameters, "steps", "tokens", "checkpoint GiB", "")]
+    memory = [("GiB", "total", "state", *KINDS, "")]
+    sent: list[tuple[str, ...]] = [("MiB/step", *used, "")]
+    operations: list[tuple[str, ...]] = [
+        ("TFLOP/step", "to update", "update", "full rank", "ratio", "")
+    ]
+    for name, of in estimates.items():
+        steps = configs[name].training.steps
+        values = [f"{number:,}" for number in (*of.parameters.values(), steps)]
+        num_tokens = tqdm.format_sizeof(steps * _tokens_per_step(configs[name]))
+        sizes.append((*values, num_tokens, _four_digits(of.checkpoint_bytes / _GIB), name))
+        use = of.memory
+        at_peak, most = ([_gib(of[kind]) for kind in KINDS] for of in (use.at_peak, use.most))
+        state = sum(use.at_peak[kind] for kind in STATE)
+        memory.append(("peak", _gib(use.peak), _gib(state), *at_peak, name))
+        memory.append(("most", "", _gib(use.state), *most, ""))
+        calls = [of.communication[kind] for kind in used]
+        cells = [f"{count.bytes_sent / _MIB:.2f} ({count.num_calls})" for count in calls]
+        total = sum(count.bytes_sent for count in calls)
+        sent.append((f"{total / _MIB:.2f}", *cells, name))
+        flops = of.forward_backward_flops, of.update_flops, of.full_rank_flops
+        figures = [_four_digits(number / 1e12) for number in (sum(flops[:2]), *flops)]
+        operations.append((*figures, f"{of.flops_ratio:.3f}", name))
+    return [
+        "values that train, that are frozen and in buffers; the run; a checkpoint",
+        *_aligned(sizes),
+        f"memory of each of {num_ranks} ranks in a step: the peak, and each kind's maximum",
+        *_aligned(memory),
+        *(f"  {kind}: {meaning}" for kind, meaning in KINDS.items()),
+        "sent by each rank in a step with ring algorithms, in MiB (number of collectives)",
+        *_aligned(sent),
+        "floating-point operations of each rank in a step",
+        *_aligned(operations),
+    ]
 
 
 def fit_table(fits: Mapping[str, Fit]) -> list[str]:
@@ -111,16 +111,6 @@ def fit_table(fits: Mapping[str, Fit]) -> list[str]:
         special = {0: "no", MAX_BATCH_SIZE: f"{MAX_BATCH_SIZE}+"}  # none; all that are tried
         cells = [special.get(size, str(size)) for size in fit.batch_size.values()]
         rows.append((*cells, _gib(fit.peak[1]), name))
-    return _aligned(rows)
-
-
-def flops_table(estimates: Mapping[str, StepEstimate]) -> list[str]:
-    """Formats TFLOPs of one rank's step per configuration, and the ratio to full rank."""
-    rows: list[tuple[str, ...]] = [("TFLOP/step", "to update", "update", "full rank", "ratio", "")]
-    for name, estimate in estimates.items():
-        flops = estimate.forward_backward_flops, estimate.update_flops, estimate.full_rank_flops
-        cells = (_four_digits(number / 1e12) for number in (sum(flops[:2]), *flops))
-        rows.append((*cells, f"{estimate.flops_ratio:.3f}", name))
     return _aligned(rows)
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from switchtitan.benchmark import tables
 from switchtitan.benchmark.estimate import estimate_step, largest_batch_sizes
-from switchtitan.benchmark.memory_tracker import KINDS
 from switchtitan.benchmark.sides import load_simulated_sides
 from switchtitan.cli.main import number, positive_int
 from switchtitan.observability.environment import describe_environment
@@ -48,17 +47,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         found = {"fits": {name: asdict(fit) for name, fit in fits.items()}}
     else:
         estimates = {name: estimate_step(config, num_ranks) for name, config in configs.items()}
-        lines = [
-            "values that train, that are frozen and in buffers; the run; a checkpoint",
-            *tables.size_table(estimates, configs),
-            f"memory of each of {num_ranks} ranks in a step: the peak, and each kind's maximum",
-            *tables.memory_table(estimates),
-            *(f"  {kind}: {meaning}" for kind, meaning in KINDS.items()),
-            "sent by each rank in a step with ring algorithms, in MiB (number of collectives)",
-            *tables.communication_table(estimates),
-            "floating-point operations of each rank in a step",
-            *tables.flops_table(estimates),
-        ]
+        lines = tables.estimate_tables(estimates, configs, num_ranks)
         found = {"estimates": tables.estimate_record(estimates)}
     print("\n".join([*lines, 'assumptions: docs/PERFORMANCE.md, "How good are the estimates?"']))
     return {"environment": describe_environment(), "world_size": num_ranks, **found}

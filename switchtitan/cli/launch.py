@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from switchtitan.cores import num_cores, threads_per_process
+from switchtitan.cores import num_cores
 from switchtitan.distributed.world import check_slurm_tasks, raise_file_limit
 from switchtitan.errors import (
     ENDED,
@@ -82,8 +82,7 @@ def run(words: Sequence[str]) -> None:
     # The store of the rendezvous has a connection to every rank. Ranks inherit the limit.
     raise_file_limit()
     # torchrun's own default is one thread.
-    threads = threads_per_process(num_cores(), num_processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
     # A failing rank prints its own error; the agent would repeat it on every node.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if os.environ.get("TORCH_CPP_LOG_LEVEL") == "FATAL":

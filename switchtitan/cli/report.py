@@ -12,11 +12,13 @@ newest checkpoint; curves have the ranks that [spectrum] interval has measured."
 import argparse
 from pathlib import Path
 
+from switchtitan.cli.main import number
 from switchtitan.errors import ConfigError
 from switchtitan.observability.tensorboard import read_curves
 from switchtitan.report.page import Pictures, curve_panels, draw, draw_spectra, write_page
 
 _FORMATS = (".html", ".png", ".svg", ".pdf")
+_output = number(Path, lambda file: file.suffix in _FORMATS, f"a file {', '.join(_FORMATS)}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,12 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=_output, default="report.html", help=output)
     rank = "the rank of the weights' change: on the page next to the curves, else in their place"
     parser.add_argument("--spectrum", action="store_true", help=rank)
-
-
-def _output(word: str) -> Path:
-    if Path(word).suffix not in _FORMATS:
-        raise argparse.ArgumentTypeError(f"{word}: expected a file {', '.join(_FORMATS)}")
-    return Path(word)
 
 
 def run(options: argparse.Namespace) -> dict[str, str]:

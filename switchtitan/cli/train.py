@@ -31,17 +31,15 @@ def run(words: Sequence[str]) -> None:
     with Stop(is_launched()) as stop:
         try:
             _train(words, stop)
-        except UserError as error:
-            stop_world_if_single()
-            exit_for(error)
         except Stopped as stopped:
             stop_world()
             exit_for(stopped)
-        except KeyboardInterrupt as interrupt:
+        except (UserError, KeyboardInterrupt) as error:
             stop_world_if_single()
-            if is_launched():  # torchrun sends SIGTERM after a crash of another rank, too
-                raise SystemExit(128 + (*interrupt.args, signal.SIGINT)[0]) from None
-            exit_for(interrupt)
+            if is_launched() and isinstance(error, KeyboardInterrupt):
+                # torchrun sends SIGTERM after a crash of another rank, too.
+                raise SystemExit(128 + (*error.args, signal.SIGINT)[0]) from None
+            exit_for(error)
 
 
 def _train(words: Sequence[str], stop: Stop) -> None:
@@ -61,5 +59,5 @@ def _train(words: Sequence[str], stop: Stop) -> None:
             load.warn(torch.get_num_threads(), num_cores())
         trainer.train()
     # Not after other errors: leaving the process group waits for the other ranks. If they wait
-    # for this one, its traceback would never be printed.
+    # for this one, its traceback would never be printed. A save in the background needs the group.
     stop_world()

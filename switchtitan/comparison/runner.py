@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from switchtitan.comparison.runs import Run
-from switchtitan.cores import num_cores, threads_per_process
+from switchtitan.cores import num_cores
 from switchtitan.errors import ConfigError, UserError
 
 OUTPUT_FILE = "output.txt"
@@ -22,8 +22,7 @@ Environment = dict[str, str]
 def environments(num_jobs: int) -> list[Environment]:
     """Returns the environment variables of each concurrent job: its GPU, or its share of the cores.
     Raises a ConfigError if there are fewer visible GPUs than jobs."""
-    threads = str(threads_per_process(num_cores(), num_jobs))
-    shared = {"OMP_NUM_THREADS": threads, **os.environ}
+    shared = {"OMP_NUM_THREADS": str(max(1, num_cores() // num_jobs)), **os.environ}
     if not torch.cuda.is_available():
         return [shared] * num_jobs
     num_devices = torch.cuda.device_count()

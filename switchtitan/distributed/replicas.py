@@ -7,9 +7,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from switchtitan.distributed.shards import local
+from switchtitan.distributed.shards import local, shard_group
 from switchtitan.errors import RanksDisagreeError, abbreviate
 
 T = TypeVar("T")
@@ -61,7 +60,8 @@ def check_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> None:
     differs, which names the first few.
     """
     num_ranks = dist.get_world_size()
-    num_parts = {name: _num_parts(tensor) for name, tensor in tensors.items()}
+    groups = {name: shard_group(tensor) for name, tensor in tensors.items()}
+    num_parts = {name: 1 if group is None else group.size() for name, group in groups.items()}
     names = [name for name in tensors if num_parts[name] < num_ranks]
     if not names:
         return
@@ -82,13 +82,6 @@ def check_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> None:
             'frozen_weights = "shard" and replicate = 1. If it happens again, test memory and '
             "devices"
         )
-
-
-def _num_parts(tensor: Tensor) -> int:
-    """Returns the number of shards of one replica."""
-    if not isinstance(tensor, DTensor):
-        return 1
-    return tensor.device_mesh.size(tensor.device_mesh.ndim - 1)
 
 
 def digest(tensor: Tensor) -> Tensor:

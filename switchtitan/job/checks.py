@@ -112,7 +112,7 @@ def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> lis
     if of_model != of_rates and config.checkpoint.initial_weights is None:
         notes.append(
             f"tuned_hidden_size = {toml_value(of_model)} in [model] and {toml_value(of_rates)} in "
-            "[optimizer]: initial values and rates follow different sizes; set both alike"
+            "[optimizer]: initial values and rates follow different sizes; set both, or neither"
         )
     if (warmup_steps := config.lr_schedule.warmup_steps) >= training.steps:
         notes.append(

@@ -28,6 +28,7 @@ from switchtitan.distributed.config import (
     ParallelismConfig,
 )
 from switchtitan.distributed.world import device_type, place_from_launcher
+from switchtitan.hub.initial_weights import read_model_folder
 from switchtitan.job.checks import check, keys_without_effect
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS, plain_model
@@ -119,17 +120,12 @@ class SpectrumConfig(Section):
     min(out, in)) time per layer."""
 
 
-def _model_in_folder(folder: str) -> dict[str, object]:
-    # Imported here: most runs do not use it.
-    from switchtitan.hub.initial_weights import read_model_folder
-
-    return read_model_folder(Path(folder).expanduser())
-
-
 class JobConfig(Section):
     """All sections. A registry chooses the class of a section by its key `name`."""
 
-    expansions: ClassVar = {("model", "from_folder"): _model_in_folder}
+    expansions: ClassVar = {
+        ("model", "from_folder"): lambda folder: read_model_folder(Path(folder).expanduser())
+    }
 
     job: RunConfig
     model: Annotated[ModelConfig, MODELS]

@@ -51,13 +51,13 @@ def optimizer_problems(
         key = f"[optimizer] tuned_hidden_size = {optimizer.tuned_hidden_size}"
         if method.width_exponents() is None or optimizer.width_exponent is None:
             problems.append(
-                f"{key}: was checked for full_rank, and for switchlora and lora with SwitchLoRA's "
-                f"initial values, with adamw or muon; remove it, or change [method] or {name}"
+                f"{key}: was checked with adamw and muon, for full_rank, switchlora, and lora with "
+                f'init = "balanced"; remove it, or change [method] or {name}'
             )
         is_target = isinstance(method, TargetConfig) and head in method.targeted(model).values()
         if head is None or model.hidden_size() is None or is_target:
             problems.append(
-                f"{key}: was checked for LLaMA with a head of its own that is no target, and this "
-                "model is another, or its head is tied, not known or a target; remove it"
+                f"{key}: was checked for LLaMA with a head of its own that is no target; this "
+                "model is another, or its head is tied or a target; remove it"
             )
     return problems

@@ -84,18 +84,6 @@ def perplexity_of(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def format_duration(seconds: float) -> str:
-    """Formats with the two largest units: 45s, 3m07s, 2h05m, 4d11h."""
-    minutes, rest_s = divmod(round(seconds), 60)
-    hours, rest_min = divmod(minutes, 60)
-    days, rest_h = divmod(hours, 24)
-    if days:
-        return f"{days}d{rest_h:02d}h"
-    if hours:
-        return f"{hours}h{rest_min:02d}m"
-    return f"{minutes}m{rest_s:02d}s" if minutes else f"{rest_s}s"
-
-
 class _Column(NamedTuple):
     tag: str
     title: str
@@ -112,7 +100,7 @@ _COLUMNS = (
     _Column("throughput/tflop_per_s_per_device", "TFLOP/s", 7, "{:.3f}".format, True),
     _Column("throughput/mfu", "MFU", 6, "{:.1%}".format),
     _Column("memory/peak_gib", "GiB", 5, "{:.2f}".format),
-    _Column("throughput/eta_s", "ETA", 6, format_duration, True),
+    _Column("throughput/eta_s", "ETA", 8, tqdm.format_interval, True),
 )
 
 

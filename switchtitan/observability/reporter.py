@@ -17,7 +17,7 @@ from switchtitan.errors import EnvironmentMismatchError, OutputError
 from switchtitan.files import write_atomically
 from switchtitan.observability import RESULTS_FILE, TENSORBOARD_FOLDER
 from switchtitan.observability.config import MetricsConfig
-from switchtitan.observability.log import ConsoleTable, format_duration, perplexity_of
+from switchtitan.observability.log import ConsoleTable, perplexity_of
 
 if TYPE_CHECKING:
     from switchtitan.observability.tensorboard import TensorBoardWriter
@@ -79,7 +79,7 @@ class Reporter:
         if not self.is_main:
             return
         if (eta_s := values.get("throughput/eta_s")) is not None:
-            self._bar.set_postfix_str(f"ETA {format_duration(eta_s)}", refresh=False)
+            self._bar.set_postfix_str(f"ETA {tqdm.format_interval(eta_s)}", refresh=False)
         if self._tensorboard is not None:
             self._tensorboard.write(step, values)
         if self._wandb is not None:
@@ -125,7 +125,7 @@ class Reporter:
             "test loss": test_loss is not None and f"{test_loss:.4f}",
             "batches skipped": num_skipped and f"{num_skipped:.0f}, not finite",
             "tokens/s": speed and tqdm.format_sizeof(speed) + since,
-            "wall time": time_s and format_duration(time_s) + since,
+            "wall time": time_s and tqdm.format_interval(time_s) + since,
             "checkpoint": checkpoint,
             "results": "not written" if failure else self._results,
             "profile trace": trace,

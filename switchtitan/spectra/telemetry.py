@@ -14,14 +14,13 @@ from switchtitan.spectra.weight_change import Origin, mean_effective_rank
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class RankTelemetry:
     """A hook of the trainer that measures singular values of each linear layer's change."""
 
     model: nn.Module
     origin: Origin
     """The weights at step 0."""
-    reporter: Reporter
     world: World
     interval: int
     """Optimizer steps between two measurements; the last step is also measured."""
@@ -32,7 +31,7 @@ class RankTelemetry:
         return step == self.num_steps or step % self.interval == 0
 
     @full_precision()
-    def after(self, step: int) -> None:
+    def after(self, step: int, reporter: Reporter) -> None:
         """Measures and reports the change at this step; collective. Raises a CheckpointError if the
         run's initial weights are no longer available."""
         tensors = gather_on_main(self.model.named_parameters(), self.world.is_main)
@@ -45,4 +44,4 @@ class RankTelemetry:
             return {"rank/effective_mean": mean}
 
         # The others wait: SVDs can exceed the timeout of the training step's collectives.
-        self.reporter.report(step, self.world.on_main(measure))
+        reporter.report(step, self.world.on_main(measure))

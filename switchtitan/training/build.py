@@ -1,13 +1,8 @@
-"""Builds a run from its configuration: a `Trainer`, or what takes its steps alone, a `Stepper`.
-
-What most runs do not use is imported where it is built.
-"""
+"""Builds a run from its configuration: a `Trainer`, or what takes its steps alone, a `Stepper`."""
 
 import logging
-from collections.abc import Callable, Generator
-from functools import partial
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,6 +26,7 @@ from switchtitan.distributed.gpus import peak_flops_per_s
 from switchtitan.distributed.initial import ReadRows, check_replaced
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
 from switchtitan.distributed.world import World, device_name
+from switchtitan.hub.initial_weights import checksum, find_weights, open_weights
 from switchtitan.job.config import JobConfig
 from switchtitan.methods import METHODS
 from switchtitan.models import plain_model
@@ -40,8 +36,10 @@ from switchtitan.observability.profiler import Profiler
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput
 from switchtitan.optim.lr_schedule import build_lr_schedule
+from switchtitan.spectra.telemetry import RankTelemetry
+from switchtitan.spectra.weight_change import Origin
 from switchtitan.training.describe import (
-    changed_keys,
+    changes_since,
     describe_run,
     read_run,
     run_facts,
@@ -72,15 +70,25 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         corpus = open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
     else:
         metadata, state = read_run(checkpoint, config, identity)
-        changes = changed_keys(metadata.config, config)
+        changes = changes_since(metadata.config, config, state.step)
         corpus = _reopen_corpus(checkpoint, metadata, config, world)
         if checkpoint.resolve().parent != checkpoints.resolve():
             state.forked_from = config.checkpoint.resume_path
 
     # What it reads. Before the model, because this rejects a corpus that is too small.
     batches = build_batches(config, corpus, world, state)
-    loss = CrossEntropy(config.compile.loss)
-    build_evaluator = partial(_build_evaluator, config, corpus, loss, world)
+    loss, seq_len = CrossEntropy(config.compile.loss), config.data.seq_len
+
+    def build_evaluator(split: SplitName, num_tokens: int) -> Evaluator:
+        held_out = ValidationBatches(
+            corpus.split(split, seq_len),
+            num_sequences=num_tokens // seq_len,
+            local_batch_size=config.training.local_batch_size,
+            rank=world.rank,
+            num_ranks=world.size,
+        )
+        return Evaluator(held_out, loss, world, lambda: held_out.text_size(corpus.tokenizer()))
+
     validation, test = build_evaluator("validation", config.evaluation.tokens), None
     if config.evaluation.test_tokens is not None:
         test = build_evaluator("test", config.evaluation.test_tokens)
@@ -107,7 +115,9 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
     tensors = CheckpointTensors(stepper.model, stepper.optimizer)
     if checkpoint is not None:
         restore(checkpoint, tensors, world)
-    telemetry = _open_telemetry(config, state, world, is_restored=checkpoint is not None)
+    hooks = []
+    if (interval := config.spectrum.interval) is not None:
+        hooks.append(_build_telemetry(config, stepper, interval, checkpoint is not None))
 
     # What it writes: first here, after the checks.
     start_output(config.job.output_dir, resolved, world, state.step, config.training.steps)
@@ -123,7 +133,6 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         },
         latest=checkpoint,
     )
-    seq_len = config.data.seq_len
     # Only the bf16 peaks are known.
     has_peak = compute_dtype.dtype == torch.bfloat16
     throughput = Throughput(
@@ -154,7 +163,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         reporter=reporter,
         throughput=throughput,
         profiler=Profiler(config.profiler, config.job.output_dir, world.rank, state.step),
-        hooks=[telemetry(model=stepper.model, reporter=reporter)] if telemetry else [],
+        hooks=hooks,
         stop=stop or Stop(),
     )
 
@@ -164,7 +173,7 @@ def build_stepper(
     world: World,
     batches: Generator[list[Batch], None, None],
     *,
-    compute_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype,
     state: TrainState | None = None,
     loss: SummedLoss | None = None,
     initial_weights: ReadRows | None = None,
@@ -174,7 +183,7 @@ def build_stepper(
 
     Args:
         batches: see `build_batches`.
-        compute_dtype: of activations and gradients; by default the configuration's on this device.
+        compute_dtype: of activations and gradients.
         state, loss: by default those of a new run.
         initial_weights: reads the plain model's weights; by default they are random.
         is_restored: leaves the model's tensors uninitialized, since the caller restores them.
@@ -183,8 +192,6 @@ def build_stepper(
         use_deterministic_algorithms()
     if config.training.tf32:
         allow_tf32()
-    if compute_dtype is None:
-        compute_dtype = dtype_on(world.device, config.training.dtype).dtype
     method = METHODS.build(config.method, config.training.steps, config.job.seed)
     model = plain_model(config.model)
     plain_names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
@@ -245,28 +252,11 @@ def build_batches(
     )
 
 
-def _build_evaluator(
-    config: JobConfig, corpus: Corpus, loss: SummedLoss, world: World, split: SplitName, num: int
-) -> Evaluator:
-    """Builds what evaluates the model on `num` tokens of a split. Raises a CorpusError if the split
-    is shorter than one sequence."""
-    seq_len = config.data.seq_len
-    batches = ValidationBatches(
-        corpus.split(split, seq_len),
-        num_sequences=num // seq_len,
-        local_batch_size=config.training.local_batch_size,
-        rank=world.rank,
-        num_ranks=world.size,
-    )
-    return Evaluator(batches, loss, world, lambda: batches.text_size(corpus.tokenizer()))
-
-
 def _open_initial_weights(
     config: JobConfig, given: str, state: TrainState, world: World
 ) -> ReadRows:
     """Opens the weights that a new run starts from, and records in `state` which ones; collective.
     Raises a CheckpointError if the weights cannot be read, or belong to another model."""
-    from switchtitan.hub.initial_weights import checksum, find_weights, open_weights
 
     def find() -> tuple[Path, str]:
         source = find_weights(Path(given))
@@ -285,25 +275,15 @@ def _open_initial_weights(
     return weights.read_rows
 
 
-def _open_telemetry(
-    config: JobConfig, state: TrainState, world: World, is_restored: bool
-) -> Callable[..., Any] | None:
-    """Returns what builds a `RankTelemetry` from a model and a reporter, if the run has one. Raises
-    a CheckpointError if the weights that a resumed run started from are missing."""
-    if config.spectrum.interval is None:
-        return None
-    from switchtitan.spectra.telemetry import RankTelemetry
-    from switchtitan.spectra.weight_change import Origin
-
+def _build_telemetry(
+    config: JobConfig, stepper: Stepper, interval: int, is_restored: bool
+) -> RankTelemetry:
+    """Builds what measures ranks every `interval` steps. Raises a CheckpointError if the weights
+    that a resumed run started from are missing."""
     method = METHODS.build(config.method, config.training.steps, config.job.seed)
+    state, world = stepper.state, stepper.world
     source = state.initial_weights, state.initial_fingerprint
     origin = Origin(config.model, config.job.seed, *source, method)
     if is_restored:
         world.on_main(origin.open)
-    return partial(
-        RankTelemetry,
-        origin=origin,
-        world=world,
-        interval=config.spectrum.interval,
-        num_steps=config.training.steps,
-    )
+    return RankTelemetry(stepper.model, origin, world, interval, config.training.steps)

@@ -18,7 +18,8 @@ from switchtitan.distributed.world import World, device_name
 from switchtitan.errors import CheckpointError
 from switchtitan.job.config import JobConfig
 from switchtitan.observability.environment import commit, versions
-from switchtitan.registry import Section, explain, toml_value
+from switchtitan.optim.lr_schedule import LRScheduleConfig, build_lr_schedule
+from switchtitan.registry import NONE, Section, explain, toml_value
 from switchtitan.training.step import Stepper, TrainState
 
 logger = logging.getLogger(__name__)
@@ -71,11 +72,26 @@ def completed_identity(
     return completed
 
 
-def changed_keys(saved_toml: str, config: JobConfig) -> list[str]:
+def changes_since(saved_toml: str, config: JobConfig, step: int) -> list[str]:
     """Returns the keys whose values differ from those of a saved configuration, as `key: old ->
-    new`; a key that the saved one is too old to have had its default."""
-    name = "the saved configuration"
-    before, now = (flatten(parse_toml(of, name)) for of in (saved_toml, resolved_toml(config)))
+    new`, and what of a run from the start would have been otherwise until `step`; a key that the
+    saved one is too old to have had its default."""
+    saved, now = (parse_toml(of, "configuration") for of in (saved_toml, resolved_toml(config)))
+    changes = _changed_keys(flatten(saved), flatten(now), config)
+    given = {key: value for key, value in saved["lr_schedule"].items() if value != NONE}
+    schedules = LRScheduleConfig(**given), config.lr_schedule
+    lengths = saved["training"]["steps"], config.training.steps
+    old, new = (build_lr_schedule(*each)(step - 1) for each in zip(schedules, lengths, strict=True))
+    if old != new:
+        changes.append(f"share of the peak learning rate in step {step}: {old:.3g} -> {new:.3g}")
+    if lengths[0] != lengths[1] and config.method.depends_on_length():
+        changes.append(f"{config.method.name} depends on training.steps in every step")
+    return changes
+
+
+def _changed_keys(
+    before: dict[str, object], now: dict[str, object], config: JobConfig
+) -> list[str]:
     before = {
         key: now[key]
         for key in now

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,12 +21,10 @@ from switchtitan.observability.region_times import RegionTimes
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput, peak_memory_gib
 from switchtitan.regions import region
+from switchtitan.spectra.telemetry import RankTelemetry
 from switchtitan.training.evaluate import Evaluator
 from switchtitan.training.step import Stepper, StepResult
 from switchtitan.training.stop import Stop, Stopped
-
-if TYPE_CHECKING:
-    from switchtitan.spectra.telemetry import RankTelemetry
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +53,7 @@ class Trainer:
     reporter: Reporter
     throughput: Throughput
     profiler: Profiler
-    hooks: "Sequence[RankTelemetry]"
+    hooks: Sequence[RankTelemetry]
     """What else to do between steps, in order, on all ranks: before evaluations and saves."""
     stop: Stop
     """When to stop before the last step."""
@@ -225,7 +222,7 @@ class Trainer:
             if hook.is_due(step):
                 self._stop_if_diverged()
                 with self.throughput.excluded():
-                    hook.after(step)
+                    hook.after(step, self.reporter)
         # After the hooks: a signal can stop it, and the resumed run then does it alone.
         self._evaluate_if_due()
         if step == self.num_steps or step % self.checkpointer.config.interval == 0:

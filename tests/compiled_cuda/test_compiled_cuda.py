@@ -255,5 +255,5 @@ def compiling(processes):
     return [
         process
         for process, command in commands.items()
-        if command.exists() and device.__name__ in command.read_text().split("\0")
+        if command.exists() and "--multiprocessing-fork" in command.read_text().split("\0")
     ]

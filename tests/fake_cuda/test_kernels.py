@@ -30,4 +30,4 @@ def test_a_chunk_of_the_loss_takes_three_products_and_aligned_rows(found):
     for (kernels, strides), vocabulary in zip(found["losses"], checks.VOCABULARIES, strict=True):
         assert kernels["addmm"] == NUM_CHUNKS, kernels
         assert kernels["mm"] == 2 * NUM_CHUNKS, kernels
-        assert strides == [[ALIGNED_ROWS[vocabulary], 1]] * NUM_CHUNKS
+        assert strides == [(ALIGNED_ROWS[vocabulary], 1)] * NUM_CHUNKS

@@ -4,30 +4,25 @@ import pytest
 from support.fake_cuda import checks
 from support.fake_cuda.cases import PERIOD, UNEVEN
 from support.fake_cuda.process import needs_compiler, run_check
-from support.fake_cuda.steps import Observed, unexpected_in
+from support.fake_cuda.steps import unexpected_in
 
 pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return run_check(checks.steps_of_last_rank, str(tmp_path_factory.mktemp("steps")))
-
-
-@pytest.fixture(scope="module")
-def steps(found):
-    return {name: [Observed(*step) for step in steps] for name, steps in found["steps"].items()}
+    return run_check(checks.steps_of_last_rank, tmp_path_factory.mktemp("steps"))
 
 
 @pytest.mark.parametrize("name", sorted(UNEVEN))
-def test_the_host_waits_for_nothing_and_nothing_races(steps, name):
-    assert unexpected_in(name, steps[name]) == {}
-    assert len(steps[name]) >= PERIOD
+def test_the_host_waits_for_nothing_and_nothing_races(found, name):
+    assert unexpected_in(name, found["steps"][name]) == {}
+    assert len(found["steps"][name]) >= PERIOD
 
 
 @pytest.mark.parametrize("name", ["relora", "galore"])
-def test_merges_and_new_bases_are_in_every_second_step(steps, name):
-    even, odd = steps[name][::2], steps[name][1::2]
+def test_merges_and_new_bases_are_in_every_second_step(found, name):
+    even, odd = found["steps"][name][::2], found["steps"][name][1::2]
     assert all(step.collectives == even[0].collectives for step in even)
     assert all(step.collectives == odd[0].collectives for step in odd)
     assert even[0].collectives != odd[0].collectives
@@ -47,14 +42,13 @@ def test_regions_are_timed(found):
 def test_a_save_waits_once_for_all_copies(found, name):
     # Values that are not finite: all tensors in host memory are copied to the device together.
     num_copies_of_search = 1 if "host candidates" in name else 0
-    for save in found["saves"][name]["saves"]:
-        parts = {part: Observed(*observed) for part, observed in save.items()}
+    for parts in found["saves"][name]["saves"]:
         for part in ("collect", "copy", "write", "step"):
             assert parts[part].copies == parts[part].reads == parts[part].races == [], part
         assert parts["copy"].waits == ["Stream.synchronize"]
         assert len(parts["search"].copies) == num_copies_of_search
     for save in found["saves"][name]["saves without a wait"]:
-        assert any("clone reads on the host" in race for race in Observed(*save["write"]).races)
+        assert any("clone reads on the host" in race for race in save["write"].races)
 
 
 def test_the_update_of_336_factors_takes_few_operations(found):

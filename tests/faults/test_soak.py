@@ -37,7 +37,7 @@ class Sampler:
     def is_due(self, step):
         return step % INTERVAL == 0
 
-    def after(self, step):
+    def after(self, step, reporter):
         wait_until_written(self._trainer.checkpointer)
         assert join_writers(timeout_s=10.0)
         gc.collect()

@@ -7,7 +7,7 @@ import torch
 from support.compiled import SWITCHLORA_COMPILED, compiled_functions
 from support.observed import communication_of_a_step, peak_extra_bytes
 from support.ranks import run_on_ranks
-from support.tiny import COMPILED, tiny_config, tiny_stepper, tiny_trainer
+from support.tiny import COMPILED, ready_trainer, tiny_config, tiny_trainer
 from torch._dynamo.utils import counters
 
 from switchtitan.benchmark.counters import CountCommunication
@@ -75,7 +75,7 @@ def check_allocated(side, allocated, config, num_ranks, estimate):
 def check_estimates(rank, folder, num_ranks, expected):
     for index, (side, estimate) in enumerate(expected.items()):
         config = tiny_config(folder / f"real-{num_ranks}-{index}", *side, num_ranks=num_ranks)
-        stepper = tiny_stepper(config)
+        stepper = ready_trainer(config).stepper
         stepper.step()
         steps = [measure_step(stepper, SEQ_LEN) for _ in range(NUM_MEASURED_STEPS)]
         measured = min(steps, key=lambda step: sum(step.memory.at_peak.values()))

@@ -12,6 +12,7 @@ from support.tensors import differing
 from support.tiny import (
     METHOD_KEYS,
     full_tensors,
+    ready_trainer,
     record_reports,
     tiny_config,
     tiny_trainer,
@@ -20,10 +21,8 @@ from support.tiny import (
 )
 from torch.distributed.tensor import DTensor
 
-from switchtitan.distributed.world import start_world
 from switchtitan.job.config import parse_arguments
 from switchtitan.methods.adapter.linear import adapter_layers
-from switchtitan.training.build import build_trainer
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -162,7 +161,7 @@ def build(folder, home, name, layout):
         if name not in ACCUMULATED and "--model.num_layers" not in keys:
             keys += ["--model.num_layers", "1", "--training.local_batch_size", str(8 // num_ranks)]
         config = tiny_config(home, row.method, *keys, num_ranks=num_ranks)
-    return build_trainer(config, start_world(config.parallelism))
+    return ready_trainer(config)
 
 
 def train(folder, home, name, layout, num_steps):

@@ -11,11 +11,7 @@ from support.tiny import tiny_config, tiny_toml
 
 from switchtitan.benchmark.coordinates import at_hidden_size, slopes
 from switchtitan.benchmark.sides import load_sides
-from switchtitan.benchmark.step_times import (
-    WARM_UP_STEPS,
-    ratio_of_steps,
-    time_steps_side_by_side,
-)
+from switchtitan.benchmark.step_times import WARM_UP_STEPS, ratio_of_steps, time_steps_side_by_side
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.training.step import Stepper
 

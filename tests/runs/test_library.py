@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import torch
 from support.loops import run_example
-from support.tiny import tiny_config, tiny_stepper
+from support.tiny import ready_trainer, tiny_config
 from torch.nn.utils import clip_grad_norm_
 
 from switchtitan import apply
@@ -27,7 +27,7 @@ def test_an_own_loop_has_the_losses_of_the_trainer(kind, tmp_path):
     """The same LLaMA, data, seed and keys: bitwise, since it is the same code."""
     name, words = RUNS[kind]
     config = tiny_config(tmp_path, name, *words, "--training.steps", "60")
-    stepper = tiny_stepper(config)
+    stepper = ready_trainer(config).stepper
     expected = [stepper.step().loss.item() for _ in range(60)]
     stepper.close()
 
@@ -38,7 +38,7 @@ def test_an_own_loop_has_the_losses_of_the_trainer(kind, tmp_path):
     optimizer = method.optimizer(**config.optimizer.model_dump(exclude_unset=True))
     schedule = build_lr_schedule(config.lr_schedule, 60)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    batches = tiny_stepper(config).batches
+    batches = ready_trainer(config).stepper.batches
     losses = []
     for micro_batches in islice(batches, 60):
         divisor, total = sum(batch.targets.numel() for batch in micro_batches), torch.zeros(())

@@ -18,6 +18,7 @@ from support.tiny import (
     MINI,
     full_tensors,
     model_on_meta,
+    ready_trainer,
     record_reports,
     tiny_config,
     train_steps,
@@ -25,7 +26,6 @@ from support.tiny import (
 
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.shards import gather_on_main
-from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.initial_weights import read_model_folder
@@ -36,7 +36,6 @@ from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.models import MODELS
 from switchtitan.registry import Component
 from switchtitan.spectra.weight_change import checkpoint_spectra, mean_effective_rank
-from switchtitan.training.build import build_trainer
 
 BF16 = ("--training.frozen_dtype", "bfloat16")
 TIED = ("--model.name", "qwen2", "--model.tied_head", "true", "--model.head_dim", "8")
@@ -96,7 +95,7 @@ def config_of(folder, name, *more):
 
 def trainer_of(folder, name, *more):
     config = config_of(folder, name, *more)
-    return build_trainer(config, start_world(config.parallelism))
+    return ready_trainer(config)
 
 
 def method_of(config):

@@ -7,17 +7,15 @@ import pytest
 import torch
 from support.comparisons import finish
 from support.tensors import differing
-from support.tiny import full_tensors, record_reports, tiny_config, tiny_trainer
+from support.tiny import full_tensors, ready_trainer, record_reports, tiny_config, tiny_trainer
 from support.trained import train_and_save
 
 from switchtitan.comparison.runs import Run, read_folder
 from switchtitan.distributed.shards import gather_on_main
-from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
 from switchtitan.job.config import parse_arguments
 from switchtitan.methods import METHODS
 from switchtitan.spectra.weight_change import checkpoint_spectra, mean_effective_rank
-from switchtitan.training.build import build_trainer
 
 NUM_STEPS = ("--training.steps", "12", "--evaluation.interval", "100")
 EVERY_5 = (*NUM_STEPS, "--spectrum.interval", "5")
@@ -137,7 +135,7 @@ def test_a_warm_start_measures_from_its_weights_which_must_stay(corpora):
         spoil()
         config = tiny_config(folder, "lora", *later)
         with pytest.raises(CheckpointError, match=start.name):
-            build_trainer(config, start_world(config.parallelism))
+            ready_trainer(config)
     _, reported = train(folder, "lora", "--training.steps", "14")
     assert reported == {}
 

@@ -11,7 +11,7 @@ from support.checkpoints import refused
 from support.commands import run
 from support.comparisons import GRID, LR, result_of, write_grid
 from support.tensors import differing
-from support.tiny import full_tensors, tiny_config, tiny_trainer, train_steps
+from support.tiny import full_tensors, ready_trainer, tiny_config, tiny_trainer, train_steps
 from support.trained import train_and_save
 
 from switchtitan.checkpoint.load import check_same_run
@@ -21,10 +21,8 @@ from switchtitan.comparison.runs import config_sha256, plan_run, write_csv
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.dtype import Bf16Support
 from switchtitan.distributed.initial import plain_value
-from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError, ConfigError, CorpusError
 from switchtitan.methods import factors
-from switchtitan.training.build import build_trainer
 from switchtitan.training.describe import completed_identity, run_identity
 
 
@@ -118,6 +116,16 @@ def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_config
     assert "\nsteps = 3\n" in config.read_text()
     levels = [line.levelname for line in caplog.records if "changed since" in line.getMessage()]
     assert levels == ["WARNING", "INFO"]  # to train longer is no reason for a warning
+    decays = (
+        "--training.steps",
+        "9",
+        "--lr_schedule.decay_ratio",
+        "0.9",
+        "--lr_schedule.warmup_steps",
+    )
+    with caplog.at_level("INFO"):
+        tiny_trainer(folder, "lora", *decays, "1").stepper.close()
+    assert "share of the peak learning rate in step 3: 1 -> 0.9" in caplog.text
 
 
 def rates_and_switches(folder, num_steps, *keys):
@@ -332,7 +340,7 @@ def test_a_row_that_resumes_from_a_longer_one_has_the_weights_of_a_run_from_the_
     state = follow(comparison, lambda run: None)
     long, *_ = state.due
     assert {run.row for run in state.due} == {"dense"}  # the others cannot start yet
-    build_trainer(long.config, start_world(long.config.parallelism)).train()
+    ready_trainer(long.config).train()
     short = follow(comparison, lambda run: None).due[1]
     assert (short.row, short.tuned) == ("short", long.tuned)
     assert short.config.checkpoint.resume.endswith("step-000000006")
@@ -343,7 +351,7 @@ def test_a_row_that_resumes_from_a_longer_one_has_the_weights_of_a_run_from_the_
     straight = short.config.model_copy(update={"job": job, "checkpoint": checkpoint})
     ended = []
     for config in (short.config, straight):
-        trainer = build_trainer(config, start_world(config.parallelism))
+        trainer = ready_trainer(config)
         assert trainer.stepper.state.step == (6 if config is short.config else 0)
         trainer.train()
         ended.append(full_tensors(trainer))

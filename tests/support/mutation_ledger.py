@@ -9,32 +9,23 @@ each row, its tests must fail. Ends with status 1 if a mutation survives.
 """
 
 import argparse
-import importlib
-import multiprocessing
 import os
+import queue
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
 import tomli
 
 PROJECT = Path(__file__).parents[2]
 LEDGER = Path(__file__).with_name("mutations.toml")
 TIMEOUT_S = 600
 OUTCOMES = {0: "SURVIVED", 1: "killed"}
-# Imported once; the processes that run tests are forked from this one.
-PRELOADED = (
-    "pydantic",
-    "torch._dynamo",
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch.nn.attention.flex_attention",
-)
 
 
 def main():
@@ -47,8 +38,6 @@ def main():
     rows = [row for row in rows if options.text in row["file"] + " " + row["property"]]
     for row in rows:
         mutated(row)
-    for module in PRELOADED:
-        importlib.import_module(module)
     with tempfile.TemporaryDirectory() as folder:
         copies = [copy_project(Path(folder, str(job))) for job in range(options.jobs)]
         sys.exit(0 if pass_unchanged(rows, copies) and are_killed(rows, copies) else 1)
@@ -84,53 +73,40 @@ def are_killed(rows, copies):
 def run(cases, copies):
     """Runs the tests of rows, or of what has no fault to plant, one in each copy at a time.
 
-    Yields each when it has ended: with pytest's status, negative after a timeout, the seconds that
-    it took, and the end of what it printed.
+    Yields each: with pytest's status, negative after a timeout, the seconds that it took, and the
+    end of what it printed.
     """
-    context = multiprocessing.get_context("fork")
-    waiting, free, running = list(reversed(cases)), list(copies), {}
-    while waiting or running:
-        while waiting and free:
-            case, copy = waiting.pop(), free.pop()
-            if "file" in case:
-                (copy / case["file"]).write_text(mutated(case))
-            process = context.Process(target=run_tests, args=(copy, case["tests"]))
-            process.start()
-            running[process] = case, copy, time.monotonic()
-        time.sleep(0.1)
-        for process, (case, copy, start) in list(running.items()):
-            duration_s = time.monotonic() - start
-            if process.is_alive() and duration_s < TIMEOUT_S:
-                continue
-            if process.is_alive():
-                os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-            if "file" in case:
-                shutil.copy2(PROJECT / case["file"], copy / case["file"])
-            del running[process]
-            free.append(copy)
-            output = log_of(copy).read_text(errors="replace")[-3000:]
-            yield case, process.exitcode, duration_s, output
+    free = queue.SimpleQueue()
+    for copy in copies:
+        free.put(copy)
+
+    def run_one(case):
+        copy, start = free.get(), time.monotonic()
+        if "file" in case:
+            (copy / case["file"]).write_text(mutated(case))
+        status, output = run_tests(copy, case["tests"])
+        if "file" in case:
+            shutil.copy2(PROJECT / case["file"], copy / case["file"])
+        free.put(copy)
+        return case, status, time.monotonic() - start, output[-3000:]
+
+    with ThreadPoolExecutor(len(copies)) as pool:
+        yield from pool.map(run_one, cases)
 
 
 def run_tests(copy, tests):
-    """Runs pytest in the copy, in a process and a session of its own."""
-    os.setsid()
-    log = os.open(log_of(copy), os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.chdir(copy)
-    os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1")
+    """Runs pytest in the copy; returns its status, and what it printed."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     # Not the folder of this script, which is of the unchanged project.
-    sys.path[0] = str(copy)
-    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
-    sys.stdout.flush()
-    # Without the handlers at the end of an interpreter, some of which are this fork's parent's.
-    os._exit(status)
-
-
-def log_of(copy):
-    return copy.with_name(f"{copy.name}.log")
+    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=copy, env=environment, start_new_session=True, **pipes)
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+    return process.returncode, output
 
 
 def mutated(row):

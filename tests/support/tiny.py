@@ -5,13 +5,11 @@ import re
 
 import torch
 
-from switchtitan.data.prepare import open_corpus
 from switchtitan.distributed.world import start_world
 from switchtitan.job.config import parse_arguments
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS
-from switchtitan.training.build import build_batches, build_stepper, build_trainer
-from switchtitan.training.step import TrainState
+from switchtitan.training.build import build_trainer
 
 COMPILED = ("--compile.blocks", "true", "--compile.loss", "true", "--compile.optimizer", "true")
 MINI = "_mini"
@@ -121,17 +119,13 @@ def model_on_meta(config):
 
 def tiny_trainer(folder, method, *overrides, num_ranks=1):
     """A tiny run on the ranks of this process group, ready to train."""
+    return ready_trainer(tiny_config(folder, method, *overrides, num_ranks=num_ranks))
+
+
+def ready_trainer(config):
+    """A run on the ranks of this process group, ready to train."""
     torch.set_num_threads(1)
-    config = tiny_config(folder, method, *overrides, num_ranks=num_ranks)
     return build_trainer(config, start_world(config.parallelism))
-
-
-def tiny_stepper(config):
-    """A tiny run's stepper on the ranks of this process group; the caller closes it."""
-    torch.set_num_threads(1)
-    world = start_world(config.parallelism)
-    corpus = open_corpus(config.data, ranks=world, model_vocab_size=config.model.vocab_size)
-    return build_stepper(config, world, build_batches(config, corpus, world, TrainState()))
 
 
 def train_steps(trainer, num_steps):

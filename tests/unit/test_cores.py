@@ -1,17 +1,15 @@
-"""The cores of this process, the regions of its work, and signals to it."""
+"""The cores of this process, and signals to it."""
 
 import os
 import signal
 import sys
 import time
 import weakref
-from contextlib import contextmanager
 
 import pytest
 
-from switchtitan.cores import OtherLoad, num_cores, set_thread_defaults, threads_per_process
+from switchtitan.cores import OtherLoad, num_cores, set_thread_defaults
 from switchtitan.errors import interrupt_on_sigterm
-from switchtitan.regions import observers, region
 
 
 @pytest.fixture
@@ -54,6 +52,7 @@ def test_a_system_without_control_groups_has_its_affinity(eight_cores, tmp_path)
         ({}, 8, {}),
         ({}, 3, {"OMP_NUM_THREADS": "3", "RAYON_NUM_THREADS": "3"}),
         ({"LOCAL_WORLD_SIZE": "3"}, 8, {"OMP_NUM_THREADS": "2"}),
+        ({"LOCAL_WORLD_SIZE": "9"}, 8, {"OMP_NUM_THREADS": "1"}),
         ({"LOCAL_WORLD_SIZE": ""}, 8, {}),
         ({"OMP_NUM_THREADS": "5", "RAYON_NUM_THREADS": "6"}, 3, {}),
     ],
@@ -64,7 +63,6 @@ def test_only_unset_variables_of_threads_get_a_share_of_the_cores(
     changed = dict(environ)
     set_thread_defaults(changed, cores_left)
     assert changed == environ | expected
-    assert [threads_per_process(8, ranks) for ranks in (1, 3, 8, 9)] == [8, 2, 1, 1]
 
 
 def stat_lines(busy_s):
@@ -103,36 +101,6 @@ def test_threads_that_share_cores_with_other_processes_are_advised_against(
     load.warn(num_threads, 8)
     assert caplog.text.count("OMP_NUM_THREADS") == (advised is not None)
     assert advised is None or f"OMP_NUM_THREADS={advised} " in caplog.text
-
-
-def observer_of(calls):
-    @contextmanager
-    def observe(name):
-        calls.append(name)
-        try:
-            yield
-        finally:
-            calls.append("end")
-
-    return observe
-
-
-def test_an_observer_sees_begin_and_end_of_regions_also_if_it_starts_or_stops_inside_one():
-    calls, late_calls = [], []
-    first, late = observer_of(calls), observer_of(late_calls)
-    observers.append(first)
-    with region("outer"), region("inner"):
-        calls.append("work")
-    with pytest.raises(ValueError, match="within"), region("fails"):
-        raise ValueError("within")
-    with region("last"):
-        observers.append(late)
-        observers.remove(first)
-        with region("second"):
-            pass
-    observers.remove(late)
-    assert calls == ["outer", "inner", "work", "end", "end", "fails", "end", "last", "end"]
-    assert late_calls == ["second", "end"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -7,11 +7,7 @@ import secrets
 
 import pytest
 
-from switchtitan.files import (
-    file_inside,
-    sha256_of_file,
-    write_atomically,
-)
+from switchtitan.files import file_inside, sha256_of_file, write_atomically
 
 
 @pytest.mark.parametrize("contents", ["tëxt\n", b"\x00\xff"])

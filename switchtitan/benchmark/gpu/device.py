@@ -1,7 +1,6 @@
-"""A CUDA device that does nothing for torch's CPU build: built once, loaded before torch.
+"""A CUDA device that does nothing for torch's CPU build: built once, loaded before torch."""
 
-As a program it is the child process of `call_with_gpus`."""
-
+import atexit
 import ctypes
 import hashlib
 import importlib.util
@@ -12,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from importlib.metadata import distribution, version
+from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from switchtitan.errors import EnvironmentMismatchError, UserError
+from switchtitan.errors import EnvironmentMismatchError
 
 T = TypeVar("T")
 _SOURCE = Path(__file__).with_name("fake_cuda.cpp")
@@ -40,51 +41,39 @@ def call_with_gpus(calls: Sequence[tuple[str, Callable[[], T]]]) -> list[T]:
     """Returns the results of picklable functions, each called in a process that compiles for a GPU
     of its architecture, e.g. "sm_90", which the machine does not have.
 
-    The processes run at the same time. All end if this one is interrupted, or if one fails. Raises
-    an EnvironmentMismatchError if this machine cannot compile for a GPU without one.
+    The processes run at the same time. All end if this one is interrupted. Raises an
+    EnvironmentMismatchError if this machine cannot compile for a GPU without one.
     """
     problem = unusable()
     if importlib.util.find_spec("triton") is None:
         problem = "requires triton; run `pip install '.[gpu-compile]'` in the checkout"
     if problem is not None:
         raise EnvironmentMismatchError(f"compiling for a GPU without one {problem}")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    results: list[T] = []
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         started = []
-        for index, (arch, function) in enumerate(calls):
-            file, log = folder / f"{index}", folder / f"{index}.log"
-            file.write_bytes(pickle.dumps(function))
-            output = stack.enter_context(log.open("w"))
-            command = [sys.executable, "-m", __name__, arch, str(file)]
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-            started.append((arch, file, log, stack.enter_context(process)))
-            stack.callback(process.kill)
-        for arch, file, log, process in started:
-            if process.wait() != 0:
-                raise RuntimeError(f"steps for {arch} failed:\n{log.read_text()}")
-            result = pickle.loads(file.read_bytes())
-            if isinstance(result, UserError):
-                raise result
-            results.append(result)
-    return results
+        for arch, function in calls:
+            pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+            started.append(pool.submit(_call, arch, pickle.dumps(function)))
+        try:
+            return [future.result() for future in started]
+        except KeyboardInterrupt:
+            for process in active_children():
+                process.kill()
+            raise
 
 
-def _main(arch: str, file: str) -> None:
-    """Calls the function in `file`, and replaces it by the result."""
+def _call(arch: str, function: bytes) -> Any:
+    # Errors are raised; what else torch and Triton print is about a device that there is not.
+    for output in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    # Threads of the autograd engine may still run; an ordinary exit then calls std::terminate.
+    atexit.register(os._exit, 0)
     load()
     from switchtitan.benchmark.gpu import torch_inside
 
-    try:
-        # Before the function's modules are imported, which keep functions of torch.
-        torch_inside.install(arch)
-        result = pickle.loads(Path(file).read_bytes())()
-    except UserError as error:
-        result = error
-    Path(file).write_bytes(pickle.dumps(result))
-    # Threads of the autograd engine may still run; an ordinary exit then calls std::terminate.
-    os._exit(0)
+    # Before the function's modules are imported, which keep functions of torch.
+    torch_inside.install(arch)
+    return pickle.loads(function)()
 
 
 def load() -> None:
@@ -120,7 +109,3 @@ def _build() -> Path:
         # Other processes may build it at the same time.
         built.replace(library)
     return library
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -111,11 +111,11 @@ class SwitchLoraConfig(AdapterConfig):
         # The limit as the message prints it, in six digits, is accepted.
         if interval >= least * (1 - 1e-5):
             return []
+        or_lower = " or lower freeze_steps" if self.freeze_steps > 1 else ""
         return [
             f"[method] {self.frequency()}: a vector would be switched every {interval:.4g} steps "
             f"at the start, but rank = {self.rank} and freeze_steps = {self.freeze_steps} need at "
-            f"least {least:g}, so that no frozen vector is switched; switch less often or lower "
-            "freeze_steps"
+            f"least {least:g}, or switches are dropped; switch less often{or_lower}"
         ]
 
     def frequency(self) -> str:

@@ -50,8 +50,8 @@ class LlamaFamilyConfig(ModelConfig):
     """Local names of the linear layers with a bias."""
 
     size: Literal["9m", "20m", "35m", "60m", "130m", "250m", "350m", "1b", "3b", "7b"] | None = None
-    """Row of the table of sizes: sets hidden_size, intermediate_size, num_layers and num_heads;
-    unset: set these four."""
+    """Sets hidden_size (in this order 128, 256, 384, 512, 768, 768, 1024, 2048, 2560 and 4096),
+    intermediate_size, num_layers and num_heads; unset: set these four."""
     hidden_size: int | None = Field(None, gt=0, le=MAX_WIDTH)
     """Width of the residual stream; unset: from `size`. A multiple of 2 * num_heads unless
     head_dim is set."""

@@ -49,9 +49,9 @@ def steps_of_first_rank(folder):
     """Returns what rank 0 does in steps of all cases."""
     found = {"steps": {}}
     for name in CASES:
-        with observed_stepper(Path(folder), name, 0) as (stepper, races):
+        with observed_stepper(folder, name, 0) as (stepper, races):
             found["steps"][name] = steps_of(stepper, name, races)
-    on_cpu = {name: collectives_on_cpu(Path(folder), name) for name in sorted(ON_CPU)}
+    on_cpu = {name: collectives_on_cpu(folder, name) for name in sorted(ON_CPU)}
     return found | {"on a CPU": on_cpu}
 
 
@@ -60,14 +60,14 @@ def steps_of_last_rank(folder):
     rank = NUM_RANKS - 1
     found = {"steps": {}, "times": {}, "saves": {}}
     for name in sorted(UNEVEN):
-        with observed_stepper(Path(folder), name, rank) as (stepper, races):
+        with observed_stepper(folder, name, rank) as (stepper, races):
             if name in TIMED:
                 found["steps"][name], found["times"][name] = _timed_steps(stepper, name, races)
             else:
                 found["steps"][name] = steps_of(stepper, name, races)
             if name in SAVED:
                 found["saves"][name] = _saves(stepper, races)
-    return found | {"updates": kernels_of_updates(Path(folder), rank)}
+    return found | {"updates": kernels_of_updates(folder, rank)}
 
 
 def kernels_of_first_rank():

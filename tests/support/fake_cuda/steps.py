@@ -5,10 +5,6 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from support.fake_cuda import collectives, python_api
 from support.fake_cuda.cases import NUM_RANKS, PERIOD, config_of, method_of, num_steps_of
@@ -18,9 +14,7 @@ from switchtitan.benchmark.counters import CountCommunication
 from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.contracts import Batch
 from switchtitan.distributed.fsdp import _allocate
-from switchtitan.distributed.world import World, mesh_shape, stop_world
 from switchtitan.training import build as builder
-from switchtitan.training.build import build_stepper
 from switchtitan.training.trainer import RunningLoss
 
 Collectives = dict[str, list[float]]
@@ -52,17 +46,10 @@ def fake_cuda_stepper(config, num_ranks, rank):
     # Otherwise every operation waits for the streams of all earlier steppers.
     python_api.forget_streams()
     collectives.forget_streams()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
-    try:
-        shape = mesh_shape(config.parallelism, num_ranks)
-        mesh = init_device_mesh("cuda", shape, mesh_dim_names=("replicate", "shard"))
-        group = dist.group.WORLD
-        assert group is not None
-        world = World(rank, num_ranks, torch.device("cuda", 0), mesh, group)
-        with FakeTensorMode(), _without_initial_values():
-            yield build_stepper(config, world, _batches(config, num_ranks))
-    finally:
-        stop_world()
+    with _without_initial_values(), fake_stepper(config, num_ranks, "cuda:0", rank) as stepper:
+        stepper.batches = _batches(config, num_ranks)
+        stepper.on_nonfinite = config.training.on_nonfinite
+        yield stepper
 
 
 def _without_initial_values():

@@ -7,16 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import refused
-from support.comparisons import (
-    GRID,
-    LR,
-    finish,
-    finish_all,
-    loss_of,
-    result_of,
-    train,
-    write_grid,
-)
+from support.comparisons import GRID, LR, finish, finish_all, loss_of, result_of, train, write_grid
 
 from switchtitan.comparison.comparison import Comparison, follow
 from switchtitan.comparison.config import load_comparison

@@ -192,7 +192,7 @@ def test_rank_telemetry_merges_in_fp32_while_training_uses_tf32(corpora, precisi
     train_steps(trainer, 1)
     (telemetry,) = trainer.hooks
     with RecordProducts() as merges:
-        telemetry.after(1)
+        telemetry.after(1, trainer.reporter)
     trainer.close()
     # B A and a Gram matrix of each of seven layers in two blocks.
     assert merges.precisions == ["highest"] * (2 * 7 * 2)

@@ -336,7 +336,7 @@ def test_rates_of_another_width_are_scaled_if_the_model_names_its_head():
     assert sorted(group["lr"] for group in groups) == [1e-2 * 8 / 32, 1e-2, 4e-2]
     for build in (build_tied, Plain):
         plain = apply(build(), "full_rank", num_steps=9)
-        with pytest.raises(ConfigError, match=r"tuned_hidden_size = 8: .*head is tied, not known"):
+        with pytest.raises(ConfigError, match=r"tuned_hidden_size = 8: .*head is tied or a target"):
             plain.optimizer(lr=1.0, tuned_hidden_size=8)
 
 
