@@ -1,22 +1,29 @@
-"""Computes the change of linear layers since step 0, its singular values and effective ranks."""
+"""Measures the change of linear layers since step 0: its singular values and effective ranks."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from switchtitan.checkpoint.load import find_given
 from switchtitan.contracts import Method, ModelConfig
 from switchtitan.distributed.initial import plain_value
+from switchtitan.distributed.precision import full_precision
+from switchtitan.distributed.shards import gather_on_main
+from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.huggingface import ReadWeight
 from switchtitan.hub.initial_weights import checksum, find_weights, open_weights
 from switchtitan.models import plain_model
+from switchtitan.observability.reporter import Reporter
 from switchtitan.progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 Spectra = Mapping[str, Tensor]
 """Singular values [min(out, in)] by the layer's qualified name, largest first."""
@@ -97,6 +104,39 @@ def checkpoint_spectra(run: Path) -> tuple[int, dict[str, Tensor]]:
     seed = metadata.identity_value("job", "seed", int)
     origin = Origin(dense.config, seed, path, checksum, dense.method)
     return metadata.step, origin.spectra(dense.read, torch.device("cpu"))
+
+
+@dataclass
+class RankTelemetry:
+    """A hook of the trainer that measures singular values of each linear layer's change."""
+
+    model: nn.Module
+    origin: Origin
+    """The weights at step 0."""
+    world: World
+    interval: int
+    """Optimizer steps between two measurements; the last step is also measured."""
+    num_steps: int
+
+    def is_due(self, step: int) -> bool:
+        """Whether to measure after `step` steps."""
+        return step == self.num_steps or step % self.interval == 0
+
+    @full_precision()
+    def after(self, step: int, reporter: Reporter) -> None:
+        """Measures and reports the change at this step; collective. Raises a CheckpointError if the
+        run's initial weights are no longer available."""
+        tensors = gather_on_main(self.model.named_parameters(), self.world.is_main)
+
+        def measure() -> dict[str, float]:
+            dense = self.origin.method.dense_weights(tensors)
+            spectra = self.origin.spectra(dense.__getitem__, self.world.device)
+            mean, full = mean_effective_rank(spectra), max(map(len, spectra.values()))
+            logger.info("step %d: mean effective rank of the change %.1f of %d", step, mean, full)
+            return {"rank/effective_mean": mean}
+
+        # The others wait: SVDs can exceed the timeout of the training step's collectives.
+        reporter.report(step, self.world.on_main(measure))
 
 
 # Matrices and their singular values, on plain tensors.

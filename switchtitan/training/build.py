@@ -36,8 +36,7 @@ from switchtitan.observability.profiler import Profiler
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput
 from switchtitan.optim.lr_schedule import build_lr_schedule
-from switchtitan.spectra.telemetry import RankTelemetry
-from switchtitan.spectra.weight_change import Origin
+from switchtitan.spectra.weight_change import Origin, RankTelemetry
 from switchtitan.training.describe import (
     changes_since,
     describe_run,
