@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def verify(path: Path) -> CheckpointMetadata:
         for (name, expected), digest in zip(sums.items(), bar, strict=True):
             if digest != expected:
                 raise CheckpointError(f"{path}: {name} differs from its checksum in {SUMS_FILE}")
-        pieces = _Reader(path).read_metadata().storage_data.values()
+        pieces = SavedTensors(path).read_metadata().storage_data.values()
     if missing := {piece.relative_path for piece in pieces} - sums.keys():
         raise CheckpointError(f"{path}: {SUMS_FILE} lacks {', '.join(sorted(missing))}")
     return read_metadata(path)
@@ -190,9 +191,10 @@ def restore(checkpoint: Path, tensors: CheckpointTensors, world: World) -> None:
 def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fills all of a checkpoint's `tensors` in place; DTensors may be sharded differently. Raises a
     CheckpointError before any tensor changes, if names, shapes or dtypes differ."""
+    checkpoint = SavedTensors(path)
     saved, expected = (
         {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in given.items()}
-        for given in (saved_tensors(path), tensors)
+        for given in (checkpoint.on_meta, tensors)
     )
     differing = [
         f"{name} (saved: {saved.get(name)}, expected: {expected.get(name)})"
@@ -204,59 +206,60 @@ def load_tensors_(path: Path, tensors: Mapping[str, Tensor]) -> None:
             f"{path} does not fit this run: it differs in {abbreviate(differing)}. Use the "
             "configuration it was saved with, or start a new run in another [job] output_dir"
         )
-    _read_(path, tensors)
+    checkpoint.fill_(tensors)
 
 
-def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Returns full tensors by name, on the CPU."""
-    saved = saved_tensors(path)
-    with _reading(path):
-        tensors = {name: torch.empty_like(saved[name], device="cpu") for name in names}
-    _read_(path, tensors)
-    return tensors
-
-
-def read_rows(path: Path, name: str, rows: range) -> Tensor:
-    """Returns rows of a tensor, on the CPU; reads only the saved shards that hold them."""
-    saved = saved_tensors(path)[name]
-    into = torch.empty(len(rows), *saved.shape[1:], dtype=saved.dtype)
-    first = torch.Size([rows.start, *[0] * (into.ndim - 1)])
-    place = metadata.ChunkStorageMetadata(first, into.shape)
-    # As a DTensor, it says which part is here (torch.distributed._checkpointable).
-    sharded = torch.empty((), dtype=saved.dtype).expand(saved.shape)
-    sharded.__create_chunk_list__ = lambda: [place]  # type: ignore[attr-defined]
-    sharded.__get_tensor_shard__ = lambda index: into  # type: ignore[attr-defined]
-    _read_(path, {name: sharded})
-    return into
-
-
-def saved_tensors(path: Path) -> dict[str, Tensor]:
-    """Returns all tensors by name, on the meta device."""
-    with _reading(path):
-        saved: dict[str, Any] = _Reader(path).read_metadata().state_dict_metadata
-        return {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for name, entry in saved.items()
-        }
-
-
-def _read_(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    with _reading(path), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is .*single process")
-        # No joint planning.
-        dcp.load(dict(tensors), storage_reader=_Reader(path), no_dist=True)
-
-
-class _Reader(filesystem.FileSystemReader):
-    """Reads tensors with `torch.load(weights_only=True)`, as torch does."""
+class SavedTensors(filesystem.FileSystemReader):
+    """The tensors of a checkpoint. Its index, whose reading takes longer than that of most tensors,
+    is read once; tensors are read with `torch.load(weights_only=True)`, as torch does."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        return self._index
+
+    @cached_property
+    def _index(self) -> metadata.Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             index: metadata.Metadata = _IndexUnpickler(file).load()
         for piece in index.storage_data.values():
             if not re.fullmatch(TENSOR_FILES, piece.relative_path):
                 raise ValueError(f"its index lists {piece.relative_path!r}")
         return index
+
+    @cached_property
+    def on_meta(self) -> dict[str, Tensor]:
+        """All tensors by name, on the meta device."""
+        with _reading(Path(self.path)):
+            saved: dict[str, Any] = self._index.state_dict_metadata
+            return {
+                name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+                for name, entry in saved.items()
+            }
+
+    def fill_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fills tensors by name in place."""
+        with _reading(Path(self.path)), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is .*single process")
+            dcp.load(dict(tensors), storage_reader=self, no_dist=True)  # no joint planning
+
+    def read_full(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Returns full tensors by name, on the CPU."""
+        with _reading(Path(self.path)):
+            tensors = {name: torch.empty_like(self.on_meta[name], device="cpu") for name in names}
+        self.fill_(tensors)
+        return tensors
+
+    def read_rows(self, name: str, rows: range) -> Tensor:
+        """Returns rows of a tensor, on the CPU; reads only the saved shards that hold them."""
+        saved = self.on_meta[name]
+        into = torch.empty(len(rows), *saved.shape[1:], dtype=saved.dtype)
+        first = torch.Size([rows.start, *[0] * (into.ndim - 1)])
+        place = metadata.ChunkStorageMetadata(first, into.shape)
+        # As a DTensor, it says which part is here (torch.distributed._checkpointable).
+        sharded = torch.empty((), dtype=saved.dtype).expand(saved.shape)
+        sharded.__create_chunk_list__ = lambda: [place]  # type: ignore[attr-defined]
+        sharded.__get_tensor_shard__ = lambda index: into  # type: ignore[attr-defined]
+        self.fill_({name: sharded})
+        return into
 
 
 class _IndexUnpickler(pickle.Unpickler):

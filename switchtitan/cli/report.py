@@ -15,8 +15,7 @@ from pathlib import Path
 from switchtitan.cli.main import number
 from switchtitan.errors import ConfigError
 from switchtitan.observability.tensorboard import read_curves
-from switchtitan.report.page import Pictures, write_page
-from switchtitan.report.pictures import curve_panels, draw, measure, rank_table, spectrum_panels
+from switchtitan.report.page import Pictures, curve_panels, draw, draw_spectra, write_page
 
 _FORMATS = (".html", ".png", ".svg", ".pdf")
 _output = number(Path, lambda file: file.suffix in _FORMATS, f"a file {', '.join(_FORMATS)}")
@@ -44,8 +43,7 @@ def run(options: argparse.Namespace) -> dict[str, str]:
         curves = {label: read_curves(folder) for label, folder in runs.items()}
         pictures["Curves"] = draw(curve_panels(curves)), None
     if options.spectrum:
-        spectra = {label: measure(folder) for label, folder in runs.items()}
-        pictures["Change of the weights"] = draw(spectrum_panels(spectra)), rank_table(spectra)
+        pictures["Change of the weights"] = draw_spectra(runs)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if is_page:

@@ -13,7 +13,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from switchtitan.checkpoint.load import find_given
 from switchtitan.checkpoint.save import CHECKPOINTS_FOLDER
 from switchtitan.comparison.config import ComparisonConfig, RowConfig
 from switchtitan.config import flatten
@@ -22,8 +21,7 @@ from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.observability import RESULTS_FILE
 from switchtitan.registry import Section, toml_value
-from switchtitan.spectra.spectrum import summarize
-from switchtitan.spectra.weight_change import checkpoint_spectra
+from switchtitan.spectra.weight_change import checkpoint_spectra, mean_effective_rank
 from switchtitan.training.output import CONFIG_FILE
 
 _KEYS_OF_A_MACHINE = {
@@ -209,8 +207,8 @@ def read_folder(run: Run) -> RunResult | None:
     if result.diverged:
         return result
     with suppress(CheckpointError):  # its checkpoints are gone
-        _, spectra = checkpoint_spectra(find_given(run.folder))
-        result = result.model_copy(update={"effective_rank": summarize(spectra).effective})
+        _, spectra = checkpoint_spectra(run.folder)
+        result = result.model_copy(update={"effective_rank": mean_effective_rank(spectra)})
     return result
 
 

@@ -220,10 +220,6 @@ class Corpus:
     schedule: Schedule = ONE_SOURCE
 
     @property
-    def name(self) -> str:
-        return self.index.name
-
-    @property
     def sources(self) -> "tuple[Corpus, ...]":
         """The corpora that were prepared: all of a mixture, or this one."""
         return self.parts or (self,)
@@ -259,7 +255,7 @@ class Corpus:
         """The sequences of one split, of all sources of a mixture. Raises a CorpusError if there is
         no such split, or it is shorter than one sequence."""
         parts = [source._own_split(name, seq_len) for source in self.sources]
-        names = [source.name for source in self.sources]
+        names = [source.index.name for source in self.sources]
         return Sequences(parts, names, self.schedule)
 
     def _own_split(self, name: str, seq_len: int) -> TokenSequences:

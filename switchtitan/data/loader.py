@@ -40,7 +40,8 @@ def build_train_batches(
 
     Sequence i of the global batch of step t has position t * global_batch_size + i in the global
     order, on any number of ranks: resuming needs only the step. Worker processes start with the
-    first item; `close()` on the iterator ends them.
+    first item; `close()` on the iterator ends them. Raises a CorpusError if the split has fewer
+    sequences than a global batch.
 
     Args:
         global_batch_size: sequences per optimizer step over all ranks, a multiple of `num_ranks *
@@ -50,9 +51,6 @@ def build_train_batches(
         start_step: the first step to yield.
         num_workers: processes that prefetch; 0 reads in the calling process.
         pin_memory: for copies to a CUDA device.
-
-    Raises:
-        CorpusError: if the split has fewer sequences than a global batch.
     """
     per_micro_step = num_ranks * local_batch_size
     assert global_batch_size % per_micro_step == 0, "checked with the configuration"

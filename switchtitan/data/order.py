@@ -20,13 +20,10 @@ rounded to multiples of one in 10 000."""
 
 
 def sequence_index(seed: int, position: NDArray[np.int64], num_sequences: int) -> NDArray[np.int64]:
-    """Returns the sequences at the given positions of the endless global order.
+    """Returns the sequences at positions [...] of the endless global order, from 0.
 
     Epoch e covers positions [e * num_sequences, (e + 1) * num_sequences) and visits every sequence
     once, in its own order.
-
-    Args:
-        position: [...], 0 or more.
     """
     epochs, offsets = np.divmod(np.asarray(position, dtype=np.int64), num_sequences)
     indices = np.empty_like(offsets)
@@ -69,13 +66,10 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 @dataclass(frozen=True)
 class Schedule:
     """Sources by position. Of the first p positions, source k has `counts[k] / PERIOD * p` of them,
-    within one.
-
-    Args:
-        counts: [sources], positions of each source in a period; they add up to `PERIOD`.
-    """
+    within one."""
 
     counts: tuple[int, ...]
+    """[sources], positions of each source in a period; they add up to `PERIOD`."""
 
     @cached_property
     def _sources(self) -> NDArray[np.int64]:

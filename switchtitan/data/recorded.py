@@ -11,7 +11,7 @@ from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import INDEX_FILE, Corpus, Record, join_sources, read_index
 from switchtitan.data.order import ONE_SOURCE, Schedule
 from switchtitan.data.sources import DATASETS, Source
-from switchtitan.errors import CorpusError
+from switchtitan.errors import CorpusError, abbreviate
 from switchtitan.files import sha256_of_file
 from switchtitan.registry import explain
 
@@ -55,16 +55,9 @@ def record(corpus: Corpus) -> dict[str, JsonValue]:
 
 
 def find_recorded(run: Mapping[str, object], cache_dir: Path, checkpoint: Path) -> Corpus:
-    """Finds the corpus that a run has recorded, by its index; verifies and prepares nothing.
-
-    Args:
-        run: of the checkpoint's metadata.
-        cache_dir: searched, as is the folder where the corpus was.
-        checkpoint: for the message if the corpus is not there.
-
-    Raises:
-        CorpusError: if it is not on this machine, or its index is damaged.
-    """
+    """Finds the corpus that the metadata of a checkpoint record, by its index, in `cache_dir` and
+    in the folder where it was; verifies and prepares nothing. Raises a CorpusError if it is not on
+    this machine, or its index is damaged."""
     sources = recorded_sources(run, checkpoint)
     parts = [_find(source, cache_dir, checkpoint) for source in sources]
     return join_sources(parts, Schedule(tuple(source.count for source in sources)))
@@ -128,28 +121,20 @@ def check_unchanged(config: DataConfig, corpus: Corpus) -> None:
 def check_files(config: DataConfig, source: Source, corpus: Corpus, remedy: str) -> None:
     """Checks that a user's own files are those that a corpus was prepared from.
 
-    Compares names, sizes and times, and reads a file only if its time differs.
-
-    Raises:
-        CorpusError: if they are not; names the first one that differs, and the remedy.
+    Compares names, sizes and times, and reads a file only if its time differs. Raises a CorpusError
+    with the remedy if they are not.
     """
-    before = {file.name: file for file in corpus.index.files}
     now = {file.name: file for file in source.files}
-    num_touched = 0
-    for name in sorted(before.keys() | now.keys()):
-        was, found, problem = before.get(name), now.get(name), ""
-        if was is None or found is None:
-            problem = "is missing" if found is None else "is new"
-        elif was.num_bytes != found.num_bytes:
-            problem = f"had {was.num_bytes} bytes, now {found.num_bytes}"
-        elif was.changed_ns != found.changed_ns:
-            num_touched += 1
-            if was.sha256 not in (None, sha256_of_file(source.folder / name)):
-                problem = "has other contents"
-        if problem:
-            raise CorpusError(
-                f"[data] path = {str(config.path)!r}: not what {corpus.folder} was prepared from: "
-                f"{name} {problem}; restore it, or {remedy}"
-            )
-    if num_touched:
-        logger.info("%d file(s) have other times, but the same contents", num_touched)
+    changed = now.keys() ^ {file.name for file in corpus.index.files}
+    for was in corpus.index.files:
+        found = now.get(was.name, was)
+        if found.num_bytes != was.num_bytes or (
+            found.changed_ns != was.changed_ns
+            and was.sha256 not in (None, sha256_of_file(source.folder / was.name))
+        ):
+            changed.add(was.name)
+    if changed:
+        raise CorpusError(
+            f"[data] path = {str(config.path)!r}: not what {corpus.folder} was prepared from: "
+            f"{abbreviate(sorted(changed))}: missing, new or changed; restore that, or {remedy}"
+        )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from switchtitan.contracts import LanguageModel
 
@@ -29,15 +29,10 @@ def continuation(
     for _ in range(num_tokens):
         tokens = torch.tensor([unread], device=device)
         document_ids = torch.zeros_like(tokens, dtype=torch.int32)
-        token = choose(model(tokens, document_ids, _logits_at_end, **cached))
+        token = choose(model(tokens, document_ids, lambda x, head: head(x[:, -1])[0], **cached))
         yield token
         sequence.append(token)
         unread = sequence if cache is None else [token]
-
-
-def _logits_at_end(hidden: Tensor, head: nn.Module) -> Tensor:
-    logits: Tensor = head(hidden[:, -1])
-    return logits[0]
 
 
 @dataclass
@@ -66,11 +61,8 @@ class Sampler:
         return int(torch.multinomial(chances, 1, generator=self._generator))
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Returns the probabilities of tokens [vocabulary] at a temperature above 0.
-
-        Args:
-            logits: [vocabulary], fp32 or wider.
-        """
+        """Returns the probabilities of tokens [vocabulary] at a temperature above 0, of logits
+        [vocabulary] in fp32 or wider."""
         logits = logits / self.temperature
         if self.top_k is not None and self.top_k < len(logits):
             last_kept = logits.topk(self.top_k).values[-1]

@@ -46,16 +46,10 @@ def text_pieces(
 def held_out_text(
     file: str, num_tokens: int | None, own: DocumentTokenizer, seq_len: int
 ) -> tuple[Sequences, range, TextSize]:
-    """Returns the sequences of a text file, one document without its end; the places of its tokens
-    among their targets, of which each is one once; and its size.
-
-    Args:
-        num_tokens: only that many tokens at its start; None for all.
-        seq_len: tokens per sequence; the last sequence is padded.
-
-    Raises:
-        ConfigError: if the file cannot be read, is not UTF-8 or is empty.
-    """
+    """Returns the sequences of a text file, one document without its end, the last one padded; the
+    places of its tokens among their targets, of which each is one once; and its size. Takes only
+    its first `num_tokens` tokens if that is not None. Raises a ConfigError if the file cannot be
+    read, is not UTF-8 or is empty."""
     text = read_text("--text", file)
     encoding = own.tokenizer.encode(text, add_special_tokens=False)
     ids = encoding.ids

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from switchtitan.checkpoint.load import find_given
 from switchtitan.checkpoint.save import CheckpointMetadata
 from switchtitan.config import flatten, parse_toml, raise_together
 from switchtitan.contracts import LanguageModel, ModelConfig
@@ -15,14 +13,13 @@ from switchtitan.data.corpus import Corpus
 from switchtitan.data.recorded import find_recorded, recorded_sources
 from switchtitan.data.tokenizer import DocumentTokenizer, read_tokenizer
 from switchtitan.distributed.world import device_type
-from switchtitan.errors import CheckpointError, CheckpointFormatError, ConfigError, CorpusError
-from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.huggingface import CONFIG_NAME, read_config
-from switchtitan.hub.initial_weights import read_initial_weights, read_model_folder
+from switchtitan.errors import CheckpointError, ConfigError, CorpusError
+from switchtitan.hub.huggingface import CONFIG_NAME, ReadWeight, read_config
+from switchtitan.hub.initial_weights import find_weights, open_weights
 from switchtitan.hub.peft_folder import folders_of
 from switchtitan.job.checks import check_device, check_held_out
 from switchtitan.job.config import JobConfig
-from switchtitan.models import MODELS, plain_model
+from switchtitan.models import plain_model
 
 
 @dataclass(frozen=True)
@@ -32,19 +29,17 @@ class TrainedModel:
     source: Path
     """The checkpoint, or the file or folder of weights."""
     config: ModelConfig
-    tensors: dict[str, Tensor]
-    """Dense weights by the plain model's names. `load` takes them out."""
+    read: ReadWeight
+    """Reads the plain model's weights."""
     metadata: CheckpointMetadata | None
     """Of the checkpoint; None for other weights."""
-    found_config: dict[str, Any]
-    """The `config.json` next to the weights; empty if there is none."""
 
     @property
     def max_positions(self) -> int | None:
         """Tokens of the longest sequence that it was made for; None if that is not known."""
         if self.metadata is not None:
             return self.metadata.identity_value("data", "seq_len", int)
-        given = self.found_config.get("max_position_embeddings")
+        given = _read_beside(self.source, CONFIG_NAME).get("max_position_embeddings")
         return given if isinstance(given, int) and given > 0 else None
 
     @property
@@ -56,46 +51,24 @@ class TrainedModel:
         return "float32" if saved == "float32" else "bfloat16"
 
     def load(self, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-        """Returns the plain model, unsharded, for passes without gradients.
-
-        Takes the weights out of `tensors`, one at a time, so that memory does not hold the model in
-        both dtypes.
-        """
-        model, names = plain_model(self.config), list(self.tensors)
-        weights = {name: self.tensors.pop(name).to(device, dtype) for name in names}
+        """Returns the plain model, unsharded, for passes without gradients."""
+        model = plain_model(self.config)
+        # One at a time, so that memory does not hold the model in both dtypes.
+        weights = {name: self.read(name).to(device, dtype) for name, _ in model.named_parameters()}
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(False).eval()
 
 
 def open_trained_model(path: Path, config: ModelConfig | None = None) -> TrainedModel:
-    """Reads a run's newest checkpoint, a given checkpoint, or other weights: a folder in Hugging
-    Face's layout, a LoRA adapter's folder or a safetensors file.
-
-    Args:
-        config: the plain model's section; by default the checkpoint's, or the one that a
-            `config.json` describes.
-
-    Raises:
-        CheckpointError: if the weights cannot be read or do not match the model.
-        ConfigError: if a `config.json` describes no model that is supported.
-    """
-    file = folders_of(path)[-1] / CONFIG_NAME
-    if config is None and (path.suffix == ".safetensors" or file.is_file()):
-        config = MODELS.restore(read_model_folder(file.parent))
-    if config is not None:
-        source, tensors = read_initial_weights(path, config)
-        found_config = read_config(file) if file.is_file() else {}
-        return TrainedModel(source, config, tensors, None, found_config)
-    try:
-        checkpoint = find_given(path)
-    except CheckpointFormatError:
-        raise
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}, or a folder in Hugging Face's layout; for other weights, pass --config FILE"
-        ) from error
-    dense = DenseCheckpoint(checkpoint)
-    return TrainedModel(checkpoint, dense.config, dense.read(), dense.metadata, {})
+    """Opens a run's newest checkpoint, a given checkpoint, or other weights: a folder in Hugging
+    Face's layout, a LoRA adapter's folder or a safetensors file. `config`, the plain model's
+    section, is by default the checkpoint's, or the one that a `config.json` describes. Raises a
+    CheckpointError if the weights cannot be read or do not match the model, a ConfigError if the
+    `config.json` describes no model that is supported."""
+    source = find_weights(path)
+    weights = open_weights(source, config)
+    metadata = weights.metadata if config is None else None
+    return TrainedModel(source, weights.config, weights.read, metadata)
 
 
 def for_evaluation(config: JobConfig) -> JobConfig:
@@ -107,15 +80,9 @@ def for_evaluation(config: JobConfig) -> JobConfig:
 
 
 def open_tokenizer(trained: TrainedModel, given: Path | None = None) -> DocumentTokenizer:
-    """Returns a trained model's tokenizer.
-
-    Args:
-        given: a `tokenizer.json`, or a folder with one; by default that of the run's corpus, or the
-            one next to the weights, or next to those of an adapter's base.
-
-    Raises:
-        CorpusError: if there is none, or it cannot be read.
-    """
+    """Returns a trained model's tokenizer: of a `tokenizer.json`, or a folder with one, that is
+    given; by default that of the run's corpus, or the one next to the weights, or next to those of
+    an adapter's base. Raises a CorpusError if there is none, or it cannot be read."""
     tokenizer = find_tokenizer(trained, given)
     if tokenizer is None:
         where = " or ".join(map(str, folders_of(trained.source)))
@@ -151,10 +118,8 @@ def corpus_of_run(metadata: CheckpointMetadata, checkpoint: Path) -> Corpus:
 
 def stop_tokens(trained: TrainedModel, tokenizer: DocumentTokenizer) -> frozenset[int]:
     """Returns the tokens that end a text: those that transformers stops at, or the tokenizer's."""
-    name = "generation_config.json"
-    file = None if trained.metadata is not None else _find_beside(trained.source, name)
-    for found in ({} if file is None else read_config(file), trained.found_config):
-        given = found.get("eos_token_id")
+    for name in ("generation_config.json", CONFIG_NAME) if trained.metadata is None else ():
+        given = _read_beside(trained.source, name).get("eos_token_id")
         ids = given if isinstance(given, list) else [given]
         if ids and all(isinstance(token, int) for token in ids):
             return frozenset(ids)
@@ -175,3 +140,9 @@ def check_tokens(trained: TrainedModel, tokens: list[int]) -> None:
 def _find_beside(source: Path, name: str) -> Path | None:
     files = (folder / name for folder in folders_of(source))
     return next((file for file in files if file.is_file()), None)
+
+
+def _read_beside(source: Path, name: str) -> dict[str, Any]:
+    """Returns a file of JSON next to weights; empty if there is none."""
+    file = _find_beside(source, name)
+    return {} if file is None else read_config(file)

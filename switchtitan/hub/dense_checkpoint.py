@@ -1,12 +1,11 @@
 """Reads the dense weights of a checkpoint of any method."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from switchtitan.checkpoint.load import read_metadata, read_rows, read_tensors, saved_tensors
+from switchtitan.checkpoint.load import SavedTensors, read_metadata
 from switchtitan.checkpoint.save import MODEL, CheckpointMetadata
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, ConfigError
@@ -25,7 +24,6 @@ class DenseCheckpoint:
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        self._checkpoint = checkpoint
         self.metadata = read_metadata(checkpoint)
         self.config = _saved_section(checkpoint, self.metadata, MODELS).on_any_machine()
         """The plain model's section."""
@@ -35,34 +33,30 @@ class DenseCheckpoint:
         model = plain_model(self.config)
         self.method.prepare_model(model)
         trained = dict(model.named_parameters())
-        saved = saved_tensors(checkpoint)
+        self._tensors = SavedTensors(checkpoint)
+        saved = self._tensors.on_meta
         self.on_meta = {name: saved[MODEL + name] for name in trained if MODEL + name in saved}
         """The parameters as the method trains them, by name, on the meta device."""
         dense = self.method.dense_weights(self.on_meta)
-        self.names = list(dense)
-        """Names of the weights in the plain model."""
         self._stored = {name for name in dense if dense[name] is self.on_meta.get(name)}
         check_shapes(dense, self.config, f"{checkpoint}")
 
     @full_precision()
-    def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Returns weights, by default all; a CheckpointError if a tensor cannot be read."""
-        names = self.names if names is None else list(names)
-        dense = self.method.dense_weights(self.read_trained(map(module_of, names)))
-        return {name: dense[name] for name in names}
+    def read(self, name: str) -> Tensor:
+        """Returns a weight; a CheckpointError if it cannot be read."""
+        return self.method.dense_weights(self.read_trained(module_of(name)))[name]
 
-    @full_precision()
     def read_rows(self, name: str, rows: range) -> Tensor:
         """Returns rows of a weight: what is saved of them, or computed from its entire module."""
         if name in self._stored:
-            return read_rows(self._checkpoint, MODEL + name, rows)
-        return self.read([name])[name][rows.start : rows.stop]
+            return self._tensors.read_rows(MODEL + name, rows)
+        return self.read(name)[rows.start : rows.stop]
 
-    def read_trained(self, modules: Iterable[str]) -> dict[str, Tensor]:
-        """Returns the parameters of modules and their children, as the method trains them."""
-        prefixes = tuple({f"{module}." if module else "" for module in modules})
-        names = [MODEL + name for name in self.on_meta if name.startswith(prefixes)]
-        read = read_tensors(self._checkpoint, names)
+    def read_trained(self, module: str) -> dict[str, Tensor]:
+        """Returns the parameters of a module and its children, as the method trains them."""
+        prefix = f"{module}." if module else ""
+        names = [MODEL + name for name in self.on_meta if name.startswith(prefix)]
+        read = self._tensors.read_full(names)
         return {name.removeprefix(MODEL): tensor for name, tensor in read.items()}
 
 

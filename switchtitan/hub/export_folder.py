@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import groupby
 from math import prod
 from pathlib import Path
 
@@ -20,11 +19,10 @@ from switchtitan.contracts import ModelConfig
 from switchtitan.data.tokenizer import DocumentTokenizer
 from switchtitan.errors import CheckpointError, OutputError
 from switchtitan.files import make_folder, rename_complete, sync_tree
-from switchtitan.hub.dense_checkpoint import module_of
 from switchtitan.hub.huggingface import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    ReadWeights,
+    ReadWeight,
     parameter_shapes,
     write_json,
 )
@@ -60,7 +58,7 @@ The run did not tune it to follow instructions. Its license is for its owner to 
 
 
 def export_dense(
-    read: ReadWeights,
+    read: ReadWeight,
     config: ModelConfig,
     folder: Path,
     dtype: torch.dtype,
@@ -71,11 +69,11 @@ def export_dense(
 ) -> None:
     """Writes a folder that transformers loads: config, weights and, if given, a tokenizer.
 
-    Holds one weights file and one layer in memory. Raises a CheckpointError if transformers has no
+    Holds one weights file and one weight in memory. Raises a CheckpointError if transformers has no
     class for the model.
 
     Args:
-        read: returns weights of the model; asked for those of one module at a time.
+        read: of the model's weights.
         folder: created if it does not exist, e.g. in a `new_folder`.
         seq_len: tokens per sequence in training; max_position_embeddings in the config.
         max_shard_bytes: the maximum size of a weights file, unless one tensor is larger.
@@ -138,7 +136,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _write_weights(
-    read: ReadWeights,
+    read: ReadWeight,
     shapes: Mapping[str, tuple[int, ...]],
     folder: Path,
     dtype: torch.dtype,
@@ -153,10 +151,9 @@ def _write_weights(
     with progress_bar("exporting", total=len(shapes), unit="weights") as progress:
         for file_name, names in shards.filename_to_tensors.items():
             converted: dict[str, Tensor] = {}
-            for _, group in groupby(names, module_of):
-                for name, value in read(group).items():
-                    converted[name] = value.detach().to("cpu", dtype).contiguous()
-                    progress.update()
+            for name in names:
+                converted[name] = read(name).to(dtype).contiguous()
+                progress.update()
             save_file(converted, folder / file_name, metadata={"format": "pt"})
             # safetensors creates files that only their owner can read.
             shutil.copymode(folder / CONFIG_NAME, folder / file_name)

@@ -1,7 +1,7 @@
 """Reads folders that `transformers.AutoModelForCausalLM.from_pretrained` loads."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from switchtitan.registry import explain
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-ReadWeights = Callable[[Iterable[str]], Mapping[str, Tensor]]
-"""Names of parameters of the plain model -> their values."""
+ReadWeight = Callable[[str], Tensor]
+"""Name of a parameter of the plain model -> its value."""
 _COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
 """Of rotary frequencies, which old versions of transformers store."""
 

@@ -9,26 +9,18 @@ from torch import Tensor
 from switchtitan.checkpoint.load import find_given
 from switchtitan.checkpoint.save import SUMS_FILE
 from switchtitan.contracts import ModelConfig
-from switchtitan.distributed.initial import ReadRows
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import sha256_of_file
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.huggingface import CONFIG_NAME, check_shapes, parameter_shapes, read_config
+from switchtitan.hub.huggingface import CONFIG_NAME, check_shapes, read_config, read_dense
 from switchtitan.hub.peft_folder import (
     ADAPTER_CONFIG_NAME,
     folder_of_model,
     folders_of,
     is_adapter,
-    read_merged,
+    merging_reader,
 )
 from switchtitan.models import MODELS
-
-
-def read_initial_weights(path: Path, config: ModelConfig) -> tuple[Path, dict[str, Tensor]]:
-    """Returns what `find_weights` does, and all of the plain model's weights by name."""
-    source, shapes = find_weights(path), parameter_shapes(config)
-    read_rows = open_weights(source, config)
-    return source, {name: read_rows(name, range(shape[0])) for name, shape in shapes.items()}
 
 
 def find_weights(path: Path) -> Path:
@@ -38,21 +30,39 @@ def find_weights(path: Path) -> Path:
     return (path if _has_safetensors(path) else find_given(path)).absolute()
 
 
-def open_weights(source: Path, config: ModelConfig) -> ReadRows:
-    """Returns what reads the plain model's weights from a path that `find_weights` returned. Raises
-    a CheckpointError if the weights do not match the model's section, `config`, a ConfigError if a
-    config.json next to them describes no model that is supported."""
-    if not _has_safetensors(source):
-        dense = DenseCheckpoint(source)
-        _check_same_model(dense.config, config, source)
-        return dense.read_rows
-    file = folders_of(source)[-1] / CONFIG_NAME
-    if file.is_file():
-        _check_same_model(MODELS.restore(read_model_folder(file.parent)), config, file)
-    weights = without_copies(read_merged(source), config, source)
-    check_shapes(weights, config, f"[checkpoint] initial_weights = {str(source)!r}")
-    # Memory-mapped, unless an adapter was merged.
-    return lambda name, rows: weights[name][rows.start : rows.stop]
+class DenseFolder:
+    """Weights of a safetensors file, or of a folder in Hugging Face's layout or with an adapter;
+    memory-mapped. See `open_weights`."""
+
+    metadata = None
+
+    def __init__(self, source: Path, config: ModelConfig | None = None) -> None:
+        file = folders_of(source)[-1] / CONFIG_NAME
+        if config is None or file.is_file():
+            described = MODELS.restore(read_model_folder(file.parent))
+            config = config or described
+            _check_same_model(described, config, file)
+        weights = without_copies(read_dense(folder_of_model(source)), config, source)
+        check_shapes(weights, config, f"[checkpoint] initial_weights = {str(source)!r}")
+        self.config, self.read = config, merging_reader(source, weights)
+
+    def read_rows(self, name: str, rows: range) -> Tensor:
+        """Returns rows of a weight."""
+        return self.read(name)[rows.start : rows.stop]
+
+
+def open_weights(source: Path, config: ModelConfig | None) -> DenseCheckpoint | DenseFolder:
+    """Opens the plain model's weights at a path that `find_weights` returned.
+
+    `config`, the model's section, is by default the checkpoint's, or the one that a config.json
+    next to the weights describes. Raises a CheckpointError if the weights do not match it, a
+    ConfigError if there is none, or it describes no model that is supported.
+    """
+    if _has_safetensors(source):
+        return DenseFolder(source, config)
+    dense = DenseCheckpoint(source)
+    _check_same_model(dense.config, config or dense.config, source)
+    return dense
 
 
 def _has_safetensors(path: Path) -> bool:

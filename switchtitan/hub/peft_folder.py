@@ -19,7 +19,7 @@ from switchtitan.errors import CheckpointError, abbreviate
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
 from switchtitan.hub.huggingface import (
     CONFIG_NAME,
-    ReadWeights,
+    ReadWeight,
     read_config,
     read_dense,
     write_json,
@@ -78,7 +78,7 @@ def read_adapter_config(folder: Path) -> PeftConfig:
         ) from error
 
 
-def reader_of_base(checkpoint: DenseCheckpoint) -> ReadWeights:
+def reader_of_base(checkpoint: DenseCheckpoint) -> ReadWeight:
     """Returns what reads a checkpoint's weights without their low-rank updates, in fp32. Raises a
     CheckpointError if the checkpoint has no low-rank updates."""
     method = checkpoint.method
@@ -89,14 +89,10 @@ def reader_of_base(checkpoint: DenseCheckpoint) -> ReadWeights:
             "low-rank update; export it without --format"
         )
 
-    def read(names: Iterable[str]) -> dict[str, Tensor]:
-        names = list(names)
-        tensors = checkpoint.read_trained(map(module_of, names))
-        dense = method.dense_weights(tensors)
-        return {
-            name: values_of((tensors if module_of(name) in updated else dense)[name], torch.float32)
-            for name in names
-        }
+    def read(name: str) -> Tensor:
+        if module_of(name) not in updated:
+            return checkpoint.read(name)
+        return values_of(checkpoint.read_trained(module_of(name))[name], torch.float32)
 
     return read
 
@@ -104,7 +100,7 @@ def reader_of_base(checkpoint: DenseCheckpoint) -> ReadWeights:
 def updates_of(checkpoint: DenseCheckpoint) -> Iterator[tuple[str, LowRankUpdate]]:
     """Yields the low-rank update of each layer, by name, one in memory at a time."""
     for layer in checkpoint.method.low_rank_updates(checkpoint.on_meta):
-        yield from checkpoint.method.low_rank_updates(checkpoint.read_trained([layer])).items()
+        yield from checkpoint.method.low_rank_updates(checkpoint.read_trained(layer)).items()
 
 
 def write_adapter(
@@ -170,16 +166,12 @@ def folders_of(path: Path) -> list[Path]:
     return list(dict.fromkeys([path, folder_of_model(path)]))
 
 
-def read_merged(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Returns weights of a folder or file, by default all, by name; an adapter's are those of its
-    base with the adapter merged. Merged weights are fp32; the others are memory-mapped. Raises a
-    CheckpointError as `folder_of_model`, if a file is missing or damaged, or if factors do not fit
-    the base or the configuration."""
-    base = folder_of_model(path)
-    weights = read_dense(base)
-    names = weights if names is None else names
+def merging_reader(path: Path, weights: Mapping[str, Tensor]) -> ReadWeight:
+    """Returns what reads one of `weights` by name; those of an adapter's base with the adapter
+    merged, in fp32. Raises a CheckpointError if a file is missing or damaged, or if factors do not
+    fit the base or the configuration."""
     if not is_adapter(path):
-        return {name: weights[name] for name in names}
+        return weights.__getitem__
     config, file = read_adapter_config(path), path / ADAPTER_NAME
     factors: dict[str, dict[str, Tensor]] = {}
     for name, factor in read_dense(path, ADAPTER_NAME).items():
@@ -188,13 +180,14 @@ def read_merged(path: Path, names: Iterable[str] | None = None) -> dict[str, Ten
             raise CheckpointError(f"{file}: {name}: expected a factor of a layer")
         factors.setdefault(f"{match[1]}.weight", {})[match[2]] = factor
     if missing := sorted(factors.keys() - weights.keys()):
-        raise CheckpointError(f"{base} lacks {abbreviate(missing)}, which {path} updates")
-    return {
-        name: _merged(weights[name], factors[name], config, f"{file}: {name}")
-        if name in factors
-        else weights[name]
-        for name in names
-    }
+        raise CheckpointError(f"{path} updates {abbreviate(missing)}, which its base lacks")
+
+    def read(name: str) -> Tensor:
+        if name not in factors:
+            return weights[name]
+        return _merged(weights[name], factors[name], config, f"{file}: {name}")
+
+    return read
 
 
 @full_precision()

@@ -1,6 +1,5 @@
 """Compares the logits of an exported folder with those of its checkpoint, one block at a time."""
 
-from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +11,10 @@ from switchtitan.contracts import ModelConfig
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.huggingface import ReadWeights
-from switchtitan.hub.initial_weights import read_model_folder
-from switchtitan.hub.peft_folder import is_adapter, read_merged
-from switchtitan.models import MODELS, plain_model
+from switchtitan.hub.huggingface import ReadWeight
+from switchtitan.hub.initial_weights import DenseFolder
+from switchtitan.hub.peft_folder import is_adapter
+from switchtitan.models import plain_model
 
 _NUM_TOKENS = 64
 _WITHOUT_CHECK = "--no-verify writes the folder without this check"
@@ -32,12 +31,9 @@ def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype)
         folder: as `export_dense` writes it, or with an adapter. Its config.json is read too.
         dtype: of its weights.
     """
-
-    def read_rounded(names: Iterable[str]) -> Mapping[str, Tensor]:
-        return {name: value.to(dtype) for name, value in checkpoint.read(names).items()}
-
-    expected = _logits(checkpoint.config, read_rounded)
-    found = _logits(MODELS.restore(read_model_folder(folder)), partial(read_merged, folder))
+    expected = _logits(checkpoint.config, lambda name: checkpoint.read(name).to(dtype))
+    exported = DenseFolder(folder)
+    found = _logits(exported.config, exported.read)
     error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
     # Sums in fp32 are rounded in another order; factors in bf16 are rounded by up to 2^-9 each.
     limit = 3e-2 if is_adapter(folder) and dtype != torch.float32 else 1e-4
@@ -51,7 +47,7 @@ def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype)
 
 @torch.no_grad()
 @full_precision()
-def _logits(config: ModelConfig, read: ReadWeights) -> Tensor:
+def _logits(config: ModelConfig, read: ReadWeight) -> Tensor:
     """Returns the logits [1, seq, vocabulary] of a plain model on random tokens."""
     model = plain_model(config).eval()
     # What is computed from a tensor without values is skipped in places, and no error is raised.
@@ -64,18 +60,17 @@ def _logits(config: ModelConfig, read: ReadWeights) -> Tensor:
         block.register_forward_pre_hook(partial(_load, read, f"{name}."))
         block.register_forward_hook(_unload)
     in_blocks = tuple(f"{name}." for name in model.blocks())
-    outer = [name for name, _ in model.named_parameters() if not name.startswith(in_blocks)]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (1, _NUM_TOKENS), generator=generator)
     documents = torch.zeros_like(tokens, dtype=torch.int32)
-    values = {name: value.float() for name, value in read(outer).items()}
+    outer = [name for name, _ in model.named_parameters() if not name.startswith(in_blocks)]
+    values = {name: read(name).float() for name in outer}
     return functional_call(model, values, (tokens, documents))
 
 
-def _load(read: ReadWeights, prefix: str, block: nn.Module, args: object) -> None:
-    values = read([f"{prefix}{name}" for name, _ in block.named_parameters()])
-    local = {name.removeprefix(prefix): value.float() for name, value in values.items()}
-    block.load_state_dict(local, assign=True)
+def _load(read: ReadWeight, prefix: str, block: nn.Module, args: object) -> None:
+    values = {name: read(prefix + name).float() for name, _ in block.named_parameters()}
+    block.load_state_dict(values, assign=True)
 
 
 def _unload(block: nn.Module, args: object, output: object) -> None:

@@ -14,7 +14,7 @@ class MetricsConfig(Section):
     """Optimizer steps between two reports, at least 1. A report makes the host wait for the
     device."""
     tensorboard: bool = True
-    """Write scalars and histograms to `<output_dir>/tensorboard`."""
+    """Write scalars to `<output_dir>/tensorboard`."""
     trackers: tuple[Literal["wandb"], ...] = ()
     """Experiment trackers that the scalars are also sent to: Weights & Biases. Its package is an
     extra, `pip install '.[wandb]'`; its variables apply, e.g. `WANDB_MODE=offline`."""

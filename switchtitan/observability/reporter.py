@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from switchtitan.config import parse_toml
@@ -87,11 +86,6 @@ class Reporter:
             self._wandb.log({**values, "step": step})
         for line in self._table.lines(step, values):
             logger.info("%s", line)
-
-    def report_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Writes a histogram of each finite tensor, of any shape, by tag, to TensorBoard."""
-        if self._tensorboard is not None:
-            self._tensorboard.write_histograms(step, values)
 
     def has_results(self, step: int) -> bool:
         """Whether the results file exists, and is of this run at `step`."""

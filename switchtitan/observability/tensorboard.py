@@ -13,12 +13,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from switchtitan.errors import ConfigError
@@ -36,9 +34,6 @@ FIRST_CARDS = {
 }
 """Metric -> its tag, for those that tell a run's state: TensorBoard sorts groups by name. The tags
 of other metrics are their names."""
-_POSITIVE_EDGES = np.geomspace(1e-12, 1e20, 775)
-_BIN_EDGES = [*-_POSITIVE_EDGES[::-1], 0.0, *_POSITIVE_EDGES]
-"""Edges of histograms: 10 % apart, as in torch's SummaryWriter."""
 
 
 class TensorBoardWriter:
@@ -75,11 +70,6 @@ class TensorBoardWriter:
             for metric, value in values.items()
         ]
         self._add(Event(step=step, summary=Summary(value=points)))
-
-    def write_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Adds one histogram per tag, of all values of its tensor, with exponential bins."""
-        for tag, tensor in values.items():
-            self._add(Event(step=step, summary=summary.histogram(tag, tensor, _BIN_EDGES)))
 
     def _add(self, *events: Event) -> None:
         contents = io.BytesIO()

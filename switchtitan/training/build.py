@@ -36,8 +36,7 @@ from switchtitan.observability.profiler import Profiler
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput
 from switchtitan.optim.lr_schedule import build_lr_schedule
-from switchtitan.spectra.telemetry import RankTelemetry
-from switchtitan.spectra.weight_change import Origin
+from switchtitan.spectra.weight_change import Origin, RankTelemetry
 from switchtitan.training.describe import (
     changes_since,
     describe_run,
@@ -266,14 +265,14 @@ def _open_initial_weights(
     # Checksums read all bytes: once. Other ranks read only the rows that they hold.
     source, state.initial_fingerprint = world.on_main(find)
     state.initial_weights = str(source)
-    read_rows = open_weights(source, config.model)
+    weights = open_weights(source, config.model)
     logger.info("initial weights: %s", source)
     if not config.method.keeps_initial_weights:
         logger.warning(
             "[method] name = %r starts from an approximation of the initial weights",
             config.method.name,
         )
-    return read_rows
+    return weights.read_rows
 
 
 def _build_telemetry(

@@ -125,7 +125,7 @@ def run_facts(
         "num_threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit() if world.is_main else None,
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint},
+        "corpus": {"name": corpus.index.name, "fingerprint": corpus.fingerprint},
         "num_parameters": count_parameters(model),
     }
 
@@ -142,7 +142,7 @@ def describe_run(
     counts = count_parameters(stepper.model)
     sizes = [f"{number / 1e6:.2f} M {kind}" for kind, number in counts.items() if number]
     logger.info("%s: %s", config.job.name, ", ".join(sizes))
-    logger.info("corpus %s: %s", corpus.name, corpus.description)
+    logger.info("corpus %s: %s", corpus.index.name, corpus.description)
     world, (replicate, shard) = stepper.world, stepper.world.mesh.shape
     layout = f"replicate {replicate} x shard {shard}"
     logger.info("%d rank(s) on %s: %s", world.size, device_name(world.device), layout)

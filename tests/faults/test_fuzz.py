@@ -5,21 +5,14 @@ reads them.
 """
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from support.folders import random_weights, reader_of, with_header
+from support.folders import random_weights, read_weights, with_header
 from support.fuzzing import EXTREME_NUMBERS, STRANGE_STRINGS, fuzz, mutate_bytes, mutate_json
 from support.long_form import num_cases
 from support.tiny import METHOD_KEYS, tiny_config, tiny_toml
-from support.tiny_documents import (
-    make_documents,
-    save_tokenizer,
-    write_json_lines,
-    write_nanogpt,
-    write_parquet,
-)
+from support.tiny_documents import ROWS, TOKENIZER, save_tokenizer
 
 from switchtitan.data.config import SourceConfig
 from switchtitan.data.prepare import read_chunks
@@ -27,18 +20,17 @@ from switchtitan.data.sources import DATASETS
 from switchtitan.data.tokenizer import read_tokenizer
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.huggingface import parameter_shapes
-from switchtitan.hub.initial_weights import read_initial_weights, read_model_folder
+from switchtitan.hub.initial_weights import read_model_folder
 from switchtitan.job.config import parse_arguments
 from switchtitan.models import MODELS
 from switchtitan.registry import toml_value
-
-DOCUMENTS = make_documents(30)
 
 
 def damage_one_of(folder, change):
     """Restores all files of a folder, and changes the bytes of one of them to `change` of its name,
     valid bytes and a source of random numbers."""
-    valid = {file: file.read_bytes() for file in sorted(folder.iterdir())}
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    valid = {file: file.read_bytes() for file in files}
 
     def damage(draw):
         for file, data in valid.items():
@@ -92,12 +84,12 @@ def change_safetensors(name, valid, draw):
 
 def hugging_face_folder(folder):
     model, exported = tiny_config(folder / "home", "full_rank").model, folder / "exported"
-    weights = reader_of(random_weights(model))
+    weights = random_weights(model).__getitem__
     export_dense(weights, model, exported, torch.float32, max_shard_bytes=20_000)
 
     def read():
         assert parameter_shapes(MODELS.restore(read_model_folder(exported)))
-        read_initial_weights(exported, model)
+        read_weights(exported, model)
 
     return damage_one_of(exported, change_safetensors), read
 
@@ -113,27 +105,12 @@ def tokenizer(folder):
     return damage_one_of(folder, change_json), read
 
 
-IDS = [[4 + number % 5] * (1 + number % 7) for number in range(60)]
-TOKENIZER = SimpleNamespace(vocab_size=10, eos_id=3, dtype="uint16")
-SOURCES = {
-    "text": lambda folder: (folder / "a.txt").write_bytes("".join(DOCUMENTS).encode()),
-    "jsonl": lambda folder: write_json_lines(folder / "a.jsonl", DOCUMENTS),
-    "jsonl, gz": lambda folder: write_json_lines(folder / "a.json.gz", DOCUMENTS),
-    "jsonl, zst": lambda folder: write_json_lines(folder / "a.jsonl.zst", DOCUMENTS),
-    "parquet": lambda folder: write_parquet(
-        folder / "a.parquet", id=[*range(len(DOCUMENTS))], text=DOCUMENTS, row_group_size=8
-    ),
-    "nanogpt": lambda folder: write_nanogpt(folder / "a.bin", IDS, 3),
-}
-"""Name of a dataset, and its variant -> what writes its files to a folder."""
-
-
-def source(name):
+def source(row):
     def target(folder):
-        SOURCES[name](folder)
+        row.write(folder)
 
         def read():
-            config = SourceConfig(dataset=name.partition(",")[0], path=folder)
+            config = SourceConfig(dataset=row.dataset, path=folder, **row.keys)
             opened = DATASETS[config.dataset].open(config, None)
             stream = opened.read(None, None, TOKENIZER)
             for documents, *_ in read_chunks(stream, None, None):
@@ -149,7 +126,11 @@ TARGETS = {
     "configuration": (configuration, 10_000, 60, 0.3),
     "Hugging Face's layout": (hugging_face_folder, 10_000, 30, 0.3),
     "tokenizer": (tokenizer, 2000, 30, 0.2),
-    **{f"source of {name}": (source(name), 1500, 20, 0.05) for name in SOURCES},
+    **{
+        f"source of {name}": (source(row), 1500, 20, 0.05)
+        for name, row in ROWS.items()
+        if row.split is None and row.dataset != "hub"
+    },
 }
 """What is read -> numbers of cases in the long and in the short form, and the least share that must
 be refused."""

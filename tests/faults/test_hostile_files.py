@@ -17,7 +17,7 @@ import pytest
 import torch
 from support.checkpoints import rewrite_index, rewrite_metadata, update_checksums
 from support.commands import run
-from support.folders import change_json, contents, random_weights, reader_of, with_header
+from support.folders import change_json, contents, random_weights, with_header
 from support.fuzzing import limited_cpu_time
 from support.preparation import write_documents
 from support.tiny import tiny_config, tiny_trainer
@@ -64,7 +64,7 @@ def home(corpora):
     trainer.stepper.close()
     model = tiny_config(folder, "full_rank").model
     next(folder.glob("full_rank-*.toml")).rename(folder / "run.toml")
-    read = reader_of(random_weights(model))
+    read = random_weights(model).__getitem__
     export_dense(read, model, folder / "hf", torch.float32)
     export_dense(read, model, folder / "sharded", torch.float32, max_shard_bytes=20_000)
     return folder

@@ -3,6 +3,7 @@
 import random
 import shutil
 from functools import lru_cache
+from itertools import product
 
 import pytest
 from support.interrupted import (
@@ -21,23 +22,13 @@ from support.tiny_documents import make_documents, write_json_lines
 from switchtitan.checkpoint.load import verify
 from switchtitan.data.config import DataConfig
 
-SHORT = [
-    ("killed", "start-up", 2),
-    ("killed", "training", 2),
-    ("killed", "async save", 2),
-    ("stopped", "start-up", 2),
-    ("stopped", "training", 2),
-    ("stopped", "async save", 1),
-]
+SHORT = [*product(("killed", "stopped"), ("start-up", "training", "async save"), (2,))]
+IN_BOTH = ("start-up", "training", "save", "async save")
 LONG = [
-    ("killed", phase, num_ranks)
-    for phase in ("start-up", "preparation", "training", "save", "async save", "pruning")
-    for num_ranks in (1, 2)
-] + [
-    ("stopped", phase, num_ranks)
-    for phase in ("start-up", "training", "evaluation", "save", "async save")
-    for num_ranks in (1, 2, 4)
+    *product(("killed",), (*IN_BOTH, "preparation", "pruning"), (1, 2)),
+    *product(("stopped",), (*IN_BOTH, "evaluation"), (1, 2, 4)),
 ]
+"""End, phase and number of ranks."""
 NUM_CHAINS, INTERRUPTS = num_cases(4, 1), num_cases(3, 1)
 """Chains of a row, and interrupts of a chain."""
 MAX_RUNS = 2 * INTERRUPTS + 6

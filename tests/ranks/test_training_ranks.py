@@ -321,17 +321,13 @@ def integers_of(tensors):
 def test_what_is_measured_does_not_depend_on_the_number_of_ranks(recorded, name, layout):
     one, several = recorded("one", name), recorded(layout, name)
     assert several.keys() == one.keys()
-    measured = {tag for values in one.values() for tag in values}
-    for prefix in ("rank/effective_mean", "rank/effective_by_layer/"):
-        assert any(tag.startswith(prefix) for tag in measured), prefix
+    assert any("rank/effective_mean" in values for values in one.values())
     for step, expected in one.items():
         found = several[step]
         assert found.keys() == expected.keys()
         for tag, value in expected.items():
-            # Sums over ranks have another order; Adam amplifies that for gradients near zero. A
-            # single layer's rank differs more than means.
-            bound = 1e-2 if tag.startswith("rank/effective_by_layer/") else 1e-3
-            assert found[tag] == pytest.approx(value, rel=bound, abs=1e-6), (step, tag)
+            # Sums over ranks have another order; Adam amplifies that for gradients near zero.
+            assert found[tag] == pytest.approx(value, rel=1e-3, abs=1e-6), (step, tag)
 
 
 def take_four_steps(folder, method, *keys, spoil):

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.commands import run
-from support.folders import change_json
+from support.folders import change_json, read_weights, save_random_model
 from support.trained import train_and_save
 
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.peft_folder import ADAPTER_CONFIG_NAME, read_merged
+from switchtitan.hub.peft_folder import ADAPTER_CONFIG_NAME
 
 TOKENS = torch.arange(2 * 13).reshape(2, 13) * 7 % 53
 TOLERANCE = 1e-5
@@ -20,14 +20,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    config = LlamaConfig(vocab_size=53, hidden_size=36, intermediate_size=29, **heads)
-    folder = tmp_path_factory.mktemp("adapters") / "model"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_random_model("llama", tmp_path_factory.mktemp("adapters") / "model")
 
 
 def save_adapter(base, folder, **keys):
@@ -50,7 +43,7 @@ def merged_logits(base, folder):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base)
-    model.load_state_dict(read_merged(folder))
+    model.load_state_dict(read_weights(folder))
     with torch.no_grad():
         return model(TOKENS).logits
 
@@ -90,10 +83,10 @@ def test_a_merged_adapter_has_the_logits_that_peft_computes(base, tmp_path, keys
 def test_other_kinds_are_refused_by_key(plain, tmp_path, key, value):
     folder = shutil.copytree(plain, tmp_path / "adapter")
     change_json(folder / ADAPTER_CONFIG_NAME, {"a_key_of_a_later_version": []})
-    read_merged(folder)
+    read_weights(folder)
     change_json(folder / ADAPTER_CONFIG_NAME, {key: value})
     with pytest.raises(CheckpointError, match=ADAPTER_CONFIG_NAME) as refused:
-        read_merged(folder)
+        read_weights(folder)
     refused.match(rf"\b{key} = ")
 
 

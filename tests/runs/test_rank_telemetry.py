@@ -15,8 +15,7 @@ from switchtitan.distributed.shards import gather_on_main
 from switchtitan.errors import CheckpointError
 from switchtitan.job.config import parse_arguments
 from switchtitan.methods import METHODS
-from switchtitan.spectra.spectrum import summarize
-from switchtitan.spectra.weight_change import checkpoint_spectra
+from switchtitan.spectra.weight_change import checkpoint_spectra, mean_effective_rank
 
 NUM_STEPS = ("--training.steps", "12", "--evaluation.interval", "100")
 EVERY_5 = (*NUM_STEPS, "--spectrum.interval", "5")
@@ -68,7 +67,7 @@ def assert_spectra_are(measured, expected):
 @pytest.fixture(scope="module")
 def switching(corpora):
     """A run of SwitchLoRA that measures, and what it reported."""
-    return train(corpora / "rank", "switchlora", *EVERY_5, "--metrics.tensorboard", "true")
+    return train(corpora / "rank", "switchlora", *EVERY_5)
 
 
 # Fira and APOLLO train full weights, as GaLore and full rank do.
@@ -86,26 +85,13 @@ def test_measured_ranks_equal_those_of_merged_minus_starting_weights(corpora, sw
     assert_spectra_are(measured, expected)
     ranks = reported[12]
     # The roundings above, some 20 values in each entropy.
-    assert ranks["rank/effective_mean"] == pytest.approx(summarize(expected).effective, rel=1e-4)
-    of_q = {name: values for name, values in expected.items() if name.endswith("q_proj")}
-    assert ranks["rank/effective/q_proj"] == pytest.approx(summarize(of_q).effective, rel=1e-4)
-    assert len(ranks) == 1 + 7 + NUM_LAYERS
+    assert ranks["rank/effective_mean"] == pytest.approx(mean_effective_rank(expected), rel=1e-4)
     # LoRA stays within its rank; W + s B A is rounded to fp32: 6e-8 of weights of 0.02.
     beyond = [values[6] / values[0] for values in measured.values()]
     if method == "lora":
         assert max(beyond) < 1e-4
     if method in ("full_rank", "switchlora"):
         assert min(beyond) > 1e-3
-
-
-def test_every_kinds_spectrum_reaches_tensorboard(corpora, switching):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder = str(corpora / "rank" / "run" / "tensorboard")
-    events = EventAccumulator(folder, size_guidance={"histograms": 0}).Reload()
-    points = {tag: events.Histograms(tag) for tag in events.Tags()["histograms"]}
-    assert len(points) == 7
-    assert all([point.step for point in of_kind] == [5, 10, 12] for of_kind in points.values())
 
 
 def test_without_the_setting_nothing_is_measured_and_the_run_is_the_same(corpora, switching):
@@ -162,6 +148,6 @@ def test_the_effective_rank_is_that_of_the_last_checkpoint(corpora, tmp_path):
     finish(run, 3.0, step=run.config.training.steps)
     _, spectra = checkpoint_spectra(folder / "checkpoints" / "step-000000007")
     # Spectra are in fp32.
-    assert read_folder(run).effective_rank == pytest.approx(summarize(spectra).effective, rel=1e-5)
+    assert read_folder(run).effective_rank == pytest.approx(mean_effective_rank(spectra), rel=1e-5)
     shutil.rmtree(folder / "checkpoints")
     assert read_folder(run).effective_rank is None

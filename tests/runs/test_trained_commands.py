@@ -21,7 +21,8 @@ from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import train_tokenizer
 from switchtitan.observability.tensorboard import read_curves
 from switchtitan.registry import toml_value
-from switchtitan.report.pictures import curve_panels, measure
+from switchtitan.report.page import curve_panels
+from switchtitan.spectra.weight_change import checkpoint_spectra, mean_effective_rank
 
 TEXT = "def größe(self, 日本):\n    return self.x  # €\n" * 9
 PROMPT = "def größe(self):\n    return "
@@ -281,13 +282,11 @@ def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     outcome = succeed("report", trained.run, "--spectrum", "--output", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     curves = read_curves(trained.run)
-    found = measure(trained.run)
-    # The checkpoint's weights are merged again: roundings of an fp32 product.
-    about = partial(pytest.approx, rel=1e-4)
-    ranks, (steps, measured) = found.ranks, curves["rank/effective_mean"]
-    assert ranks.effective_by_kind["up_proj"] == about(curves["rank/effective/up_proj"][1][-1])
+    rank = mean_effective_rank(checkpoint_spectra(trained.run)[1])
+    steps, measured = curves["rank/effective_mean"]
     assert steps == [5, 10, 15]
-    assert ranks.effective == about(measured[-1])
+    # The checkpoint's weights are merged again: roundings of an fp32 product.
+    assert rank == pytest.approx(measured[-1], rel=1e-4)
     (line,) = curve_panels({"run": curves})["Effective rank of the change by step"]
     assert line[2:] == (steps, measured)
-    assert f"{ranks.effective:.1f}" in outcome.output
+    assert f"{rank:.1f}" in outcome.output

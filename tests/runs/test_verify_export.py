@@ -1,4 +1,4 @@
-"""The comparison of an export with its checkpoint, and the memory of an export."""
+"""The comparison of an export with its checkpoint."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from switchtitan import models
 from switchtitan.checkpoint.load import find_given
 from switchtitan.errors import CheckpointError
 from switchtitan.hub import export_folder
-from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
+from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.peft_folder import ADAPTER_NAME
 from switchtitan.hub.verify_export import verify_export
 
@@ -98,18 +98,3 @@ def test_a_model_with_a_buffer_that_no_weight_is_cannot_be_compared(saved, tmp_p
     monkeypatch.setattr(models.MODELS, "build", build_with_a_buffer)
     with pytest.raises(CheckpointError, match=r"'llama'.* buffer offsets .*--no-verify"):
         verify_export(checkpoint, tmp_path / "out", FP32)
-
-
-def test_an_export_reads_one_module_at_a_time_into_files_of_bounded_size(saved, tmp_path):
-    dense, out, groups = DenseCheckpoint(saved), tmp_path / "out", []
-
-    def read(names):
-        groups.append(list(names))
-        return dense.read(groups[-1])
-
-    export_folder.export_dense(read, dense.config, out, FP32, max_shard_bytes=30_000)
-    files = sorted(out.glob("*.safetensors"))
-    assert len(files) > 2
-    assert all(file.stat().st_size < 33_000 for file in files)
-    assert all(len({module_of(name) for name in group}) == 1 for group in groups)
-    assert sorted(name for group in groups for name in group) == sorted(dense.names)

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from switchtitan.checkpoint import save
 from switchtitan.checkpoint.config import CheckpointConfig
-from switchtitan.checkpoint.load import read_tensors, saved_tensors
+from switchtitan.checkpoint.load import SavedTensors
 from switchtitan.checkpoint.save import Checkpointer
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.world import start_world
@@ -78,7 +78,8 @@ def rewrite_index(checkpoint, change):
 
 
 def read_all_tensors(checkpoint):
-    return read_tensors(checkpoint, saved_tensors(checkpoint))
+    tensors = SavedTensors(checkpoint)
+    return tensors.read_full(tensors.on_meta)
 
 
 def num_pieces(checkpoint):

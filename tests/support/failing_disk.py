@@ -113,14 +113,14 @@ def fill(disk, num_bytes_left=0):
         file.write(bytes(shutil.disk_usage(disk).free - num_bytes_left))
 
 
-# Every phase of a save, with every way in which its calls can fail, and what follows
-
 FILES = {
     "tensor file": "*.partial/__0_0.distcp",
     "torch's index": "*.partial/.metadata.tmp",
     "metadata": "*.partial/metadata.json",
     "checksums": "*.partial/SHA256SUMS",
 }
+SILENT = ("lost", "flip")
+"""Outcomes of a write that a save does not notice."""
 TEXTS = {
     "EIO": "Input/output error",
     "ENOSPC": "No space left on device",
@@ -128,59 +128,26 @@ TEXTS = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
-    """Faults during the save of step 2, after that of step 1, and what follows."""
-
-    faults: tuple[Fault, ...]
-    is_saved: bool = False
-    """Whether the save succeeds nevertheless."""
-    is_visible: bool = False
-    """Whether a failed save's folder has its final name, and is complete."""
-    is_damaged: bool = False
-    """Whether the save seems to succeed, and its damage is found on resume."""
-    leaves: str = ""
-    """The name of a folder that is only deleted at the next save."""
-    warning: str = ""
-    """Part of the error or warning; default: the error's text."""
-
-    @property
-    def message(self):
-        return self.warning or TEXTS.get(self.faults[0].outcome, "")
-
-
 def _cases():
-    yield from _faults_of_files()
-    for error in TEXTS:
-        folder, index = "*.partial", FILES["torch's index"]
-        older = "could not delete an older checkpoint"
-        yield f"partial folder: {error}", Case((Fault("mkdir", folder, error),))
-        yield f"rename of torch's index: {error}", Case((Fault("rename", index, error),))
-        yield f"fsync of the partial folder: {error}", Case((Fault("fsync", folder, error),))
-        yield f"rename: {error}", Case((Fault("rename", folder, error),))
-        of_folder = Fault("fsync", "*/checkpoints", error)
-        yield f"fsync of the folder: {error}", Case((of_folder,), is_visible=True)
-        of_older = Fault("rename", "*/.step-000000001.partial", error)
-        yield f"rename before pruning: {error}", Case((of_older,), is_saved=True, warning=older)
-        unlink = Fault("unlink", "*.partial/*", error, at=2)
-        left = ".step-000000001.partial"
-        yield f"pruning: {error}", Case((unlink,), is_saved=True, leaves=left, warning=older)
-        is_read_only = error == "EROFS"
-        operations = ("write", "rename", "unlink", "mkdir")[: 4 if is_read_only else 3]
-        faults = tuple(Fault(each, "*/checkpoints*", error, times=0) for each in operations)
-        left = "" if is_read_only else ".step-000000002.partial"
-        yield f"everything from the tensor file on: {error}", Case(faults, leaves=left)
-
-
-def _faults_of_files():
     for name, path in FILES.items():
         for error in ("EIO", "ENOSPC"):
             for operation in ("create", "write", "fsync"):
-                yield f"{operation} of the {name}: {error}", Case((Fault(operation, path, error),))
-        yield f"write of the {name}: short", Case((Fault("write", path, "short"),), is_saved=True)
-        for outcome in ("lost", "flip"):
-            fault = Fault("write", path, outcome)
-            yield f"write of the {name}: {outcome}", Case((fault,), is_saved=True, is_damaged=True)
+                yield f"{operation} of the {name}: {error}", Fault(operation, path, error)
+        for outcome in ("short", *SILENT):
+            yield f"write of the {name}: {outcome}", Fault("write", path, outcome)
+    for error in TEXTS:
+        folder, older = "*.partial", "*/.step-000000001.partial"
+        yield f"partial folder: {error}", Fault("mkdir", folder, error)
+        yield f"rename of torch's index: {error}", Fault("rename", FILES["torch's index"], error)
+        yield f"fsync of the partial folder: {error}", Fault("fsync", folder, error)
+        yield f"rename: {error}", Fault("rename", folder, error)
+        yield f"fsync of the folder: {error}", Fault("fsync", "*/checkpoints", error)
+        yield f"rename before pruning: {error}", Fault("rename", older, error)
+        yield f"pruning: {error}", Fault("unlink", "*.partial/*", error, at=2)
+        operations = ("write", "rename", "unlink", *["mkdir"] * (error == "EROFS"))
+        faults = (Fault(each, "*/checkpoints*", error, times=0) for each in operations)
+        yield f"everything from the tensor file on: {error}", *faults
 
 
-CASES = dict(_cases())
+CASES = {name: faults for name, *faults in _cases()}
+"""Every phase of a save, with every way in which its calls can fail -> faults."""

@@ -5,6 +5,7 @@ import json
 import torch
 
 from switchtitan.hub.huggingface import parameter_shapes
+from switchtitan.hub.initial_weights import find_weights, open_weights
 
 _SHAPES = {
     "vocab_size": 1000,
@@ -75,9 +76,10 @@ def random_weights(model, seed=1):
     }
 
 
-def reader_of(tensors):
-    """Returns what reads weights in memory by their names, to export them."""
-    return lambda names: {name: tensors[name] for name in names}
+def read_weights(path, config=None):
+    """Returns all weights of a folder, a file or a checkpoint, by name."""
+    weights = open_weights(find_weights(path), config)
+    return {name: weights.read(name) for name in parameter_shapes(weights.config)}
 
 
 def with_header(data, change):

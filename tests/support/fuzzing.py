@@ -78,27 +78,16 @@ def flip_bit(data, draw):
     return data
 
 
-def _truncate(data, draw):
-    return data[: draw.randrange(len(data) + 1)]
-
-
-def _insert(data, draw):
-    place = draw.randrange(len(data) + 1)
-    noise = draw.choice(
-        (draw.randbytes(draw.randint(1, 9)), b"\0", b'"', b"[" * 3000, b'{"a":' * 2000, b"\xff")
+def _replace_slice(data, draw):
+    """Inserts, deletes, overwrites or truncates."""
+    first = draw.randrange(len(data) + 1)
+    end = draw.choice((first, min(first + draw.randint(1, 40), len(data)), len(data)))
+    noise = (
+        draw.randbytes(draw.randint(1, 9)),
+        bytes([draw.choice((0, 127, 128, 255))]) * (end - first),
     )
-    return data[:place] + noise + data[place:]
-
-
-def _delete(data, draw):
-    first = draw.randrange(len(data) + 1)
-    return data[:first] + data[first + draw.randint(1, 40) :]
-
-
-def _overwrite(data, draw):
-    first = draw.randrange(len(data) + 1)
-    end = min(len(data), first + draw.choice((1, 2, 4, 8, 40)))
-    return data[:first] + bytes([draw.choice((0, 0x7F, 0x80, 0xFF))]) * (end - first) + data[end:]
+    new = draw.choice((b"", *noise, b'"', b"[" * 3000, b'{"a":' * 2000))
+    return data[:first] + new + data[end:]
 
 
 def _replace_number(data, draw):
@@ -109,7 +98,7 @@ def _replace_number(data, draw):
     return data[: match.start()] + draw.choice(_BYTES_AS_NUMBERS) + data[match.end() :]
 
 
-_BYTE_CHANGES = (flip_bit, _truncate, _insert, _delete, _overwrite, _replace_number)
+_BYTE_CHANGES = (flip_bit, _replace_slice, _replace_slice, _replace_number)
 
 
 def mutate_json(value, draw):

@@ -3,6 +3,8 @@
 import gzip
 import json
 import random
+from types import MappingProxyType, SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
@@ -62,3 +64,83 @@ def save_tokenizer(file, *special_tokens, ids_from=0, template="</s> $A"):
     file.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(file))
     return file
+
+
+# Datasets
+
+TEXTS = make_documents(23, seed=1)
+DRAW = random.Random(5)
+EOS = 3
+IDS = [[DRAW.randrange(4, 9) for _ in range(DRAW.randint(1, 30))] for _ in range(23)]
+TOKENIZER = SimpleNamespace(vocab_size=10, eos_id=EOS, dtype="uint16")
+
+
+def write_texts(folder):
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number:02d}.txt").write_bytes(text.encode())
+    (folder / "README").write_text("not part of it")
+
+
+def write_lines(kind, key="body"):
+    def write(folder):
+        write_json_lines(folder / f"0.{kind}", TEXTS[:9], key)
+        write_json_lines(folder / "sub" / f"1.{kind}", TEXTS[9:], key)
+
+    return write
+
+
+def write_parquets(folder):
+    # Spark writes folders that are named like files.
+    (folder / "1.parquet").mkdir()
+    for name, part in (("0.parquet", TEXTS[:9]), ("1.parquet/1.parquet", TEXTS[9:])):
+        write_parquet(folder / name, id=list(range(len(part))), body=part, row_group_size=4)
+
+
+def write_ids(folder):
+    """What follows the last end is a document too."""
+    write_nanogpt(folder / "a.bin", IDS[:-1], EOS)
+    with (folder / "a.bin").open("ab") as stream:
+        stream.write(np.array(IDS[-1], dtype="<u2").tobytes())
+
+
+def write_hub(folder):
+    """A repository with a configuration of two splits."""
+    for number, part in enumerate((TEXTS[:9], TEXTS[9:])):
+        write_parquet(folder / f"train-{number}.parquet", id=part, body=part)
+    files = (
+        "data_files:\n  - {split: train, path: train-*}\n  - {split: validation, path: train-0*}"
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: en\n  {files}\n---\n")
+
+
+def write_c4(folder):
+    """As the hub has it."""
+    for name, part in (("train.00000", TEXTS[:9]), ("train.00001", TEXTS[9:])):
+        write_json_lines(folder / "en" / f"c4-{name}-of-00002.json.gz", part)
+    write_json_lines(folder / "en" / "c4-validation.00000-of-00001.json.gz", TEXTS[:5])
+
+
+class Row(NamedTuple):
+    """A dataset, its files, and its documents."""
+
+    dataset: str
+    write: object
+    documents: list = TEXTS
+    keys: dict = MappingProxyType({})
+    split: str | None = None
+
+
+BODY = {"text_column": "body"}
+VALIDATION = {**BODY, "hub_config": "en", "hub_split": "validation"}
+ROWS = {
+    "text": Row("text", write_texts),
+    "jsonl": Row("jsonl", write_lines("jsonl"), keys=BODY),
+    "jsonl.gz": Row("jsonl", write_lines("json.gz"), keys=BODY),
+    "jsonl.zst": Row("jsonl", write_lines("jsonl.zst"), keys=BODY),
+    "parquet": Row("parquet", write_parquets, keys=BODY),
+    "hub": Row("hub", write_hub, keys={**BODY, "hub_config": "en"}, split="train"),
+    "one split of hub": Row("hub", write_hub, TEXTS[:9], VALIDATION),
+    "c4": Row("c4", write_c4, split="train"),
+    "validation of c4": Row("c4", write_c4, TEXTS[:5], split="validation"),
+    "nanogpt": Row("nanogpt", write_ids, IDS),
+}

@@ -37,7 +37,7 @@ def corpus(jsonl_config):
 @pytest.fixture
 def copy(corpus, tmp_path):
     """A folder with the corpus, to damage."""
-    return Path(shutil.copytree(corpus.folder, tmp_path / corpus.name))
+    return Path(shutil.copytree(corpus.folder, tmp_path / corpus.index.name))
 
 
 @pytest.fixture

@@ -146,7 +146,7 @@ def test_changed_files_of_equal_sizes_are_not_those_of_a_corpus(tmp_path):
     write_json_lines(tmp_path / "in" / "b.jsonl", ["bbbb"] * 40)  # was not read
     assert open_corpus(config).fingerprint == corpus.fingerprint
     write_json_lines(tmp_path / "in" / "a.jsonl", ["bbbb"] * 40)
-    with pytest.raises(CorpusError, match=r"\[data\] path = .* a.jsonl has other contents"):
+    with pytest.raises(CorpusError, match=r"\[data\] path = .* a.jsonl: missing, new or changed"):
         open_corpus(config)
 
 
@@ -373,7 +373,7 @@ def test_the_offline_corpus_takes_its_place_with_a_warning(tmp_path, caplog, key
     corpus = open_corpus(DataConfig(**keys))
     assert "REQUESTED CORPUS UNAVAILABLE" in caplog.text
     assert f"dataset = '{keys['dataset']}'" in str(corpus.fallback_for)
-    assert corpus.name.startswith("pystdlib-")
+    assert corpus.index.name.startswith("pystdlib-")
 
 
 @pytest.mark.usefixtures("offline")

@@ -3,7 +3,6 @@ the batches of a text that it is evaluated on."""
 
 import itertools
 import json
-import weakref
 
 import pytest
 import torch
@@ -11,44 +10,18 @@ from support.folders import save_random_model
 from support.tiny import tiny_toml
 from support.tiny_documents import save_tokenizer
 
-from switchtitan.contracts import IGNORED_TARGET
+from switchtitan.contracts import IGNORED_TARGET, LowRankUpdate
 from switchtitan.data.loader import ValidationBatches
 from switchtitan.data.tokenizer import read_tokenizer, train_tokenizer
 from switchtitan.generation.text import held_out_text
 from switchtitan.generation.trained import (
-    TrainedModel,
     for_evaluation,
     open_tokenizer,
     open_trained_model,
     stop_tokens,
 )
-from switchtitan.hub.peft_folder import ADAPTER_CONFIG_NAME, ADAPTER_NAME
+from switchtitan.hub.peft_folder import write_adapter
 from switchtitan.job.config import parse_saved
-
-
-class WatchedTensors(dict):
-    """Counts the tensors in memory each time that one is taken out."""
-
-    def __init__(self, tensors):
-        super().__init__({name: tensor.clone() for name, tensor in tensors.items()})
-        self.references = [weakref.ref(tensor) for tensor in self.values()]
-        self.num_alive = []
-
-    def pop(self, name):
-        self.num_alive.append(sum(reference() is not None for reference in self.references))
-        return super().pop(name)
-
-
-def test_loading_frees_each_weight_after_its_conversion(tmp_path):
-    opened = open_trained_model(save_random_model("llama", tmp_path / "model"))
-    given = dict(opened.tensors)
-    tensors = WatchedTensors(given)
-    trained = TrainedModel(opened.source, opened.config, tensors, None, opened.found_config)
-    model = trained.load(torch.device("cpu"), torch.bfloat16)
-    assert not trained.tensors
-    assert tensors.num_alive == list(range(len(given), 0, -1))
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, given[name].to(torch.bfloat16))
 
 
 @pytest.fixture
@@ -63,16 +36,10 @@ def base(tmp_path):
 @pytest.fixture
 def adapter(base, tmp_path):
     """An adapter as PEFT writes it: without the files of its base."""
-    from safetensors.torch import save_file
-
     folder = tmp_path / "adapter"
     folder.mkdir()
-    layer = "base_model.model.model.layers.0.mlp.up_proj"
-    factors = {"A": torch.zeros(2, 54), "B": torch.zeros(77, 2)}
-    tensors = {f"{layer}.lora_{name}.weight": factor for name, factor in factors.items()}
-    save_file(tensors, folder / ADAPTER_NAME)
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(base)}
-    (folder / ADAPTER_CONFIG_NAME).write_text(json.dumps(config))
+    update = LowRankUpdate(torch.zeros(2, 54), torch.zeros(2, 77), 2.0)
+    write_adapter([("model.layers.0.mlp.up_proj", update)], folder, base, torch.float32, None)
     return folder
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import refused
-from support.folders import KINDS, change_json, reader_of, save_random_model
+from support.folders import KINDS, change_json, read_weights, save_random_model
 from support.tensors import differing
 
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.hub.export_folder import export_dense
 from switchtitan.hub.huggingface import read_dense
-from switchtitan.hub.initial_weights import read_initial_weights, read_model_folder
+from switchtitan.hub.initial_weights import read_model_folder
 from switchtitan.models import MODELS
 
 TOKENS = torch.randint(0, 1000, (2, 200), generator=torch.Generator().manual_seed(5))
@@ -41,7 +41,7 @@ def read_section(folder, **changes):
 def read_folder(folder):
     """Returns the model's section and its weights."""
     config = read_section(folder)
-    return config, read_initial_weights(folder, config)[1]
+    return config, read_weights(folder, config)
 
 
 def logits_of(config, weights):
@@ -60,7 +60,7 @@ def logits_of_transformers(folder):
 
 
 def export(config, weights, folder, dtype=torch.float32, **keys):
-    export_dense(reader_of(weights), config, folder, dtype, **keys)
+    export_dense(weights.__getitem__, config, folder, dtype, **keys)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,7 +108,7 @@ def test_missing_unexpected_and_misshapen_weights_are_named(llama, tmp_path):
     save_file(weights, tmp_path / "weights.safetensors")
     parts = ("missing: lm_head.weight", "unexpected: model.layers.0.self_attn.q_proj.lora_a")
     with refused(*parts, "model.norm.weight [53] instead of [54]"):
-        read_initial_weights(tmp_path / "weights.safetensors", config)
+        read_weights(tmp_path / "weights.safetensors", config)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_missing_unexpected_and_misshapen_weights_are_named(llama, tmp_path):
 )
 def test_weights_of_another_model_are_refused(folders, kind, changes, words):
     with pytest.raises(CheckpointError, match=rf"config\.json describes another model: .*{words}"):
-        read_initial_weights(folders[kind], read_section(folders[kind], **changes))
+        read_weights(folders[kind], read_section(folders[kind], **changes))
 
 
 def changed_copy(folder, copy, changes):
@@ -177,19 +177,19 @@ def test_what_repeats_or_is_computed_is_dropped_and_another_head_is_refused(fold
     embedding = weights["model.embed_tokens.weight"]
     file = tmp_path / "model.safetensors"
     save_file({**weights, "lm_head.weight": embedding.clone()}, file)
-    assert read_initial_weights(tmp_path, config)[1].keys() == weights.keys()
+    assert read_weights(tmp_path, config).keys() == weights.keys()
     # Old versions of transformers store rotary frequencies too.
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
     save_file({**weights, **frequencies}, file)
-    assert read_initial_weights(tmp_path, config)[1].keys() == weights.keys()
+    assert read_weights(tmp_path, config).keys() == weights.keys()
     # Other programs may store only the head's name.
     only_head = {name: value for name, value in weights.items() if value is not embedding}
     save_file({**only_head, "lm_head.weight": embedding.clone()}, file)
-    read = read_initial_weights(tmp_path, config)[1]
+    read = read_weights(tmp_path, config)
     assert torch.equal(read["model.embed_tokens.weight"], embedding)
     save_file({**weights, "lm_head.weight": embedding + 1}, file)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight and model\.embed_tokens\.weight"):
-        read_initial_weights(tmp_path, config)
+        read_weights(tmp_path, config)
 
 
 def test_damaged_and_missing_weights_are_named(llama, tmp_path):

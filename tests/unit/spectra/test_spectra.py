@@ -1,15 +1,12 @@
-"""Ranks of matrices with a known spectrum, and layers by kind."""
+"""Ranks of matrices with a known spectrum."""
 
 import pytest
 import torch
 
-from switchtitan.spectra.spectrum import (
+from switchtitan.spectra.weight_change import (
     effective_rank,
-    layers_by_kind,
     mean_normalized_spectrum,
-    normalized_by_kind,
     singular_values,
-    summarize,
 )
 
 
@@ -32,29 +29,12 @@ def test_effective_ranks_match_a_hand_calculation():
     assert effective_rank(unchanged) == 0
 
 
-def test_a_summary_averages_over_layers_and_kinds():
-    spectra = {
-        "model.layers.0.self_attn.q_proj": torch.ones(4),
-        "model.layers.0.mlp.up_proj": torch.tensor([1.0, 0.0]),
-        "model.layers.1.self_attn.q_proj": torch.tensor([5.0, 5.0, 0.0, 0.0]),
-    }
-    summary = summarize(spectra)
-    assert summary.effective == pytest.approx((4 + 1 + 2) / 3)
-    assert summary.effective_by_kind == pytest.approx({"q_proj": 3, "up_proj": 1})
-    assert summary.effective_by_layer == pytest.approx(dict(zip(spectra, (4, 1, 2), strict=True)))
-    assert list(layers_by_kind(spectra)) == ["q_proj", "up_proj"]
-    assert [*layers_by_kind(["layers.0.self_attn.q_proj.factor_a"])] == ["q_proj.factor_a"]
-
-
-def test_spectra_are_normalized_layer_by_layer():
+def test_the_mean_spectrum_is_of_shares_of_each_layer_s_largest_value():
     spectra = {
         "0.q": torch.tensor([4.0, 2.0, 1.0]),
         "0.up": torch.zeros(2),
         "1.q": torch.tensor([0.5, 0.25, 0.0]),
     }
-    # Powers of two: no rounding.
-    by_kind = {kind: shares.tolist() for kind, shares in normalized_by_kind(spectra).items()}
-    assert by_kind == {"q": [1, 0.5, 0.25, 1, 0.5, 0], "up": [0, 0]}
     # Shorter and unchanged layers count as zero.
     mean = mean_normalized_spectrum(spectra)
     torch.testing.assert_close(mean, torch.tensor([2, 1, 0.25]) / 3, rtol=1e-6, atol=0)
