@@ -34,6 +34,7 @@ def test_packed_rows_are_the_nearest_ones_of_the_finest_step_that_holds_them():
     weight = draw(7, 33) * torch.tensor([1e-6, 1e-3, 0.02, 1.0, 3.0, 400.0, 0.0])[:, None]
     rows = pack(weight)
     assert (rows.dtype, rows.shape) == (FIXED, (7, 33 + NUM_EXTRA))
+    assert num_values(rows) == num_values(weight) == 7 * 33
     steps = steps_of(rows).double()
     assert bool(((values_of(rows) - weight.double()).abs() <= steps / 2).all())
     largest = weight.abs().amax(1, keepdim=True).double()
@@ -94,10 +95,6 @@ def test_a_row_that_is_not_finite_stays_so():
         add_fixed_(rows, torch.tensor([[0.0], [0.0], [update], [0.5]]), KEY, first_row=0, scale=1.0)
         is_finite = unpack(rows, torch.float32).isfinite()
         assert is_finite.tolist() == [[False] * 2] * 3 + [[True] * 2]
-
-
-def test_the_values_of_a_weight_are_counted_without_their_steps():
-    assert num_values(pack(torch.ones(3, 5))) == num_values(torch.ones(3, 5)) == 15
 
 
 def test_bits_depend_on_the_place_in_the_full_weight_alone():
