@@ -70,17 +70,21 @@ class AdamW8bit(GroupedOptimizer):
         """Yields lists of one: rows of the parameter, of its moments and of its gradient."""
         parameter = self.parameters[name]
         assert parameter.grad is not None
-        own, grad = (local(t).view(-1, t.shape[-1]) for t in (parameter, parameter.grad))
-        num_rows = max(1, _MAX_ELEMENTS // own.shape[1])
+        own, grad = _as_rows(local(parameter)), _as_rows(local(parameter.grad))
+        num_rows = max(1, _MAX_ELEMENTS // max(1, own.shape[1]))
         for first in range(0, len(own), num_rows):
             rows = slice(first, first + num_rows)
             moments = ([_rows_of(each.stored[name], rows)] for each in self._moments)
             yield ([own[rows]], *moments, [grad[rows]])
 
 
+def _as_rows(tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(0) if tensor.ndim < 2 else tensor.flatten(1)
+
+
 def _rows_of(stored: Stored, rows: slice) -> Stored:
     if len(stored) == 1:
-        return (stored[0].view(-1, stored[0].shape[-1])[rows],)
+        return (_as_rows(stored[0])[rows],)
     codes, scale, values = stored
     return codes[rows], scale[rows], values
 
