@@ -58,7 +58,8 @@ class CompileConfig(Section):
     """Compile the loss."""
     optimizer: bool = False
     """Compile the update of factors that switch, of projected gradients, of frozen weights of 16
-    bits, and of `muon` and `adamw8bit`. Others never compile: `adamw` is torch's fused kernel."""
+    bits, of Muon, and of moments in 8 bits. `adamw` is torch's fused kernel; others never compile.
+    """
 
 
 class ActivationCheckpointConfig(Section):

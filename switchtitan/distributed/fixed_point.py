@@ -52,7 +52,9 @@ def steps_of(rows: Tensor) -> Tensor:
     return rows[:, -NUM_EXTRA : 1 - NUM_EXTRA].view(torch.bfloat16)
 
 
-def add_fixed_(rows: Tensor, update: Tensor, key: Tensor, *, first_row: int, scale: float) -> None:
+def add_fixed_(
+    rows: Tensor, update: Tensor, key: Tensor, *, first_row: Tensor | int, scale: float
+) -> None:
     """Adds scale * update, fp32 [rows, in], to packed rows, rounded stochastically: unbiased.
 
     Only the update is rounded. A row that would overflow takes a larger step, and is rounded to it
@@ -91,9 +93,9 @@ def _round(values: Tensor, words: Tensor) -> Tensor:
     return down + ((values - down) * (1 << _NUM_BITS) > bits)
 
 
-def random_words(key: Tensor, first_row: int, num_rows: int, num_columns: int) -> Tensor:
+def random_words(key: Tensor, first_row: Tensor | int, num_rows: int, num_columns: int) -> Tensor:
     """Returns random int32 for rows of a matrix from `first_row` on, [num_rows, num_columns]: a
     function of the place in the matrix and the key, 0-dim int32."""
-    rows = torch.arange(first_row, first_row + num_rows, dtype=torch.int32, device=key.device)
+    rows = first_row + torch.arange(num_rows, dtype=torch.int32, device=key.device)
     columns = torch.arange(num_columns, dtype=torch.int32, device=key.device)
     return splitmix32(splitmix32(key, rows).unsqueeze(1), columns)

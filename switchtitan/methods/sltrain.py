@@ -25,7 +25,7 @@ class SltrainConfig(TargetConfig):
     random positions that never change. B A starts as the best approximation of the layer's usual
     initial weight (truncated SVD; ranks share these, on their CPUs), and S starts as the residual
     at its positions. `[checkpoint] initial_weights` are split in the same way. S trains with AdamW
-    if `[optimizer] name` is `muon` or `scale`, and with fp32 moments if it is `adamw8bit`.
+    if `[optimizer] name` is `muon` or `scale`, and with fp32 moments if these are in 8 bits.
     Differences from the authors' method: there is no factor alpha / rank, B does not start at zero,
     and each row is divided into equal parts with one value of S in each."""
 

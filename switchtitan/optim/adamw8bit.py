@@ -1,17 +1,18 @@
 """AdamW with moments in 8 bits, and its update of parameters in any number of bits."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.shards import local
-from switchtitan.optim.adamw import AdamKeys
-from switchtitan.optim.base import GroupedOptimizer
-from switchtitan.optim.moments import Moments, Stored, decoded, encode_
+from switchtitan.optim.adamw import AdamKeys, AdamW
+from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
+from switchtitan.optim.moments import Moments, Stored, block_size, decoded, encode_
 from switchtitan.optim.parameters import TrainedParameter
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
@@ -32,11 +33,10 @@ class AdamW8bitConfig(AdamKeys):
 
 
 class AdamW8bit(GroupedOptimizer):
-    """AdamW with moments in 8 bits, on local shards.
+    """AdamW with moments in 8 bits for matrices in fp32 that have a `block_size`, on local shards.
 
-    The state is `<parameter>.step`, and that of `Moments`. Blocks are parts of rows, and the choice
-    of parameters depends on the full shape: training and checkpoints do not depend on how rows are
-    sharded. `compile_step` compiles the update of each shape.
+    The state is `<parameter>.step`, and that of `Moments`. `compile_step` compiles the update of
+    each shape.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class AdamW8bit(GroupedOptimizer):
         super().__init__(config, parameters)
         self._adam, self._update = config, compile_if(compile_step)(update_)
         self._moments = [Moments(*moment, self.parameters, True) for moment in MOMENTS.items()]
-        self.state = {f"{name}.step": torch.tensor(0.0) for name in self.parameters}
+        self.state = {f"{name}.step": torch.zeros((), device="cpu") for name in self.parameters}
         for moments in self._moments:
             self.state |= moments.state
 
@@ -55,13 +55,14 @@ class AdamW8bit(GroupedOptimizer):
         for group, rate in zip(self.groups, self.rates, strict=True):
             for name, parameter in group.parameters.items():
                 if parameter.grad is not None:
-                    num_steps = self.state[f"{name}.step"].add_(1)
-                    size, eps = step_size_and_eps(num_steps, rate, self._adam)
+                    num_steps = float(self.state[f"{name}.step"].add_(1))
+                    size_and_eps = step_size_and_eps(num_steps, rate, self._adam)
                     names.append(name)
-                    rows.append([1.0, 1 - rate * group.weight_decay, float(size), float(eps)])
+                    rows.append((1.0, 1 - rate * group.weight_decay, *size_and_eps))
         if not names:
             return
-        table = to_device(torch.tensor(rows)[:, :, None, None], self.parameters[names[0]].device)
+        table = torch.tensor(rows, dtype=torch.float32)[:, :, None, None]
+        table = to_device(table, self.parameters[names[0]].device)
         for name, coefficients in zip(names, table.split(1), strict=True):
             for part in self._parts(name):
                 self._update(*part, coefficients=coefficients, betas=self._adam.betas)
@@ -70,29 +71,38 @@ class AdamW8bit(GroupedOptimizer):
         """Yields lists of one: rows of the parameter, of its moments and of its gradient."""
         parameter = self.parameters[name]
         assert parameter.grad is not None
-        own, grad = _as_rows(local(parameter)), _as_rows(local(parameter.grad))
-        num_rows = max(1, _MAX_ELEMENTS // max(1, own.shape[1]))
+        own, grad = local(parameter), local(parameter.grad)
+        num_rows = max(1, _MAX_ELEMENTS // own.shape[1])
         for first in range(0, len(own), num_rows):
             rows = slice(first, first + num_rows)
             moments = ([_rows_of(each.stored[name], rows)] for each in self._moments)
             yield ([own[rows]], *moments, [grad[rows]])
 
 
-def _as_rows(tensor: Tensor) -> Tensor:
-    return tensor.unsqueeze(0) if tensor.ndim < 2 else tensor.flatten(1)
-
-
 def _rows_of(stored: Stored, rows: slice) -> Stored:
-    if len(stored) == 1:
-        return (_as_rows(stored[0])[rows],)
-    codes, scale, values = stored
-    return codes[rows], scale[rows], values
+    codes, scale, values, limits = stored
+    return codes[rows], scale[rows], values, limits
 
 
-def step_size_and_eps(num_steps: Tensor, lr: float, adam: AdamKeys) -> tuple[Tensor, Tensor]:
+def build_adamw8bit(
+    config: AdamKeys, parameters: Iterable[TrainedParameter], compile_step: bool
+) -> TrainingOptimizer:
+    """Returns AdamW, with moments in 8 bits for parameters that have a `block_size`."""
+    small, large = list[TrainedParameter](), list[TrainedParameter]()
+    for trained in parameters:
+        has_blocks = block_size(tuple(trained.parameter.shape)) is not None
+        (large if has_blocks else small).append(trained)
+    adamw = AdamW(config, small)
+    return SplitOptimizer([adamw, AdamW8bit(config, large, compile_step)]) if large else adamw
+
+
+NumberT = TypeVar("NumberT", float, Tensor)
+
+
+def step_size_and_eps(num_steps: NumberT, lr: float, adam: AdamKeys) -> tuple[NumberT, NumberT]:
     """Returns lr sqrt(1 - beta2^n) / (1 - beta1^n), with both bias corrections, and
     eps sqrt(1 - beta2^n), after n steps."""
-    root = (1 - adam.betas[1] ** num_steps).sqrt()
+    root = (1 - adam.betas[1] ** num_steps) ** 0.5
     return lr * root / (1 - adam.betas[0] ** num_steps), root * adam.eps
 
 

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from switchtitan.distributed.shards import as_shard_of, local
+from switchtitan.errors import ConfigError
 
 _MAX_BLOCK_SIZE, _MIN_BLOCK_SIZE, _MIN_ELEMENTS = 256, 64, 4096
 
 Stored = tuple[Tensor, ...]
 """This rank's rows of a moment in fp32 alone; or in 8 bits: codes [rows, width], scales [rows,
-blocks], and the 256 values in [-1, 1] that codes stand for, in order."""
+blocks], the 256 values in [-1, 1] that codes stand for, in order, and the 255 limits of codes."""
 
 
 class Moments:
@@ -41,11 +42,20 @@ class Moments:
                 mean = self.state[f"{name}.{key}"] = torch.zeros_like(parameter).detach()
                 self.stored[name] = (local(mean),)
                 continue
+            if parameter.dtype != torch.float32:
+                raise ConfigError(
+                    f"{name} is {parameter.dtype}: moments in 8 bits are for parameters in "
+                    "float32; choose another [optimizer] name"
+                )
             shard = local(parameter.detach())
             codes = torch.zeros_like(shard, dtype=torch.uint8)
             scale = shard.new_zeros(len(shard), shard.shape[1] // size, dtype=torch.float32)
-            table = torch.tensor(values_of_codes(is_signed), device=shard.device)
-            self.stored[name] = (codes, scale, table)
+            values = torch.tensor(values_of_codes(is_signed), dtype=torch.float32)
+            limits = (values[1:] + values[:-1]) / 2
+            if not is_signed:
+                # No code of 0, so that a small second moment never makes an update large.
+                limits[0] = -1
+            self.stored[name] = (codes, scale, values.to(shard.device), limits.to(shard.device))
             for part, tensor in {"codes": codes, "scale": scale}.items():
                 self.state[f"{name}.{key}.{part}"] = as_shard_of(tensor, parameter)
 
@@ -64,8 +74,8 @@ def decoded(stored: Stored) -> Tensor:
     """Returns a moment [rows, width] in fp32; if it is stored so, the moment itself."""
     if len(stored) == 1:
         return stored[0]
-    codes, scale, table = stored
-    blocks = table[codes.to(torch.int32)].unflatten(1, (scale.shape[1], -1))
+    codes, scale, values, _ = stored
+    blocks = values[codes.to(torch.int32)].unflatten(1, (scale.shape[1], -1))
     return (blocks * scale.unsqueeze(2)).flatten(1)
 
 
@@ -73,12 +83,11 @@ def encode_(stored: Stored, values: Tensor) -> None:
     """Writes what `decoded` returned, with other values, to where it is stored."""
     if len(stored) == 1:
         return
-    codes, scale, table = stored
+    codes, scale, _, limits = stored
     blocks = values.unflatten(1, (scale.shape[1], -1))
     scale.copy_(blocks.abs().amax(2))
-    # A block of zeros has the code of zero.
     parts = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(2)
-    codes.copy_(torch.bucketize(parts.flatten(1), (table[1:] + table[:-1]) / 2, out_int32=True))
+    codes.copy_(torch.bucketize(parts.flatten(1), limits, out_int32=True))
 
 
 def values_of_codes(is_signed: bool) -> list[float]:

@@ -7,6 +7,7 @@ et al. 2025, "Muon is Scalable for LLM Training", arXiv 2502.16982).
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import ClassVar, Literal
@@ -19,7 +20,7 @@ from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.shards import local, local_shards, shard_group
 from switchtitan.optim.adamw import AdamKeys, AdamW
-from switchtitan.optim.adamw8bit import AdamW8bit
+from switchtitan.optim.adamw8bit import build_adamw8bit
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.matrix_exchange import MatrixExchange
 from switchtitan.optim.moments import Moments, Stored, decoded, encode_
@@ -112,21 +113,25 @@ class Muon(GroupedOptimizer):
                 if parameter.grad is not None
             }
             for names, exchange in self._batches_of(tuple(grads)):
-                batches = self._orthogonalized(names, [grads[name] for name in names], exchange)
-                updates = exchange.distribute(batches)
-                del batches  # frees memory before more is allocated
-                shards = local_shards(group.parameters[name] for name in names)
-                # torch.compile would recompile for every new Python number.
-                lr = torch.full((), rate, device=shards[0].device) if self._is_compiled else rate
-                self._subtract(shards, updates, lr, group.weight_decay)
+                own = [grads[name] for name in names]
+                self._update(names, own, exchange, rate, group.weight_decay)
 
-    def _orthogonalized(
-        self, names: list[str], grads: list[Tensor], exchange: MatrixExchange
-    ) -> list[Tensor]:
+    def _update(
+        self,
+        names: list[str],
+        grads: list[Tensor],
+        exchange: MatrixExchange,
+        rate: float,
+        weight_decay: float,
+    ) -> None:
         parts = self._advance([self.momenta.stored[name] for name in names], grads)
         batches = exchange.collect(parts)
-        del parts
-        return [self._orthogonalize(batches.pop(0)) for _ in range(len(batches))]
+        del parts  # frees memory before more is allocated
+        batches = [self._orthogonalize(batches.pop(0)) for _ in range(len(batches))]
+        shards = local_shards(self.parameters[name] for name in names)
+        # torch.compile would recompile for every new Python number.
+        lr = torch.full((), rate, device=shards[0].device) if self._is_compiled else rate
+        self._subtract(shards, exchange.distribute(batches), lr, weight_decay)
 
     def _batches_of(self, names: tuple[str, ...]) -> list[tuple[list[str], MatrixExchange]]:
         if names not in self._batches:
@@ -141,19 +146,20 @@ class Muon(GroupedOptimizer):
 
 
 def split_matrices(matrices: Mapping[str, Tensor]) -> list[list[str]]:
-    """Returns names in batches of at most `_MAX_ELEMENTS` for each rank, of one shape after the
-    other."""
-    batches: list[list[str]] = []
-    size = 0
+    """Returns names in batches, one shape after the other, of which ranks have at most
+    `_MAX_ELEMENTS` each and, of each shape, as many if there are enough."""
+    batches: list[list[str]] = [[]]
+    size, num_of_shape = 0, Counter[torch.Size]()
     for name in sorted(matrices, key=lambda name: tuple(matrices[name].shape)):
-        group, num_elements = shard_group(matrices[name]), matrices[name].numel()
-        most = _MAX_ELEMENTS * (1 if group is None else group.size())
-        if not batches or size + num_elements > most:
-            batches.append([])
-            size = 0
+        shape, group = matrices[name].shape, shard_group(matrices[name])
+        if num_of_shape[shape] % (1 if group is None else group.size()) == 0:
+            size += shape.numel()
+            if batches[-1] and size > _MAX_ELEMENTS:
+                batches.append([])
+                size, num_of_shape = shape.numel(), Counter()
         batches[-1].append(name)
-        size += num_elements
-    return batches
+        num_of_shape[shape] += 1
+    return batches if matrices else []
 
 
 def advance_(
@@ -169,17 +175,18 @@ def advance_(
     A running mean, where Jordan et al. have a sum: the two differ by a factor, which cancels.
     The result has `dtype`, unless it is the momentum itself.
     """
-    momenta = [*map(decoded, stored)]
-    torch._foreach_lerp_(momenta, grads, 1 - momentum)
-    for moment, values in zip(stored, momenta, strict=True):
-        encode_(moment, values)
-    if not nesterov:
-        return momenta
+    pairs = list(zip(stored, grads, strict=True))
+    whole = [(moment[0], grad) for moment, grad in pairs if len(moment) == 1]
+    if whole:
+        torch._foreach_lerp_([mean for mean, _ in whole], [grad for _, grad in whole], 1 - momentum)
     # One at a time: only one of them takes memory in fp32.
-    return [
-        torch.lerp(grad, mean, momentum).to(dtype)
-        for grad, mean in zip(grads, momenta, strict=True)
-    ]
+    parts = []
+    for moment, grad in pairs:
+        mean = decoded(moment)
+        if len(moment) > 1:
+            encode_(moment, mean.lerp_(grad, 1 - momentum))
+        parts.append(torch.lerp(grad, mean, momentum).to(dtype) if nesterov else mean)
+    return parts
 
 
 def orthogonalize(matrices: Tensor, num_steps: int) -> Tensor:
@@ -233,5 +240,5 @@ def build_muon(
         is_matrix = trained.is_in_block and trained.parameter.ndim == 2
         (matrices if is_matrix else others).append(trained)
     in_8_bits = isinstance(config, Muon8bitConfig)
-    adamw = AdamW8bit(config, others, compile_step) if in_8_bits else AdamW(config, others)
+    adamw = build_adamw8bit(config, others, compile_step) if in_8_bits else AdamW(config, others)
     return SplitOptimizer([Muon(config, matrices, compile_step), adamw]) if matrices else adamw

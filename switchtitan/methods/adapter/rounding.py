@@ -63,7 +63,8 @@ class FrozenWeights:
             num_rows = max(1, _MAX_ELEMENTS // lora_a.shape[1])
             for first in range(0, len(held), num_rows):
                 shard, update = weight.shard[first:][:num_rows], own_b[first:][:num_rows] @ lora_a
-                first_row = held.start + first
+                # torch.compile would recompile for every new Python number.
+                first_row = torch.full_like(keys[index], held.start + first)
                 self._add(shard, update, keys[index], first_row=first_row, scale=scale)
 
     def replicated(self) -> dict[str, Tensor]:
@@ -72,7 +73,7 @@ class FrozenWeights:
 
 
 def add_rounded_(
-    weight: Tensor, update: Tensor, key: Tensor, *, first_row: int, scale: float
+    weight: Tensor, update: Tensor, key: Tensor, *, first_row: Tensor | int, scale: float
 ) -> None:
     """Adds scale * update, fp32, to a weight in bf16, [rows, in], rounded stochastically."""
     total = torch.add(weight.to(torch.float32), update, alpha=scale)

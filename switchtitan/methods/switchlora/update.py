@@ -148,12 +148,19 @@ class FactorMuon(Muon):
         """Updates every vector that is not frozen; a frozen one keeps its value, which weight decay
         would change, and its momentum, where AdamW's moments decay."""
         frozen = vector_spans(self._plan.is_frozen())
-        kept = self._factors.views(frozen, self._factors.parameters, *self.momenta.rows())
-        copies = [torch.empty_like(view) for view in kept]
-        copy_all_(list(zip(copies, kept, strict=True)))
+        momenta, scales = self.momenta.rows()
+        # Apart, since lists of one dtype are copied in a few kernels.
+        kept = [
+            self._factors.views(frozen, self._factors.parameters, scales),
+            self._factors.views(frozen, momenta),
+        ]
+        copies = [[torch.empty_like(view) for view in views] for views in kept]
+        for views, values in zip(kept, copies, strict=True):
+            copy_all_(list(zip(values, views, strict=True)))
         self._factors.zero_(frozen, self.momenta.zeros(), self._factors.gradients())
         super().step()
-        copy_all_(list(zip(kept, copies, strict=True)))
+        for views, values in zip(kept, copies, strict=True):
+            copy_all_(list(zip(views, values, strict=True)))
 
     @torch.no_grad()
     def reset(self) -> None:
