@@ -42,10 +42,7 @@ def test_packed_rows_are_the_nearest_ones_of_the_finest_step_that_holds_them():
     assert bool((largest / steps > 32767 / 2 - 1)[1:-1].all())
     assert values_of(rows)[-1].count_nonzero() == 0
     assert pack(torch.empty(0, 5)).shape == (0, 5 + NUM_EXTRA)
-
-
-def test_unpacking_rounds_once():
-    rows = pack(draw(9, 65))
+    rows = pack(draw(9, 65))  # and unpacking rounds once
     assert torch.equal(unpack(rows, torch.bfloat16), values_of(rows).bfloat16())
 
 

@@ -1,5 +1,4 @@
-"""Low-rank layers replace linear ones and start with the same function; bf16 weights stay unbiased
-under small additions."""
+"""Low-rank layers replace linear ones and start with the same function."""
 
 import math
 
@@ -143,7 +142,7 @@ def bf16_layers(start):
     return made
 
 
-def test_every_seed_weight_and_event_has_bits_of_its_own_and_always_the_same():
+def test_every_seed_weight_and_event_has_bits_of_its_own_and_always_the_same(monkeypatch):
     start, lora_a, lora_b = draw64(OUT, IN), draw64(2, IN).float(), draw64(2, OUT).float()
 
     def rounded(seed, number):
@@ -155,27 +154,5 @@ def test_every_seed_weight_and_event_has_bits_of_its_own_and_always_the_same():
     places = [(seed, number) for seed in (0, 1) for number in (1, 2, 40_000)]
     drawn = [rounded(*place) for place in places]
     assert len({weight for pair in drawn for weight in pair}) == 2 * len(places)
+    limit_elements_per_call(monkeypatch, rounding, 2 * IN)  # rows in parts
     assert [rounded(*place) for place in places] == drawn
-
-
-def test_small_changes_keep_the_mean_that_rounding_to_nearest_loses(monkeypatch):
-    num_changes, out_features, in_features = 60, 512, 1024
-    generator = torch.Generator().manual_seed(0)
-    start = (1 + torch.rand(out_features, in_features, generator=generator)).bfloat16()
-    nearest, layers = start.clone(), bf16_layers(start)
-    weights = FrozenWeights(layers, seed=0, compile_step=False)
-    limit_elements_per_call(monkeypatch, rounding, 100 * in_features)
-    left = torch.rand(out_features, 2, generator=generator)
-    right = 4e-6 * torch.rand(2, in_features, generator=generator)
-    for number in range(num_changes):
-        weights.add_products_(number, [(0, right, left.T)])
-        nearest.copy_(nearest.float() + 0.5 * (left @ right))
-    exact = start + num_changes * 0.5 * (left.double() @ right.double())
-
-    def relative_error(kept):
-        return ((kept.double() - exact).mean() / exact.mean()).item()
-
-    # In all one value in 130 moves by 2^-7: a standard deviation of 7e-4, over 2^19 values and
-    # their mean of 1.5: 7e-7.
-    assert abs(relative_error(layers["first"].weight)) <= 3e-6
-    assert relative_error(nearest) < -2e-5
