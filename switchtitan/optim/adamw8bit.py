@@ -1,7 +1,7 @@
 """AdamW with moments in 8 bits, and its update of parameters in any number of bits."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,19 +51,20 @@ class AdamW8bit(GroupedOptimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        names, rows = [], []
-        for group, rate in zip(self.groups, self.rates, strict=True):
-            for name, parameter in group.parameters.items():
-                if parameter.grad is not None:
-                    num_steps = float(self.state[f"{name}.step"].add_(1))
-                    size_and_eps = step_size_and_eps(num_steps, rate, self._adam)
-                    names.append(name)
-                    rows.append((1.0, 1 - rate * group.weight_decay, *size_and_eps))
-        if not names:
+        rates = {
+            name: (rate, 1 - rate * group.weight_decay)
+            for group, rate in zip(self.groups, self.rates, strict=True)
+            for name, parameter in group.parameters.items()
+            if parameter.grad is not None
+        }
+        if not rates:
             return
-        table = torch.tensor(rows, dtype=torch.float32)[:, :, None, None]
-        table = to_device(table, self.parameters[names[0]].device)
-        for name, coefficients in zip(names, table.split(1), strict=True):
+        lr, decay = torch.tensor(list(rates.values()), dtype=torch.float32, device="cpu").unbind(1)
+        num_steps = torch.stack([self.state[f"{name}.step"].add_(1) for name in rates])
+        size_and_eps = step_size_and_eps(num_steps, lr, self._adam)
+        table = torch.stack([torch.ones_like(lr), decay, *size_and_eps], 1)[:, :, None, None]
+        table = to_device(table, self.parameters[next(iter(rates))].device)
+        for name, coefficients in zip(rates, table.split(1), strict=True):
             for part in self._parts(name):
                 self._update(*part, coefficients=coefficients, betas=self._adam.betas)
 
@@ -96,13 +97,12 @@ def build_adamw8bit(
     return SplitOptimizer([adamw, AdamW8bit(config, large, compile_step)]) if large else adamw
 
 
-NumberT = TypeVar("NumberT", float, Tensor)
-
-
-def step_size_and_eps(num_steps: NumberT, lr: float, adam: AdamKeys) -> tuple[NumberT, NumberT]:
+def step_size_and_eps(
+    num_steps: Tensor, lr: Tensor | float, adam: AdamKeys
+) -> tuple[Tensor, Tensor]:
     """Returns lr sqrt(1 - beta2^n) / (1 - beta1^n), with both bias corrections, and
     eps sqrt(1 - beta2^n), after n steps."""
-    root = (1 - adam.betas[1] ** num_steps) ** 0.5
+    root = (1 - adam.betas[1] ** num_steps).sqrt()
     return lr * root / (1 - adam.betas[0] ** num_steps), root * adam.eps
 
 

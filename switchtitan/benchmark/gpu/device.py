@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from switchtitan.errors import EnvironmentMismatchError
+from switchtitan.errors import EnvironmentMismatchError, UserError
 
 T = TypeVar("T")
 _SOURCE = Path(__file__).with_name("fake_cuda.cpp")
@@ -73,7 +74,13 @@ def _call(arch: str, function: bytes) -> Any:
 
     # Before the function's modules are imported, which keep functions of torch.
     torch_inside.install(arch)
-    return pickle.loads(function)()
+    try:
+        return pickle.loads(function)()
+    except UserError:
+        raise
+    except Exception:
+        # Not itself: it may hold what cannot be sent to the other process.
+        raise RuntimeError(traceback.format_exc()) from None
 
 
 def load() -> None:

@@ -83,7 +83,7 @@ def test_without_a_file_the_quickstart_is_read_at_the_launchers_number_of_ranks(
         (("--method.rank", "20"), 1, ("[method] rank = 20", "k_proj is [10, 20]")),
         (("--method.name", "relora", "--method.reset_interval", "200"), 1,
          ("[method] reset_interval = 200", "[training] steps = 40")),
-        (("--optimizer.name", "scale"), 1, ('[optimizer] name = "scale"', "adamw or muon")),
+        (("--optimizer.name", "scale"), 1, ('[optimizer] name = "scale"', "adamw or")),
         (("--evaluation.tokens", "15"), 1, ("[evaluation] tokens = 15", "seq_len = 16")),
         (("--evaluation.test_tokens", "2000"), 1, ("test_tokens = 2000", "test_fraction")),
         (("--evaluation.test_tokens", "3", "--data.test_fraction", "0.1"), 1,
