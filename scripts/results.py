@@ -21,7 +21,8 @@
                                             rows b, c and d to a over x, y and z, in two series;
     <!-- rates FILE OTHER: a=label; b=label -->
                                             likewise: validation losses on seed 1 of rows a-hN and
-                                            b-hN, for all N, over rates; those of OTHER are dashed;
+                                            b-hN, for all N, over rates; at an N that FILE has too,
+                                            those of OTHER are dashed;
     <!-- slopes FILE: label; label --> to <!-- end -->
                                             holds a table of measurements/FILE.json, which
                                             `switchtitan benchmark coordinates` has written.
@@ -232,11 +233,12 @@ def _rates_picture(match: re.Match[str]) -> str:
         for place, width in enumerate(WIDTHS):
             losses = {file: _losses_by_rate(file, f"{method}-h{width}") for file in files}
             lowest = min((loss for of in losses.values() for loss in of.values()), default=0.0)
+            first = next((file for file, of in losses.items() if of), None)
             for file, of in losses.items():
                 rates = sorted(of)
                 tried |= of.keys()
                 above = [of[rate] - lowest for rate in rates]
-                style, name = ("o-", f"hidden {width}") if file == files[0] else ("x--", None)
+                style, name = ("o-", f"hidden {width}") if file == first else ("x--", None)
                 if rates:
                     axes.plot(rates, above, style, color=f"C{place}", label=name, markersize=4)
         axes.set(xscale="log", xlabel="lr", title=label, ylim=(-0.01, _HIGHEST))
