@@ -105,13 +105,13 @@ def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_config
 ):
     folder, short = corpora / "changed-keys", ("--training.steps", "2")
     tiny_trainer(folder, "lora", *short).train()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="switchtitan"):
         tiny_trainer(folder, "lora", *short, "--optimizer.lr", "0.09").train()
     assert "training already complete: step 2" in caplog.text
     assert "optimizer.lr: 0.01 -> 0.09" in caplog.text
     config = folder / "run" / "config.toml"
     assert "lr = 0.01" in config.read_text()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="switchtitan"):
         tiny_trainer(folder, "lora", "--training.steps", "3").train()
     assert "\nsteps = 3\n" in config.read_text()
     levels = [line.levelname for line in caplog.records if "changed since" in line.getMessage()]
@@ -123,7 +123,7 @@ def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_config
         "0.9",
         "--lr_schedule.warmup_steps",
     )
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="switchtitan"):
         tiny_trainer(folder, "lora", *decays, "1").stepper.close()
     assert "share of the peak learning rate in step 3: 1 -> 0.9" in caplog.text
 
@@ -300,7 +300,7 @@ def test_a_resumed_run_keeps_the_dtype_of_another_machine(corpora, monkeypatch, 
     folder = corpora / "kept-dtype"
     losses, first_dtype = run_steps(folder, 2)
     pretend(monkeypatch, False)
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="switchtitan")
     resumed, second_dtype = run_steps(folder, 2)
     assert (first_dtype, second_dtype) == (torch.bfloat16, torch.bfloat16)
     assert losses + resumed == straight

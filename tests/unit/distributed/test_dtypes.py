@@ -90,7 +90,7 @@ def test_the_key_comes_before_the_checkpoint_and_that_before_the_devices(
 def test_emulation_is_a_warning_on_a_cpu_and_an_error_on_a_gpu(monkeypatch, caplog):
     monkeypatch.setattr(compute_dtype, "bf16_support", lambda device: EMULATED)
     world = start_world(ParallelismConfig())
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("WARNING", logger="switchtitan"):
         assert dtype_on(world.device, "auto", world=world).name == "float32"
         assert caplog.text == ""
         assert dtype_on(world.device, "auto", "bfloat16", world).name == "bfloat16"

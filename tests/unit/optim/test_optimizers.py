@@ -301,7 +301,7 @@ def test_rates_of_another_width_are_scaled_by_class_and_their_weight_decay_stays
     config = tiny_config(tmp_path, method, *SIZES, *RATES, "--optimizer.name", optimizer, *targets)
     model = model_on_meta(config).to_empty(device="cpu")
     built = METHODS.build(config.method, 40, 0)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="switchtitan"):
         stepping = built.build_optimizer(model, config.optimizer, False)
     groups = stepping.parameter_groups()
     found = {name: (of.lr, of.lr * of.weight_decay) for of in groups for name in of.parameters}
