@@ -24,8 +24,8 @@ _MAX_ELEMENTS = 1 << 24
 class AdamW8bitConfig(AdamKeys):
     """`[optimizer] name = "adamw8bit"`: AdamW with moments in 8 bits (arXiv 2110.02861). A moment
     takes one byte for each element, and four for each block of at most 256 elements of a row.
-    Vectors, matrices with fewer than 4096 elements and rows without a divisor from 64 to 256 keep
-    moments in fp32. Compile it, since a matrix takes some forty kernels otherwise."""
+    Vectors, and rows without a divisor from 64 to 256, keep moments in fp32. Compile it, since a
+    matrix takes some forty kernels otherwise."""
 
     width_exponent: ClassVar[float] = 1.0
     name: Literal["adamw8bit"] = "adamw8bit"

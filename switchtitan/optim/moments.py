@@ -8,7 +8,7 @@ from torch import Tensor
 from switchtitan.distributed.shards import as_shard_of, local
 from switchtitan.errors import ConfigError
 
-_MAX_BLOCK_SIZE, _MIN_BLOCK_SIZE, _MIN_ELEMENTS = 256, 64, 4096
+_MAX_BLOCK_SIZE, _MIN_BLOCK_SIZE = 256, 64
 
 Stored = tuple[Tensor, ...]
 """This rank's rows of a moment in fp32 alone; or in 8 bits: codes [rows, width], scales [rows,
@@ -106,7 +106,7 @@ def values_of_codes(is_signed: bool) -> list[float]:
 def block_size(shape: tuple[int, ...]) -> int | None:
     """Returns how many elements of a row share a scale, by the full parameter's shape; None for
     moments in fp32."""
-    if len(shape) != 2 or shape[0] * shape[1] < _MIN_ELEMENTS:
+    if len(shape) != 2:
         return None
     return next(
         (size for size in range(_MAX_BLOCK_SIZE, _MIN_BLOCK_SIZE - 1, -1) if shape[1] % size == 0),
