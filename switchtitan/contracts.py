@@ -78,6 +78,8 @@ class MethodConfig(NamedSection):
 
     freezes_weights: ClassVar[bool] = False
     """Whether `Method.prepare_model` freezes some weights."""
+    trains_bf16: ClassVar[bool] = False
+    """Whether trained weights may be in bf16, with an optimizer that takes them so."""
     optimizers: ClassVar[frozenset[str] | None] = None
     """Names of the optimizers that the method can train with; None for all."""
     keeps_initial_weights: ClassVar[bool] = True
@@ -114,6 +116,8 @@ class OptimizerConfig(NamedSection):
 
     needs_head: ClassVar[bool] = False
     """Whether it treats the head's weight apart, so that the head must not be tied."""
+    trains_bf16: ClassVar[bool] = False
+    """Whether it keeps the bits that weights in bf16 lack; see `optim.weights`."""
     width_exponent: ClassVar[float | None] = None
     """e if the best rate of matrices in blocks goes as (1 / hidden size)^e; None: not checked."""
     lr: float = Field(gt=0)

@@ -103,6 +103,14 @@ def pack_frozen_weights(model: nn.Module) -> None:
             module.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
 
 
+def set_trained_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Changes the dtype of parameters that require a gradient; call on the meta device, before
+    sharding."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
 @full_precision()
 def materialize(
     model: LanguageModel,

@@ -22,7 +22,9 @@ def total_norm(tensors: Sequence[Tensor], loss: Tensor | None = None) -> Tensor:
     finite on any of those ranks, the norm is nan. Collective over all ranks.
     """
     # Norms of tensors first: the sum of all squares rounds more, and could overflow.
-    norms = torch.stack(torch._foreach_norm([local(tensor) for tensor in tensors]))
+    shards = [local(tensor) for tensor in tensors]
+    dtype = torch.promote_types(shards[0].dtype, torch.float32)
+    norms = torch.stack(torch._foreach_norm(shards, 2, dtype))
     # Zero, or nan if the loss is not finite. Sent with the norms, in one message.
     zero = norms.new_zeros(()) if loss is None else loss * 0
     # Squaring and its root round, so one rank, as in torch, does without.

@@ -1,6 +1,6 @@
 """Rows of sharded matrices: local views of them, and one collective that gathers those of many."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from switchtitan.distributed.shards import local, row_range
+from switchtitan.distributed.split_float import join
 
 Spans = tuple[range, ...]
 """Rows as spans of neighbouring indices, in order, which are cheap to slice."""
@@ -59,14 +60,26 @@ def copy_all_(pairs: list[tuple[Tensor, Tensor]]) -> None:
         torch._foreach_copy_([into for into, _ in pairs], [values for _, values in pairs])
 
 
-def gather_rows(requests: list[RowSpans], group: dist.ProcessGroup | None) -> list[Tensor]:
+def gather_rows(
+    requests: list[RowSpans], group: dist.ProcessGroup | None, low_bits: Sequence[RowSpans] = ()
+) -> list[Tensor]:
     """Returns copies of the rows of each request, [wanted, width], in one collective.
 
     Every rank of `group` fills in the rows that it holds and zeros for the rest; summing the bit
     patterns is exact. There is at least one request; all matrices have one dtype and device. A
     plain one counts as the sum of all ranks' bit patterns.
+
+    Args:
+        low_bits: of the first requests, whose matrices are in bf16; see `distributed.split_float`.
     """
-    packed, rows = pack_rows(requests)
+    if low_bits:
+        num = len(low_bits)
+        packed = join(pack_rows(requests[:num])[0], pack_rows([*low_bits])[0])
+        if requests[num:]:
+            packed = torch.cat([packed, pack_rows(requests[num:])[0]])
+        rows = cut(packed, _shapes(requests))
+    else:
+        packed, rows = pack_rows(requests)
     if group is not None:
         bits = packed.view(torch.int64 if packed.itemsize == 8 else torch.int32)
         dist.all_reduce(bits, group=group)
@@ -76,11 +89,15 @@ def gather_rows(requests: list[RowSpans], group: dist.ProcessGroup | None) -> li
 def pack_rows(requests: list[RowSpans]) -> tuple[Tensor, list[Tensor]]:
     """Returns a flat tensor of local rows, with zeros for those of other ranks, and its view
     [wanted, width] for each request."""
-    shapes = [(sum(map(len, spans)), matrix.width) for matrix, spans in requests]
+    shapes = _shapes(requests)
     packed = requests[0].matrix.shard.new_zeros(sum(map(prod, shapes)))
     rows = cut(packed, shapes)
     copy_all_([(into, held) for held, into in paired_rows(requests, rows)])
     return packed, rows
+
+
+def _shapes(requests: list[RowSpans]) -> list[tuple[int, int]]:
+    return [(sum(map(len, spans)), matrix.width) for matrix, spans in requests]
 
 
 def cut(packed: Tensor, shapes: Iterable[tuple[int, ...]]) -> list[Tensor]:

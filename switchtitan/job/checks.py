@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from switchtitan.config import raise_together
+from switchtitan.contracts import MethodConfig, OptimizerConfig
 from switchtitan.data.config import TRAINED_TOKENIZER
 from switchtitan.distributed.dtype import bf16_support, choose_dtype, gpu_problem
 from switchtitan.distributed.world import mesh_shape
@@ -33,6 +34,7 @@ def check(config: "JobConfig", num_ranks: int, device: str | None) -> None:
         *config.method.check_model(model),
         *config.method.check_length(config.training.steps),
         *optimizer_problems(config.method, config.optimizer, model),
+        *_check_trained_dtype(config),
         *check_held_out(config),
         *_check_reports(config, num_ranks),
     ]
@@ -138,6 +140,23 @@ def _check_ranks(config: "JobConfig", num_ranks: int) -> list[str]:
     except EnvironmentMismatchError as error:
         problems.append(str(error))
     return problems
+
+
+def _check_trained_dtype(config: "JobConfig") -> list[str]:
+    """Only some methods and optimizers train weights in bf16."""
+    if config.training.trained_dtype == "float32":
+        return []
+    sections: dict[str, MethodConfig | OptimizerConfig] = {
+        "method": config.method,
+        "optimizer": config.optimizer,
+    }
+    return [
+        f'[training] trained_dtype = "bfloat16": [{section}] name = {toml_value(of.name)} trains '
+        "weights in float32; choose adamw8bit or muon8bit with full_rank, lora or switchlora, or "
+        "remove the key"
+        for section, of in sections.items()
+        if not of.trains_bf16
+    ]
 
 
 def _check_reports(config: "JobConfig", num_ranks: int) -> list[str]:

@@ -75,13 +75,19 @@ class TrainingConfig(Section):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """dtype of activations and gradients. "auto" is bfloat16 if all devices multiply it natively
     (NVIDIA GPUs since Ampere, AMD GPUs, x86 CPUs with AVX512-BF16), else float32; a resumed run
-    keeps its checkpoint's. "bfloat16" is an error on older GPUs, and slow on other CPUs. Trained
-    weights and optimizer state are always fp32."""
+    keeps its checkpoint's. "bfloat16" is an error on older GPUs, and slow on other CPUs.
+    Updates are computed in fp32."""
     frozen_dtype: Literal["float32", "int16"] = "float32"
     """dtype of frozen weights; a resumed run cannot change it. int16 takes half the memory: fixed
     point, with a power of two as the step of each row. Changes are rounded stochastically: unbiased
     (in a 128 x 128 example, the error is 0.7 % of the norm after 10 000 changes). No effect if all
     weights train."""
+    trained_dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of trained weights and their gradients; a resumed run cannot change it. With bfloat16 a
+    weight takes three bytes and its gradient two: the optimizer keeps eight more bits of each
+    weight, which the model does not see, and rounds updates stochastically to those 24 bits. Only
+    with adamw8bit and muon8bit, for full_rank, lora and switchlora. Gradients of several
+    micro-batches are summed in bfloat16 with [parallelism] accumulate_gradients = "sharded"."""
     tf32: bool = False
     """Whether a GPU may round the factors of forward's and backward's fp32 products to TF32 (10
     bits), which is faster. Updates always multiply in fp32. Only with dtype = "float32" on a

@@ -1,6 +1,6 @@
 """Full-rank training, the baseline."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from switchtitan.contracts import (
     Method,
@@ -17,6 +17,7 @@ from switchtitan.optim.parameters import trained_parameters, with_width_factors
 class FullRankConfig(MethodConfig):
     """`[method] name = "full_rank"`."""
 
+    trains_bf16: ClassVar[bool] = True
     name: Literal["full_rank"] = "full_rank"
     """The method."""
 

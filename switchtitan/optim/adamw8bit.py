@@ -14,6 +14,7 @@ from switchtitan.optim.adamw import AdamKeys, AdamW
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.moments import Moments, Stored, block_size, decoded, encode_
 from switchtitan.optim.parameters import TrainedParameter
+from switchtitan.optim.weights import Weight, Weights, as_rows, joined, rows_of, write_
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 """Name of a moment in checkpoints -> whether it has a sign."""
@@ -28,15 +29,16 @@ class AdamW8bitConfig(AdamKeys):
     matrix takes some forty kernels otherwise."""
 
     width_exponent: ClassVar[float] = 1.0
+    trains_bf16: ClassVar[bool] = True
     name: Literal["adamw8bit"] = "adamw8bit"
     """The optimizer."""
 
 
 class AdamW8bit(GroupedOptimizer):
-    """AdamW with moments in 8 bits for matrices in fp32 that have a `block_size`, on local shards.
+    """AdamW with moments in 8 bits for matrices that have a `block_size`, on local shards.
 
-    The state is `<parameter>.step`, and that of `Moments`. `compile_step` compiles the update of
-    each shape.
+    The state is `<parameter>.step`, and that of `Moments` and `Weights`. `compile_step` compiles
+    the update of each shape.
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class AdamW8bit(GroupedOptimizer):
         super().__init__(config, parameters)
         self._adam, self._update = config, compile_if(compile_step)(update_)
         self._moments = [Moments(*moment, self.parameters, True) for moment in MOMENTS.items()]
+        self._weights = Weights(self.parameters)
         self.state = {f"{name}.step": torch.zeros((), device="cpu") for name in self.parameters}
+        self.state |= self._weights.state
         for moments in self._moments:
             self.state |= moments.state
 
@@ -64,23 +68,26 @@ class AdamW8bit(GroupedOptimizer):
         size_and_eps = step_size_and_eps(num_steps, lr, self._adam)
         table = torch.stack([torch.ones_like(lr), decay, *size_and_eps], 1)[:, :, None, None]
         table = to_device(table, self.parameters[next(iter(rates))].device)
+        weights = self._weights.next()
         for name, coefficients in zip(rates, table.split(1), strict=True):
-            for part in self._parts(name):
+            for part in self._parts(name, weights[name]):
                 self._update(*part, coefficients=coefficients, betas=self._adam.betas)
 
-    def _parts(self, name: str) -> Iterator[tuple[Any, ...]]:
+    def _parts(self, name: str, weight: Weight) -> Iterator[tuple[Any, ...]]:
         """Yields lists of one: rows of the parameter, of its moments and of its gradient."""
-        parameter = self.parameters[name]
-        assert parameter.grad is not None
-        own, grad = local(parameter), local(parameter.grad)
-        num_rows = max(1, _MAX_ELEMENTS // own.shape[1])
-        for first in range(0, len(own), num_rows):
+        gradient = self.parameters[name].grad
+        assert gradient is not None
+        grad = as_rows(local(gradient))
+        num_rows = max(1, _MAX_ELEMENTS // grad.shape[1])
+        for first in range(0, len(grad), num_rows):
             rows = slice(first, first + num_rows)
             moments = ([_rows_of(each.stored[name], rows)] for each in self._moments)
-            yield ([own[rows]], *moments, [grad[rows]])
+            yield ([rows_of(weight, first, num_rows)], *moments, [grad[rows]])
 
 
 def _rows_of(stored: Stored, rows: slice) -> Stored:
+    if len(stored) == 1:
+        return (as_rows(stored[0])[rows],)
     codes, scale, values, limits = stored
     return codes[rows], scale[rows], values, limits
 
@@ -89,12 +96,13 @@ def build_adamw8bit(
     config: AdamKeys, parameters: Iterable[TrainedParameter], compile_step: bool
 ) -> TrainingOptimizer:
     """Returns AdamW, with moments in 8 bits for parameters that have a `block_size`."""
-    small, large = list[TrainedParameter](), list[TrainedParameter]()
+    whole, others = list[TrainedParameter](), list[TrainedParameter]()
     for trained in parameters:
         has_blocks = block_size(tuple(trained.parameter.shape)) is not None
-        (large if has_blocks else small).append(trained)
-    adamw = AdamW(config, small)
-    return SplitOptimizer([adamw, AdamW8bit(config, large, compile_step)]) if large else adamw
+        is_whole = trained.parameter.dtype != torch.bfloat16 and not has_blocks
+        (whole if is_whole else others).append(trained)
+    adamw = AdamW(config, whole)
+    return SplitOptimizer([adamw, AdamW8bit(config, others, compile_step)]) if others else adamw
 
 
 def step_size_and_eps(
@@ -107,7 +115,7 @@ def step_size_and_eps(
 
 
 def update_(
-    parameters: list[Tensor],
+    weights: list[Weight],
     stored_means: list[Stored],
     stored_squares: list[Stored],
     grads: list[Tensor],
@@ -115,7 +123,7 @@ def update_(
     coefficients: Tensor,
     betas: tuple[float, float],
 ) -> None:
-    """Updates parameters [rows, width] and their moments by AdamW (arXiv 1711.05101, Algorithm 2).
+    """Updates weights [rows, width] and their moments by AdamW (arXiv 1711.05101, Algorithm 2).
 
     Args:
         coefficients: mask, decay, step size and eps, with bias corrections, of each row,
@@ -123,6 +131,7 @@ def update_(
     """
     mask, decay, step_size, eps = zip(*map(Tensor.unbind, coefficients.unbind()), strict=True)
     means, squares = [*map(decoded, stored_means)], [*map(decoded, stored_squares)]
+    parameters = [*map(joined, weights)]
     masked = torch._foreach_mul(grads, mask)
     torch._foreach_lerp_(means, masked, 1 - betas[0])
     torch._foreach_mul_(squares, betas[1])
@@ -135,3 +144,5 @@ def update_(
     torch._foreach_addcdiv_(parameters, torch._foreach_mul(means, step_size), roots, -1)
     for stored, values in zip(stored_means + stored_squares, means + squares, strict=True):
         encode_(stored, values)
+    for weight, values in zip(weights, parameters, strict=True):
+        write_(weight, values)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from switchtitan.distributed.shards import as_shard_of, local
-from switchtitan.errors import ConfigError
 
 _MAX_BLOCK_SIZE, _MIN_BLOCK_SIZE = 256, 64
 
@@ -39,14 +38,9 @@ class Moments:
         for name, parameter in parameters.items():
             size = block_size(tuple(parameter.shape)) if in_8_bits else None
             if size is None:
-                mean = self.state[f"{name}.{key}"] = torch.zeros_like(parameter).detach()
+                mean = self.state[f"{name}.{key}"] = zeros_like(parameter)
                 self.stored[name] = (local(mean),)
                 continue
-            if parameter.dtype != torch.float32:
-                raise ConfigError(
-                    f"{name} is {parameter.dtype}: moments in 8 bits are for parameters in "
-                    "float32; choose another [optimizer] name"
-                )
             shard = local(parameter.detach())
             codes = torch.zeros_like(shard, dtype=torch.uint8)
             scale = shard.new_zeros(len(shard), shard.shape[1] // size, dtype=torch.float32)
@@ -68,6 +62,12 @@ class Moments:
     def zeros(self) -> list[Tensor]:
         """Returns a tensor for each parameter whose rows, set to zero, are moments of zero."""
         return [parts[min(1, len(parts) - 1)] for parts in self.stored.values()]
+
+
+def zeros_like(parameter: Tensor) -> Tensor:
+    """Returns zeros in fp32 (fp64 for a parameter in fp64), sharded like the parameter."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros_like(parameter, dtype=dtype).detach()
 
 
 def decoded(stored: Stored) -> Tensor:

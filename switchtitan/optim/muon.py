@@ -18,13 +18,14 @@ from torch import Tensor
 
 from switchtitan.contracts import TrainingOptimizer
 from switchtitan.distributed.blocks import compile_if
-from switchtitan.distributed.shards import local, local_shards, shard_group
+from switchtitan.distributed.shards import local, shard_group
 from switchtitan.optim.adamw import AdamKeys, AdamW
 from switchtitan.optim.adamw8bit import build_adamw8bit
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.matrix_exchange import MatrixExchange
 from switchtitan.optim.moments import Moments, Stored, decoded, encode_
 from switchtitan.optim.parameters import TrainedParameter
+from switchtitan.optim.weights import Weight, Weights, joined, write_
 
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315
 """a, b and c of X <- a X + (b X X^T + c (X X^T)^2) X (Jordan et al. 2024)."""
@@ -66,6 +67,7 @@ class Muon8bitConfig(MuonKeys):
     of AdamW. As with `adamw8bit`, momentum takes a byte for each element, and four for each block
     of at most 256 elements of a row."""
 
+    trains_bf16: ClassVar[bool] = True
     name: Literal["muon8bit"] = "muon8bit"
     """The optimizer."""
 
@@ -73,13 +75,13 @@ class Muon8bitConfig(MuonKeys):
 class Muon(GroupedOptimizer):
     """Updates matrices by their orthogonalized momentum.
 
-    The state is the momentum, sharded like the parameters; see `Moments`. Large models are updated
-    in batches, of two collectives each: rows of momentum travel to the owner of their matrix, and
-    rows of the update travel back; see `MatrixExchange`. Replicas compute the same updates, so that
-    none of it crosses the slower links between them.
+    The state is that of `Moments` and `Weights`, sharded like the parameters. Large models are
+    updated in batches, of two collectives each: rows of momentum travel to the owner of their
+    matrix, and rows of the update travel back; see `MatrixExchange`. Replicas compute the same
+    updates, so that none of it crosses the slower links between them.
 
     Args:
-        parameters: matrices [out, in], fp32; a gradient that is missing on one rank is missing on
+        parameters: matrices [out, in]; a gradient that is missing on one rank is missing on
             all.
         compile_step: compile all but the collectives.
     """
@@ -93,7 +95,8 @@ class Muon(GroupedOptimizer):
         self._dtype = trained[0].compute_dtype if trained else torch.float32
         in_8_bits = isinstance(config, Muon8bitConfig)
         self.momenta = Moments("momentum", True, self.parameters, in_8_bits)
-        self.state = self.momenta.state
+        self.weights = Weights(self.parameters)
+        self.state = self.momenta.state | self.weights.state
         self._batches: dict[tuple[str, ...], list[tuple[list[str], MatrixExchange]]] = {}
         compile_it = compile_if(compile_step)
         self._advance: Callable[..., list[Tensor]] = compile_it(
@@ -106,6 +109,7 @@ class Muon(GroupedOptimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        weights = self.weights.next()
         for group, rate in zip(self.groups, self.rates, strict=True):
             grads = {
                 name: local(parameter.grad)
@@ -113,12 +117,13 @@ class Muon(GroupedOptimizer):
                 if parameter.grad is not None
             }
             for names, exchange in self._batches_of(tuple(grads)):
-                own = [grads[name] for name in names]
-                self._update(names, own, exchange, rate, group.weight_decay)
+                own = [weights[name] for name in names], [grads[name] for name in names]
+                self._update(names, *own, exchange, rate, group.weight_decay)
 
     def _update(
         self,
         names: list[str],
+        weights: list[Weight],
         grads: list[Tensor],
         exchange: MatrixExchange,
         rate: float,
@@ -128,10 +133,9 @@ class Muon(GroupedOptimizer):
         batches = exchange.collect(parts)
         del parts  # frees memory before more is allocated
         batches = [self._orthogonalize(batches.pop(0)) for _ in range(len(batches))]
-        shards = local_shards(self.parameters[name] for name in names)
         # torch.compile would recompile for every new Python number.
-        lr = torch.full((), rate, device=shards[0].device) if self._is_compiled else rate
-        self._subtract(shards, exchange.distribute(batches), lr, weight_decay)
+        lr = torch.full((), rate, device=weights[0][0].device) if self._is_compiled else rate
+        self._subtract(weights, exchange.distribute(batches), lr, weight_decay)
 
     def _batches_of(self, names: tuple[str, ...]) -> list[tuple[list[str], MatrixExchange]]:
         if names not in self._batches:
@@ -176,13 +180,14 @@ def advance_(
     The result has `dtype`, unless it is the momentum itself.
     """
     pairs = list(zip(stored, grads, strict=True))
-    whole = [(moment[0], grad) for moment, grad in pairs if len(moment) == 1]
+    whole = [(of[0], grad.to(of[0].dtype)) for of, grad in pairs if len(of) == 1]
     if whole:
         torch._foreach_lerp_([mean for mean, _ in whole], [grad for _, grad in whole], 1 - momentum)
     # One at a time: only one of them takes memory in fp32.
     parts = []
     for moment, grad in pairs:
         mean = decoded(moment)
+        grad = grad.to(mean.dtype)
         if len(moment) > 1:
             encode_(moment, mean.lerp_(grad, 1 - momentum))
         parts.append(torch.lerp(grad, mean, momentum).to(dtype) if nesterov else mean)
@@ -219,9 +224,10 @@ def orthogonalization_cost(num_rows: int, num_columns: int) -> float:
 
 
 def subtract_(
-    parameters: list[Tensor], updates: list[Tensor], lr: Tensor | float, weight_decay: float
+    weights: list[Weight], updates: list[Tensor], lr: Tensor | float, weight_decay: float
 ) -> None:
-    """Moves fp32 parameters against updates of any dtype, with decoupled weight decay."""
+    """Moves weights against updates of any dtype, with decoupled weight decay."""
+    parameters = [*map(joined, weights)]
     if weight_decay:
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
     if isinstance(lr, Tensor):
@@ -230,6 +236,8 @@ def subtract_(
         torch._foreach_sub_(parameters, steps)
     else:
         torch._foreach_add_(parameters, updates, alpha=-lr)
+    for weight, values in zip(weights, parameters, strict=True):
+        write_(weight, values)
 
 
 def build_muon(

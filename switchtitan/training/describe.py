@@ -40,7 +40,9 @@ def run_identity(config: JobConfig) -> dict[str, dict]:
         "method": _without_resumable_keys(config.method),
         "optimizer": {"name": config.optimizer.name},
         "data": config.data.identity(),
-        "training": config.training.model_dump(include={"global_batch_size", "frozen_dtype"}),
+        "training": config.training.model_dump(
+            include={"global_batch_size", "frozen_dtype", "trained_dtype"}
+        ),
         "job": {"seed": config.job.seed},
     }
 

@@ -29,6 +29,7 @@ from switchtitan.distributed.shards import (
 from switchtitan.methods import METHODS
 from switchtitan.methods.projected import ApolloConfig, FiraConfig, GaloreConfig
 from switchtitan.optim.adamw import AdamWConfig
+from switchtitan.optim.adamw8bit import AdamW8bitConfig
 from switchtitan.optim.muon import MuonConfig
 from switchtitan.optim.scale import ScaleConfig
 
@@ -95,6 +96,14 @@ def build_muon(shapes, mesh=None):
     named, config = parameters(shapes, mesh), MuonConfig(lr=0.02, weight_decay=0.1)
     give = partial(optimizer_steps.give_gradients, named, shapes, mesh=mesh)
     return named, build(config, named), give
+
+
+# AdamW in 8 and 24 bits, elementwise.
+def build_short(mesh=None):
+    shapes = {"head.weight": (11, 64), "layers.0.norm.weight": (5,)}
+    named = parameters(shapes, mesh, torch.bfloat16)
+    give = partial(optimizer_steps.give_gradients, named, shapes, mesh=mesh)
+    return named, build(AdamW8bitConfig(lr=0.02, weight_decay=0.1), named), give
 
 
 # SCALE. On four shards, one rank holds no row of three, five, six or nine.
@@ -233,6 +242,7 @@ CHECKS = {
     "muon of fewer matrices than ranks": (check_updates, "4", partial(build_muon, FEW), 2, 1e-5),
     # Sums over ranks have another order: 6e-8 a step.
     **{f"scale on {name}": (check_updates, name, build_scale, 1, 2e-6) for name in LAYOUTS},
+    **{f"short on {name}": (check_updates, name, build_short, 0, 0) for name in LAYOUTS},
     **{
         f"{method} on {name}": (
             *(check_updates, name, partial(build_projected, method), num_between, 2e-6),

@@ -42,6 +42,7 @@ IN_8_BITS = (
     *("--model.hidden_size", "128", "--model.intermediate_size", "256", "--method.rank", "32"),
     *("--optimizer.name", "muon8bit", *INT16),
 )
+IN_24_BITS = (*IN_8_BITS, "--training.trained_dtype", "bfloat16")
 TIED = ("--model.name", "qwen2", "--model.tied_head", "true", "--model.head_dim", "8")
 COLA = ("--model.name", "cola", "--model.rank", "4")
 ROOT_SCALED = "root_scaled"
@@ -53,6 +54,7 @@ RUNS = {
     "relora_in_int16": ("relora", INT16, LONG),
     "switchlora_in_int16": ("switchlora", INT16, LONG),
     "switchlora_in_8_bits": ("switchlora", IN_8_BITS, SHORT),
+    "switchlora_in_24_bits": ("switchlora", IN_24_BITS, SHORT),
     ROOT_SCALED: (ROOT_SCALED, (), SHORT),
     **{f"{method}_on_tied_qwen2": (method, TIED, SHORT) for method in ON_TIED_QWEN2},
     "full_rank_on_cola": ("full_rank", COLA, SHORT),

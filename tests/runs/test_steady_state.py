@@ -13,12 +13,16 @@ from torch._dynamo.utils import counters
 from switchtitan.training.trainer import RunningLoss
 
 MUON = ("--optimizer.name", "muon")
+SMALL = (
+    *("--optimizer.name", "muon8bit", "--training.frozen_dtype", "int16"),
+    *("--training.trained_dtype", "bfloat16"),
+)
 RELORA_RESETS = ("--method.reset_interval", "5")
 CHECKPOINTED = ("--activation_checkpoint.mode", "full")
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("overrides", [(), (*MUON, "--training.frozen_dtype", "int16")])
+@pytest.mark.parametrize("overrides", [(), SMALL])
 def test_no_graph_break_and_no_recompilation_in_steps_with_switches(corpora, overrides):
     trainer = tiny_trainer(corpora / "steady", "switchlora", *COMPILED, *overrides)
     train_steps(trainer, 1)

@@ -102,10 +102,13 @@ def test_loss_and_gradients_of_several_micro_batches_equal_those_of_one_batch_in
     torch.testing.assert_close(result.grad_norm, norm, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("reshard", ["true", "false"])
-def test_one_rank_with_few_kernels_trains_like_fsdp_itself_bitwise(corpora, monkeypatch, reshard):
+@pytest.mark.parametrize(("reshard", "trained"), [("true", "float32"), ("false", "bfloat16")])
+def test_one_rank_with_few_kernels_trains_like_fsdp_itself_bitwise(
+    corpora, monkeypatch, reshard, trained
+):
     narrow = ("--training.dtype", "bfloat16", "--training.frozen_dtype", "int16")
-    keys = (*narrow, "--parallelism.reshard_after_forward", reshard)
+    short = ("--optimizer.name", "adamw8bit", "--training.trained_dtype", trained)
+    keys = (*narrow, *short, "--parallelism.reshard_after_forward", reshard)
     ours = tiny_trainer(corpora / f"few-{reshard}", "switchlora", *keys)
     # Another torch, without the private names.
     monkeypatch.setattr(torch, "__version__", "2.14.0")
@@ -114,7 +117,7 @@ def test_one_rank_with_few_kernels_trains_like_fsdp_itself_bitwise(corpora, monk
     reference = tiny_trainer(corpora / f"many-{reshard}", "switchlora", *keys)
     # Weights of both dtypes are cast.
     dtypes = {parameter.dtype for parameter in ours.stepper.model.parameters()}
-    assert dtypes == {torch.float32, torch.int16}
+    assert dtypes == {getattr(torch, trained), torch.int16}
     assert train_steps(ours, 4) == train_steps(reference, 4)
     assert differing(full_tensors(ours), full_tensors(reference)) == []
 

@@ -25,16 +25,17 @@ def draw(shapes, step):
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def parameters(shapes, mesh=None):
+def parameters(shapes, mesh=None, dtype=torch.float32):
     values = draw(shapes, 1000).items()
-    return {name: nn.Parameter(placed(value, mesh)) for name, value in values}
+    return {name: nn.Parameter(placed(value.to(dtype), mesh)) for name, value in values}
 
 
-def give_gradients(named, shapes, step, mesh=None):
+def give_gradients(named, shapes, step, mesh=None, rounded_to=None):
     """Gives the parameters a step's gradients; returns them in full."""
     gradients = draw(shapes, step)
     for name, parameter in named.items():
-        parameter.grad = placed(gradients[name].clone(), mesh)
+        gradient = gradients[name].to(rounded_to or parameter.dtype, copy=True)
+        parameter.grad = placed(gradient.to(parameter.dtype), mesh)
     return gradients
 
 
@@ -68,12 +69,12 @@ def build(config, named, targeted=None, compile_step=False, compute_dtype=torch.
     return OPTIMIZERS.build(config, entries, compile_step)
 
 
-def train(optimizer, named, steps):
+def train(optimizer, named, steps, rounded_to=None):
     """Takes steps with a learning rate that grows to its peak in step `NUM_STEPS`."""
     shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
     for step in steps:
         optimizer.set_lr((step + 1) / NUM_STEPS)
-        give_gradients(named, shapes, step)
+        give_gradients(named, shapes, step, rounded_to=rounded_to)
         optimizer.step()
         optimizer.zero_grad()
 

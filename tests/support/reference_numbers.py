@@ -46,7 +46,7 @@ METRICS = {
     "frozen_share": "switch/frozen_share",
 }
 
-# Moments in 8 bits are those of matrices of at least 4096 elements.
+# Moments in 8 bits are those of rows of at least 64 elements.
 WIDE = "--model.hidden_size 64 --model.intermediate_size 128"
 GENTLE = (
     "--method.candidates constant --method.freeze_steps 0 --method.interval 40 "
@@ -72,6 +72,8 @@ RUNS = {
     "switchlora, constant decay": "switchlora",
     "switchlora, lora init": "switchlora --method.init lora --method.reset_moments both",
     "switchlora, int16 weights": "switchlora --training.frozen_dtype int16",
+    "switchlora, 24-bit weights": "switchlora --training.trained_dtype bfloat16 "
+    f"--optimizer.name muon8bit {WIDE}",
     "switchlora, recomputed": "switchlora --activation_checkpoint.mode full",
     "switchlora, compiled": "switchlora --compile.blocks true --compile.optimizer true",
 }

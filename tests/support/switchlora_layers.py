@@ -12,6 +12,7 @@ from switchtitan.distributed import random
 from switchtitan.distributed.fixed_point import values_of
 from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import full_tensor
+from switchtitan.distributed.split_float import join
 from switchtitan.methods.adapter.linear import adapter_layers, balanced_bounds
 from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.switchlora import SwitchLora, update
@@ -152,11 +153,14 @@ def vector_steps(optimizer):
     return torch.from_numpy(optimizer._plan.steps_since_reset().copy())
 
 
-def effective_weight(layer):
-    """W + s B A in float64; of a sharded layer, the full weight, collective."""
-    weight, lora_a, lora_b = (
+def effective_weight(layer, optimizer=None):
+    """W + s B A in float64; of a sharded layer, the full weight, collective. With the optimizer of
+    this layer alone, factors have all bits."""
+    weight, *factors = (
         full_tensor(tensor).detach() for tensor in (layer.weight, layer.lora_a, layer.lora_b)
     )
+    low_bits = [] if optimizer is None else [*optimizer._rule.weights.low_bits.values()]
+    lora_a, lora_b = map(join, factors, low_bits) if low_bits else factors
     return values_of(weight, torch.float64) + layer.scale * lora_b.double().T @ lora_a.double()
 
 

@@ -35,7 +35,7 @@ class FrozenWeights:
         add = add_fixed_ if first.weight.dtype == FIXED else add_rounded_
         self._add: Callable[..., None] = compile_if(compile_step)(add)
         self._keys: Tensor | None = None
-        if first.weight.dtype != first.lora_a.dtype:
+        if first.weight.itemsize == 2:
             # The upper 31 bits of a generator's seed.
             keys = [generator_for(seed, f"{name}.rounding").initial_seed() >> 32 for name in layers]
             self._keys = torch.tensor(keys, dtype=torch.int32, device=first.lora_a.device)

@@ -10,8 +10,16 @@ from torch import Tensor, nn
 from switchtitan.contracts import OptimizerConfig, TrainedModel, TrainingOptimizer
 from switchtitan.distributed.initial import GeneratorFor
 from switchtitan.distributed.random import generator_for
-from switchtitan.distributed.rows import RowSpans, ShardedRows, copy_all_, gather_rows, paired_rows
+from switchtitan.distributed.rows import (
+    RowSpans,
+    ShardedRows,
+    copy_all_,
+    cut,
+    gather_rows,
+    paired_rows,
+)
 from switchtitan.distributed.shards import shard_group
+from switchtitan.distributed.split_float import join, split
 from switchtitan.methods.adapter.linear import AdapterLinear, adapter_layers
 from switchtitan.methods.adapter.method import AdapterMethod
 from switchtitan.methods.adapter.rounding import FrozenWeights
@@ -128,9 +136,13 @@ class SwitchLoraOptimizer(SplitOptimizer):
     ) -> None:
         super().__init__([others, rule])
         self._plan, self._rule, self._candidates, self._weights = plan, rule, candidates, weights
-        pairs = [(layer.lora_a, layer.lora_b) for layer in layers.values()]
-        self._factors = [tuple(map(ShardedRows, pair)) for pair in pairs]
-        self._group = shard_group(pairs[0][0])
+        names = [[f"{name}.{factor}" for factor in FACTORS] for name in layers]
+        low_bits = rule.weights.low_bits
+        self._factors = [[ShardedRows(rule.parameters[name]) for name in pair] for pair in names]
+        self._low_bits = [
+            [ShardedRows(low_bits[n]) for n in pair if n in low_bits] for pair in names
+        ]
+        self._group = shard_group(rule.parameters[names[0][0]])
         self._last: list[Switch] = []
 
     def step(self) -> None:
@@ -157,20 +169,24 @@ class SwitchLoraOptimizer(SplitOptimizer):
         self._plan.advance(switches)
         if not switches:
             return
-        # A and B of each layer: the rows to write, and I and J of both factors.
-        switched = [
-            RowSpans(factor, spans)
-            for switch in switches
-            for factor, spans in zip(self._factors[switch.layer], switch.vectors, strict=True)
-        ]
-        involved = [
-            RowSpans(factor, sum(switch.vectors, ()))
-            for switch in switches
-            for factor in self._factors[switch.layer]
-        ]
-        gathered = gather_rows([*involved, *self._candidates.row_requests(switches)], self._group)
+        # I and J of A, then of B, of each layer.
+        involved, low_bits = (
+            [
+                RowSpans(rows, sum(switch.vectors, ()))
+                for switch in switches
+                for rows in parts[switch.layer]
+            ]
+            for parts in (self._factors, self._low_bits)
+        )
+        requests = [*involved, *self._candidates.row_requests(switches)]
+        gathered = gather_rows(requests, self._group, low_bits)
         vectors = gathered[: len(involved)]
         incoming = self._candidates.take(switches, gathered[len(involved) :])
+        written = [incoming]
+        if low_bits:
+            shapes = [rows.shape for rows in incoming]
+            high, low = split(torch.cat([rows.flatten() for rows in incoming]).to(torch.float32))
+            written, incoming = [cut(high, shapes), cut(low, shapes)], cut(join(high, low), shapes)
         outgoing = [
             rows.narrow(0, factor * switch.num_vectors, switch.num_vectors)
             for (switch, factor), rows in zip(
@@ -183,7 +199,8 @@ class SwitchLoraOptimizer(SplitOptimizer):
         layers = [switch.layer for switch in switches]
         folds = zip(layers, vectors[::2], vectors[1::2], strict=True)
         self._weights.add_products_(self._plan.step, folds)
-        copy_all_(paired_rows(switched, incoming))
+        for parts, rows in zip((self._factors, self._low_bits), written, strict=False):
+            copy_all_(paired_rows(switched_rows(switches, parts), rows))
         self._rule.reset()
 
     def metrics(self) -> dict[str, float]:
@@ -210,3 +227,12 @@ class SwitchLoraOptimizer(SplitOptimizer):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
         self._plan.load_state_dict(state)
+
+
+def switched_rows(switches: list[Switch], factors: list[list[ShardedRows]]) -> list[RowSpans]:
+    """Returns the rows of A, then of B, that each switch exchanges."""
+    return [
+        RowSpans(rows, spans)
+        for switch in switches
+        for rows, spans in zip(factors[switch.layer], switch.vectors, strict=True)
+    ]

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import is_fake
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.rows import copy_all_
-from switchtitan.distributed.shards import local, local_shards, row_range
+from switchtitan.distributed.shards import local, row_range
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan, vector_spans
 from switchtitan.optim.adamw import AdamKeys
 from switchtitan.optim.adamw8bit import MOMENTS, AdamW8bitConfig, step_size_and_eps, update_
@@ -18,6 +18,7 @@ from switchtitan.optim.base import GroupedOptimizer
 from switchtitan.optim.moments import Moments
 from switchtitan.optim.muon import Muon, MuonKeys
 from switchtitan.optim.parameters import TrainedParameter
+from switchtitan.optim.weights import Weights
 
 _FACTORS_PER_CALL = 8
 """Factors of one shape that one call updates. It would take minutes to compile it for all of them,
@@ -80,9 +81,10 @@ class VectorAdamW(GroupedOptimizer):
             Moments(*moment, factors.by_name, isinstance(config, AdamW8bitConfig))
             for moment in MOMENTS.items()
         )
-        self.state = self._means.state | self._squares.state
-        moments = (list(each.stored.values()) for each in (self._means, self._squares))
-        self._tables: list[list[Any]] = [local_shards(factors.parameters), *moments]
+        self.weights = Weights(factors.by_name)
+        self.state = self._means.state | self._squares.state | self.weights.state
+        moments = (self._means, self._squares)
+        self._moments: list[list[Any]] = [list(each.stored.values()) for each in moments]
         first = factors.parameters[0]
         # One after the other stays in a CPU's cache. Fake tensors stand for those of a GPU.
         is_alone = not compile_step and first.device.type == "cpu" and not is_fake(first)
@@ -95,12 +97,13 @@ class VectorAdamW(GroupedOptimizer):
         by weight decay; its step count still increases. As in torch's AdamW, nothing of a factor
         without a gradient changes, but its vectors' step counts increase."""
         grads, groups = self._factors.gradients(), self._groups
+        weights = self.weights.next()  # on every rank
         if any(grad is None for grad in grads):
             present = [[f for f in group if grads[f] is not None] for group in groups]
             groups = [group for group in present if group]
         if not groups or not self._factors.held:
             return
-        tables = [*self._tables, grads]
+        tables: list[list[Any]] = [[*weights.values()], *self._moments, grads]
         coefficients = self._coefficients(groups).split([len(group) for group in groups])
         for group, rows in zip(groups, coefficients, strict=True):
             own = ([table[factor] for factor in group] for table in tables)
@@ -114,7 +117,7 @@ class VectorAdamW(GroupedOptimizer):
         order = [factor for group in groups for factor in group]
         steps_since_reset, is_frozen = (
             torch.from_numpy(table.reshape(-1, table.shape[2])[order, held.start : held.stop])
-            .to(first.dtype)
+            .to(torch.promote_types(first.dtype, torch.float32))
             .unsqueeze(2)
             for table in (self._plan.steps_since_reset(), self._plan.is_frozen())
         )
@@ -148,12 +151,11 @@ class FactorMuon(Muon):
         """Updates every vector that is not frozen; a frozen one keeps its value, which weight decay
         would change, and its momentum, where AdamW's moments decay."""
         frozen = vector_spans(self._plan.is_frozen())
-        momenta, scales = self.momenta.rows()
+        low_bits = list(self.weights.low_bits.values())
         # Apart, since lists of one dtype are copied in a few kernels.
-        kept = [
-            self._factors.views(frozen, self._factors.parameters, scales),
-            self._factors.views(frozen, momenta),
-        ]
+        tables: list[Sequence[Tensor | None]] = [self._factors.parameters, low_bits]
+        tables += self.momenta.rows()
+        kept = [self._factors.views(frozen, table) for table in tables if table]
         copies = [[torch.empty_like(view) for view in views] for views in kept]
         for views, values in zip(kept, copies, strict=True):
             copy_all_(list(zip(values, views, strict=True)))

@@ -71,11 +71,11 @@ CASES = {
     "biases": f"full_rank {_QWEN2} {_TIED}",
     "CoLA": f"full_rank {_COLA}",
     "CoLA, HSDP": f"full_rank {_COLA} --model.activation none {_HSDP}",
-    # Matrices of at least 4096 elements have moments in 8 bits.
+    # Rows of at least 64 elements have moments in 8 bits.
     "adamw8bit": "full_rank --optimizer.name adamw8bit "
     "--model.hidden_size 64 --model.intermediate_size 128",
     "muon8bit": "switchlora --optimizer.name muon8bit --method.rank 32 "
-    "--model.hidden_size 128 --model.intermediate_size 256",
+    "--model.hidden_size 128 --model.intermediate_size 256 --training.trained_dtype bfloat16",
 }
 """Name -> a method, and options as on the command line."""
 _named = " ".join(CASES.values()).split()

@@ -11,6 +11,7 @@ from support.switchlora_layers import build_layer, build_optimizer, build_rule, 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from switchtitan.distributed.fsdp import set_trained_dtype
 from switchtitan.methods.adapter.linear import AdapterLinear
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.switchlora import SwitchLora, update
@@ -63,9 +64,9 @@ def plain_optimizer(config, parameters):
 def draw_gradients(*sides):
     """Sets equal gradients on all sides, each a dict of parameters by name."""
     for name, parameter in sides[0].items():
-        grad = torch.randn_like(parameter)
+        grad = torch.randn(parameter.shape)
         for side in sides:
-            side[name].grad = grad.clone()
+            side[name].grad = grad.to(side[name].dtype, copy=True)
 
 
 @pytest.mark.parametrize(
@@ -138,13 +139,16 @@ IN_8_BITS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", IN_8_BITS)
-def test_with_moments_in_8_bits_vectors_stay_close_to_those_of_fp32(name):
+def test_with_a_small_state_vectors_stay_close_to_those_of_fp32(name, dtype):
     frozen = [(FACTOR_A, 0, range(3, 5))]
     results, start = [], None
     for config in IN_8_BITS[name]:
         torch.manual_seed(0)
         layers = {"layer": build_layer(128, 64, 64, 0.5, torch.float32)}
+        if config.name in IN_8_BITS:
+            set_trained_dtype(layers["layer"], dtype)
         optimizer, start = build_rule(config, layers), clones_of(layers)
         for step in range(NUM_STEPS):
             draw_gradients(factors_of(layers))
@@ -153,10 +157,15 @@ def test_with_moments_in_8_bits_vectors_stay_close_to_those_of_fp32(name):
                 before = {key: value.clone() for key, value in optimizer.state_dict().items()}
                 held = layers["layer"].lora_a[3:5].clone()
         assert torch.equal(layers["layer"].lora_a[3:5], held)
+        state = optimizer.state_dict()
+        if "layer.lora_a.low_bits" in state:
+            low_bits = state["layer.lora_a.low_bits"]
+            assert torch.equal(low_bits[3:5], before["layer.lora_a.low_bits"][3:5])
+            assert not torch.equal(low_bits, before["layer.lora_a.low_bits"])
         results.append(factors_of(layers))
         if "muon" in name:  # AdamW's moments decay
-            for key, value in optimizer.state_dict().items():
-                if "lora_a" in key:
+            for key, value in state.items():
+                if "lora_a.momentum" in key:
                     assert torch.equal(value[3:5], before[key][3:5])
     for key, in_8_bits in results[0].items():
         exact = results[1][key]

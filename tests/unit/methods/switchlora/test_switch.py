@@ -13,6 +13,7 @@ from support.switchlora_layers import (
 )
 
 from switchtitan.distributed.fixed_point import pack, steps_of
+from switchtitan.distributed.fsdp import set_trained_dtype
 from switchtitan.optim.adamw import AdamWConfig
 
 # (out, in, rank): wide, tall and with a rank near the number of candidates
@@ -23,7 +24,9 @@ ADAMW = AdamWConfig(lr=1e-3)
 def switching_layer(shape, dtype, seed, num_per_step=1, num_steps=500, alpha=1.0, is_packed=False):
     """A layer whose optimizer only switches: learning rate 0 and gradients of zero."""
     out_features, in_features, rank = shape
-    layer = build_layer(out_features, in_features, rank, alpha / rank, dtype, seed)
+    whole = torch.promote_types(dtype, torch.float32)
+    layer = build_layer(out_features, in_features, rank, alpha / rank, whole, seed)
+    set_trained_dtype(layer, dtype)
     if is_packed:
         layer.weight.data = pack(layer.weight)
     config = with_interval(rank / num_per_step, rank=rank, freeze_steps=0, decay="constant")
@@ -37,17 +40,23 @@ def switching_layer(shape, dtype, seed, num_per_step=1, num_steps=500, alpha=1.0
 @pytest.mark.parametrize(
     ("dtype", "alpha", "bound"),
     # float64 rounding errors, enlarged by W and s B A that cancel with a large alpha.
-    # In fp32 with alpha 1: rounding errors of 6e-8 of each element.
-    [(torch.float64, 1.0, 1e-12), (torch.float64, 20.0, 1e-12), (torch.float32, 1.0, 1e-7)],
+    # In fp32 with alpha 1: rounding errors of 6e-8 of each element. Factors in bf16 have more bits.
+    [
+        (torch.float64, 1.0, 1e-12),
+        (torch.float64, 20.0, 1e-12),
+        (torch.float32, 1.0, 1e-7),
+        (torch.bfloat16, 1.0, 1e-7),
+    ],
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_switch_keeps_the_effective_weight(shape, dtype, alpha, bound):
     for seed in range(3):
         layer, optimizer = switching_layer(shape, dtype, seed, num_per_step=1 + seed, alpha=alpha)
         for _ in range(12):
-            before, factors = effective_weight(layer), [layer.lora_a.clone(), layer.lora_b.clone()]
+            before = effective_weight(layer, optimizer)
+            factors = [layer.lora_a.clone(), layer.lora_b.clone()]
             optimizer.step()
-            assert relative_change(effective_weight(layer), before) <= bound
+            assert relative_change(effective_weight(layer, optimizer), before) <= bound
             if optimizer.metrics()["switch/vectors_switched"]:
                 assert not torch.equal(layer.lora_a, factors[0])
                 assert not torch.equal(layer.lora_b, factors[1])
