@@ -86,7 +86,8 @@ def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> lis
     training, profiler, on_gpu = config.training, config.profiler, device == "cuda"
     trains_all = f"with [method] name = {toml_value(config.method.name)}, which trains all weights"
     _, shard = mesh_shape(config.parallelism, num_ranks)
-    sums_nothing = shard == 1 or training.global_batch_size == num_ranks * training.local_batch_size
+    is_one = training.global_batch_size == num_ranks * training.local_batch_size
+    sums_alike = is_one or (shard == 1 and training.trained_dtype == "float32")
     starts_late = profiler.start_step > training.steps
     snapshot_step = profiler.memory_snapshot_step
     observes = profiler.enabled or snapshot_step is not None
@@ -98,7 +99,7 @@ def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> lis
         (not on_gpu, "training", "deterministic", "on a CPU, where runs are deterministic anyway"),
         (not config.method.freezes_weights, "parallelism", "frozen_weights", trains_all),
         (not config.method.freezes_weights, "training", "frozen_dtype", trains_all),
-        (sums_nothing, "parallelism", "accumulate_gradients", "with one micro-batch or one shard"),
+        (sums_alike, "parallelism", "accumulate_gradients", "with one micro-batch or one shard"),
         (starts_late, "profiler", "enabled", "with start_step after the last step"),
         (not profiler.enabled, "profiler", "memory", "without enabled = true"),
         (not observes, "profiler", "ranks", "without enabled = true or memory_snapshot_step"),
