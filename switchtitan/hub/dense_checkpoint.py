@@ -1,18 +1,16 @@
 """Reads the dense weights of a checkpoint of any method."""
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from switchtitan.checkpoint.load import SavedTensors, read_metadata
-from switchtitan.checkpoint.save import MODEL, CheckpointMetadata
+from switchtitan.checkpoint.save import MODEL
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.hub.huggingface import check_shapes
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS, plain_model
-from switchtitan.registry import ConfigT, Registry
 
 
 class DenseCheckpoint:
@@ -25,17 +23,23 @@ class DenseCheckpoint:
 
     def __init__(self, checkpoint: Path) -> None:
         self.metadata = read_metadata(checkpoint)
-        self.config = _saved_section(checkpoint, self.metadata, MODELS).on_any_machine()
-        """The plain model's section."""
-        section = _saved_section(checkpoint, self.metadata, METHODS)
+        saved = self.metadata.identity
+        try:
+            self.config = MODELS.restore(saved.get("model", {})).on_any_machine()
+            """The plain model's section."""
+            section = METHODS.restore(saved.get("method", {}))
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{checkpoint}: this version of switchtitan does not know {error}"
+            ) from error
         seed = self.metadata.identity_value("job", "seed", int)
         self.method = METHODS.build(section, self.metadata.step, seed)
         model = plain_model(self.config)
         self.method.prepare_model(model)
         trained = dict(model.named_parameters())
         self._tensors = SavedTensors(checkpoint)
-        saved = self._tensors.on_meta
-        self.on_meta = {name: saved[MODEL + name] for name in trained if MODEL + name in saved}
+        found = self._tensors.on_meta
+        self.on_meta = {name: found[MODEL + name] for name in trained if MODEL + name in found}
         """The parameters as the method trains them, by name, on the meta device."""
         dense = self.method.dense_weights(self.on_meta)
         self._stored = {name for name in dense if dense[name] is self.on_meta.get(name)}
@@ -63,14 +67,3 @@ class DenseCheckpoint:
 def module_of(name: str) -> str:
     """Returns the qualified name of the module that owns a tensor."""
     return name.rpartition(".")[0]
-
-
-def _saved_section(
-    checkpoint: Path, metadata: CheckpointMetadata, registry: Registry[ConfigT, Any]
-) -> ConfigT:
-    try:
-        return registry.restore(metadata.identity.get(registry.kind, {}))
-    except ConfigError as error:
-        raise CheckpointError(
-            f"{checkpoint}: this version of switchtitan does not know its {registry.kind} ({error})"
-        ) from error
