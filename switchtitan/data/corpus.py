@@ -13,8 +13,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from switchtitan.data.config import DataConfig
-from switchtitan.data.order import ONE_SOURCE, PERIOD, Schedule
-from switchtitan.data.sequences import Sequences, TokenFile, TokenSequences
+from switchtitan.data.sequences import (
+    ONE_SOURCE,
+    PERIOD,
+    Schedule,
+    Sequences,
+    TokenFile,
+    TokenSequences,
+)
 from switchtitan.data.sources import DATASETS, FileState, Source, hub_error
 from switchtitan.data.tokenizer import DocumentTokenizer, check_vocabulary, read_tokenizer
 from switchtitan.errors import CorpusError

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import INDEX_FILE, Corpus, Record, join_sources, read_index
-from switchtitan.data.order import ONE_SOURCE, Schedule
+from switchtitan.data.sequences import ONE_SOURCE, Schedule
 from switchtitan.data.sources import DATASETS, Source
 from switchtitan.errors import CorpusError, abbreviate
 from switchtitan.files import sha256_of_file
@@ -19,18 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 class RecordedSource(Record):
-    """A prepared corpus that a run reads."""
+    """A prepared corpus that a run reads, and where it was; see `Corpus`, `Schedule` and
+    `TokenizerRecord`."""
 
     folder: str
-    """Where it was."""
     fingerprint: str
-    """See `Corpus`."""
     count: int
-    """See `Schedule`."""
     fallback_for: str | None
-    """See `Corpus`."""
     bos: bool
-    """See `TokenizerRecord`."""
 
 
 class _RecordedCorpus(Record):

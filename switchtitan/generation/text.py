@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
-from switchtitan.data.order import ONE_SOURCE
-from switchtitan.data.sequences import Sequences, TokenSequences
+from switchtitan.data.sequences import ONE_SOURCE, Sequences, TokenSequences
 from switchtitan.data.tokenizer import DocumentTokenizer, TextSize
 from switchtitan.errors import ConfigError
 

@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from switchtitan.data.corpus import Corpus, join_sources
-from switchtitan.data.order import Schedule
 from switchtitan.data.prepare import open_corpus
 from switchtitan.data.recorded import find_recorded, record
+from switchtitan.data.sequences import Schedule
 from switchtitan.errors import CorpusError
 
 
