@@ -10,9 +10,8 @@ from torch.func import functional_call
 from switchtitan.contracts import ModelConfig
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.huggingface import ReadWeight
-from switchtitan.hub.initial_weights import DenseFolder
+from switchtitan.hub.initial_weights import DenseCheckpoint, DenseFolder
 from switchtitan.hub.peft_folder import is_adapter
 from switchtitan.models import plain_model
 

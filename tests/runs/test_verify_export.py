@@ -11,7 +11,7 @@ from switchtitan import models
 from switchtitan.checkpoint.load import find_given
 from switchtitan.errors import CheckpointError
 from switchtitan.hub import export_folder
-from switchtitan.hub.dense_checkpoint import DenseCheckpoint
+from switchtitan.hub.initial_weights import DenseCheckpoint
 from switchtitan.hub.peft_folder import ADAPTER_NAME
 from switchtitan.hub.verify_export import verify_export
 
