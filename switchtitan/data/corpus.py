@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, computed_field
@@ -31,7 +31,7 @@ from switchtitan.registry import explain
 logger = logging.getLogger(__name__)
 
 SplitName = Literal["train", "validation", "test"]
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 INDEX_FILE = "index.json"
 _INDEX_CHECKSUM_FILE = f"{INDEX_FILE}.sha256"
 TOKENIZER_FILE = "tokenizer.json"
@@ -134,7 +134,7 @@ class TokenizerRecord(Record):
 class CorpusIndex(Record):
     """The contents of `index.json`."""
 
-    format_version: int
+    format_version: Literal[1]  # FORMAT_VERSION
     name: str
     source: str
     """The documents, for people."""
@@ -190,8 +190,6 @@ def read_index(folder: Path) -> CorpusIndex:
     try:
         contents = file_inside(folder, INDEX_FILE).read_bytes()
         index = CorpusIndex.model_validate_json(contents)
-        if index.format_version != FORMAT_VERSION:
-            raise ValueError("it has another format")
         if not 0 <= index.tokenizer.eos_id < index.tokenizer.vocab_size <= 1 << 32:
             raise ValueError("its end token is outside of the vocabulary")
         checksum = file_inside(folder, _INDEX_CHECKSUM_FILE)

@@ -30,10 +30,7 @@ def test_a_corpus_is_found_under_another_name_and_one_of_the_same_name_is_not_it
     found = find_recorded(run, cache, tmp_path)
     assert (found.folder, found.fingerprint) == (cache / "renamed", corpus.fingerprint)
     shutil.rmtree(cache / "renamed")
-    with pytest.raises(CorpusError, match=f"{cache / copy.name}: its fingerprint .*have changed"):
-        find_recorded(run, cache, tmp_path / "checkpoints" / "step-000000001")
-    shutil.rmtree(copy)
-    (cache / copy.name).rename(cache / "unrelated")
+    (cache / "unrelated").mkdir()
     (cache / "unrelated" / "index.json").write_text("junk")
     with pytest.raises(CorpusError, match=f"{corpus.fingerprint}.*switchtitan prepare"):
         find_recorded(run, cache, tmp_path / "checkpoints" / "step-000000001")
