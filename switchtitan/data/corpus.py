@@ -198,7 +198,7 @@ def read_index(folder: Path) -> CorpusIndex:
         for name in index.checksums:
             file_inside(folder, name)
     except (OSError, ValueError) as error:
-        problem = f"the index is damaged ({explain(error)})"
+        problem = f"the index is missing or damaged ({explain(error)})"
         raise _damage(folder / INDEX_FILE, problem) from error
     return index
 

@@ -104,12 +104,8 @@ def open_corpus(
 def _open(
     plan: CorpusPlan, model_vocab_size: int | None, *, prepares: bool = True, verifies: bool = True
 ) -> Corpus:
-    if not prepares and not plan.folder.is_dir():
-        raise CorpusError(
-            f"{plan.folder}: this corpus is not prepared; run `switchtitan prepare` with the same "
-            "configuration first"
-        )
-    prepare_corpus(plan, model_vocab_size)
+    if prepares:
+        prepare_corpus(plan, model_vocab_size)
     corpus = Corpus(plan.folder, read_index(plan.folder), plan.fallback_for)
     corpus.verify(VERIFIED_BYTES if verifies else 0)
     remedy = f"delete {plan.folder} to prepare it again, or set another [data] cache_dir"

@@ -148,6 +148,9 @@ def test_changed_files_of_equal_sizes_are_not_those_of_a_corpus(tmp_path):
     write_json_lines(tmp_path / "in" / "a.jsonl", ["bbbb"] * 40)
     with pytest.raises(CorpusError, match=r"\[data\] path = .* a.jsonl: missing, new or changed"):
         open_corpus(config)
+    # Of another size, they are another corpus.
+    write_json_lines(tmp_path / "in" / "a.jsonl", ["bbbbb"] * 40)
+    assert plan_from_name(config).folder != corpus.folder
 
 
 def test_a_damaged_unknown_or_endless_tokenizer_is_named(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def test_a_mixture_has_its_sources_and_shares_again(corpus, other, tmp_path):
     assert found.description == mixture.description
 
 
-@pytest.mark.parametrize("sources", [None, [], [{"folder": "corpora/x"}]])
+@pytest.mark.parametrize("sources", [None, [], [{"folder": "corpora/x"}], [{"folder": 3}]])
 def test_a_damaged_record_is_named(tmp_path, sources):
     with pytest.raises(CorpusError, match="names no corpus"):
         find_recorded({"sources": sources}, tmp_path, tmp_path)
