@@ -62,10 +62,9 @@ def plan_corpus(config: DataConfig) -> CorpusPlan:
     plan = plan_from_name(config)
     if plan.folder.is_dir() or not config.needs_hub or (reason := hub_error()) is None:
         return plan
-    path = "" if config.path is None else f"path = {str(config.path)!r}, "
     problem = (
-        f"dataset = {config.dataset!r}, {path}tokenizer = {config.tokenizer!r}: the Hugging Face "
-        f"hub cannot be reached ({reason})"
+        f"dataset = {config.dataset!r} ({plan.source.description}), tokenizer = "
+        f"{config.tokenizer!r}: the Hugging Face hub cannot be reached ({reason})"
     )
     if config.offline_dataset is None:
         raise CorpusError(
