@@ -22,11 +22,11 @@ from switchtitan.hub.export_folder import (
     MAX_SHARD_BYTES,
     export_dense,
     new_folder,
+    verify_export,
     write_model_card,
 )
 from switchtitan.hub.initial_weights import DenseCheckpoint
 from switchtitan.hub.peft_folder import BASE_FOLDER, write_adapter
-from switchtitan.hub.verify_export import verify_export
 
 _LOADED_BY = {
     "transformers": "Load it with `transformers.AutoModelForCausalLM.from_pretrained(FOLDER)`.",

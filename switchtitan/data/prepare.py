@@ -187,10 +187,9 @@ class Progress(BaseModel):
     documents: int = 0
     bytes_of_text: int = 0
     """Where to go on in that stream, and the non-empty documents before it."""
-    revision: str | None = None
-    """See `CorpusIndex`."""
     splits: dict[str, list[ShardRecord]] = {}
     """What is finished."""
+    revision: str | None = None
     files: list[FileState] = []
     """See `CorpusIndex`."""
     num_files_read: int = 0

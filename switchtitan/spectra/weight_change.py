@@ -17,12 +17,7 @@ from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError
 from switchtitan.hub.huggingface import ReadWeight
-from switchtitan.hub.initial_weights import (
-    DenseCheckpoint,
-    checksum,
-    find_weights,
-    open_weights,
-)
+from switchtitan.hub.initial_weights import DenseCheckpoint, checksum, find_weights, open_weights
 from switchtitan.models import plain_model
 from switchtitan.observability.reporter import Reporter
 from switchtitan.progress import progress_bar
