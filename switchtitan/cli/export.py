@@ -18,15 +18,15 @@ from switchtitan.checkpoint.load import find_given
 from switchtitan.checkpoint.save import CHECKPOINTS_FOLDER
 from switchtitan.cli.main import number
 from switchtitan.generation.trained import corpus_of_run
-from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.export_folder import (
     MAX_SHARD_BYTES,
     export_dense,
     new_folder,
+    verify_export,
     write_model_card,
 )
-from switchtitan.hub.peft_folder import BASE_FOLDER, reader_of_base, updates_of, write_adapter
-from switchtitan.hub.verify_export import verify_export
+from switchtitan.hub.initial_weights import DenseCheckpoint
+from switchtitan.hub.peft_folder import BASE_FOLDER, write_adapter
 
 _LOADED_BY = {
     "transformers": "Load it with `transformers.AutoModelForCausalLM.from_pretrained(FOLDER)`.",
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with new_folder(folder) as partial:
         base = partial / BASE_FOLDER if is_adapter else partial
         export_dense(
-            reader_of_base(weights) if is_adapter else weights.read,
+            weights.reader_of_base() if is_adapter else weights.read,
             weights.config,
             base,
             dtype,
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for file in base.glob("tokenizer*"):  # PEFT's users load it next to the adapter
                 shutil.copyfile(file, partial / file.name)
             base = folder.resolve() / BASE_FOLDER
-            write_adapter(updates_of(weights), partial, base, dtype, "CAUSAL_LM")
+            write_adapter(weights.updates(), partial, base, dtype, "CAUSAL_LM")
         error = None if options.no_verify else verify_export(weights, partial, dtype)
         write_model_card(metadata, partial, options.command, _LOADED_BY[options.format])
     same = f"as those of the checkpoint's weights in {options.dtype}"

@@ -21,8 +21,7 @@ from switchtitan.distributed.dtype import dtype_on
 from switchtitan.distributed.precision import use_full_precision
 from switchtitan.distributed.world import device_type
 from switchtitan.errors import ConfigError
-from switchtitan.generation.decoding import Sampler, continuation
-from switchtitan.generation.text import read_text, text_pieces
+from switchtitan.generation.text import Sampler, continuation, read_text, text_pieces
 from switchtitan.generation.trained import (
     check_tokens,
     for_evaluation,

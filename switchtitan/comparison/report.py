@@ -1,6 +1,5 @@
 """The report of a comparison: Markdown tables, and a CSV file of its runs."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -17,7 +16,8 @@ _LEGEND = (
     "all tokens / (ln 2 x UTF-8 bytes of their text). Effective rank: exp of the entropy of the "
     "normalized singular values of a layer's change since step 0, averaged over layers. State: all "
     "that a checkpoint contains. Peak: peak GPU memory. Tokens/s include evaluations and switches. "
-    "State, peak and tokens/s are medians over seeds."
+    "State, peak and tokens/s are medians over seeds. A value's validation loss is that with the "
+    "other keys as chosen before, inf if the run diverged; the best value is bold."
 )
 
 
@@ -48,15 +48,10 @@ def markdown(state: State) -> str:
         ),
         _LEGEND,
     ]
-    if any(losses for _, losses in state.tried):
-        parts.append(
-            "## Choice of values\n\nValidation loss by value, with the other keys as chosen "
-            "before. The best value is bold."
-        )
     for key, losses in state.tried:
         listed = [f"- {titles[row]}: {_tried(by_value)}" for row, by_value in losses.items()]
         if listed:
-            parts += [f"{short_name(key)}:", "\n".join(listed)]
+            parts += [f"## Validation loss by {short_name(key)}", "\n".join(listed)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -129,12 +124,9 @@ def _known(results: Sequence[RunResult], figure: str) -> list[float]:
 
 
 def _tried(losses: Mapping[float, float]) -> str:
-    cells = []
-    for value in sorted(losses):
-        loss = f"{losses[value]:.4f}" if math.isfinite(losses[value]) else "diverged"
-        bold = "**" if value == best_value(losses) else ""
-        cells.append(f"{bold}{value:g}: {loss}{bold}")
-    return ", ".join(cells)
+    best = best_value(losses)
+    cells = {value: f"{value:g}: {loss:.4f}" for value, loss in sorted(losses.items())}
+    return ", ".join((cells | {best: f"**{cells[best]}**"}).values())
 
 
 def _facts(results: Sequence[RunResult]) -> Iterator[str]:

@@ -7,14 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from switchtitan.data.config import DataConfig
-from switchtitan.data.order import ONE_SOURCE, PERIOD, Schedule
-from switchtitan.data.sequences import Sequences, TokenFile, TokenSequences
+from switchtitan.data.sequences import (
+    ONE_SOURCE,
+    PERIOD,
+    Schedule,
+    Sequences,
+    TokenFile,
+    TokenSequences,
+)
 from switchtitan.data.sources import DATASETS, FileState, Source, hub_error
 from switchtitan.data.tokenizer import DocumentTokenizer, check_vocabulary, read_tokenizer
 from switchtitan.errors import CorpusError
@@ -25,7 +31,7 @@ from switchtitan.registry import explain
 logger = logging.getLogger(__name__)
 
 SplitName = Literal["train", "validation", "test"]
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 INDEX_FILE = "index.json"
 _INDEX_CHECKSUM_FILE = f"{INDEX_FILE}.sha256"
 TOKENIZER_FILE = "tokenizer.json"
@@ -56,10 +62,9 @@ def plan_corpus(config: DataConfig) -> CorpusPlan:
     plan = plan_from_name(config)
     if plan.folder.is_dir() or not config.needs_hub or (reason := hub_error()) is None:
         return plan
-    path = "" if config.path is None else f"path = {str(config.path)!r}, "
     problem = (
-        f"dataset = {config.dataset!r}, {path}tokenizer = {config.tokenizer!r}: the Hugging Face "
-        f"hub cannot be reached ({reason})"
+        f"dataset = {config.dataset!r} ({plan.source.description}), tokenizer = "
+        f"{config.tokenizer!r}: the Hugging Face hub cannot be reached ({reason})"
     )
     if config.offline_dataset is None:
         raise CorpusError(
@@ -128,7 +133,7 @@ class TokenizerRecord(Record):
 class CorpusIndex(Record):
     """The contents of `index.json`."""
 
-    format_version: int
+    format_version: Literal[1]  # FORMAT_VERSION
     name: str
     source: str
     """The documents, for people."""
@@ -184,8 +189,6 @@ def read_index(folder: Path) -> CorpusIndex:
     try:
         contents = file_inside(folder, INDEX_FILE).read_bytes()
         index = CorpusIndex.model_validate_json(contents)
-        if index.format_version != FORMAT_VERSION:
-            raise ValueError("it has another format")
         if not 0 <= index.tokenizer.eos_id < index.tokenizer.vocab_size <= 1 << 32:
             raise ValueError("its end token is outside of the vocabulary")
         checksum = file_inside(folder, _INDEX_CHECKSUM_FILE)
@@ -194,7 +197,7 @@ def read_index(folder: Path) -> CorpusIndex:
         for name in index.checksums:
             file_inside(folder, name)
     except (OSError, ValueError) as error:
-        problem = f"the index is damaged ({explain(error)})"
+        problem = f"the index is missing or damaged ({explain(error)})"
         raise _damage(folder / INDEX_FILE, problem) from error
     return index
 

@@ -34,8 +34,8 @@ from switchtitan.data.corpus import (
     read_index,
     write_index,
 )
-from switchtitan.data.order import schedule_of
 from switchtitan.data.recorded import check_files
+from switchtitan.data.sequences import schedule_of
 from switchtitan.data.sources import DATASETS, Documents, FileState, Position, newest_commit
 from switchtitan.data.tokenizer import (
     DocumentTokenizer,
@@ -47,7 +47,6 @@ from switchtitan.data.tokenizer import (
 from switchtitan.distributed.world import World
 from switchtitan.errors import CorpusError
 from switchtitan.files import (
-    file_inside,
     rename_complete,
     sha256_of_file,
     write_atomically,
@@ -105,23 +104,13 @@ def open_corpus(
 def _open(
     plan: CorpusPlan, model_vocab_size: int | None, *, prepares: bool = True, verifies: bool = True
 ) -> Corpus:
-    if not prepares and not plan.folder.is_dir():
-        raise CorpusError(
-            f"{plan.folder}: this corpus is not prepared; run `switchtitan prepare` with the same "
-            "configuration first"
-        )
-    prepare_corpus(plan, model_vocab_size)
+    if prepares:
+        prepare_corpus(plan, model_vocab_size)
     corpus = Corpus(plan.folder, read_index(plan.folder), plan.fallback_for)
     corpus.verify(VERIFIED_BYTES if verifies else 0)
-    remedy = f"delete {plan.folder} to prepare it again, or set another [data] cache_dir"
     if verifies:
+        remedy = f"delete {plan.folder} to prepare it again, or set another [data] cache_dir"
         check_files(plan.config, plan.source, corpus, remedy)
-    is_old = not corpus.index.tokenizer.bos and read_tokenizer(plan.folder).bos_ids
-    if is_old and plan.config.bos is None:
-        raise CorpusError(
-            f"{plan.folder}: an earlier version prepared it, without the tokens that its tokenizer "
-            f"puts before a text; {remedy}"
-        )
     if model_vocab_size is not None:
         corpus.check_vocabulary(model_vocab_size)
     return corpus
@@ -198,10 +187,9 @@ class Progress(BaseModel):
     documents: int = 0
     bytes_of_text: int = 0
     """Where to go on in that stream, and the non-empty documents before it."""
-    revision: str | None = None
-    """See `CorpusIndex`."""
     splits: dict[str, list[ShardRecord]] = {}
     """What is finished."""
+    revision: str | None = None
     files: list[FileState] = []
     """See `CorpusIndex`."""
     num_files_read: int = 0
@@ -382,13 +370,8 @@ def _read_progress(folder: Path, files: list[FileState]) -> Progress:
         progress = Progress.model_validate_json((folder / PROGRESS_FILE).read_bytes())
         if progress.files != files:
             raise ValueError("files of the source have changed since")
-        (folder / TOKENIZER_FILE).stat()
         if any(path.is_symlink() for path in (folder, *folder.iterdir())):
             raise ValueError("it holds links")
-        for shard in chain.from_iterable(progress.splits.values()):
-            num_bytes = file_inside(folder, shard.file).stat().st_size
-            if num_bytes not in (2 * shard.tokens, 4 * shard.tokens):
-                raise ValueError(f"{shard.file} has {num_bytes} bytes")
     except (OSError, ValueError) as error:
         if folder.exists():
             logger.info("cannot resume %s (%s); starting over", folder, error)

@@ -3,13 +3,14 @@
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import JsonValue
 
 from switchtitan.data.config import DataConfig
 from switchtitan.data.corpus import INDEX_FILE, Corpus, Record, join_sources, read_index
-from switchtitan.data.order import ONE_SOURCE, Schedule
+from switchtitan.data.sequences import ONE_SOURCE, Schedule
 from switchtitan.data.sources import DATASETS, Source
 from switchtitan.errors import CorpusError, abbreviate
 from switchtitan.files import sha256_of_file
@@ -19,18 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 class RecordedSource(Record):
-    """A prepared corpus that a run reads."""
+    """A prepared corpus that a run reads, and where it was; see `Corpus`, `Schedule` and
+    `TokenizerRecord`."""
 
     folder: str
-    """Where it was."""
     fingerprint: str
-    """See `Corpus`."""
     count: int
-    """See `Schedule`."""
     fallback_for: str | None
-    """See `Corpus`."""
     bos: bool
-    """See `TokenizerRecord`."""
 
 
 class _RecordedCorpus(Record):
@@ -77,29 +74,20 @@ def recorded_sources(run: Mapping[str, object], checkpoint: Path) -> list[Record
 
 def _find(source: RecordedSource, cache_dir: Path, checkpoint: Path) -> Corpus:
     recorded, cache = Path(source.folder), cache_dir.expanduser()
-    expected = dict.fromkeys([cache / recorded.name, recorded])
-    problems = list[str]()
-    for folder in [*expected, *sorted(index.parent for index in cache.glob(f"*/{INDEX_FILE}"))]:
+    others = sorted(index.parent for index in cache.glob(f"*/{INDEX_FILE}"))
+    for folder in dict.fromkeys([cache / recorded.name, recorded, *others]):
         if not os.path.isfile(folder / INDEX_FILE):  # also without permission
             continue
-        try:
+        with suppress(CorpusError):
             index = read_index(folder)
             if index.fingerprint == source.fingerprint:
                 return Corpus(folder, index, source.fallback_for)
-            raise CorpusError(
-                f"{folder}: its fingerprint is {index.fingerprint}, but the run trained on "
-                f"{source.fingerprint}; its documents have changed: restore them and delete this "
-                "folder to prepare it again, or copy the run's corpus"
-            )
-        except CorpusError as error:
-            problems += [str(error)] if folder in expected else []
     keys = " --dataset pystdlib --tokenizer train" if source.fallback_for else ""
     config_file = checkpoint.absolute().parents[1] / "config.toml"
     raise CorpusError(
-        problems[0]
-        if problems
-        else f"the run's corpus is neither at {source.folder} nor in [data] cache_dir = "
-        f"{str(cache_dir)!r} (fingerprint {source.fingerprint}); copy it there, or prepare it "
+        f"the run's corpus (fingerprint {source.fingerprint}) is neither at {source.folder} nor in "
+        f"[data] cache_dir = {str(cache_dir)!r}: missing, damaged, or its documents have changed; "
+        "copy it there, or restore its documents, delete what is left of its folder and prepare it "
         f"again: switchtitan prepare --config {config_file}{keys}"
     )
 

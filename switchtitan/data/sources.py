@@ -153,16 +153,9 @@ def _states(folder: Path, files: Sequence[Path]) -> list[FileState]:
 
 def read_text(file: Path, column: str) -> Iterator[str]:
     """Yields a file as one document, or a long one in pieces that end at line ends."""
-    lines, num_bytes = list[str](), 0
-    with file.open(encoding="utf-8", newline="") as stream:
-        for line in stream:
-            lines.append(line)
-            num_bytes += len(line.encode())
-            if num_bytes >= TEXT_DOCUMENT_BYTES:
-                yield "".join(lines)
-                lines, num_bytes = [], 0
-    if lines:
-        yield "".join(lines)
+    with file.open("rb") as stream:
+        while lines := stream.readlines(TEXT_DOCUMENT_BYTES - 1):  # more than that
+            yield b"".join(lines).decode()
 
 
 def _read_json_lines(file: Path, column: str) -> Iterator[str]:

@@ -1,10 +1,12 @@
-"""Writes folders that `transformers.AutoModelForCausalLM.from_pretrained` loads."""
+"""Writes folders that `transformers.AutoModelForCausalLM.from_pretrained` loads, and compares their
+logits with those of the checkpoint."""
 
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -12,11 +14,13 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from switchtitan.checkpoint.save import CheckpointMetadata
 from switchtitan.contracts import ModelConfig
 from switchtitan.data.tokenizer import DocumentTokenizer
+from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, OutputError
 from switchtitan.files import make_folder, rename_complete, sync_tree
 from switchtitan.hub.huggingface import (
@@ -26,10 +30,15 @@ from switchtitan.hub.huggingface import (
     parameter_shapes,
     write_json,
 )
+from switchtitan.hub.initial_weights import DenseCheckpoint, DenseFolder
+from switchtitan.hub.peft_folder import is_adapter
+from switchtitan.models import plain_model
 from switchtitan.progress import progress_bar
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Larger weights are split over several files."""
+_NUM_TOKENS = 64
+_WITHOUT_CHECK = "--no-verify writes the folder without this check"
 # No string of JSON or TOML contains the fence at the start of a line.
 _CARD = """\
 ---
@@ -170,3 +179,61 @@ def write_model_card(metadata: CheckpointMetadata, folder: Path, command: str, f
     about = json.dumps(facts | {"exported_by": command}, indent=2)
     card = _CARD.format(files=files, about=about, config=metadata.config.strip())
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+# The comparison, one block at a time.
+def verify_export(checkpoint: DenseCheckpoint, folder: Path, dtype: torch.dtype) -> float:
+    """Compares the logits of a checkpoint's dense weights, rounded, and of an exported folder.
+
+    Returns the root mean square of the difference, divided by that of the checkpoint's logits;
+    a CheckpointError if the folder cannot be read, or computes other logits. Computes in fp32 on 64
+    random tokens. Holds the weights outside the blocks and one block.
+
+    Args:
+        folder: as `export_dense` writes it, or with an adapter. Its config.json is read too.
+        dtype: of its weights.
+    """
+    expected = _logits(checkpoint.config, lambda name: checkpoint.read(name).to(dtype))
+    exported = DenseFolder(folder)
+    found = _logits(exported.config, exported.read)
+    error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    # Sums in fp32 are rounded in another order; factors in bf16 are rounded by up to 2^-9 each.
+    limit = 3e-2 if is_adapter(folder) and dtype != torch.float32 else 1e-4
+    if not error <= limit:  # also if it is NaN
+        raise CheckpointError(
+            f"the exported model computes other logits than the checkpoint: relative error "
+            f"{error:.2g}, expected at most {limit:g}; please report this. {_WITHOUT_CHECK}"
+        )
+    return error
+
+
+@torch.no_grad()
+@full_precision()
+def _logits(config: ModelConfig, read: ReadWeight) -> Tensor:
+    """Returns the logits [1, seq, vocabulary] of a plain model on random tokens."""
+    model = plain_model(config).eval()
+    # What is computed from a tensor without values is skipped in places, and no error is raised.
+    if without_values := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise CheckpointError(
+            f"[model] name = {config.name!r}: the buffer {without_values[0]} is not among the "
+            f"weights, so logits cannot be compared; {_WITHOUT_CHECK}"
+        )
+    for name, block in model.blocks().items():
+        block.register_forward_pre_hook(partial(_load, read, f"{name}."))
+        block.register_forward_hook(_unload)
+    in_blocks = tuple(f"{name}." for name in model.blocks())
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (1, _NUM_TOKENS), generator=generator)
+    documents = torch.zeros_like(tokens, dtype=torch.int32)
+    outer = [name for name, _ in model.named_parameters() if not name.startswith(in_blocks)]
+    values = {name: read(name).float() for name in outer}
+    return functional_call(model, values, (tokens, documents))
+
+
+def _load(read: ReadWeight, prefix: str, block: nn.Module, args: object) -> None:
+    values = {name: read(prefix + name).float() for name, _ in block.named_parameters()}
+    block.load_state_dict(values, assign=True)
+
+
+def _unload(block: nn.Module, args: object, output: object) -> None:
+    block.to_empty(device="meta")

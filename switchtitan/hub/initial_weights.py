@@ -1,18 +1,26 @@
-"""Reads the dense weights that a new run starts from, and the model that their folder describes."""
+"""Opens the dense weights of a checkpoint or of a folder, and the model that a folder describes."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from switchtitan.checkpoint.load import find_given
-from switchtitan.checkpoint.save import SUMS_FILE
-from switchtitan.contracts import ModelConfig
+from switchtitan.checkpoint.load import SavedTensors, find_given, read_metadata
+from switchtitan.checkpoint.save import MODEL, SUMS_FILE
+from switchtitan.contracts import LowRankUpdate, ModelConfig
+from switchtitan.distributed.fixed_point import values_of
+from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import sha256_of_file
-from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.huggingface import CONFIG_NAME, check_shapes, read_config, read_dense
+from switchtitan.hub.huggingface import (
+    CONFIG_NAME,
+    ReadWeight,
+    check_shapes,
+    read_config,
+    read_dense,
+)
 from switchtitan.hub.peft_folder import (
     ADAPTER_CONFIG_NAME,
     folder_of_model,
@@ -20,7 +28,8 @@ from switchtitan.hub.peft_folder import (
     is_adapter,
     merging_reader,
 )
-from switchtitan.models import MODELS
+from switchtitan.methods import METHODS
+from switchtitan.models import MODELS, plain_model
 
 
 def find_weights(path: Path) -> Path:
@@ -28,6 +37,81 @@ def find_weights(path: Path) -> Path:
     or with a PEFT adapter, which is merged, or a checkpoint or run of any method, whose newest
     checkpoint is read, and its checksums compared. Raises a CheckpointError if there are none."""
     return (path if _has_safetensors(path) else find_given(path)).absolute()
+
+
+class DenseCheckpoint:
+    """The fp32 weights of the plain model that is equivalent to a checkpoint's.
+
+    `checkpoint` is as `find_given` returns it, which has verified all its bytes. Reads only the
+    modules that are asked for, and no buffers. Raises a CheckpointError if the checkpoint is not
+    complete, its tensors are not its model's, or this version does not know its model or method.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.metadata = read_metadata(checkpoint)
+        saved = self.metadata.identity
+        try:
+            self.config = MODELS.restore(saved.get("model", {})).on_any_machine()
+            """The plain model's section."""
+            section = METHODS.restore(saved.get("method", {}))
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{checkpoint}: this version of switchtitan does not know {error}"
+            ) from error
+        seed = self.metadata.identity_value("job", "seed", int)
+        self.method = METHODS.build(section, self.metadata.step, seed)
+        model = plain_model(self.config)
+        self.method.prepare_model(model)
+        trained = dict(model.named_parameters())
+        self._tensors = SavedTensors(checkpoint)
+        found = self._tensors.on_meta
+        self.on_meta = {name: found[MODEL + name] for name in trained if MODEL + name in found}
+        """The parameters as the method trains them, by name, on the meta device."""
+        dense = self.method.dense_weights(self.on_meta)
+        self._stored = {name for name in dense if dense[name] is self.on_meta.get(name)}
+        check_shapes(dense, self.config, f"{checkpoint}")
+
+    @full_precision()
+    def read(self, name: str) -> Tensor:
+        """Returns a weight; a CheckpointError if it cannot be read."""
+        module = name.rpartition(".")[0]
+        return self.method.dense_weights(self._read_trained(module))[name]
+
+    def read_rows(self, name: str, rows: range) -> Tensor:
+        """Returns rows of a weight: what is saved of them, or computed from its entire module."""
+        if name in self._stored:
+            return self._tensors.read_rows(MODEL + name, rows)
+        return self.read(name)[rows.start : rows.stop]
+
+    def _read_trained(self, module: str) -> dict[str, Tensor]:
+        """Returns the parameters of a module and its children, as the method trains them."""
+        prefix = f"{module}." if module else ""
+        names = [MODEL + name for name in self.on_meta if name.startswith(prefix)]
+        read = self._tensors.read_full(names)
+        return {name.removeprefix(MODEL): tensor for name, tensor in read.items()}
+
+    def reader_of_base(self) -> ReadWeight:
+        """Returns what reads weights without their low-rank updates, in fp32. Raises a
+        CheckpointError if the method has none."""
+        updated = self.method.low_rank_updates(self.on_meta)
+        if not updated:
+            raise CheckpointError(
+                f"--format peft: [method] name = {self.method.config.name!r} has no frozen weights "
+                "with a low-rank update; export it without --format"
+            )
+
+        def read(name: str) -> Tensor:
+            module = name.rpartition(".")[0]
+            if module not in updated:
+                return self.read(name)
+            return values_of(self._read_trained(module)[name], torch.float32)
+
+        return read
+
+    def updates(self) -> Iterator[tuple[str, LowRankUpdate]]:
+        """Yields the low-rank update of each layer, by name, one in memory at a time."""
+        for layer in self.method.low_rank_updates(self.on_meta):
+            yield from self.method.low_rank_updates(self._read_trained(layer)).items()
 
 
 class DenseFolder:

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -13,10 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from switchtitan.contracts import LowRankUpdate
-from switchtitan.distributed.fixed_point import values_of
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, abbreviate
-from switchtitan.hub.dense_checkpoint import DenseCheckpoint, module_of
 from switchtitan.hub.huggingface import (
     CONFIG_NAME,
     ReadWeight,
@@ -76,31 +74,6 @@ def read_adapter_config(folder: Path) -> PeftConfig:
             f"{file}: {explain(error)}; only plain LoRA is read; if PEFT can merge the adapter, "
             "merge it with merge_and_unload() first"
         ) from error
-
-
-def reader_of_base(checkpoint: DenseCheckpoint) -> ReadWeight:
-    """Returns what reads a checkpoint's weights without their low-rank updates, in fp32. Raises a
-    CheckpointError if the checkpoint has no low-rank updates."""
-    method = checkpoint.method
-    updated = method.low_rank_updates(checkpoint.on_meta)
-    if not updated:
-        raise CheckpointError(
-            f"--format peft: [method] name = {method.config.name!r} has no frozen weights with a "
-            "low-rank update; export it without --format"
-        )
-
-    def read(name: str) -> Tensor:
-        if module_of(name) not in updated:
-            return checkpoint.read(name)
-        return values_of(checkpoint.read_trained(module_of(name))[name], torch.float32)
-
-    return read
-
-
-def updates_of(checkpoint: DenseCheckpoint) -> Iterator[tuple[str, LowRankUpdate]]:
-    """Yields the low-rank update of each layer, by name, one in memory at a time."""
-    for layer in checkpoint.method.low_rank_updates(checkpoint.on_meta):
-        yield from checkpoint.method.low_rank_updates(checkpoint.read_trained(layer)).items()
 
 
 def write_adapter(

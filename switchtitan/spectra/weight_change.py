@@ -16,9 +16,8 @@ from switchtitan.distributed.precision import full_precision
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.distributed.world import World
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.dense_checkpoint import DenseCheckpoint
 from switchtitan.hub.huggingface import ReadWeight
-from switchtitan.hub.initial_weights import checksum, find_weights, open_weights
+from switchtitan.hub.initial_weights import DenseCheckpoint, checksum, find_weights, open_weights
 from switchtitan.models import plain_model
 from switchtitan.observability.reporter import Reporter
 from switchtitan.progress import progress_bar

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import rewrite_index, rewrite_metadata, update_checksums
-from support.commands import run
+from support.commands import run, succeed
 from support.folders import change_json, contents, random_weights, with_header
 from support.fuzzing import limited_cpu_time
 from support.preparation import write_documents
@@ -250,19 +250,18 @@ def test_an_index_names_no_file_outside_of_its_folder(kind, place, request, tmp_
     given.check_refused(name[:40])  # messages shorten it
 
 
-@pytest.mark.parametrize("name", ["..", "/etc", "a\0b", 3])
+@pytest.mark.parametrize("name", ["..", "/etc", "a\0b"])
 def test_an_export_reads_no_tokenizer_but_that_of_the_run_s_corpus(checkpoint, tmp_path, name):
     (recorded,) = read_metadata(checkpoint.folder).run["sources"]
     rewrite_metadata(
         checkpoint.folder, lambda metadata: metadata["run"]["sources"][0].update(folder=name)
     )
-    outcome = run("export", checkpoint.folder, "--folder", tmp_path / "out")
-    if name == 3:
-        outcome.check_refused("names no corpus", "sources[0].folder = 3")
-    else:  # it is found in the run's cache_dir
-        (own, exported) = (Path(recorded["folder"]), tmp_path / "out")
-        files = [folder / "tokenizer.json" for folder in (own, exported)]
-        assert files[0].read_bytes() == files[1].read_bytes()
+    # It is found in the run's cache_dir.
+    succeed("export", checkpoint.folder, "--folder", tmp_path / "out")
+    own, exported = (
+        folder / "tokenizer.json" for folder in (Path(recorded["folder"]), tmp_path / "out")
+    )
+    assert own.read_bytes() == exported.read_bytes()
 
 
 def test_a_stopped_preparation_with_links_writes_nothing_outside(corpus, tmp_path):

@@ -27,8 +27,7 @@ from support.tiny import (
 from switchtitan.distributed.fsdp import materialize, pack_frozen_weights
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.errors import CheckpointError
-from switchtitan.hub.dense_checkpoint import DenseCheckpoint
-from switchtitan.hub.initial_weights import read_model_folder
+from switchtitan.hub.initial_weights import DenseCheckpoint, read_model_folder
 from switchtitan.methods import METHODS
 from switchtitan.methods.adapter.linear import adapter_layers
 from switchtitan.methods.adapter.method import AdapterConfig, AdapterMethod

@@ -11,9 +11,9 @@ from switchtitan import models
 from switchtitan.checkpoint.load import find_given
 from switchtitan.errors import CheckpointError
 from switchtitan.hub import export_folder
-from switchtitan.hub.dense_checkpoint import DenseCheckpoint
+from switchtitan.hub.export_folder import verify_export
+from switchtitan.hub.initial_weights import DenseCheckpoint
 from switchtitan.hub.peft_folder import ADAPTER_NAME
-from switchtitan.hub.verify_export import verify_export
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

@@ -16,9 +16,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.data.config import DataConfig
 from switchtitan.data.loader import ValidationBatches, build_train_batches
-from switchtitan.data.order import PERIOD, permute, schedule_of, sequence_index
 from switchtitan.data.prepare import open_corpus
-from switchtitan.data.sequences import TokenFile, TokenSequences
+from switchtitan.data.sequences import (
+    PERIOD,
+    TokenFile,
+    TokenSequences,
+    permute,
+    schedule_of,
+    sequence_index,
+)
 from switchtitan.data.tokenizer import (
     DocumentTokenizer,
     num_text_bytes,

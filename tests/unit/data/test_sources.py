@@ -56,18 +56,6 @@ def test_a_source_yields_its_documents_in_order_and_resumes_at_every_position(na
             assert read(source, row.split, saved) == row.documents[taken + 1 :]
 
 
-@pytest.mark.parametrize("name", ["text", "jsonl", "parquet", "nanogpt"])
-def test_a_change_of_a_file_changes_the_identity(name, tmp_path):
-    row = ROWS[name]
-    row.write(tmp_path)
-    before = make_source(row.dataset, tmp_path, **row.keys).identity
-    assert make_source(row.dataset, tmp_path, **row.keys).identity == before
-    file = min(file for file in tmp_path.rglob("*") if file.suffix not in ("", ".json"))
-    with file.open("ab") as stream:
-        stream.write(b"!!")
-    assert make_source(row.dataset, tmp_path, **row.keys).identity != before
-
-
 @pytest.mark.parametrize("kind", ["json.gz", "jsonl.zst"])
 def test_parts_of_a_compressed_file_are_joined(kind, tmp_path):
     write_lines(kind)(tmp_path)

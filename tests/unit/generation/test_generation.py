@@ -8,8 +8,7 @@ from support.small_llama import LLAMA3
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from switchtitan.data.tokenizer import train_tokenizer
-from switchtitan.generation.decoding import Sampler, continuation
-from switchtitan.generation.text import text_pieces
+from switchtitan.generation.text import Sampler, continuation, text_pieces
 from switchtitan.models import MODELS
 from switchtitan.models.cola import ColaConfig
 from switchtitan.models.llama.config import LlamaConfig, Qwen2Config
