@@ -207,17 +207,18 @@ def rotary_frequencies(config: LlamaFamilyConfig, device: torch.device) -> Tenso
     `original_positions`, keeps those that turn at least `high_freq_factor` times, and interpolates
     between the two, linearly in the number of turns.
     """
-    dim, scaling = config.head_width, config.rope_scaling
+    dim, factor = config.head_width, config.rope_factor
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     frequencies = 1.0 / config.rope_theta**exponents
-    if config.rope_type == "linear":
-        return frequencies / scaling["factor"]
-    if config.rope_type == "llama3":
-        turns = frequencies * (scaling["original_positions"] / (2 * math.pi))
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return frequencies * (kept + (1 - kept) / scaling["factor"])
-    return frequencies
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    positions = config.rope_original_positions
+    if factor is None:
+        return frequencies
+    if low is None or high is None or positions is None:  # linear
+        return frequencies / factor
+    turns = frequencies * (positions / (2 * math.pi))
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
 
 
 def rotary_tables(
