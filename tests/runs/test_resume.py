@@ -116,15 +116,9 @@ def test_a_resumed_run_warns_of_changed_keys_and_a_complete_one_writes_no_config
     assert "\nsteps = 3\n" in config.read_text()
     levels = [line.levelname for line in caplog.records if "changed since" in line.getMessage()]
     assert levels == ["WARNING", "INFO"]  # to train longer is no reason for a warning
-    decays = (
-        "--training.steps",
-        "9",
-        "--lr_schedule.decay_ratio",
-        "0.9",
-        "--lr_schedule.warmup_steps",
-    )
+    words = "--training.steps 9 --lr_schedule.decay_ratio 0.9 --lr_schedule.warmup_steps 1"
     with caplog.at_level("INFO", logger="switchtitan"):
-        tiny_trainer(folder, "lora", *decays, "1").stepper.close()
+        tiny_trainer(folder, "lora", *words.split()).stepper.close()
     assert "share of the peak learning rate in step 3: 1 -> 0.9" in caplog.text
 
 
