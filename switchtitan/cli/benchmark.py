@@ -1,19 +1,10 @@
 """Compares training steps of several configurations side by side.
 
+    switchtitan benchmark step|gpu|coordinates CONFIG ... [--KEY VALUE ...]
+
 CONFIG is a file, or a file with overrides for this side:
 `FILE:section.key=value,section.key=value`. KEY is a `section.key` for all sides.
-
-    switchtitan benchmark step CONFIG ... [--rounds N] [--steps-per-round K] [--KEY VALUE ...]
-
-times steps in alternation on the devices of this process's ranks.
-
-    switchtitan benchmark gpu CONFIG ... [--arch sm_80 sm_90] [--num-ranks N] [--KEY VALUE ...]
-
-compiles steps for NVIDIA GPUs on a machine without one.
-
-    switchtitan benchmark coordinates CONFIG ... [--sizes N ...] [--KEY VALUE ...]
-
-shows whether a step changes the layers of wider models as much: whether learning rates transfer."""
+`switchtitan benchmark step --help` lists further options."""
 
 import argparse
 import sys
@@ -35,7 +26,7 @@ from switchtitan.observability.environment import describe_environment
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="measure", required=True, metavar="step|gpu|coordinates")
-    step = _add(commands, "step", "Time training steps; print a table of the first rank's times.")
+    step = _add(commands, "step", "Time steps in turns; print a table of the first rank's times.")
     rounds = "turns of each side; an even number is fair (default: 10)"
     step.add_argument("--rounds", type=positive_int, default=10, help=rounds)
     steps = "steps per turn (default: 5)"

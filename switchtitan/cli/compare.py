@@ -8,7 +8,6 @@ every run. The same command resumes a stopped or killed comparison."""
 import argparse
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -42,7 +41,16 @@ def run(options: argparse.Namespace) -> dict[str, str]:
     check_plan(config)
     jobs = environments(options.jobs)
     folder = config.output_dir / "reports" / options.file.stem
-    with _lock(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock").acquire(blocking=False)
+    except Timeout as error:
+        raise ConfigError(
+            f"{folder}: another process is running this comparison; wait for it, or stop it"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder}: cannot be written: {error.strerror}") from error
+    with lock:
         if options.report_only:
             comparison = Comparison(config, folder)
         else:
@@ -51,19 +59,6 @@ def run(options: argparse.Namespace) -> dict[str, str]:
         write_report(folder, comparison.state())
     print(folder / "report.md", flush=True)
     return {"report": str(folder / "report.md")}
-
-
-def _lock(folder: Path) -> AbstractContextManager[object]:
-    """Locks a report's folder until the context ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder / "lock").acquire(blocking=False)
-    except Timeout as error:
-        raise ConfigError(
-            f"{folder}: another process is running this comparison; wait for it, or stop it"
-        ) from error
-    except OSError as error:
-        raise ConfigError(f"output_dir: {folder}: cannot be written: {error.strerror}") from error
 
 
 def _train(comparison: Comparison, jobs: Sequence[Environment]) -> None:

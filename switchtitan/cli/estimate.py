@@ -4,11 +4,7 @@
 
 CONFIG is a file, or a file with overrides for this side:
 `FILE:section.key=value,section.key=value`. Further keys are for all sides. Prints tables. Needs
-one process only.
-
-    switchtitan estimate CONFIG ... --world-size N --fit 24 80
-
-prints instead the most sequences per micro-batch that fit on devices with 24 and 80 GiB."""
+one process only."""
 
 import argparse
 import math

@@ -89,18 +89,17 @@ class _Column(NamedTuple):
     title: str
     width: int
     format: Callable[[float], str]
-    is_always_shown: bool = False
 
 
 _COLUMNS = (
     _Column("loss/train", "loss", 8, "{:.4f}".format),
     _Column("optimizer/lr", "lr", 8, "{:.2e}".format),
     _Column("optimizer/grad_norm", "grad norm", 9, "{:.3f}".format),
-    _Column("throughput/tokens_per_s", "tokens/s", 8, tqdm.format_sizeof, True),
-    _Column("throughput/tflop_per_s_per_device", "TFLOP/s", 7, "{:.3f}".format, True),
+    _Column("throughput/tokens_per_s", "tokens/s", 8, tqdm.format_sizeof),
+    _Column("throughput/tflop_per_s_per_device", "TFLOP/s", 7, "{:.3f}".format),
     _Column("throughput/mfu", "MFU", 6, "{:.1%}".format),
     _Column("memory/peak_gib", "GiB", 5, "{:.2f}".format),
-    _Column("throughput/eta_s", "ETA", 8, tqdm.format_interval, True),
+    _Column("throughput/eta_s", "ETA", 8, tqdm.format_interval),
 )
 
 
@@ -117,7 +116,7 @@ class ConsoleTable:
         progress = f"{step}/{self._num_steps}".rjust(max(2 * len(str(self._num_steps)) + 1, 4))
         lines = []
         if "loss/train" in values:
-            columns = [c for c in _COLUMNS if c.is_always_shown or c.tag in values]
+            columns = [c for c in _COLUMNS if c.title != "MFU" or c.tag in values]
             if columns != self._columns or self._rows_since_header >= _HEADER_INTERVAL:
                 self._columns, self._rows_since_header = columns, 0
                 titles = [c.title.rjust(c.width) for c in columns]

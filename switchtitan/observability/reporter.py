@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,9 +18,7 @@ from switchtitan.files import write_atomically
 from switchtitan.observability import RESULTS_FILE, TENSORBOARD_FOLDER
 from switchtitan.observability.config import MetricsConfig
 from switchtitan.observability.log import ConsoleTable, perplexity_of
-
-if TYPE_CHECKING:
-    from switchtitan.observability.tensorboard import TensorBoardWriter
+from switchtitan.observability.tensorboard import TensorBoardWriter
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +48,7 @@ class Reporter:
             self._wandb = _start_wandb(self.output_dir, self.description)
         self._tensorboard: TensorBoardWriter | None = None
         if self.is_main and self.config.tensorboard:
-            from switchtitan.observability import tensorboard
-
-            self._tensorboard = tensorboard.TensorBoardWriter(
-                self._folder, self.start_step, self.description
-            )
+            self._tensorboard = TensorBoardWriter(self._folder, self.start_step, self.description)
         self._bar = tqdm(
             total=self.num_steps,
             initial=self.start_step,

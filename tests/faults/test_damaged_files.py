@@ -4,20 +4,18 @@ The run uses the previous checkpoint, or refuses by name, or the damage is harml
 on, its end is bitwise that of the undisturbed run: never a wrong weight, nor another run's state.
 """
 
-import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import save_file
-from support.checkpoints import tensor_checksums
+from support.checkpoints import end_of
 from support.commands import run
 from support.folders import contents, random_weights
 from support.fuzzing import flip_bit
 from support.long_form import IS_LONG, new_draw
 from support.tiny import tiny_toml
 
-from switchtitan.checkpoint.load import verify
 from switchtitan.job.config import parse_arguments
 
 NUM_STEPS, INTERVAL = 8, 4
@@ -91,18 +89,6 @@ def train(home, num_steps):
     return run("train", "--config", home / "run.toml", "--training.steps", num_steps)
 
 
-def end_of(home):
-    """What a run leaves after its last step: equal for equal runs."""
-    checkpoint = home / "run" / "checkpoints" / f"step-{END:09d}"
-    metadata = verify(checkpoint)
-    results = json.loads((home / "run" / "results.json").read_text())
-    return {
-        "tensors": tensor_checksums(checkpoint),
-        "state": json.loads(json.dumps(metadata.train_state)),
-        "results": {key: results[key] for key in ("step", "loss/validation", "seed", "corpus")},
-    }
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A finished run, its copy, another run of the same shapes, and how the first one continues."""
@@ -112,7 +98,7 @@ def runs(tmp_path_factory):
     make_run(other, seed=4, max_bytes=150_000)
     shutil.copytree(home, pristine)
     assert train(home, END).status == 0
-    return SimpleNamespace(home=home, pristine=pristine, other=other, end=end_of(home))
+    return SimpleNamespace(home=home, pristine=pristine, other=other, end=end_of(home / "run", END))
 
 
 def place(home, pattern):
@@ -132,7 +118,7 @@ def use(runs, *names):
         assert contents(runs.home) == before
         return "refused"
     assert outcome.status == 0, (outcome.output[-3000:], outcome.errors[-3000:])
-    assert end_of(runs.home) == runs.end
+    assert end_of(runs.home / "run", END) == runs.end
     said = outcome.output.replace(f"{runs.home}/run", "FOLDER")
     (found,) = [name for start, name in STARTS.items() if start in said]
     return found

@@ -80,15 +80,6 @@ def test_a_seed_shows_what_a_run_with_it_reads_first(tmp_path):
     assert f"{corpus.index.num_tokens('train'):,} tokens" in text
 
 
-def test_runs_become_one_page_or_a_picture(trained, tmp_path):
-    page = tmp_path / "out" / "page.html"
-    assert succeed("report", trained.run, "--output", page).output == f"{page}\n"
-    assert "switchlora" in page.read_text()
-    picture = tmp_path / "out" / "curves.png"
-    succeed("report", trained.run, "--output", picture)
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
 def test_finished_runs_of_a_comparison_are_reported(tmp_path):
     file = write_grid(tmp_path)
     finish_all(Comparison(load_comparison(file), tmp_path))

@@ -281,6 +281,11 @@ def test_a_drawn_rank_is_the_one_that_the_run_measured(trained, tmp_path):
     picture = tmp_path / "new" / "spectra.png"
     outcome = succeed("report", trained.run, "--spectrum", "--output", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    page = tmp_path / "page.html"
+    assert succeed("report", trained.run, "--output", page).output == f"{page}\n"
+    assert "switchlora" in page.read_text()
+    succeed("report", trained.run, "--output", tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").read_text().count("</svg>") == 1
     curves = read_curves(trained.run)
     rank = mean_effective_rank(checkpoint_spectra(trained.run)[1])
     steps, measured = curves["rank/effective_mean"]

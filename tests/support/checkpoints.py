@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from switchtitan.checkpoint import save
 from switchtitan.checkpoint.config import CheckpointConfig
-from switchtitan.checkpoint.load import SavedTensors
+from switchtitan.checkpoint.load import SavedTensors, verify
 from switchtitan.checkpoint.save import Checkpointer
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.world import start_world
@@ -50,6 +50,16 @@ def make_checkpointer(folder, latest=None, **config):
 def tensor_checksums(checkpoint):
     """Names and checksums of the files with tensors: equal for equal tensors."""
     return [line for line in (checkpoint / SUMS).read_text().splitlines() if "distcp" in line]
+
+
+def end_of(run, num_steps):
+    """What a run has left after its last step, equal for equal runs: checksums of its tensors, its
+    saved state, and of which run and step its final losses are."""
+    checkpoint = run / "checkpoints" / f"step-{num_steps:09d}"
+    results = json.loads((run / "results.json").read_text())
+    kept = ("loss/", "step", "seed", "corpus")
+    final = {key: results[key] for key in results if key.startswith(kept)}
+    return tensor_checksums(checkpoint), verify(checkpoint).train_state, final
 
 
 def update_checksums(checkpoint):

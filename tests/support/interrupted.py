@@ -1,6 +1,5 @@
 """Training runs that receive a signal at a chosen place, and what they leave at the end."""
 
-import json
 import os
 import re
 import signal
@@ -11,11 +10,10 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 
-from support.checkpoints import tensor_checksums
+from support.checkpoints import end_of
 from support.ranks import join_ranks, leave_launcher, prepare_rank, started_ranks
 from support.sessions import started
 from support.tiny import tiny_toml
-from switchtitan.checkpoint.load import verify
 from switchtitan.checkpoint.save import Checkpointer
 from switchtitan.cli import train
 from switchtitan.data import prepare
@@ -151,15 +149,11 @@ def outcome(folder):
     printed loss of each step, and the final losses. A run that was stopped in its last evaluation
     has saved its last step before that; the next one evaluates, and keeps the checkpoint.
     """
-    checkpoint = folder / "run" / "checkpoints" / f"step-{NUM_STEPS:09d}"
-    metadata = verify(checkpoint)
+    checksums, state, final = end_of(folder / "run", NUM_STEPS)
     losses = dict(reported((folder / "log").read_text()))
-    results = json.loads((folder / "run" / "results.json").read_text())
-    final = {key: value for key, value in results.items() if key.startswith("loss/")}
-    state = json.loads(json.dumps(metadata.train_state))
     if state["evaluated_at"] != NUM_STEPS:
         state |= {"evaluated_at": NUM_STEPS, "last_validation_loss": final["loss/validation"]}
-    return tensor_checksums(checkpoint), state, losses, final
+    return checksums, state, losses, final
 
 
 def reported(printed):

@@ -115,11 +115,8 @@ class KeyValueCache:
         activations."""
 
     def next(self, seq_len: int) -> tuple[Tensor, Tensor]:
-        """Returns cos and sin [seq, 1, head_dim/2] fp32 of the next `seq_len` tokens. Raises a
-        ValueError if they exceed the capacity."""
+        """Returns cos and sin [seq, 1, head_dim/2] fp32 of the next `seq_len` tokens."""
         first, self._length = self._length, self._length + seq_len
-        if self._length > len(self.cos):
-            raise ValueError(f"{self._length} tokens do not fit a cache of {len(self.cos)}")
         return self.cos[first : self._length], self.sin[first : self._length]
 
     def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

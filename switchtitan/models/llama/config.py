@@ -165,11 +165,6 @@ class LlamaFamilyConfig(ModelConfig):
         """Width of all key heads together; equals that of all value heads."""
         return self.kv_heads * self.head_width
 
-    @property
-    def rope_scaling(self) -> dict[str, float]:
-        """The keys `rope_...` that `rope_type` needs, without `rope_`."""
-        return {name: getattr(self, f"rope_{name}") for name in SCALING_KEYS[self.rope_type]}
-
     def build_linear(self, name: str, in_features: int, out_features: int) -> nn.Module:
         """Returns a linear layer of a block, by its local name."""
         return nn.Linear(in_features, out_features, bias=name in self.biased_layers)

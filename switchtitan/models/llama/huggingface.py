@@ -10,7 +10,7 @@ SCALING_KEYS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_positions"),
 }
-"""The keys `rope_...` of `[model]` that each `rope_type` needs; see `rope.rotary_frequencies`."""
+"""The keys `rope_...` of `[model]` that each `rope_type` needs; see `model.rotary_frequencies`."""
 _ROPE_KEYS = {
     "rope_theta": "rope_theta",
     "rope_type": "rope_type",

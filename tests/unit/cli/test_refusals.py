@@ -13,8 +13,6 @@ from switchtitan.data.tokenizer import train_tokenizer
 TRAIN = [
     # Keys that do not exist or do not fit.
     ("--training.step 9", "--training.step 9", "steps"),
-    ("--config {lora} --method.init balanced", '"balanced"', "write alpha = 1"),
-    ("--config {lora} --optimizer.tuned_hidden_size 8", "tuned_hidden_size = 8", "change [method]"),
     ("--optimizer.tuned_hidden_size 8 --model.tied_head true", "tuned_hidden_size = 8", "tied"),
     ("--model.attention flash_attn", "[model] attention = 'flash_attn'", "CUDA"),
     # What is not there.
@@ -52,6 +50,8 @@ TRAINED = [
     ("report {folder} --output x.png", "{folder}", "no TensorBoard"),
 ]
 OTHERS = [
+    ("train --config {lora} --method.init balanced", '"balanced"', "write alpha = 1"),
+    ("train --config {lora} --optimizer.tuned_hidden_size 8", "size = 8", "change [method]"),
     ("trian", "trian", "did you mean train?"),
     ("inspect corpora", "inspect", "prepare"),
     ("prepare --dataset textt", "dataset textt", "'text'"),
@@ -78,6 +78,12 @@ LAUNCH = [
     ("--nproc_per_node 2 trian", "launch trian", "train, benchmark"),
     ("evaluate outputs/mine", "launch evaluate", "-m MODULE"),
     ("{static} --master_addr none.invalid --master_port 1 train", "none.invalid:1", "resolved"),
+]
+ROWS = [
+    *(("train --training.steps 20 --config {config} " + words, *parts) for words, *parts in TRAIN),
+    *(("launch " + words, *parts) for words, *parts in LAUNCH),
+    *TRAINED,
+    *OTHERS,
 ]
 
 
@@ -115,27 +121,12 @@ def places(trained, tmp_path_factory):
     assert [contents(trained.run), contents(home)] == before
 
 
-def check_refused(command, row, places, folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    words, *parts = (text.format(**places) for text in row)
-    run(*command, *words.split()).check_refused(*parts)
-    assert not list(folder.iterdir())
-
-
-@pytest.mark.parametrize("row", TRAINED + OTHERS, ids=lambda row: row[0])
-def test_a_mistake_ends_a_command_with_one_message(row, places, tmp_path, monkeypatch):
-    check_refused((), row, places, tmp_path, monkeypatch)
-
-
-@pytest.mark.parametrize("row", TRAIN, ids=lambda row: row[0])
-def test_a_mistake_ends_training_before_anything_is_written(row, places, tmp_path, monkeypatch):
-    command = ("train", "--training.steps", "20", "--config", places["config"])
-    check_refused(
-        command[:3] if "--config" in row[0] else command, row, places, tmp_path, monkeypatch
-    )
-
-
-@pytest.mark.parametrize("row", LAUNCH, ids=lambda row: row[0])
-def test_a_mistake_ends_the_launcher_before_a_rank_starts(row, places, tmp_path, monkeypatch):
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_a_mistake_ends_a_command_with_one_message_before_anything_is_written(
+    row, places, tmp_path, monkeypatch
+):
     monkeypatch.setattr("torch.distributed.run.run", lambda _: pytest.fail("started ranks"))
-    check_refused(("launch",), row, places, tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    words, *parts = (text.format(**places) for text in row)
+    run(*words.split()).check_refused(*parts)
+    assert not list(tmp_path.iterdir())

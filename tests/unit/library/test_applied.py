@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from support.checkpoints import refused
 from support.loops import (
     NUM_STEPS,
     SWITCHING,
@@ -280,54 +281,46 @@ def build_encoder():
 
 
 PRODUCT = {"num_steps": 10, "rank": 4}
+PLAIN = {"name": "full_rank", "num_steps": 9}
 
 
 @pytest.mark.parametrize(
-    ("build", "name", "keys", "fragments"),
+    ("build", "keys", "fragments"),
     [
-        (build_llama, "switchlora", {"rank": 32}, ["[method] rank = 32", "q_proj"]),
-        (build_llama, "switchlora", {"rnk": 4}, ["rnk = 4: unknown key"]),
-        (build_llama, "switchlora", {"num_steps": "9"}, ["num_steps = '9'"]),
-        (build_applied, "switchlora", {}, ["merge it first"]),
-        (build_llama, "switchlora", {"targets": ["query"]}, ["'query'", "q_proj"]),
-        (build_llama, "switchlora", {"interval": 1.0}, ["[method] interval = 1"]),
-        (build_llama, "switchlora", {"candidates_device": "host"}, ["host memory"]),
-        (build_tied, "switchlora", {"targets": ["lm_head"]}, ["lm_head", "tied"]),
-        (build_gpt2, "switchlora", {}, ["Conv1D", "none"]),
-        (build_encoder, "switchlora", {}, ["nn.TransformerEncoderLayer"]),
-        (Shared, "switchlora", {"targets": ["0.0"]}, ["blocks.0.0"]),
-        (lambda: nn.Sequential(nn.Linear(8, 8)), "switchlora", {}, ["targets", "0"]),
-        (lambda: build_llama().double(), "switchlora", {}, ["torch.float64"]),
-        (lambda: torch.compile(build_llama()), "switchlora", {}, ["apply first"]),
-        (lambda: nn.Linear(8, 8), "galore", PRODUCT, ["targets: missing"]),
-        (build_llama, "low_rank", PRODUCT, ["low_rank", "computes"]),
-        (build_llama, "sltrain", PRODUCT, ["sltrain", "computes"]),
+        (build_llama, {"rank": 32}, ["[method] rank = 32", "q_proj"]),
+        (build_llama, {"rnk": 4}, ["rnk = 4: unknown key"]),
+        (build_llama, {"num_steps": "9"}, ["num_steps = '9'"]),
+        (build_applied, {}, ["merge it first"]),
+        (build_llama, {"targets": ["query"]}, ["'query'", "q_proj"]),
+        (build_llama, {"interval": 1.0}, ["[method] interval = 1"]),
+        (build_llama, {"candidates_device": "host"}, ["host memory"]),
+        (build_tied, {"targets": ["lm_head"]}, ["lm_head", "tied"]),
+        (build_gpt2, {}, ["Conv1D", "none"]),
+        (build_encoder, {}, ["nn.TransformerEncoderLayer"]),
+        (Shared, {"targets": ["0.0"]}, ["blocks.0.0"]),
+        (lambda: nn.Sequential(nn.Linear(8, 8)), {}, ["targets", "0"]),
+        (lambda: build_llama().double(), {}, ["torch.float64"]),
+        (lambda: torch.compile(build_llama()), {}, ["apply first"]),
+        (lambda: nn.Linear(8, 8), {"name": "galore", **PRODUCT}, ["targets: missing"]),
+        (build_llama, {"name": "low_rank", **PRODUCT}, ["low_rank", "computes"]),
+        (build_llama, {"name": "sltrain", **PRODUCT}, ["sltrain", "computes"]),
+        # By `optimizer`.
+        (build_llama, {"optimizer": "sgd"}, ["sgd", "adamw or"]),
+        (build_llama, {"optimizer": "adam"}, ["adam", "expected one of"]),
+        (build_llama, {"optimizer": [{"params": []}]}, ["expected a name"]),
+        (lambda: nn.Linear(8, 8), {"optimizer": "muon", **PLAIN}, ["ModuleList"]),
+        (lambda: nn.Linear(8, 8), {"optimizer": "scale", **PLAIN}, ["head"]),
     ],
 )
-def test_what_cannot_be_applied_is_refused_by_name(build, name, keys, fragments):
-    model = build()
-    before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(ConfigError) as error:
-        apply(model, name, **(SWITCHING | keys if name == "switchlora" else keys))
-    assert all(fragment in str(error.value) for fragment in fragments), error.value
-    assert "\n" not in str(error.value)
-    assert {name: type(module) for name, module in model.named_modules()} == before
-
-
-@pytest.mark.parametrize(
-    ("build", "method", "optimizer", "fragments"),
-    [
-        (build_llama, SWITCHING | {"name": "switchlora"}, "sgd", ["sgd", "adamw or"]),
-        (build_llama, SWITCHING | {"name": "switchlora"}, "adam", ["adam", "expected one of"]),
-        (build_llama, SWITCHING | {"name": "switchlora"}, [{"params": []}], ["expected a name"]),
-        (lambda: nn.Linear(8, 8), {"name": "full_rank", "num_steps": 9}, "muon", ["ModuleList"]),
-        (lambda: nn.Linear(8, 8), {"name": "full_rank", "num_steps": 9}, "scale", ["head"]),
-    ],
-)
-def test_an_optimizer_that_does_not_fit_is_refused(build, method, optimizer, fragments):
-    with pytest.raises(ConfigError) as error:
-        apply(build(), **method).optimizer(optimizer, lr=1.0)
-    assert all(fragment in str(error.value) for fragment in fragments), error.value
+def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(build, keys, fragments):
+    model, keys = build(), keys if "name" in keys else SWITCHING | keys
+    types = [type(module) for module in model.modules()]
+    with refused(*fragments, error=ConfigError) as raised:
+        method = apply(model, **{key: value for key, value in keys.items() if key != "optimizer"})
+        types = [type(module) for module in model.modules()]
+        method.optimizer(keys["optimizer"], lr=1.0)
+    assert "\n" not in str(raised.value)
+    assert [type(module) for module in model.modules()] == types
 
 
 def test_rates_of_another_width_are_scaled_if_the_model_names_its_head():

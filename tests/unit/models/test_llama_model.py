@@ -14,7 +14,7 @@ from switchtitan.distributed.fsdp import shard_model
 from switchtitan.models import MODELS
 from switchtitan.models.cola import ColaConfig
 from switchtitan.models.llama.config import LlamaConfig
-from switchtitan.models.llama.rope import rotary_tables
+from switchtitan.models.llama.model import rotary_tables
 
 VOCABULARY = 67
 MULTI_HEAD = {

@@ -10,7 +10,7 @@ from support.tensors import draw
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.models.llama.attention import check_attention
 from switchtitan.models.llama.config import LlamaConfig, Qwen2Config
-from switchtitan.models.llama.rope import rotary_tables, rotate
+from switchtitan.models.llama.model import rotary_tables, rotate
 
 CPU = torch.device("cpu")
 

@@ -95,27 +95,30 @@ def calls(monkeypatch):
     return calls
 
 
-def run_out_of_memory(folder, has_history, error):
-    config = ProfilerConfig(memory_snapshot_step=7 if has_history else None)
-    with pytest.raises(type(error)) as raised, snapshot_if_memory_runs_out(config, folder, 0):
+OOM = torch.OutOfMemoryError()
+
+
+@pytest.mark.parametrize(
+    ("error", "step", "is_full", "expected"),
+    [
+        (OOM, None, False, ["dump"]),
+        (OOM, 7, False, [START, "dump", STOP]),
+        (OOM, None, True, []),
+        (KeyError(), None, False, []),
+    ],
+)
+def test_memory_that_runs_out_leaves_a_snapshot_and_raises_the_same_error(
+    tmp_path, calls, error, step, is_full, expected
+):
+    config = ProfilerConfig(memory_snapshot_step=step)
+    if is_full:
+        (tmp_path / "memory").write_text("a file instead of a folder")
+    with pytest.raises(type(error)) as raised, snapshot_if_memory_runs_out(config, tmp_path, 0):
         raise error
     assert raised.value is error
-
-
-@pytest.mark.parametrize("has_history", [False, True])
-def test_memory_that_runs_out_leaves_a_snapshot_and_raises_the_same_error(
-    tmp_path, calls, has_history
-):
-    run_out_of_memory(tmp_path, has_history, torch.OutOfMemoryError())
-    assert [file.name for file in tmp_path.glob("memory/*")] == ["rank0-out-of-memory.pickle"]
-    assert calls == ([START, "dump", STOP] if has_history else ["dump"])
-
-
-def test_other_errors_leave_none_and_a_full_disk_does_not_hide_that_memory_ran_out(tmp_path, calls):
-    run_out_of_memory(tmp_path, False, KeyError())
-    (tmp_path / "memory").write_text("a file instead of a folder")
-    run_out_of_memory(tmp_path, False, torch.OutOfMemoryError())
-    assert calls == []
+    assert calls == expected
+    names = [file.name for file in tmp_path.glob("memory/*")]
+    assert names == ["rank0-out-of-memory.pickle"] * ("dump" in expected)
 
 
 @pytest.mark.parametrize(
