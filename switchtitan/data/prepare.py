@@ -108,9 +108,15 @@ def _open(
         prepare_corpus(plan, model_vocab_size)
     corpus = Corpus(plan.folder, read_index(plan.folder), plan.fallback_for)
     corpus.verify(VERIFIED_BYTES if verifies else 0)
+    remedy = f"delete {plan.folder} to prepare it again, or set another [data] cache_dir"
     if verifies:
-        remedy = f"delete {plan.folder} to prepare it again, or set another [data] cache_dir"
         check_files(plan.config, plan.source, corpus, remedy)
+    is_old = not corpus.index.tokenizer.bos and read_tokenizer(plan.folder).bos_ids
+    if is_old and plan.config.bos is None:
+        raise CorpusError(
+            f"{plan.folder}: an earlier version prepared it, without the tokens that its tokenizer "
+            f"puts before a text; {remedy}"
+        )
     if model_vocab_size is not None:
         corpus.check_vocabulary(model_vocab_size)
     return corpus

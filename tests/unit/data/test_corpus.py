@@ -91,11 +91,14 @@ def test_documents_begin_as_the_tokenizer_begins_a_text_or_as_bos_says(tmp_path,
 
 def test_a_corpus_of_an_earlier_version_has_documents_that_begin_with_nothing(tmp_path):
     file = save_tokenizer(tmp_path / "tokenizer.json", "</s>", "<s>", template="<s> $A")
-    folder = open_corpus(write_documents(tmp_path, ["a b", "b"] * 9, tokenizer=str(file))).folder
+    config = write_documents(tmp_path, ["a b", "b"] * 9, tokenizer=str(file))
+    folder = open_corpus(config).folder
     index = json.loads((folder / "index.json").read_text())
     del index["tokenizer"]["bos"]
     write_index(folder, CorpusIndex.model_validate_json(json.dumps(index)))
     assert open_prepared(folder).tokenizer().bos_ids == []
+    with pytest.raises(CorpusError, match=f"earlier version prepared it.*delete {folder}"):
+        open_corpus(config)
 
 
 def test_no_document_of_token_ids_begins_with_a_token_unless_bos_says_so(tmp_path):
