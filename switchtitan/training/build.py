@@ -144,6 +144,7 @@ def build_trainer(config: JobConfig, world: World, stop: Stop | None = None) -> 
         flops_per_token=stepper.model.num_flops_per_token(seq_len) / world.size,
         peak_flops_per_s=peak_flops_per_s(device_name(world.device)) if has_peak else None,
         num_steps=config.training.steps,
+        synchronize=world.synchronize,
         start_step=state.step,
     )
     reporter = Reporter(

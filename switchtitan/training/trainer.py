@@ -3,6 +3,7 @@
 import gc
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -115,7 +116,7 @@ class Trainer:
         """Reports the validation loss."""
         self._stop_if_diverged()
         state = self._state
-        with region("evaluate"):
+        with self.throughput.excluded(), region("evaluate"):
             self._set_timeout(is_first=not self._has_evaluated)
             loss = self.validation(self.stepper.model, self.stop.raise_if_due)
             self._has_evaluated = True
@@ -130,7 +131,7 @@ class Trainer:
         """Saves a checkpoint, in the background if configured so."""
         self._stop_if_diverged()
         state = self._state
-        with region("save"):
+        with self.throughput.excluded(), region("save"):
             tensors = self.tensors()
             self.check_ranks(tensors)
             # A finite gradient can still overflow a weight.
@@ -204,21 +205,24 @@ class Trainer:
         step = self._state.step
         self._running_loss.add(result)
         is_slow = self.profiler.is_slow_next
-        self.profiler.step()
-        if is_slow:
-            self._world.together(lambda: None)  # ranks that write nothing wait
+        with self.throughput.excluded() if is_slow else nullcontext():
+            self.profiler.step()
+            if is_slow:
+                self._world.together(lambda: None)  # ranks that write nothing wait
         self.checkpointer.poll(step)
         self.reporter.advance(step)
         check_interval = self.stepper.parallelism.check_interval
         if check_interval and step % check_interval == 0:
-            self.check_ranks()
+            with self.throughput.excluded():
+                self.check_ranks()
         if self.reporter.is_due(step):
             with region("report"):
                 self._report(result.grad_norm)
         for hook in self.hooks:
             if hook.is_due(step):
                 self._stop_if_diverged()
-                hook.after(step, self.reporter)
+                with self.throughput.excluded():
+                    hook.after(step, self.reporter)
         # After the hooks: a signal can stop it, and the resumed run then does it alone.
         self._evaluate_if_due()
         if step == self.num_steps or step % self.checkpointer.config.interval == 0:
@@ -243,16 +247,15 @@ class Trainer:
         self._stop_if_diverged()
         state, world = self._state, self._world
         world.synchronize()
-        times = self._region_times.means()
         values = {
             "loss/train": (world.sum(self._running_loss.take_mean()) / world.size).item(),
             "optimizer/grad_norm": grad_norm.item(),
             **self.stepper.optimizer.metrics(),
-            **self.throughput.measure(state.step, times["time/step_ms"] / 1000),
+            **self.throughput.measure(state.step),
             "memory/peak_gib": peak_memory_gib(world.device),
             "data/tokens_seen": float(state.tokens_seen),
             "data/batches_skipped": float(state.num_skipped),
-            **times,
+            **self._region_times.means(),
         }
         self.reporter.report(state.step, values)
 

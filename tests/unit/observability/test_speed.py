@@ -29,35 +29,64 @@ def clock(monkeypatch):
 def throughput_of(**arguments):
     defaults = {"tokens_per_step": 600, "flops_per_token": 2e9}
     defaults |= {"peak_flops_per_s": 3e12, "num_steps": 110, "start_step": 10}
+    defaults |= {"synchronize": lambda: None}
     return Throughput(**(defaults | arguments))
 
 
-def test_speed_is_tokens_over_the_time_of_steps_and_the_time_left_has_all_else(clock):
+def test_speed_is_tokens_over_time(clock):
     throughput = throughput_of()
     clock.now += 99
-    assert throughput.measure(11, 99) == {}, "it includes compilation"
-    clock.now += 30  # 10 steps in 20 s, and an evaluation
+    assert throughput.measure(11) == {}, "it includes compilation"
+    clock.now += 20
     expected = {
-        "throughput/tokens_per_s": 300,  # 600 tokens in 2 s
+        "throughput/tokens_per_s": 300,  # 10 steps of 600 tokens in 20 s
         "throughput/tflop_per_s_per_device": 0.6,  # 300 tokens/s of 2e9
         "throughput/mfu": 0.2,
-        "throughput/eta_s": 89 * 3,
+        "throughput/eta_s": 89 * 2,
     }
-    assert throughput.measure(21, 2) == pytest.approx(expected)
+    assert throughput.measure(21) == pytest.approx(expected)
+    unknown = throughput_of(peak_flops_per_s=None, num_steps=11)
+    clock.now += 5
+    values = unknown.measure(11)
+    assert "throughput/mfu" not in values
+    # The only window of a run of one step.
+    means = unknown.means()
+    assert values["throughput/tokens_per_s"] == means["throughput/tokens_per_s"] == 120
+    assert values["throughput/eta_s"] == 0
+
+
+def test_excluded_time_counts_for_the_time_left_only(clock):
+    throughput = throughput_of()
+    clock.now += 50  # compilation
+    throughput.measure(20)
+    clock.now += 10
+    with throughput.excluded():
+        clock.now += 20
+    values = throughput.measure(30)
+    assert values["throughput/tokens_per_s"] == pytest.approx(600)
+    assert values["throughput/eta_s"] == pytest.approx(80 * 3)
+    assert throughput.means()["throughput/tokens_per_s"] == pytest.approx(600)
+    assert throughput.means()["throughput/wall_time_s"] == pytest.approx(80)
     clock.now += 20
-    assert throughput.measure(41, 1)["throughput/tokens_per_s"] == pytest.approx(600)
-    means = {"tokens_per_s": 450, "mfu": 450 * 2e9 / 3e12, "wall_time_s": 149}  # 30 steps in 40 s
+    assert throughput.measure(40)["throughput/tokens_per_s"] == pytest.approx(300)
+    means = {"tokens_per_s": 400, "mfu": 400 * 2e9 / 3e12, "wall_time_s": 100}  # 20 steps in 30 s
     assert throughput.means() == pytest.approx({f"throughput/{k}": v for k, v in means.items()})
 
 
-def test_a_run_of_one_step_has_its_speed_and_none_without_steps(clock):
-    throughput = throughput_of(peak_flops_per_s=None, num_steps=11)
-    assert throughput.means()["throughput/tokens_per_s"] is None
-    values = throughput.measure(11, 5)
-    assert "throughput/mfu" not in values
-    assert values["throughput/eta_s"] == 0
-    means = throughput.means()
-    assert values["throughput/tokens_per_s"] == means["throughput/tokens_per_s"] == 120
+def test_queued_work_before_excluded_time_counts(clock):
+    queued_s = []
+
+    def synchronize():
+        clock.now += sum(queued_s)
+        queued_s.clear()
+
+    throughput = throughput_of(synchronize=synchronize)
+    throughput.measure(20)
+    queued_s += [2.0] * 10  # the device is ten steps behind
+    with throughput.excluded():
+        synchronize()
+        clock.now += 5
+    assert throughput.measure(30)["throughput/tokens_per_s"] == pytest.approx(300)
 
 
 def test_the_peak_is_known_of_the_exact_device_only():
