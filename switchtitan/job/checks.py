@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from switchtitan.config import raise_together
-from switchtitan.contracts import MethodConfig, OptimizerConfig
 from switchtitan.data.config import TRAINED_TOKENIZER
 from switchtitan.distributed.dtype import bf16_support, choose_dtype, gpu_problem
 from switchtitan.distributed.world import mesh_shape
@@ -145,18 +144,14 @@ def _check_ranks(config: "JobConfig", num_ranks: int) -> list[str]:
 
 def _check_trained_dtype(config: "JobConfig") -> list[str]:
     """Only some methods and optimizers train weights in bf16."""
-    if config.training.trained_dtype == "float32":
+    method, optimizer = config.method, config.optimizer
+    dtype, can_train = config.training.trained_dtype, method.trains_bf16 and optimizer.trains_bf16
+    if dtype == "float32" or can_train:
         return []
-    sections: dict[str, MethodConfig | OptimizerConfig] = {
-        "method": config.method,
-        "optimizer": config.optimizer,
-    }
     return [
-        f'[training] trained_dtype = "bfloat16": [{section}] name = {toml_value(of.name)} trains '
-        "weights in float32; choose adamw8bit or muon8bit with full_rank, lora or switchlora, or "
-        "remove the key"
-        for section, of in sections.items()
-        if not of.trains_bf16
+        f"[training] trained_dtype = {toml_value(dtype)}: {method.name} with {optimizer.name} "
+        "trains weights in float32; choose [optimizer] name = adamw8bit or muon8bit, with [method] "
+        "name = full_rank, lora or switchlora, or remove the key"
     ]
 
 

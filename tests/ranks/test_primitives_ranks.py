@@ -100,7 +100,7 @@ def build_muon(shapes, mesh=None):
 
 # AdamW in 8 and 24 bits, elementwise.
 def build_short(mesh=None):
-    shapes = {"head.weight": (11, 64), "layers.0.norm.weight": (5,)}
+    shapes = {"head.weight": (3, 64), "layers.0.norm.weight": (5,)}
     named = parameters(shapes, mesh, torch.bfloat16)
     give = partial(optimizer_steps.give_gradients, named, shapes, mesh=mesh)
     return named, build(AdamW8bitConfig(lr=0.02, weight_decay=0.1), named), give

@@ -13,12 +13,11 @@ from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.fixed_point import FIXED, add_fixed_, random_words
 from switchtitan.distributed.random import generator_for, splitmix32
 from switchtitan.distributed.rows import ShardedRows
+from switchtitan.distributed.split_float import round_to_bf16
 from switchtitan.methods.adapter.linear import AdapterLinear
 
 _MAX_ELEMENTS = 1 << 24
 """The most elements of a weight that are rounded at a time, which bounds temporary memory."""
-_NUM_DROPPED_BITS = 16
-"""Bits of fp32 that bf16 lacks."""
 
 
 class FrozenWeights:
@@ -77,17 +76,4 @@ def add_rounded_(
 ) -> None:
     """Adds scale * update, fp32, to a weight in bf16, [rows, in], rounded stochastically."""
     total = torch.add(weight.to(torch.float32), update, alpha=scale)
-    bits = random_words(key, first_row, *weight.shape) & ((1 << _NUM_DROPPED_BITS) - 1)
-    weight.copy_(round_to_bf16(total, bits))
-
-
-def round_to_bf16(values: Tensor, bits: Tensor) -> Tensor:
-    """Rounds fp32 values to bf16 by int32 bits in [0, 2^16), of the same shape.
-
-    A value that is k / 2^16 of the way to the next bf16 in magnitude is rounded up for k of the
-    2^16 values of `bits`, else down: the mean is exact. bf16 values, inf and nan are kept.
-    """
-    rounded = (values.view(torch.int32) + bits) & -(1 << _NUM_DROPPED_BITS)
-    # The sum may overflow the bits of a nan: CUDA's 0x7fffffff would become -0.
-    result = torch.where(values.isfinite(), rounded.view(torch.float32), values)
-    return result.to(torch.bfloat16)
+    weight.copy_(round_to_bf16(total, random_words(key, first_row, *weight.shape)))

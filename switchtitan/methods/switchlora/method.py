@@ -1,6 +1,6 @@
 """The method SwitchLoRA: a model's layers, and the optimizer that switches, then updates."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 import numpy as np
@@ -13,6 +13,7 @@ from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.rows import (
     RowSpans,
     ShardedRows,
+    Spans,
     copy_all_,
     cut,
     gather_rows,
@@ -137,10 +138,11 @@ class SwitchLoraOptimizer(SplitOptimizer):
         super().__init__([others, rule])
         self._plan, self._rule, self._candidates, self._weights = plan, rule, candidates, weights
         names = [[f"{name}.{factor}" for factor in FACTORS] for name in layers]
-        low_bits = rule.weights.low_bits
-        self._factors = [[ShardedRows(rule.parameters[name]) for name in pair] for pair in names]
-        self._low_bits = [
-            [ShardedRows(low_bits[n]) for n in pair if n in low_bits] for pair in names
+        tables = rule.parameters, rule.weights.low_bits
+        # Rows of A and B of each layer, and of their low bits, if they have any.
+        self._stored = [
+            [[ShardedRows(table[name]) for name in pair if name in table] for pair in names]
+            for table in tables
         ]
         self._group = shard_group(rule.parameters[names[0][0]])
         self._last: list[Switch] = []
@@ -169,15 +171,10 @@ class SwitchLoraOptimizer(SplitOptimizer):
         self._plan.advance(switches)
         if not switches:
             return
-        # I and J of A, then of B, of each layer.
-        involved, low_bits = (
-            [
-                RowSpans(rows, sum(switch.vectors, ()))
-                for switch in switches
-                for rows in parts[switch.layer]
-            ]
-            for parts in (self._factors, self._low_bits)
-        )
+        # A and B of each layer: the rows to write, and I and J of both factors.
+        layers, switched = [s.layer for s in switches], [s.vectors for s in switches]
+        both = [[sum(vectors, ())] * 2 for vectors in switched]
+        involved, low_bits = (rows_of(layers, parts, both) for parts in self._stored)
         requests = [*involved, *self._candidates.row_requests(switches)]
         gathered = gather_rows(requests, self._group, low_bits)
         vectors = gathered[: len(involved)]
@@ -196,11 +193,10 @@ class SwitchLoraOptimizer(SplitOptimizer):
         self._candidates.put_back(switches, outgoing)
         # In place: `outgoing` are views of `vectors`, and now hold old - new.
         torch._foreach_sub_(outgoing, incoming)
-        layers = [switch.layer for switch in switches]
         folds = zip(layers, vectors[::2], vectors[1::2], strict=True)
         self._weights.add_products_(self._plan.step, folds)
-        for parts, rows in zip((self._factors, self._low_bits), written, strict=False):
-            copy_all_(paired_rows(switched_rows(switches, parts), rows))
+        for parts, rows in zip(self._stored, written, strict=False):
+            copy_all_(paired_rows(rows_of(layers, parts, switched), rows))
         self._rule.reset()
 
     def metrics(self) -> dict[str, float]:
@@ -229,10 +225,9 @@ class SwitchLoraOptimizer(SplitOptimizer):
         self._plan.load_state_dict(state)
 
 
-def switched_rows(switches: list[Switch], factors: list[list[ShardedRows]]) -> list[RowSpans]:
-    """Returns the rows of A, then of B, that each switch exchanges."""
-    return [
-        RowSpans(rows, spans)
-        for switch in switches
-        for rows, spans in zip(factors[switch.layer], switch.vectors, strict=True)
-    ]
+def rows_of(
+    layers: list[int], parts: list[list[ShardedRows]], spans: Sequence[Sequence[Spans]]
+) -> list[RowSpans]:
+    """Returns rows of A, then of B, of these layers; none of a layer without parts."""
+    pairs = zip(layers, spans, strict=True)
+    return [RowSpans(*item) for layer, of in pairs for item in zip(parts[layer], of, strict=False)]

@@ -22,9 +22,9 @@ from switchtitan.distributed.dtype import (
 )
 from switchtitan.distributed.fixed_point import random_words
 from switchtitan.distributed.precision import allow_tf32, full_precision, use_full_precision
+from switchtitan.distributed.split_float import round_to_bf16
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import EnvironmentMismatchError
-from switchtitan.methods.adapter.rounding import round_to_bf16
 
 NATIVE = Bf16Support(True, "it multiplies bf16")
 EMULATED = Bf16Support(False, "it lacks bf16")

@@ -84,7 +84,7 @@ def test_without_a_file_the_quickstart_is_read_at_the_launchers_number_of_ranks(
         (("--method.name", "relora", "--method.reset_interval", "200"), 1,
          ("[method] reset_interval = 200", "[training] steps = 40")),
         (("--training.trained_dtype", "bfloat16"), 1,
-         ('trained_dtype = "bfloat16": [optimizer] name = "adamw"', "adamw8bit or muon8bit")),
+         ('trained_dtype = "bfloat16": switchlora with adamw', "adamw8bit or muon8bit")),
         (("--optimizer.name", "scale"), 1, ('[optimizer] name = "scale"', "adamw or")),
         (("--evaluation.tokens", "15"), 1, ("[evaluation] tokens = 15", "seq_len = 16")),
         (("--evaluation.test_tokens", "2000"), 1, ("test_tokens = 2000", "test_fraction")),

@@ -42,10 +42,3 @@ def test_zeros_stay_zeros_and_are_set_by_the_scale():
     scale[7:9] = 0
     assert decoded(ours)[7:9].count_nonzero() == 0
     assert (decoded(ours)[[6, 9]] - values[[6, 9]]).abs().max() < 0.1
-
-
-def test_a_rank_without_rows_has_moments_of_no_rows():
-    _, (codes, scale, *tables) = stored((64, 128), is_signed=True)
-    none = codes[:0], scale[:0], *tables
-    encode_(none, decoded(none))
-    assert decoded(none).shape == (0, 128)
