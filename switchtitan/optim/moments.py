@@ -35,6 +35,12 @@ class Moments:
     ) -> None:
         self.stored: dict[str, Stored] = {}
         self.state: dict[str, Tensor] = {}
+        values = torch.tensor(values_of_codes(is_signed), dtype=torch.float32, device="cpu")
+        limits = (values[1:] + values[:-1]) / 2
+        if not is_signed:
+            # No code of 0, so that a small second moment never makes an update large.
+            limits[0] = -1
+        tables: Stored = ()
         for name, parameter in parameters.items():
             size = block_size(tuple(parameter.shape)) if in_8_bits else None
             if size is None:
@@ -44,12 +50,8 @@ class Moments:
             shard = local(parameter.detach())
             codes = torch.zeros_like(shard, dtype=torch.uint8)
             scale = shard.new_zeros(len(shard), shard.shape[1] // size, dtype=torch.float32)
-            values = torch.tensor(values_of_codes(is_signed), dtype=torch.float32)
-            limits = (values[1:] + values[:-1]) / 2
-            if not is_signed:
-                # No code of 0, so that a small second moment never makes an update large.
-                limits[0] = -1
-            self.stored[name] = (codes, scale, values.to(shard.device), limits.to(shard.device))
+            tables = tables or (values.to(shard.device), limits.to(shard.device))
+            self.stored[name] = (codes, scale, *tables)
             for part, tensor in {"codes": codes, "scale": scale}.items():
                 self.state[f"{name}.{key}.{part}"] = as_shard_of(tensor, parameter)
 

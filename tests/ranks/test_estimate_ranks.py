@@ -23,6 +23,10 @@ KEPT = (
     *("--parallelism.accumulate_gradients", "sharded", "--parallelism.reshard_after_forward"),
     "false",
 )
+SMALL = (
+    *("--optimizer.name", "muon8bit", "--model.hidden_size", "64", "--training.frozen_dtype"),
+    *("int16", "--training.trained_dtype", "bfloat16", "--model.intermediate_size", "128"),
+)
 NUM_MEASURED_STEPS = 5
 NUM_PROFILED_STEPS = 10
 """In some steps a process group frees reduced tensors late, which increases the peak by 4 %. The
@@ -68,8 +72,9 @@ def check_allocated(side, allocated, config, num_ranks, estimate):
     # the update is after the batch was freed.
     high = low + config.training.global_batch_size // num_ranks * SEQ_LEN * (8 + 8 + 4)
     # 1 % for scalars. A CPU's products in bf16 allocate workspaces, not in an estimate.
-    tolerance = 0.05 if config.training.dtype == "bfloat16" else 0.01
-    assert low * (1 - tolerance) <= allocated <= high * (1 + tolerance), side
+    is_short = "bfloat16" in (config.training.dtype, config.training.trained_dtype)
+    tolerance = 0.05 if is_short else 0.01
+    assert low * (1 - tolerance) <= allocated <= high * (1 + tolerance), (side, low, allocated)
 
 
 def check_estimates(rank, folder, num_ranks, expected):
@@ -91,7 +96,11 @@ def check_estimates(rank, folder, num_ranks, expected):
                 assert min(most) == estimate.memory.most[kind], (side, kind, most)
             # The kinds that do not depend on the batch, to the byte.
             expected_state = {kind: estimate.memory.most[kind] for kind in STATE}
-            assert count_state(stepper) == expected_state, side
+            counted = count_state(stepper)
+            # Small tables, which no checkpoint has.
+            more = expected_state["optimizer"] - counted["optimizer"]
+            assert 0 <= more <= (8192 if "muon8bit" in side else 0), side
+            assert counted | {"optimizer": more + counted["optimizer"]} == expected_state, side
         else:
             count_state(stepper)
         allocated = min(peak_extra_bytes(stepper.step) for _ in range(NUM_PROFILED_STEPS))
@@ -108,6 +117,7 @@ SIDES = {
         ("switchlora", *KEPT),
         ("full_rank", *MUON),
         ("switchlora", *MUON),
+        ("switchlora", *SMALL),
     ],
 }
 """Number of ranks -> methods with overrides."""
