@@ -3,8 +3,9 @@
 #
 #   scripts/gpu_acceptance.sh [FOLDER]      logs and runs go to FOLDER, outputs/gpu_acceptance
 #
-# Prints measured steps next to their bounds: of 60M on one GPU, and of 350M on all, whose bounds
-# are those of GPUs with 80 GB, one or eight (docs/USAGE.md, "Compile for a GPU without one").
+# Prints the peak of 7B on one GPU with the smallest state, and measured steps next to their bounds:
+# of 60M on one GPU, and of 350M on all, whose bounds are those of GPUs with 80 GB, one or eight
+# (docs/USAGE.md, "Compile for a GPU without one").
 # A step that fails, or takes more than half an hour, does not stop the others. Ends with status 1
 # if one failed, 2 without a GPU.
 set -euo pipefail
@@ -60,6 +61,14 @@ for name in llama_350m_full_rank llama_350m_switchlora; do
     step "train_$name" "${run[@]}" --training.steps 50
     step "resume_$name" "${run[@]}" --training.steps 60
 done
+seven=llama_7b_switchlora_24gb
+rm -rf -- "${folder:?}/$seven"
+step peak_7b "${titan[@]}" 1 train --config "train_configs/$seven.toml" "${data[@]}" \
+    --training.steps 3 --training.global_batch_size 2 --lr_schedule.warmup_steps 1 \
+    --method.switches_per_vector none --method.interval 256 --job.output_dir "$folder/$seven"
+echo "peak of $seven (GiB column; estimated: 22.4)"
+grep -h -e "step  " -e "^ *3/3 " "$folder/peak_7b.log" || status=1
+rm -rf -- "${folder:?}/$seven"
 switch=method.name=switchlora,method.rank
 measure step_times_60m 1 72 llama_60m.toml "llama_60m.toml:$switch="{128,64}
 measure step_times_350m "$gpus" "$((memory > 75 * 10**9 ? 72 : 8))" \
