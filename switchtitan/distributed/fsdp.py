@@ -103,7 +103,7 @@ def pack_frozen_weights(model: nn.Module) -> None:
             module.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
 
 
-def set_trained_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
     """Changes the dtype of parameters that require a gradient; call on the meta device, before
     sharding."""
     for parameter in model.parameters():

@@ -175,6 +175,9 @@ class AppliedMethod:
                 raise ConfigError(f"{problem}: freeze layers and cast the model before apply")
             if isinstance(factor, DTensor):  # fully_shard leaves buffers as they are
                 shard_buffers(layer, factor.device_mesh)
+        for name, p in self._view.named_parameters():
+            if config.trains_bf16 and p.requires_grad and p.dtype != torch.float32:
+                raise ConfigError(f"{name} is {p.dtype}: {config.name} trains torch.float32 alone")
         return self._method.build_optimizer(self._view, config, compile_step=False)
 
     def _full_state(self) -> dict[str, Tensor]:

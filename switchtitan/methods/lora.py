@@ -25,6 +25,7 @@ class LoraConfig(ZeroStartConfig):
     """`[method] name = "lora"`: LoRA (arXiv 2106.09685). Embeddings, norms and head train at full
     rank."""
 
+    trains_bf16: ClassVar[bool] = True
     name: Literal["lora"] = "lora"
     """The method."""
     init: Literal["lora", "balanced"] = "lora"

@@ -47,7 +47,7 @@ class AdamW8bit(GroupedOptimizer):
         super().__init__(config, parameters)
         self._adam, self._update = config, compile_if(compile_step)(update_)
         self._moments = [Moments(*moment, self.parameters, True) for moment in MOMENTS.items()]
-        self._weights = Weights(self.parameters)
+        self._weights = Weights(self.parameters, splits=True)
         self.state = {f"{name}.step": torch.zeros((), device="cpu") for name in self.parameters}
         self.state |= self._weights.state
         for moments in self._moments:

@@ -44,7 +44,10 @@ class Moments:
         for name, parameter in parameters.items():
             size = block_size(tuple(parameter.shape)) if in_8_bits else None
             if size is None:
-                mean = self.state[f"{name}.{key}"] = zeros_like(parameter)
+                # In fp32 also for a parameter in bf16 that `Weights` splits.
+                dtype = torch.promote_types(parameter.dtype, torch.float32) if in_8_bits else None
+                mean = torch.zeros_like(parameter, dtype=dtype).detach()
+                self.state[f"{name}.{key}"] = mean
                 self.stored[name] = (local(mean),)
                 continue
             shard = local(parameter.detach())
@@ -64,12 +67,6 @@ class Moments:
     def zeros(self) -> list[Tensor]:
         """Returns a tensor for each parameter whose rows, set to zero, are moments of zero."""
         return [parts[min(1, len(parts) - 1)] for parts in self.stored.values()]
-
-
-def zeros_like(parameter: Tensor) -> Tensor:
-    """Returns zeros in fp32 (fp64 for a parameter in fp64), sharded like the parameter."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return torch.zeros_like(parameter, dtype=dtype).detach()
 
 
 def decoded(stored: Stored) -> Tensor:

@@ -95,7 +95,7 @@ class Muon(GroupedOptimizer):
         self._dtype = trained[0].compute_dtype if trained else torch.float32
         in_8_bits = isinstance(config, Muon8bitConfig)
         self.momenta = Moments("momentum", True, self.parameters, in_8_bits)
-        self.weights = Weights(self.parameters)
+        self.weights = Weights(self.parameters, config.trains_bf16)
         self.state = self.momenta.state | self.weights.state
         self._batches: dict[tuple[str, ...], list[tuple[list[str], MatrixExchange]]] = {}
         compile_it = compile_if(compile_step)
@@ -180,15 +180,15 @@ def advance_(
     The result has `dtype`, unless it is the momentum itself.
     """
     pairs = list(zip(stored, grads, strict=True))
-    whole = [(of[0], grad.to(of[0].dtype)) for of, grad in pairs if len(of) == 1]
+    whole = [(of[0], grad) for of, grad in pairs if len(of) == 1 and of[0].dtype == grad.dtype]
     if whole:
         torch._foreach_lerp_([mean for mean, _ in whole], [grad for _, grad in whole], 1 - momentum)
     # One at a time: only one of them takes memory in fp32.
     parts = []
     for moment, grad in pairs:
         mean = decoded(moment)
-        grad = grad.to(mean.dtype)
-        if len(moment) > 1:
+        is_done, grad = len(moment) == 1 and grad.dtype == mean.dtype, grad.to(mean.dtype)
+        if not is_done:
             encode_(moment, mean.lerp_(grad, 1 - momentum))
         parts.append(torch.lerp(grad, mean, momentum).to(dtype) if nesterov else mean)
     return parts

@@ -17,7 +17,8 @@ and the key and first row (0-dim int32) of the random bits that round its next u
 
 
 class Weights:
-    """The local shards of parameters. Those in bf16 have 8 more bits, which updates alone see.
+    """The local shards of vectors and matrices. With `splits`, those in bf16 have 8 more bits here,
+    which updates alone see.
 
     An update is rounded to 24 bits stochastically, by bits that depend on its number and on the
     parameter's name and row alone, so training does not depend on how rows are sharded.
@@ -27,11 +28,12 @@ class Weights:
         state: live tensors by the name that checkpoints have.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], splits: bool) -> None:
         self._whole: dict[str, Weight] = {
             name: (as_rows(local(p.detach())),) for name, p in parameters.items()
         }
-        split_ones = {name: p for name, p in parameters.items() if p.dtype == torch.bfloat16}
+        dtype = torch.bfloat16 if splits else None
+        split_ones = {name: p for name, p in parameters.items() if p.dtype == dtype}
         self.low_bits = {
             name: torch.zeros_like(parameter, dtype=torch.int8).detach()
             for name, parameter in split_ones.items()
@@ -46,8 +48,8 @@ class Weights:
             self._keys = torch.tensor(seeds, dtype=torch.int32, device="cpu")
             self._device = split_ones[names[0]].device
             firsts = [row_range(parameter).start for parameter in split_ones.values()]
-            first_rows = torch.tensor(firsts, dtype=torch.int32, device="cpu")
-            self._first_rows = to_device(first_rows, self._device).unbind()
+            table = torch.tensor(firsts, dtype=torch.int32, device="cpu")
+            self._first_rows = to_device(table, self._device).unbind()
 
     def next(self) -> dict[str, Weight]:
         """Returns the parameters by name, with new random bits for an update; all ranks call."""
@@ -73,7 +75,7 @@ def rows_of(weight: Weight, first: int, num_rows: int) -> Weight:
     if len(weight) == 1:
         return (weight[0][rows],)
     high, low, key, first_row = weight
-    return high[rows], low[rows], key, first_row + first
+    return high[rows], low[rows], key, first_row + first if first else first_row
 
 
 def joined(weight: Weight) -> Tensor:

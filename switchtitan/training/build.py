@@ -21,12 +21,7 @@ from switchtitan.data.prepare import open_corpus
 from switchtitan.data.recorded import check_unchanged, find_recorded, record
 from switchtitan.distributed.blocks import checkpoint_activations, compile_blocks
 from switchtitan.distributed.dtype import dtype_on
-from switchtitan.distributed.fsdp import (
-    materialize,
-    pack_frozen_weights,
-    set_trained_dtype,
-    shard_model,
-)
+from switchtitan.distributed.fsdp import cast_trained, materialize, pack_frozen_weights, shard_model
 from switchtitan.distributed.gpus import peak_flops_per_s
 from switchtitan.distributed.initial import ReadRows, check_replaced
 from switchtitan.distributed.precision import allow_tf32, use_deterministic_algorithms
@@ -207,7 +202,7 @@ def build_stepper(
     if config.training.frozen_dtype == "int16":
         pack_frozen_weights(model)
     if config.training.trained_dtype == "bfloat16":
-        set_trained_dtype(model, torch.bfloat16)
+        cast_trained(model, torch.bfloat16)
     shard_model(model, world.shard_mesh, compute_dtype, config.parallelism)
     materialize(model, world.device, config.job.seed, initial_weights, is_restored)
     optimizer = method.build_optimizer(model, config.optimizer, config.compile.optimizer)

@@ -150,7 +150,9 @@ class Stepper:
             if self.max_grad_norm is not None:
                 # As torch.nn.utils.clip_grads_with_norm_, which takes longer for DTensors.
                 factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-                torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+                # In their dtype: CUDA's list operations take one for all.
+                shards = [local(gradient) for gradient in gradients]
+                torch._foreach_mul_(shards, factor.to(shards[0].dtype))
         return norm
 
     def update(self) -> None:

@@ -91,7 +91,8 @@ class AdapterLinear(FactorLinear):
     ) -> dict[str, Tensor]:
         """Returns values with which W + s B A is the plain layer's weight."""
         lora_a, lora_b = (
-            self.draw(factor, slots, generator_for).to(weight.dtype)
+            # Rounded as they are stored.
+            self.draw(factor, slots, generator_for).to(self.lora_a.dtype).to(weight.dtype)
             for factor, slots in zip(FACTORS, self.initial_slots(), strict=True)
         )
         if self.bounds[1]:

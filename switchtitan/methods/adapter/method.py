@@ -24,7 +24,6 @@ class AdapterConfig(TargetConfig):
     """The keys of methods with factors and a frozen weight."""
 
     freezes_weights: ClassVar[bool] = True
-    trains_bf16: ClassVar[bool] = True
     resumable_keys: ClassVar[frozenset[str]] = frozenset({"contraction"})
     alpha: float = Field(default=1.0, gt=0)
     """The low-rank update is scaled by alpha / rank; above 0."""

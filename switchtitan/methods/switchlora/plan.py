@@ -26,6 +26,7 @@ class SwitchLoraConfig(AdapterConfig):
     difference to the frozen weight, so the layer's output does not change."""
 
     resumable_keys: ClassVar[frozenset[str]] = AdapterConfig.resumable_keys | {"candidates_device"}
+    trains_bf16: ClassVar[bool] = True
     optimizers: ClassVar[frozenset[str] | None] = frozenset(
         {"adamw", "adamw8bit", "muon", "muon8bit"}
     )

@@ -81,7 +81,7 @@ class VectorAdamW(GroupedOptimizer):
             Moments(*moment, factors.by_name, isinstance(config, AdamW8bitConfig))
             for moment in MOMENTS.items()
         )
-        self.weights = Weights(factors.by_name)
+        self.weights = Weights(factors.by_name, config.trains_bf16)
         self.state = self._means.state | self._squares.state | self.weights.state
         moments = (self._means, self._squares)
         self._moments: list[list[Any]] = [list(each.stored.values()) for each in moments]

@@ -353,6 +353,8 @@ def test_factors_stay_in_fp32_and_frozen_weights_out_of_the_groups():
     loss_of(model, draw_tokens(0)).backward()
     with pytest.raises(ConfigError, match=r"torch\.bfloat16"):
         optimizer.step()
+    with pytest.raises(ConfigError, match=r"tokens.weight is torch\.bfloat16: muon8bit"):
+        apply(build_llama().bfloat16(), **SWITCHING).optimizer("muon8bit", lr=1e-2)
     model = build_llama()
     method = apply(model, **SWITCHING)
     model.requires_grad_(True)

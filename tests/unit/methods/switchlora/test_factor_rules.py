@@ -11,7 +11,7 @@ from support.switchlora_layers import build_layer, build_optimizer, build_rule, 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from switchtitan.distributed.fsdp import set_trained_dtype
+from switchtitan.distributed.fsdp import cast_trained
 from switchtitan.methods.adapter.linear import AdapterLinear
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.methods.switchlora import SwitchLora, update
@@ -147,8 +147,7 @@ def test_with_a_small_state_vectors_stay_close_to_those_of_fp32(name, dtype):
     for config in IN_8_BITS[name]:
         torch.manual_seed(0)
         layers = {"layer": build_layer(128, 64, 64, 0.5, torch.float32)}
-        if config.name in IN_8_BITS:
-            set_trained_dtype(layers["layer"], dtype)
+        cast_trained(layers["layer"], dtype if config.name in IN_8_BITS else torch.float32)
         optimizer, start = build_rule(config, layers), clones_of(layers)
         for step in range(NUM_STEPS):
             draw_gradients(factors_of(layers))

@@ -13,12 +13,12 @@ from support.switchlora_layers import (
 )
 
 from switchtitan.distributed.fixed_point import pack, steps_of
-from switchtitan.distributed.fsdp import set_trained_dtype
+from switchtitan.distributed.fsdp import cast_trained
 from switchtitan.optim.adamw import AdamWConfig
+from switchtitan.optim.adamw8bit import AdamW8bitConfig
 
 # (out, in, rank): wide, tall and with a rank near the number of candidates
 SHAPES = [(5, 7, 2), (23, 14, 9), (31, 64, 30), (64, 48, 13)]
-ADAMW = AdamWConfig(lr=1e-3)
 
 
 def switching_layer(shape, dtype, seed, num_per_step=1, num_steps=500, alpha=1.0, is_packed=False):
@@ -26,11 +26,12 @@ def switching_layer(shape, dtype, seed, num_per_step=1, num_steps=500, alpha=1.0
     out_features, in_features, rank = shape
     whole = torch.promote_types(dtype, torch.float32)
     layer = build_layer(out_features, in_features, rank, alpha / rank, whole, seed)
-    set_trained_dtype(layer, dtype)
+    cast_trained(layer, dtype)
     if is_packed:
         layer.weight.data = pack(layer.weight)
     config = with_interval(rank / num_per_step, rank=rank, freeze_steps=0, decay="constant")
-    optimizer = build_optimizer(config, ADAMW, [layer], num_steps)
+    keys = (AdamW8bitConfig if dtype == torch.bfloat16 else AdamWConfig)(lr=1e-3)
+    optimizer = build_optimizer(config, keys, [layer], num_steps)
     optimizer.set_lr(0.0)
     for factor in (layer.lora_a, layer.lora_b):
         factor.grad = torch.zeros_like(factor)
