@@ -40,7 +40,6 @@ class Moments:
         if not is_signed:
             # No code of 0, so that a small second moment never makes an update large.
             limits[0] = -1
-        tables: Stored = ()
         for name, parameter in parameters.items():
             size = block_size(tuple(parameter.shape)) if in_8_bits else None
             if size is None:
@@ -53,7 +52,8 @@ class Moments:
             shard = local(parameter.detach())
             codes = torch.zeros_like(shard, dtype=torch.uint8)
             scale = shard.new_zeros(len(shard), shard.shape[1] // size, dtype=torch.float32)
-            tables = tables or (values.to(shard.device), limits.to(shard.device))
+            # Tables of their own: Inductor fuses kernels that read the same, which then spill.
+            tables = (table.to(shard.device, copy=True) for table in (values, limits))
             self.stored[name] = (codes, scale, *tables)
             for part, tensor in {"codes": codes, "scale": scale}.items():
                 self.state[f"{name}.{key}.{part}"] = as_shard_of(tensor, parameter)

@@ -69,6 +69,7 @@ def completed_identity(
     """Returns a checkpoint's identity without its corpus, which is looked for by content, and with
     the defaults of keys that are newer than it."""
     completed = {name: dict(saved[name]) for name in saved if name != "corpus"}
+    completed["training"].setdefault("trained_dtype", "float32")
     for name in completed.keys() & {"model", "method"}:
         defaults = _without_resumable_keys(type(getattr(config, name)).model_construct())
         completed[name] = defaults | completed[name]

@@ -97,9 +97,9 @@ def check_estimates(rank, folder, num_ranks, expected):
             # The kinds that do not depend on the batch, to the byte.
             expected_state = {kind: estimate.memory.most[kind] for kind in STATE}
             counted = count_state(stepper)
-            # Small tables, which no checkpoint has.
+            # Tables of codes, which no checkpoint has.
             more = expected_state["optimizer"] - counted["optimizer"]
-            assert 0 <= more <= (8192 if "muon8bit" in side else 0), side
+            assert 0 <= more <= (100_000 if "muon8bit" in side else 0), side
             assert counted | {"optimizer": more + counted["optimizer"]} == expected_state, side
         else:
             count_state(stepper)
