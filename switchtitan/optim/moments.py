@@ -35,11 +35,6 @@ class Moments:
     ) -> None:
         self.stored: dict[str, Stored] = {}
         self.state: dict[str, Tensor] = {}
-        values = torch.tensor(values_of_codes(is_signed), dtype=torch.float32, device="cpu")
-        limits = (values[1:] + values[:-1]) / 2
-        if not is_signed:
-            # No code of 0, so that a small second moment never makes an update large.
-            limits[0] = -1
         for name, parameter in parameters.items():
             size = block_size(tuple(parameter.shape)) if in_8_bits else None
             if size is None:
@@ -52,9 +47,13 @@ class Moments:
             shard = local(parameter.detach())
             codes = torch.zeros_like(shard, dtype=torch.uint8)
             scale = shard.new_zeros(len(shard), shard.shape[1] // size, dtype=torch.float32)
-            # Tables of their own: Inductor fuses kernels that read the same, which then spill.
-            tables = (table.to(shard.device, copy=True) for table in (values, limits))
-            self.stored[name] = (codes, scale, *tables)
+            # Tables of its own: Inductor fuses kernels that read the same, which then spill.
+            values = torch.tensor(values_of_codes(is_signed), dtype=torch.float32)
+            limits = (values[1:] + values[:-1]) / 2
+            if not is_signed:
+                # No code of 0, so that a small second moment never makes an update large.
+                limits[0] = -1
+            self.stored[name] = (codes, scale, values.to(shard.device), limits.to(shard.device))
             for part, tensor in {"codes": codes, "scale": scale}.items():
                 self.state[f"{name}.{key}.{part}"] = as_shard_of(tensor, parameter)
 

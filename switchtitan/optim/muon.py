@@ -81,8 +81,7 @@ class Muon(GroupedOptimizer):
     updates, so that none of it crosses the slower links between them.
 
     Args:
-        parameters: matrices [out, in]; a gradient that is missing on one rank is missing on
-            all.
+        parameters: matrices [out, in]; a gradient that one rank lacks is missing on all.
         compile_step: compile all but the collectives.
     """
 

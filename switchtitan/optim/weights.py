@@ -29,7 +29,7 @@ class Weights:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], splits: bool) -> None:
-        self._whole: dict[str, Weight] = {
+        self._parts: dict[str, Weight] = {
             name: (as_rows(local(p.detach())),) for name, p in parameters.items()
         }
         dtype = torch.bfloat16 if splits else None
@@ -38,6 +38,7 @@ class Weights:
             name: torch.zeros_like(parameter, dtype=torch.int8).detach()
             for name, parameter in split_ones.items()
         }
+        self._parts |= {n: (*self._parts[n], as_rows(local(b))) for n, b in self.low_bits.items()}
         self.state = {f"{name}.low_bits": bits for name, bits in self.low_bits.items()}
         if split_ones:
             names = list(split_ones)
@@ -54,13 +55,12 @@ class Weights:
     def next(self) -> dict[str, Weight]:
         """Returns the parameters by name, with new random bits for an update; all ranks call."""
         if not self.low_bits:
-            return self._whole
+            return self._parts
         self._num_updates.add_(1)
         keys = to_device(splitmix32(self._keys, self._num_updates), self._device).unbind()
-        of_split = zip(self.low_bits.items(), keys, self._first_rows, strict=True)
-        return self._whole | {
-            name: (*self._whole[name], as_rows(local(bits)), key, first_row)
-            for (name, bits), key, first_row in of_split
+        of_split = zip(self.low_bits, keys, self._first_rows, strict=True)
+        return self._parts | {
+            name: (*self._parts[name], key, first_row) for name, key, first_row in of_split
         }
 
 
