@@ -104,9 +104,5 @@ def values_of_codes(is_signed: bool) -> list[float]:
 def block_size(shape: tuple[int, ...]) -> int | None:
     """Returns how many elements of a row share a scale, by the full parameter's shape; None for
     moments in fp32."""
-    if len(shape) != 2:
-        return None
-    return next(
-        (size for size in range(_MAX_BLOCK_SIZE, _MIN_BLOCK_SIZE - 1, -1) if shape[1] % size == 0),
-        None,
-    )
+    sizes = range(_MAX_BLOCK_SIZE, _MIN_BLOCK_SIZE - 1, -1) if len(shape) == 2 else ()
+    return next((size for size in sizes if shape[1] % size == 0), None)
