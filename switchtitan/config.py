@@ -180,7 +180,7 @@ class _Draft:
         for section, keys in table.items():
             if section not in self.types or not isinstance(keys, dict):
                 hint = _did_you_mean(section, ["base", *self.types, *self._known_keys()])
-                self.problems.append(f"{file}: {section}: expected a section's table{hint}")
+                self.problems.append(f"{file}: {section}: expected a section like [data]{hint}")
                 continue
             given, below = keys, self._table[section]
             keys = self._expand(section, given, file)

@@ -175,7 +175,7 @@ def check_same_run(saved: Mapping[str, object], current: Mapping[str, object]) -
     if differences:
         raise CheckpointError(
             f"the checkpoint belongs to another run:{differences}\n"
-            "set these back to resume that run, or start a new one in another [job] output_dir"
+            "set these keys to what was saved, or start a new run in another [job] output_dir"
         )
 
 

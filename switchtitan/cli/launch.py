@@ -1,7 +1,7 @@
 """Starts several ranks: `switchtitan launch TORCHRUN_OPTIONS train TRAIN_OPTIONS`.
 
-It can also launch `benchmark`, a script, or `-m MODULE`. It is torchrun that checks the rendezvous
-and the configuration first, and that says once why the ranks ended."""
+It can also launch `benchmark`, a script, or `-m MODULE`. Wraps torchrun: checks rendezvous and
+configuration before ranks start, and says once why they ended."""
 
 import argparse
 import logging

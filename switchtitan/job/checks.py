@@ -118,8 +118,8 @@ def keys_without_effect(config: "JobConfig", num_ranks: int, device: str) -> lis
         )
     if (warmup_steps := config.lr_schedule.warmup_steps) >= training.steps:
         notes.append(
-            f"[lr_schedule] warmup_steps = {warmup_steps} lasts until the end, [training] steps = "
-            f"{training.steps}: the learning rate only rises; lower it"
+            f"[lr_schedule] warmup_steps = {warmup_steps} is not below [training] steps = "
+            f"{training.steps}: the learning rate only rises; lower warmup_steps"
         )
     return notes
 

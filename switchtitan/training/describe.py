@@ -77,9 +77,9 @@ def completed_identity(
 
 
 def changes_since(saved_toml: str, config: JobConfig, step: int) -> list[str]:
-    """Returns the keys whose values differ from those of a saved configuration, as `key: old ->
-    new`, and what of a run from the start would have been otherwise until `step`; a key that the
-    saved one is too old to have had its default."""
+    """Returns what differs from a saved configuration, as `key: old -> new`, and how a run with the
+    new one from the start would have differed until `step`. A key that is newer than the saved
+    configuration had its default."""
     saved, now = (parse_toml(of, "configuration") for of in (saved_toml, resolved_toml(config)))
     changes = _changed_keys(flatten(saved), flatten(now), config)
     given = {key: value for key, value in saved["lr_schedule"].items() if value != NONE}
