@@ -1,4 +1,4 @@
-"""Records bounds of a step on GPUs for docs/measurements/GPU.md, and compares measured steps with them.
+"""Records bounds of a step on GPUs for docs/measurements/GPU.md; compares measured steps with them.
 
     python scripts/gpu_bounds.py record [NAME ...]
 
