@@ -25,7 +25,12 @@ from switchtitan.registry import Section, toml_value
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "docs" / "CONFIGURATION.md"
 PERFORMANCE = ROOT / "docs" / "PERFORMANCE.md"
-WITH_RESULTS = tuple(ROOT / page for page in ("README.md", "docs/RESULTS.md", "docs/results/DETAILS.md", "docs/LOG.md"))
+WITH_RESULTS = (
+    ROOT / "README.md",
+    ROOT / "docs" / "RESULTS.md",
+    ROOT / "docs" / "results" / "DETAILS.md",
+    ROOT / "docs" / "LOG.md",
+)
 MEASUREMENTS = ROOT / "docs" / "measurements"
 
 _GIB = 2**30
