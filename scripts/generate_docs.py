@@ -1,5 +1,5 @@
 """Generates docs/CONFIGURATION.md from the sections, tables of docs/PERFORMANCE.md from records,
-and the results in README and docs (see results.py).
+and the results in README and docs (see results.py and pictures.py).
 
     python scripts/generate_docs.py [--check]
 
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results import pictures, with_results
+from pictures import pictures
+from results import with_results
 
 from switchtitan.config import describe, section_types
 from switchtitan.job.config import JobConfig
@@ -63,8 +64,8 @@ def main(argv: Sequence[str]) -> None:
         PERFORMANCE: with_tables(PERFORMANCE.read_text(), MEASUREMENTS),
         **{page: with_results(page.read_text()) for page in WITH_RESULTS},
     }
-    for page in WITH_RESULTS:
-        texts |= pictures(texts[page])
+    for text in list(texts.values()):
+        texts |= pictures(text)
     outdated = [
         path for path, text in texts.items() if not path.exists() or path.read_text() != text
     ]
