@@ -1,11 +1,12 @@
-"""Generates docs/CONFIGURATION.md from the sections, tables of docs/PERFORMANCE.md from records,
+"""Generates docs/CONFIGURATION.md from the sections, tables of bounds on GPUs from records,
 and the results in README and docs (see results.py and pictures.py).
 
     python scripts/generate_docs.py [--check]
 
 --check writes nothing and exits with status 1 if a file is outdated.
-In PERFORMANCE.md the table between `<!-- table NAME -->` and `<!-- end -->` is generated from
-docs/measurements/NAME.json, which the command in it writes."""
+In docs/measurements/GPU.md the table between `<!-- table NAME -->` and `<!-- end -->` is generated
+from docs/measurements/NAME.json, which the command in it writes; that of docs/PERFORMANCE.md from
+all records of bounds."""
 
 import argparse
 import json
@@ -21,11 +22,10 @@ from results import with_results
 
 from switchtitan.config import describe, section_types
 from switchtitan.job.config import JobConfig
-from switchtitan.registry import Section, toml_value
+from switchtitan.registry import NamedSection, Section, toml_value
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "docs" / "CONFIGURATION.md"
-PERFORMANCE = ROOT / "docs" / "PERFORMANCE.md"
 WITH_RESULTS = (
     ROOT / "README.md",
     ROOT / "docs" / "RESULTS.md",
@@ -33,16 +33,21 @@ WITH_RESULTS = (
     ROOT / "docs" / "LOG.md",
 )
 MEASUREMENTS = ROOT / "docs" / "measurements"
+WITH_TABLES = (ROOT / "docs" / "PERFORMANCE.md", MEASUREMENTS / "GPU.md")
 
 _GIB = 2**30
-_CARDS = ("A100 80GB SXM", "H100 SXM")
+_CARDS = ("H100 SXM", "A100 80GB SXM")
 """Columns of bounds."""
+_FIRST = ("llama", "switchlora", "galore", "lora", "adamw", "muon")
+"""Sections that describe all their keys, as far as possible; others refer to them."""
 _TABLE = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 _CONFIGURATION_HEAD = """\
 # Configuration
 
 A run is described by one TOML file, see [USAGE.md](USAGE.md#configure).
 Every key can be set on the command line as `--section.key value`.
+The key `name` of `[model]`, `[method]` and `[optimizer]` chooses which other keys it has.
+A key that is the same for several names is described once.
 
 This page is generated from the code by `python scripts/generate_docs.py`.
 """
@@ -61,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     texts = {
         CONFIGURATION: configuration_page(),
-        PERFORMANCE: with_tables(PERFORMANCE.read_text(), MEASUREMENTS),
+        **{page: with_tables(page.read_text(), MEASUREMENTS) for page in WITH_TABLES},
         **{page: with_results(page.read_text()) for page in WITH_RESULTS},
     }
     for text in list(texts.values()):
@@ -82,22 +87,42 @@ def configuration_page() -> str:
     key."""
     parts = [_CONFIGURATION_HEAD]
     for section, types in section_types(JobConfig).items():
-        for name, config_type in types.items():
+        described: dict[str, str] = {}
+        for name in sorted(types, key=[*_FIRST, *types].index):
             # The same anchor on GitHub and on the site: no two dropped characters side by side.
             title = f"[{section}] name: {name}" if name else f"[{section}]"
-            parts.append(_describe_section(title, config_type))
+            parts.append(_describe_section(title, types[name], described))
+            link = f"[`{name}`](#{section}-name-{name})"
+            for text in _described_keys(types[name]).values():
+                described.setdefault(text, link)
     return "\n".join(parts)
 
 
-def _describe_section(title: str, config_type: type[Section]) -> str:
+def _describe_section(title: str, config_type: type[Section], described: dict[str, str]) -> str:
+    """Returns a section: keys that `described` (text -> link) lacks, and links to the others."""
     # The heading already has the section's name.
     sentence = re.sub(r"^`\[[^`]*`[:.]\s*", "", " ".join((config_type.__doc__ or "").split()))
     lines = [f"## {title}", ""]
     if sentence:
         lines += [*_wrapped(sentence[0].upper() + sentence[1:]), ""]
-    fields = config_type.model_fields
-    for key in sorted(fields, key=lambda key: key != "name"):
-        field = fields[key]
+    keys = _described_keys(config_type)
+    shared: dict[str, list[str]] = {}
+    for key, text in keys.items():
+        if text in described:
+            shared.setdefault(described[text], []).append(f"`{key}`")
+    links = [f"Keys as in {link}: {', '.join(names)}." for link, names in shared.items()]
+    if links:
+        lines += [*_wrapped(" ".join(links)), ""]
+    own = [text for text in keys.values() if text not in described]
+    return "\n".join([*lines, *own, ""] if own else lines)
+
+
+def _described_keys(config_type: type[Section]) -> dict[str, str]:
+    """Returns the text of each key; not of a `name` that chooses the class, which is a heading."""
+    texts = {}
+    for key, field in config_type.model_fields.items():
+        if key == "name" and issubclass(config_type, NamedSection):
+            continue
         if field.is_required():
             default = "required"
         else:
@@ -105,8 +130,8 @@ def _describe_section(title: str, config_type: type[Section]) -> str:
             default = "default: none" if value is None else f"default: `{toml_value(value)}`"
         sentences = [f"**`{key}`**: {describe(field)}; {default}.", field.description or ""]
         first, *rest = (line for sentence in sentences for line in _wrapped(sentence, width=118))
-        lines += [f"- {first}", *(f"  {line}" for line in rest)]
-    return "\n".join([*lines, ""])
+        texts[key] = "\n".join([f"- {first}", *(f"  {line}" for line in rest)])
+    return texts
 
 
 def _wrapped(text: str, width: int = 120) -> list[str]:
@@ -114,18 +139,47 @@ def _wrapped(text: str, width: int = 120) -> list[str]:
 
 
 def with_tables(text: str, folder: Path) -> str:
-    """Returns `text` with every table generated from its file in `folder`, and its source."""
+    """Returns `text` with every table generated from its file in `folder`, and its source.
+
+    The table `ratios` is that of `ratio_rows`, of all files of bounds."""
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
-        record = json.loads((folder / f"{name}.json").read_text())
-        rows = bound_rows(record)
+        if name == "ratios":
+            records = [json.loads(file.read_text()) for file in folder.glob("gpu_bounds_*.json")]
+            rows = ratio_rows(records)
+            source = "[All methods and figures](measurements/GPU.md)"
+        else:
+            record = json.loads((folder / f"{name}.json").read_text())
+            rows = bound_rows(record)
+            source = f"Commit {record['environment']['commit']}: [figures]({name}.json)"
         rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
         lines = ["| " + " | ".join(row) + " |" for row in rows]
-        source = f"Commit {record['environment']['commit']}: [figures](measurements/{name}.json)"
         return "\n".join([f"<!-- table {name} -->", "", *lines, "", source, "", "<!-- end -->"])
 
     return _TABLE.sub(table, text)
+
+
+def ratio_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Returns full rank's bounds and SwitchLoRA's divided by them, the smallest model first."""
+    rows = [["size, GPUs"]]
+    for card in _CARDS:
+        rows[0] += [f"full rank, ms on {card.split()[0]}", "rank hidden/4", "hidden/8"]
+    sides = [(record, *record["rows"].values()) for record in records]
+    for record, first, *others in sorted(
+        sides, key=lambda side: (side[1]["num_flops"], side[0]["num_ranks"])
+    ):
+        cells = [f"{record['size']}, {record['num_ranks']}"]
+        for card in _CARDS:
+            bound_s = first["bounds_s"][card]
+            ratios = [
+                f"{row['bounds_s'][card] / bound_s:.2f}"
+                for row in others
+                if row["name"].startswith("SwitchLoRA")
+            ]
+            cells += [f"{1e3 * bound_s:.0f}", *ratios]
+        rows.append(cells)
+    return rows
 
 
 def bound_rows(record: dict[str, Any]) -> list[list[str]]:
