@@ -1,5 +1,5 @@
 """Generates docs/CONFIGURATION.md from the sections, tables of bounds on GPUs from records,
-and the results in README and docs (see results.py).
+and the results in README and docs (see results.py and pictures.py).
 
     python scripts/generate_docs.py [--check]
 
@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from results import pictures, with_results
+from pictures import pictures
+from results import with_results
 
 from switchtitan.config import describe, section_types
 from switchtitan.job.config import JobConfig
@@ -25,7 +26,12 @@ from switchtitan.registry import NamedSection, Section, toml_value
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "docs" / "CONFIGURATION.md"
-WITH_RESULTS = (ROOT / "README.md", ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "LOG.md")
+WITH_RESULTS = (
+    ROOT / "README.md",
+    ROOT / "docs" / "RESULTS.md",
+    ROOT / "docs" / "results" / "DETAILS.md",
+    ROOT / "docs" / "LOG.md",
+)
 MEASUREMENTS = ROOT / "docs" / "measurements"
 WITH_TABLES = (ROOT / "docs" / "PERFORMANCE.md", MEASUREMENTS / "GPU.md")
 
@@ -63,8 +69,8 @@ def main(argv: Sequence[str]) -> None:
         **{page: with_tables(page.read_text(), MEASUREMENTS) for page in WITH_TABLES},
         **{page: with_results(page.read_text()) for page in WITH_RESULTS},
     }
-    for page in WITH_RESULTS:
-        texts |= pictures(texts[page])
+    for text in list(texts.values()):
+        texts |= pictures(text)
     outdated = [
         path for path, text in texts.items() if not path.exists() or path.read_text() != text
     ]

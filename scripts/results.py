@@ -1,4 +1,4 @@
-"""The numbers and pictures of the documents, from the CSV files of finished runs in docs/results.
+"""The numbers of the documents, from the CSV files of finished runs in docs/results.
 
 `generate_docs.py` writes and checks those of README, RESULTS.md and LOG.md. In a page's source,
 
@@ -16,13 +16,6 @@
                                             parabola through the lowest of the validation losses on
                                             seed 1, over log(rate), and its neighbours; that of the
                                             lowest loss if a neighbour diverged;
-    <!-- picture FILE: a; one: b=x, c=y; two: d=z -->
-                                            comes before the picture results/FILE.svg: distances of
-                                            rows b, c and d to a over x, y and z, in two series;
-    <!-- rates FILE OTHER: a=label; b=label -->
-                                            likewise: validation losses on seed 1 of rows a-hN and
-                                            b-hN, for all N, over rates; at an N that FILE has too,
-                                            those of OTHER are dashed;
     <!-- slopes FILE: label; label --> to <!-- end -->
                                             holds a table of measurements/FILE.json, which
                                             `switchtitan benchmark coordinates` has written.
@@ -32,7 +25,6 @@ reported on the others; a@4e-3 is row a on seed 1 with this learning rate.
 """
 
 import csv
-import io
 import json
 import re
 from collections.abc import Mapping
@@ -41,9 +33,7 @@ from math import exp, inf, isfinite, log
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 
 from switchtitan.comparison.statistics import LEVEL, Difference, adjusted, difference
 
@@ -70,12 +60,7 @@ _COLUMNS = (
     "lr",
     "other_lr",
 )
-_PICTURE = re.compile(r"<!-- picture (?P<file>\w+): (?P<baseline>\S+); (?P<series>[^>]+) -->")
-_RATES = re.compile(r"<!-- rates (?P<file>\w+) (?P<others>[\w ]*): (?P<rows>[^>]+) -->")
-WIDTHS = 64, 128, 256, 512
 _SLOPES = re.compile(r"<!-- slopes (?P<file>\w+): (?P<rows>[^>]+) -->\n.*?<!-- end -->", re.DOTALL)
-_HIGHEST = 0.4
-"""Of the losses in the picture of rates, above the lowest of a width."""
 
 
 def with_results(text: str) -> str:
@@ -94,49 +79,38 @@ def with_results(text: str) -> str:
     return _RATE.sub(_rate, _SHARE.sub(_share, _NUMBER.sub(_number, text)))
 
 
-def pictures(text: str) -> dict[Path, str]:
-    """Returns the SVG of each picture that the page shows, by its file.
-
-    Raises:
-        ValueError: as `with_results`.
-    """
-    return {
-        FOLDER / f"{match['file']}.svg": draw(match)
-        for form, draw in ((_PICTURE, _picture), (_RATES, _rates_picture))
-        for match in form.finditer(text)
-    }
-
-
 def _number(match: re.Match[str]) -> str:
     split = "validation_loss" if match["validation"] else "test_loss"
     first, *others = match["formula"].split()
     if others:
         signs = [1, *(1 if sign == "+" else -1 for sign in others[::2])]
-        terms = [_losses(match["file"], row, split) for row in (first, *others[1::2])]
+        terms = [losses_by_seed(match["file"], row, split) for row in (first, *others[1::2])]
         value = _sum(terms, signs).text("+.3f")
     else:
-        value = f"{fmean(_losses(match['file'], first, split).values()):.3f}"
+        value = f"{fmean(losses_by_seed(match['file'], first, split).values()):.3f}"
     return value + match[0][match[0].index("<!--") :]
 
 
 def _share(match: re.Match[str]) -> str:
     """Interpolates log(tokens) between the losses of FILE's rows, seed by seed."""
     file, row = match["file"], match["row"]
-    names = dict.fromkeys(run["row"] for run in _runs(file))
-    budgets = [(_losses(file, name, "test_loss"), _tokens(file, name)) for name in names]
-    row_losses, shares = _losses(file, row, "test_loss"), {}
+    budgets = [
+        (losses_by_seed(file, name, "test_loss"), num_tokens(file, name))
+        for name in row_names(file)
+    ]
+    row_losses, shares = losses_by_seed(file, row, "test_loss"), {}
     for seed in set(row_losses).intersection(*(losses for losses, _ in budgets)):
         loss = row_losses[seed]
         tokens = {losses[seed]: log(number) for losses, number in budgets}
         if not min(tokens) <= loss <= max(tokens):
             raise ValueError(f"docs/results/{file}.csv: no row has so low or high a loss as {row}")
         found = exp(np.interp(loss, sorted(tokens), [tokens[of] for of in sorted(tokens)]))
-        shares[seed] = found / _tokens(file, row)
+        shares[seed] = found / num_tokens(file, row)
     return _sum([shares], [1]).text(".2f") + match[0][match[0].index("<!--") :]
 
 
 def _rate(match: re.Match[str]) -> str:
-    losses = _losses_by_rate(match["file"], match["row"])
+    losses = losses_by_rate(match["file"], match["row"])
     rates = sorted(losses)
     best = min(rates, key=losses.__getitem__)
     place, end = rates.index(best), ""
@@ -149,7 +123,7 @@ def _rate(match: re.Match[str]) -> str:
     return f"{best:.4f}{end}{match[0][match[0].index('<!--') :]}"
 
 
-def _losses_by_rate(file: str, row: str) -> dict[float, float]:
+def losses_by_rate(file: str, row: str) -> dict[float, float]:
     """Returns the validation losses of a row's runs on seed 1; inf if they diverged."""
     runs = [run for run in _runs(file) if run["row"] == row and run["seed"] == "1"]
     found = {float(run["optimizer.lr"]): float(run["validation_loss"]) for run in runs}
@@ -161,16 +135,16 @@ def _table(match: re.Match[str]) -> str:
     titles = dict(row.strip().split("=", 1) for row in match["rows"].split(";"))
     baseline, *others = titles
     columns = [
-        _cells({row: _difference(file, row, baseline, split) for row in others})
+        _cells({row: row_difference(file, row, baseline, split) for row in others})
         for split in ("test_loss", "validation_loss")
     ]
     lines: list[tuple[str, ...]] = [_COLUMNS]
     for row, title in titles.items():
-        run = _reported(file, row)[0]
+        run = reported_runs(file, row)[0]
         lines.append(
             (
                 title,
-                f"{fmean(_losses(file, row, 'test_loss').values()):.3f}",
+                f"{fmean(losses_by_seed(file, row, 'test_loss').values()):.3f}",
                 *(cells.get(row, "-") for cells in columns),
                 f"{float(run['state_gib']) * 1024:.1f}",
                 f"{int(run['num_trainable']) / 1e6:.2f} M",
@@ -204,61 +178,6 @@ def _slope_table(match: re.Match[str]) -> str:
     return f"<!-- slopes {match['file']}: {match['rows']} -->\n\n{table}\n\n<!-- end -->"
 
 
-def _picture(match: re.Match[str]) -> str:
-    figure = Figure((7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(0, color="grey", linewidth=1)
-    for series in match["series"].split("; "):
-        label, rows = series.split(": ")
-        points = dict(point.split("=") for point in rows.split(", "))
-        found = [_difference(match["file"], row, match["baseline"], "test_loss") for row in points]
-        shares, means = [float(share) for share in points.values()], [of.mean for of in found]
-        errors = [of.half_width or 0.0 for of in found]
-        axes.errorbar(shares, means, errors, fmt="o-", capsize=3, label=label)
-    axes.set(xlabel="share of directions that a step can move", xlim=(0, 1.05))
-    axes.set(ylabel="test loss minus full rank's")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    return _svg(figure, match["file"])
-
-
-def _rates_picture(match: re.Match[str]) -> str:
-    methods = dict(row.strip().split("=", 1) for row in match["rows"].split(";"))
-    files = match["file"], *match["others"].split()
-    figure = Figure((3 * len(methods), 3), layout="constrained")
-    panels = figure.subplots(1, len(methods), sharey=True)
-    for axes, (method, label) in zip(panels, methods.items(), strict=True):
-        tried = set[float]()
-        for place, width in enumerate(WIDTHS):
-            losses = {file: _losses_by_rate(file, f"{method}-h{width}") for file in files}
-            lowest = min((loss for of in losses.values() for loss in of.values()), default=0.0)
-            first = next((file for file, of in losses.items() if of), None)
-            for file, of in losses.items():
-                rates = sorted(of)
-                tried |= of.keys()
-                above = [of[rate] - lowest for rate in rates]
-                style, name = ("o-", f"hidden {width}") if file == first else ("x--", None)
-                if rates:
-                    axes.plot(rates, above, style, color=f"C{place}", label=name, markersize=4)
-        axes.set(xscale="log", xlabel="lr", title=label, ylim=(-0.01, _HIGHEST))
-        axes.minorticks_off()
-        axes.set_xticks(sorted(tried), [f"{rate:g}" for rate in sorted(tried)])
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set(ylabel="loss above the width's lowest")
-    panels[0].legend(frameon=False)
-    return _svg(figure, match["file"])
-
-
-def _svg(figure: Figure, name: str) -> str:
-    stream = io.StringIO()
-    # Equal text for equal numbers.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
-
-
 def _cells(differences: Mapping[str, Difference]) -> dict[str, str]:
     """Returns each row's difference, bold if it is not zero after Holm's correction over them."""
     p_values = adjusted({row: of.p for row, of in differences.items()})
@@ -266,8 +185,9 @@ def _cells(differences: Mapping[str, Difference]) -> dict[str, str]:
     return {row: f"{bold[row]}{of.text('+.3f')}{bold[row]}" for row, of in differences.items()}
 
 
-def _difference(file: str, row: str, baseline: str, split: str) -> Difference:
-    return _sum([_losses(file, row, split), _losses(file, baseline, split)], [1, -1])
+def row_difference(file: str, row: str, baseline: str, split: str) -> Difference:
+    """Returns the loss of a row minus the baseline's, paired by seed."""
+    return _sum([losses_by_seed(file, row, split), losses_by_seed(file, baseline, split)], [1, -1])
 
 
 def _sum(terms: list[dict[int, float]], signs: list[int]) -> Difference:
@@ -283,20 +203,24 @@ def _sum(terms: list[dict[int, float]], signs: list[int]) -> Difference:
     return found
 
 
-def _losses(file: str, row: str, split: str) -> dict[int, float]:
+def losses_by_seed(file: str, row: str, split: str) -> dict[int, float]:
     """Returns the losses of a row's reported runs by seed."""
-    runs = _reported(file, row)
+    runs = reported_runs(file, row)
     losses = {int(run["seed"]): float(run[split]) for run in runs}
     if len(losses) != len(runs):
         raise ValueError(f"docs/results: {file}: row {row} has several runs of a seed")
     return losses
 
 
-def _tokens(file: str, row: str) -> int:
-    return int(_reported(file, row)[0]["tokens"])
+def row_names(file: str) -> list[str]:
+    return list(dict.fromkeys(run["row"] for run in _runs(file)))
 
 
-def _reported(file: str, row: str) -> list[dict[str, str]]:
+def num_tokens(file: str, row: str) -> int:
+    return int(reported_runs(file, row)[0]["tokens"])
+
+
+def reported_runs(file: str, row: str) -> list[dict[str, str]]:
     """Returns a row's runs on the seeds that report; `row` may be FILE/row."""
     *other, name = row.split("/")
     file = other[0] if other else file
