@@ -15,9 +15,11 @@
                         pictures/NAME.svg: distances of rows b, c and d to a over their state;
     <!-- tokens NAME: FILE | one: a, b, c; d=label; OTHER/e=label -->
                         pictures/NAME.svg: losses over tokens, rows a to c as a line;
-    <!-- memory NAME: FILE=size; FILE=size | label; label -->
+    <!-- memory NAME: FILE 1b=1B; FILE 7b=7B | label; -; label -->
                         pictures/NAME.svg: peaks in the records measurements/FILE.json of
-                        `switchtitan estimate`, with a label for each of their configurations;
+                        `switchtitan estimate`, of the configurations with this model.size (all
+                        without a size), each with its label; - is left out. With --fit, the
+                        peak is that of one sequence;
     <!-- bounds NAME: FILE=label; FILE=label | method; method -->
                         pictures/NAME.svg: ratios of bounds in measurements/FILE.json to the first
                         row's, of rows "method, rank N", the higher rank first.
@@ -37,6 +39,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from results import (
@@ -59,15 +62,20 @@ _SIZES_GIB = 16, 24, 80
 _GIB = 2**30
 # Okabe and Ito's, which people with a colour vision deficiency tell apart.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
-_SMALL: dict[str, Any] = {"textcoords": "offset points", "size": 9}
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 _GREY = "#555555"
-_STYLE = {
+_CARD = "#f6f6f6"
+_SMALL: dict[str, Any] = {"textcoords": "offset points", "size": 9}
+_COVER: dict[str, Any] = {
+    "va": "center",
+    "bbox": {"facecolor": _CARD, "edgecolor": "none", "pad": 0.5},
+}
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": _GREY,
     "axes.facecolor": "none",
     "axes.grid": True,
-    "axes.prop_cycle": mpl.cycler(color=_COLORS, marker=_MARKERS),
+    "axes.prop_cycle": cycler(color=_COLORS, marker=_MARKERS),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": "medium",
@@ -75,11 +83,11 @@ _STYLE = {
     "figure.constrained_layout.h_pad": 0.1,
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.w_pad": 0.1,
-    "figure.facecolor": "#f6f6f6",
+    "figure.facecolor": _CARD,
     "grid.color": "#d2d2d2",
     "legend.frameon": False,
     "lines.markersize": 5,
-    "savefig.facecolor": "#f6f6f6",
+    "savefig.facecolor": _CARD,
     "svg.fonttype": "none",
 }
 
@@ -251,20 +259,19 @@ def _over_tokens(_: str, rest: str) -> Figure:
 
 def _memory(_: str, rest: str) -> Figure:
     files, labels = _parts(rest)
-    figure = Figure((7, 0.235 * len(labels) * len(files) + 1.9))
+    figure = Figure((7, 0.235 * (len(labels) - labels.count("-")) * len(files) + 1.9))
     axes = figure.subplots()
-    gap = len(labels) + 1
+    gap = len(labels) - labels.count("-") + 1
     sizes = _labels(files)
-    for group, file in enumerate(sizes):
-        estimates = _record(file)["estimates"].values()
-        for place, (label, of) in enumerate(zip(labels, estimates, strict=True)):
-            peak = of["memory"]["peak"] / _GIB
+    for group, size in enumerate(sizes):
+        peaks = zip(labels, _peaks(*size.split()), strict=True)
+        for place, (label, peak) in enumerate(of for of in peaks if of[0] != "-"):
             y = group * gap + place
             axes.barh(y, peak, 0.85, color=_COLORS[place], label=label if group == 0 else None)
-            axes.annotate(f"{peak:.1f}", (peak, y), (4, 0), **_SMALL, va="center")
+            axes.annotate(f"{peak:.1f}", (peak, y), (4, 0), **_SMALL, **_COVER)
     for gib in _SIZES_GIB:
         axes.axvline(gib, color=_GREY, linestyle="--", linewidth=1)
-        axes.text(gib, -1.1, f"{gib} GiB", ha="center", color=_GREY)
+        axes.text(gib, -1.1, f"{gib} GiB", ha="center", color=_GREY, size=9)
     axes.set_yticks([group * gap + (gap - 2) / 2 for group in range(len(sizes))], sizes.values())
     axes.set(ylim=(gap * len(sizes) - 1.2, -0.9), xscale="log", xlabel="peak, GiB")
     axes.minorticks_off()
@@ -289,7 +296,7 @@ def _bounds(_: str, rest: str) -> Figure:
             ratios = [_ratios(file, method, card) for file in sizes]
             places = np.arange(len(sizes)) + 0.14 * (number - (len(methods) - 1) / 2)
             for share, of in zip(("hidden/4", "hidden/8"), zip(*ratios, strict=True), strict=True):
-                face = None if share == "hidden/4" else "#f6f6f6"
+                face = None if share == "hidden/4" else _CARD
                 axes.plot(
                     places,
                     of,
@@ -319,6 +326,16 @@ def _ratios(file: str, method: str, card: str) -> list[float]:
 
 def _record(file: str) -> dict[str, Any]:
     return json.loads((DOCS / "measurements" / f"{file}.json").read_text())
+
+
+def _peaks(file: str, size: str = "") -> list[float]:
+    """Returns the peaks of the configurations with this model.size, or of all, in GiB."""
+    record = _record(file)
+    if "fits" in record:
+        peaks = {name: of["peak"]["1"] for name, of in record["fits"].items()}
+    else:
+        peaks = {name: of["memory"]["peak"] for name, of in record["estimates"].items()}
+    return [peak / _GIB for name, peak in peaks.items() if not size or f"model.size={size}" in name]
 
 
 def _mean_loss(file: str, row: str) -> float:
