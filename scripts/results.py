@@ -1,6 +1,6 @@
 """The numbers of the documents, from the CSV files of finished runs in docs/results.
 
-`generate_docs.py` writes and checks those of README, RESULTS.md and LOG.md. In a page's source,
+`generate_docs.py` writes and checks those of README and the pages of results. In a page's source,
 
     2.887<!-- FILE: a -->                   is the mean test loss of row a of FILE.csv;
     +0.1 (+0.0 to +0.2)<!-- FILE: a - b --> that of a minus b, seed by seed, with its 95 % interval.
@@ -10,8 +10,6 @@
                                             is the share of the tokens of row a of OTHER.csv after
                                             which the rows of FILE, that differ in their tokens,
                                             have its loss;
-    <!-- results FILE: a=label; b=label --> to
-    <!-- end -->                            holds a table of rows, with differences to the first;
     0.0370<!-- FILE: a, rate -->            is the best learning rate of row a: the vertex of a
                                             parabola through the lowest of the validation losses on
                                             seed 1, over log(rate), and its neighbours; that of the
@@ -27,7 +25,6 @@ reported on the others; a@4e-3 is row a on seed 1 with this learning rate.
 import csv
 import json
 import re
-from collections.abc import Mapping
 from functools import cache
 from math import exp, inf, isfinite, log
 from pathlib import Path
@@ -35,7 +32,7 @@ from statistics import fmean
 
 import numpy as np
 
-from switchtitan.comparison.statistics import LEVEL, Difference, adjusted, difference
+from switchtitan.comparison.statistics import Difference, difference
 
 FOLDER = Path(__file__).parents[1] / "docs" / "results"
 
@@ -49,17 +46,6 @@ _SHARE = re.compile(
 )
 _RATE = re.compile(r"\d\.\d{4}(?: or (?:more|less))?<!-- (?P<file>\w+): (?P<row>[^,>]+), rate -->")
 _FORMULA = re.compile(r"<!-- \w+: [^>]+ -->")
-_TABLE = re.compile(r"<!-- results (?P<file>\w+): (?P<rows>[^>]+) -->\n.*?<!-- end -->", re.DOTALL)
-_COLUMNS = (
-    "",
-    "test loss",
-    "minus the first row's",
-    "on validation",
-    "state, MiB",
-    "trained",
-    "lr",
-    "other_lr",
-)
 _SLOPES = re.compile(r"<!-- slopes (?P<file>\w+): (?P<rows>[^>]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -75,7 +61,7 @@ def with_results(text: str) -> str:
     for match in _FORMULA.finditer(text):
         if match.end() not in computed:
             raise ValueError(f"{match[0]}: expected a number of its form before it")
-    text = _SLOPES.sub(_slope_table, _TABLE.sub(_table, text))
+    text = _SLOPES.sub(_slope_table, text)
     return _RATE.sub(_rate, _SHARE.sub(_share, _NUMBER.sub(_number, text)))
 
 
@@ -130,36 +116,6 @@ def losses_by_rate(file: str, row: str) -> dict[float, float]:
     return {rate: loss if isfinite(loss) else inf for rate, loss in found.items()}
 
 
-def _table(match: re.Match[str]) -> str:
-    file = match["file"]
-    titles = dict(row.strip().split("=", 1) for row in match["rows"].split(";"))
-    baseline, *others = titles
-    columns = [
-        _cells({row: row_difference(file, row, baseline, split) for row in others})
-        for split in ("test_loss", "validation_loss")
-    ]
-    lines: list[tuple[str, ...]] = [_COLUMNS]
-    for row, title in titles.items():
-        run = reported_runs(file, row)[0]
-        lines.append(
-            (
-                title,
-                f"{fmean(losses_by_seed(file, row, 'test_loss').values()):.3f}",
-                *(cells.get(row, "-") for cells in columns),
-                f"{float(run['state_gib']) * 1024:.1f}",
-                f"{int(run['num_trainable']) / 1e6:.2f} M",
-                f"{float(run['optimizer.lr']):g}",
-                f"{float(run['optimizer.other_lr']):g}" if run.get("optimizer.other_lr") else "-",
-            )
-        )
-    # A key that was not tuned has no value in the file.
-    filled = [column for column in zip(*lines, strict=True) if set(column[1:]) != {"-"}]
-    head, *body = zip(*filled, strict=True)
-    lines = [head, ("---", *["---:"] * (len(head) - 1)), *body]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"<!-- results {file}: {match['rows']} -->\n\n{table}\n\n<!-- end -->"
-
-
 def _slope_table(match: re.Match[str]) -> str:
     """A row for each label and configuration; the exponents of linear layers are a range."""
     found = json.loads((FOLDER.parent / "measurements" / f"{match['file']}.json").read_text())
@@ -176,13 +132,6 @@ def _slope_table(match: re.Match[str]) -> str:
         lines.append(f"| {label} | {stream} | {span} | {head} | {embedding} |")
     table = "\n".join(lines)
     return f"<!-- slopes {match['file']}: {match['rows']} -->\n\n{table}\n\n<!-- end -->"
-
-
-def _cells(differences: Mapping[str, Difference]) -> dict[str, str]:
-    """Returns each row's difference, bold if it is not zero after Holm's correction over them."""
-    p_values = adjusted({row: of.p for row, of in differences.items()})
-    bold = {row: "**" if p_values.get(row, 1.0) < LEVEL else "" for row in differences}
-    return {row: f"{bold[row]}{of.text('+.3f')}{bold[row]}" for row, of in differences.items()}
 
 
 def row_difference(file: str, row: str, baseline: str, split: str) -> Difference:

@@ -87,7 +87,7 @@ def _time(name: str, stepper: Stepper, num_steps: int) -> float:
     while True:
         num_graphs = counters["stats"]["unique_graphs"]
         step_s = _take_steps(name, stepper, num_steps)
-        if counters["stats"]["unique_graphs"] == num_graphs:
+        if not any(stepper.world.gather(counters["stats"]["unique_graphs"] > num_graphs)):
             return step_s
 
 
