@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pictures import pictures
+from pictures import CARDS, bound_ratios, pictures
 from results import with_results
 
 from switchtitan.config import describe, section_types
@@ -36,8 +36,6 @@ MEASUREMENTS = ROOT / "docs" / "measurements"
 WITH_TABLES = (ROOT / "docs" / "PERFORMANCE.md", MEASUREMENTS / "GPU.md")
 
 _GIB = 2**30
-_CARDS = ("H100 SXM", "A100 80GB SXM")
-"""Columns of bounds."""
 _FIRST = ("llama", "switchlora", "galore", "lora", "adamw", "muon")
 """Sections that describe all their keys, as far as possible; others refer to them."""
 _TABLE = re.compile(r"<!-- table (\S+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -163,21 +161,16 @@ def with_tables(text: str, folder: Path) -> str:
 def ratio_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Returns full rank's bounds and SwitchLoRA's divided by them, the smallest model first."""
     rows = [["size, GPUs"]]
-    for card in _CARDS:
+    for card in CARDS:
         rows[0] += [f"full rank, ms on {card.split()[0]}", "rank hidden/4", "hidden/8"]
-    sides = [(record, *record["rows"].values()) for record in records]
-    for record, first, *others in sorted(
-        sides, key=lambda side: (side[1]["num_flops"], side[0]["num_ranks"])
+    sides = [(next(iter(record["rows"].values())), record) for record in records]
+    for first, record in sorted(
+        sides, key=lambda side: (side[0]["num_flops"], side[1]["num_ranks"])
     ):
         cells = [f"{record['size']}, {record['num_ranks']}"]
-        for card in _CARDS:
-            bound_s = first["bounds_s"][card]
-            ratios = [
-                f"{row['bounds_s'][card] / bound_s:.2f}"
-                for row in others
-                if row["name"].startswith("SwitchLoRA")
-            ]
-            cells += [f"{1e3 * bound_s:.0f}", *ratios]
+        for card in CARDS:
+            ratios = [f"{ratio:.2f}" for ratio in bound_ratios(record, "SwitchLoRA", card)]
+            cells += [f"{1e3 * first['bounds_s'][card]:.0f}", *ratios]
         rows.append(cells)
     return rows
 
@@ -191,13 +184,13 @@ def bound_rows(record: dict[str, Any]) -> list[list[str]]:
         "{size}; ranks: {num_ranks}; {num_sequences} x {seq_len}; recomputation: {recomputation}"
     )
     heads = [title.format_map(record), "launches", "GB", "TFLOP", "peak, GiB"]
-    rows = [heads + [head for card in _CARDS for head in (f"{card}, ms", "tokens/s")]]
+    rows = [heads + [head for card in CARDS for head in (f"{card}, ms", "tokens/s")]]
     num_tokens = record["num_sequences"] * record["seq_len"]
     first = next(iter(record["rows"].values()))["bounds_s"]
     for row in record["rows"].values():
         cells = [row["name"], str(row["num_launches"]), f"{row['num_bytes'] / 1e9:.1f}"]
         cells += [f"{row['num_flops'] / 1e12:.2f}", f"{row['peak'] / _GIB:.2f}"]
-        for card in _CARDS:
+        for card in CARDS:
             bound_s = row["bounds_s"][card]
             cells.append(f"{1e3 * bound_s:.1f} ({bound_s / first[card]:.3f})")
             cells.append(f"{num_tokens / bound_s / 1e3:.4g}k")

@@ -56,7 +56,8 @@ DOCS = FOLDER.parent
 WIDTHS = 64, 128, 256, 512
 _HIGHEST = 0.4
 """Of the losses in the picture of rates, above the lowest of a width."""
-_CARDS = "H100 SXM", "A100 80GB SXM"
+CARDS = "H100 SXM", "A100 80GB SXM"
+"""GPUs whose bounds pages show."""
 _SIZES_GIB = 16, 24, 80
 """Memory of GPUs, as lines."""
 _GIB = 2**30
@@ -289,11 +290,12 @@ def _bounds(_: str, rest: str) -> Figure:
     files, methods = _parts(rest)
     sizes = _labels(files)
     figure = Figure((7, 3.9))
-    panels = figure.subplots(1, len(_CARDS), sharey=True)
-    for axes, card in zip(panels, _CARDS, strict=True):
+    panels = figure.subplots(1, len(CARDS), sharey=True)
+    records = [_record(file) for file in sizes]
+    for axes, card in zip(panels, CARDS, strict=True):
         axes.axhline(1, color=_GREY, linewidth=1)
         for number, method in enumerate(methods):
-            ratios = [_ratios(file, method, card) for file in sizes]
+            ratios = [bound_ratios(record, method, card) for record in records]
             places = np.arange(len(sizes)) + 0.14 * (number - (len(methods) - 1) / 2)
             for share, of in zip(("hidden/4", "hidden/8"), zip(*ratios, strict=True), strict=True):
                 face = None if share == "hidden/4" else _CARD
@@ -316,9 +318,9 @@ def _bounds(_: str, rest: str) -> Figure:
     return figure
 
 
-def _ratios(file: str, method: str, card: str) -> list[float]:
+def bound_ratios(record: dict[str, Any], method: str, card: str) -> list[float]:
     """Returns bounds of a method's rows, divided by the first row's, highest rank first."""
-    rows = list(_record(file)["rows"].values())
+    rows = list(record["rows"].values())
     found = [row for row in rows if row["name"].startswith(f"{method}, rank ")]
     found.sort(key=lambda row: -int(row["name"].split()[-1]))
     return [row["bounds_s"][card] / rows[0]["bounds_s"][card] for row in found]
