@@ -5,7 +5,7 @@
 #
 # Prints the peak of 7B on one GPU with the smallest state, and measured steps next to their bounds:
 # of 60M on one GPU, and of 350M on all, whose bounds are those of GPUs with 80 GB, one or eight
-# (docs/USAGE.md, "Compile for a GPU without one").
+# (docs/measurements/GPU.md, "Compute bounds, and measure against them").
 # A step that fails, or takes more than half an hour, does not stop the others. Ends with status 1
 # if one failed, 2 without a GPU.
 set -euo pipefail
