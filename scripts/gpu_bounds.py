@@ -49,12 +49,27 @@ ALL_ROWS = MAIN_ROWS | {
     "8-bit AdamW": "optimizer.name=adamw8bit",
     "SCALE": "optimizer.name=scale",
 }
+_GENTLE = (
+    "method.name=switchlora,method.rank={rank},method.candidates=constant,method.decay=constant,"
+    "method.switches_per_vector=9.4,method.freeze_steps=0,method.reset_moments=momentum,"
+)
+MUON_ROWS = {
+    "Muon": "optimizer.name=muon",
+    "full rank, smallest state": "optimizer.name=muon8bit,training.trained_dtype=bfloat16",
+    "SwitchLoRA, gentle, Muon": f"{_GENTLE}optimizer.name=muon",
+    "SwitchLoRA, gentle, Muon, int16": f"{_GENTLE}optimizer.name=muon,training.frozen_dtype=int16",
+    "SwitchLoRA, smallest state": (
+        f"{_GENTLE}optimizer.name=muon8bit,training.frozen_dtype=int16,"
+        "training.trained_dtype=bfloat16"
+    ),
+}
 TABLES = {
     "60m_1": ALL_ROWS,
     "130m_1": MAIN_ROWS,
-    "350m_1": MAIN_ROWS,
+    "350m_1": MAIN_ROWS | MUON_ROWS,
     "350m_8": MAIN_ROWS,
     "1b_8": MAIN_ROWS,
+    "3b_8": MAIN_ROWS,
     "7b_8": MAIN_ROWS,
 }
 """SIZE_RANKS -> rows."""
