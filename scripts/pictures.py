@@ -15,11 +15,10 @@
                         pictures/NAME.svg: distances of rows b, c and d to a over their state;
     <!-- tokens NAME: FILE | one: a, b, c; d=label; OTHER/e=label -->
                         pictures/NAME.svg: losses over tokens, rows a to c as a line;
-    <!-- memory NAME: FILE 1b=1B; FILE 7b=7B | label; -; label -->
+    <!-- memory NAME: FILE=1B; FILE=7B | label; -; label -->
                         pictures/NAME.svg: peaks in the records measurements/FILE.json of
-                        `switchtitan estimate`, of the configurations with this model.size (all
-                        without a size), each with its label; - is left out. With --fit, the
-                        peak is that of one sequence;
+                        `switchtitan estimate`, of all configurations in order, each with its
+                        label; - is left out;
     <!-- bounds NAME: FILE=label; FILE=label | method; method -->
                         pictures/NAME.svg: ratios of bounds in measurements/FILE.json to the first
                         row's, of rows "method, rank N", the higher rank first.
@@ -58,7 +57,7 @@ _HIGHEST = 0.4
 """Of the losses in the picture of rates, above the lowest of a width."""
 CARDS = "H100 SXM", "A100 80GB SXM"
 """GPUs whose bounds pages show."""
-_SIZES_GIB = 16, 24, 80
+_SIZES_GIB = 16, 24, 40, 80
 """Memory of GPUs, as lines."""
 _GIB = 2**30
 # Okabe and Ito's, which people with a colour vision deficiency tell apart.
@@ -97,12 +96,15 @@ def pictures(text: str) -> dict[Path, str]:
     """Returns the SVG of each picture that the page declares, by its file.
 
     Raises:
-        ValueError: as `results.with_results`, or a picture has a row without a label.
+        ValueError: as `results.with_results`, or a picture has an unknown kind, a row without a
+            label, or a loss outside of the line over tokens.
     """
     found = {}
     for match in re.finditer(r"<!-- (?P<kind>\w+) (?P<name>\w+)(?P<rest>[^>]*) -->", text):
-        if match["kind"] not in _DRAWN:
+        if match["kind"] in _TABLES:
             continue
+        if match["kind"] not in _DRAWN:
+            raise ValueError(f"{match[0]}: expected one of {', '.join(_DRAWN)}")
         folder, draw = _DRAWN[match["kind"]]
         # Equal text for equal numbers.
         with mpl.rc_context({**_STYLE, "svg.hashsalt": match["name"]}):
@@ -245,6 +247,8 @@ def _over_tokens(_: str, rest: str) -> Figure:
     axes.plot(millions, means, color=_COLORS[-1], marker=_MARKERS[-1], label=label)
     for row, name in _labels(items).items():
         x, y = num_tokens(file, row) / 1e6, _mean_loss(file, row)
+        if not means[-1] <= y <= means[0]:
+            raise ValueError(f"docs/results/{file}.csv: no row has so low or high a loss as {row}")
         reached = float(np.exp(np.interp(-y, [-of for of in means], np.log(millions))))
         (drawn,) = axes.plot(x, y, linestyle="", markersize=7)
         axes.plot([x, reached], [y, y], ":", marker="", color=drawn.get_color())
@@ -265,7 +269,7 @@ def _memory(_: str, rest: str) -> Figure:
     gap = len(labels) - labels.count("-") + 1
     sizes = _labels(files)
     for group, size in enumerate(sizes):
-        peaks = zip(labels, _peaks(*size.split()), strict=True)
+        peaks = zip(labels, _peaks(size), strict=True)
         for place, (label, peak) in enumerate(of for of in peaks if of[0] != "-"):
             y = group * gap + place
             axes.barh(y, peak, 0.85, color=_COLORS[place], label=label if group == 0 else None)
@@ -330,20 +334,17 @@ def _record(file: str) -> dict[str, Any]:
     return json.loads((DOCS / "measurements" / f"{file}.json").read_text())
 
 
-def _peaks(file: str, size: str = "") -> list[float]:
-    """Returns the peaks of the configurations with this model.size, or of all, in GiB."""
-    record = _record(file)
-    if "fits" in record:
-        peaks = {name: of["peak"]["1"] for name, of in record["fits"].items()}
-    else:
-        peaks = {name: of["memory"]["peak"] for name, of in record["estimates"].items()}
-    return [peak / _GIB for name, peak in peaks.items() if not size or f"model.size={size}" in name]
+def _peaks(file: str) -> list[float]:
+    """Returns the peaks of all configurations, in GiB."""
+    return [of["memory"]["peak"] / _GIB for of in _record(file)["estimates"].values()]
 
 
 def _mean_loss(file: str, row: str) -> float:
     return fmean(losses_by_seed(file, row, "test_loss").values())
 
 
+_TABLES = "table", "slopes"
+"""What generate_docs.py and results.py write."""
 _DRAWN: dict[str, tuple[str, Callable[[str, str], Figure]]] = {
     "picture": ("results", _over_directions),
     "rates": ("results", _over_rates),
