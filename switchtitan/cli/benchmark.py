@@ -122,7 +122,7 @@ def _run_gpu(options: argparse.Namespace) -> dict[str, Any]:
     lines += [
         "bound of a step in milliseconds, and its ratio to the first configuration's",
         *tables.bound_table(steps),
-        'assumptions: docs/PERFORMANCE.md, "What a step costs on a GPU (bounds)"',
+        'assumptions: docs/measurements/GPU.md, "Bounds of a step on a GPU"',
     ]
     print("\n".join(lines), flush=True)
     return {

@@ -46,7 +46,7 @@ class ParallelismConfig(Section):
     """How gradients of several micro-batches are accumulated: `full` keeps full fp32 gradients on
     every rank and reduces them once per step; `sharded` reduces them after every micro-batch: less
     memory, more communication. Equal to rounding. `sharded` has no effect with one micro-batch per
-    step, or where one rank holds a replica."""
+    step, or where one rank holds a replica and `trained_dtype` is float32."""
 
 
 class CompileConfig(Section):

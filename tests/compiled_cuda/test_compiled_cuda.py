@@ -65,8 +65,7 @@ LIMITS = {
 
 @pytest.fixture(scope="module")
 def recorded():
-    """Steps by architecture and case; steps with planted faults, and the bytes of a
-    kernel."""
+    """Steps by architecture and case; steps with planted faults, and the bytes of a kernel."""
     calls = [*((arch, record_cases) for arch in ARCHS), ("sm_90", record_plants)]
     *cases, planted = device.call_with_gpus(calls)
     return dict(zip(ARCHS, cases, strict=True)), planted
