@@ -69,7 +69,6 @@ TABLES = {
     "350m_1": MAIN_ROWS | MUON_ROWS,
     "350m_8": MAIN_ROWS,
     "1b_8": MAIN_ROWS,
-    "3b_8": MAIN_ROWS,
     "7b_8": MAIN_ROWS,
 }
 """SIZE_RANKS -> rows."""
