@@ -49,6 +49,7 @@ from results import (
     reported_runs,
     row_difference,
     row_names,
+    tokens_at_loss,
 )
 
 DOCS = FOLDER.parent
@@ -242,14 +243,12 @@ def _over_tokens(_: str, rest: str) -> Figure:
     axes = figure.subplots()
     label, names = line.split(": ")
     rows = names.split(", ")
-    millions = [num_tokens(file, row) / 1e6 for row in rows]
-    means = [_mean_loss(file, row) for row in rows]
-    axes.plot(millions, means, color=_COLORS[-1], marker=_MARKERS[-1], label=label)
+    tokens = {_mean_loss(file, row): num_tokens(file, row) for row in rows}
+    millions = [number / 1e6 for number in tokens.values()]
+    axes.plot(millions, list(tokens), color=_COLORS[-1], marker=_MARKERS[-1], label=label)
     for row, name in _labels(items).items():
         x, y = num_tokens(file, row) / 1e6, _mean_loss(file, row)
-        if not means[-1] <= y <= means[0]:
-            raise ValueError(f"docs/results/{file}.csv: no row has so low or high a loss as {row}")
-        reached = float(np.exp(np.interp(-y, [-of for of in means], np.log(millions))))
+        reached = tokens_at_loss(y, tokens, f"{file}.csv: {row}") / 1e6
         (drawn,) = axes.plot(x, y, linestyle="", markersize=7)
         axes.plot([x, reached], [y, y], ":", marker="", color=drawn.get_color())
         align, place = ("left", (9, 0)) if reached < x else ("right", (-9, 0))

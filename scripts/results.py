@@ -87,12 +87,21 @@ def _share(match: re.Match[str]) -> str:
     row_losses, shares = losses_by_seed(file, row, "test_loss"), {}
     for seed in set(row_losses).intersection(*(losses for losses, _ in budgets)):
         loss = row_losses[seed]
-        tokens = {losses[seed]: log(number) for losses, number in budgets}
-        if not min(tokens) <= loss <= max(tokens):
-            raise ValueError(f"docs/results/{file}.csv: no row has so low or high a loss as {row}")
-        found = exp(np.interp(loss, sorted(tokens), [tokens[of] for of in sorted(tokens)]))
-        shares[seed] = found / num_tokens(file, row)
+        tokens = {losses[seed]: number for losses, number in budgets}
+        shares[seed] = tokens_at_loss(loss, tokens, f"{file}.csv: {row}") / num_tokens(file, row)
     return _sum([shares], [1]).text(".2f") + match[0][match[0].index("<!--") :]
+
+
+def tokens_at_loss(loss: float, tokens: dict[float, int], row: str) -> float:
+    """Interpolates log(tokens) between the losses of rows; `row` is the one that has this loss.
+
+    Raises:
+        ValueError: no row has so low or high a loss.
+    """
+    losses = sorted(tokens)
+    if not losses[0] <= loss <= losses[-1]:
+        raise ValueError(f"docs/results/{row}: no row has so low or high a loss")
+    return exp(np.interp(loss, losses, [log(tokens[of]) for of in losses]))
 
 
 def _rate(match: re.Match[str]) -> str:
