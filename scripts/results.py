@@ -32,7 +32,7 @@ from statistics import fmean
 
 import numpy as np
 
-from switchtitan.comparison.statistics import Difference, difference
+from switchtitan.workbench.comparison.statistics import Difference, difference
 
 FOLDER = Path(__file__).parents[1] / "docs" / "results"
 

@@ -337,7 +337,7 @@ class Method(ABC, Generic[MethodConfigT]):
         config: the method's section.
         num_steps: length of the run in optimizer steps.
         seed: the job's seed. A method draws all random values with
-            `distributed.random.generator_for`, so that they are equal on every rank.
+            `numerics.random.generator_for`, so that they are equal on every rank.
     """
 
     def __init__(self, config: MethodConfigT, num_steps: int, seed: int) -> None:

@@ -11,17 +11,17 @@ import sys
 from functools import partial
 from typing import Any
 
-from switchtitan.benchmark import tables
-from switchtitan.benchmark.coordinates import at_hidden_size, changes_in_a_step, slopes
-from switchtitan.benchmark.gpu.device import call_with_gpus
-from switchtitan.benchmark.gpu.record import record_steps
-from switchtitan.benchmark.sides import load_sides, load_simulated_sides
-from switchtitan.benchmark.step_times import WARM_UP_STEPS, time_steps_side_by_side
 from switchtitan.cli.main import add_json, positive_int
 from switchtitan.distributed.gpus import ARCHS, card_of
 from switchtitan.distributed.world import place_from_launcher
 from switchtitan.errors import ConfigError
 from switchtitan.observability.environment import describe_environment
+from switchtitan.workbench.benchmark import tables
+from switchtitan.workbench.benchmark.coordinates import at_hidden_size, changes_in_a_step, slopes
+from switchtitan.workbench.benchmark.gpu.device import call_with_gpus
+from switchtitan.workbench.benchmark.gpu.record import record_steps
+from switchtitan.workbench.benchmark.sides import load_sides, load_simulated_sides
+from switchtitan.workbench.benchmark.step_times import WARM_UP_STEPS, time_steps_side_by_side
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,12 +14,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from switchtitan.cli.main import positive_int
-from switchtitan.comparison.comparison import Comparison, check_plan, prepare_corpus
-from switchtitan.comparison.config import load_comparison
-from switchtitan.comparison.report import write_report
-from switchtitan.comparison.runner import Environment, environments, train_all
-from switchtitan.comparison.runs import Run
 from switchtitan.errors import ConfigError
+from switchtitan.workbench.comparison.comparison import Comparison, check_plan, prepare_corpus
+from switchtitan.workbench.comparison.config import load_comparison
+from switchtitan.workbench.comparison.report import write_report
+from switchtitan.workbench.comparison.runner import Environment, environments, train_all
+from switchtitan.workbench.comparison.runs import Run
 
 logger = logging.getLogger(__name__)
 

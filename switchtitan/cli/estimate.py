@@ -12,11 +12,11 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from switchtitan.benchmark import tables
-from switchtitan.benchmark.estimate import estimate_step, largest_batch_sizes
-from switchtitan.benchmark.sides import load_simulated_sides
 from switchtitan.cli.main import number, positive_int
 from switchtitan.observability.environment import describe_environment
+from switchtitan.workbench.benchmark import tables
+from switchtitan.workbench.benchmark.estimate import estimate_step, largest_batch_sizes
+from switchtitan.workbench.benchmark.sides import load_simulated_sides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

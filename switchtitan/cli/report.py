@@ -15,7 +15,7 @@ from pathlib import Path
 from switchtitan.cli.main import number
 from switchtitan.errors import ConfigError
 from switchtitan.observability.tensorboard import read_curves
-from switchtitan.report.page import Pictures, curve_panels, draw, draw_spectra, write_page
+from switchtitan.workbench.report.page import Pictures, curve_panels, draw, draw_spectra, write_page
 
 _FORMATS = (".html", ".png", ".svg", ".pdf")
 _output = number(Path, lambda file: file.suffix in _FORMATS, f"a file {', '.join(_FORMATS)}")

@@ -12,10 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from switchtitan.contracts import LanguageModel, Reparametrized
 from switchtitan.distributed.config import ParallelismConfig
-from switchtitan.distributed.fixed_point import FIXED, pack
 from switchtitan.distributed.initial import ReadRows, covering_blocks, plain_value
 from switchtitan.distributed.precision import full_precision
-from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.replicas import compute_in_turns
 from switchtitan.distributed.shards import (
     all_ranks_group,
@@ -25,6 +23,8 @@ from switchtitan.distributed.shards import (
     shard_buffer,
     with_local,
 )
+from switchtitan.numerics.fixed_point import FIXED, pack
+from switchtitan.numerics.random import generator_for
 from switchtitan.progress import progress_bar
 
 
@@ -94,7 +94,7 @@ def _units(
 
 
 def pack_frozen_weights(model: nn.Module) -> None:
-    """Gives the frozen weights of replaced layers packed rows (`distributed.fixed_point`), without
+    """Gives the frozen weights of replaced layers packed rows (`numerics.fixed_point`), without
     values; call on the meta device, before sharding."""
     for module in model.modules():
         weight = getattr(module, "weight", None) if isinstance(module, Reparametrized) else None

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._guards import active_fake_mode
 
 from switchtitan.contracts import LanguageModel, Reparametrized
-from switchtitan.distributed.random import generator_for
 from switchtitan.errors import abbreviate
+from switchtitan.numerics.random import generator_for
 
 _LARGEST_BLOCK = 1 << 19
 """Tensors with at most this many elements are one block."""

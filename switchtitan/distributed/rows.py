@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from switchtitan.distributed.shards import local, row_range
-from switchtitan.distributed.split_float import join
+from switchtitan.numerics.split_float import join
 
 Spans = tuple[range, ...]
 """Rows as spans of neighbouring indices, in order, which are cheap to slice."""
@@ -70,7 +70,7 @@ def gather_rows(
     plain one counts as the sum of all ranks' bit patterns.
 
     Args:
-        low_bits: of the first requests, whose matrices are in bf16; see `distributed.split_float`.
+        low_bits: of the first requests, whose matrices are in bf16; see `numerics.split_float`.
     """
     if low_bits:
         num = len(low_bits)

@@ -10,7 +10,6 @@ from torch import Tensor
 from switchtitan.checkpoint.load import SavedTensors, find_given, read_metadata
 from switchtitan.checkpoint.save import MODEL, SUMS_FILE
 from switchtitan.contracts import LowRankUpdate, ModelConfig
-from switchtitan.distributed.fixed_point import values_of
 from switchtitan.distributed.precision import full_precision
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import sha256_of_file
@@ -30,6 +29,7 @@ from switchtitan.hub.peft_folder import (
 )
 from switchtitan.methods import METHODS
 from switchtitan.models import MODELS, plain_model
+from switchtitan.numerics.fixed_point import values_of
 
 
 def find_weights(path: Path) -> Path:

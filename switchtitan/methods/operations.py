@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from switchtitan.distributed.fixed_point import FIXED, unpack
+from switchtitan.numerics.fixed_point import FIXED, unpack
 
 # Registered by schema: a call through `torch.library.custom_op` takes the host several times as
 # long.

@@ -27,7 +27,6 @@ from switchtitan.contracts import Method, OptimizerConfig, TrainedModel, Trainin
 from switchtitan.distributed.blocks import compile_if
 from switchtitan.distributed.copies import to_device
 from switchtitan.distributed.norms import sum_packed, sum_rows
-from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.replicas import compute_in_turns
 from switchtitan.distributed.shards import (
     all_ranks_group,
@@ -38,6 +37,7 @@ from switchtitan.distributed.shards import (
     shard_group,
 )
 from switchtitan.methods.targets import TargetConfig
+from switchtitan.numerics.random import generator_for
 from switchtitan.optim import OPTIMIZERS
 from switchtitan.optim.adamw import AdamKeys
 from switchtitan.optim.adamw8bit import MOMENTS, AdamW8bitConfig

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from switchtitan.contracts import OptimizerConfig, TrainedModel, TrainingOptimizer
 from switchtitan.distributed.copies import to_device
-from switchtitan.distributed.random import draw_vectors, generator_for
 from switchtitan.distributed.shards import copy_from_full_, full_tensor, local, row_range
 from switchtitan.methods.adapter.linear import AdapterLinear, adapter_layers
 from switchtitan.methods.adapter.method import AdapterMethod
 from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.lora import ZeroStartConfig
 from switchtitan.methods.targets import FACTORS
+from switchtitan.numerics.random import draw_vectors, generator_for
 from switchtitan.optim.base import SplitOptimizer
 from switchtitan.regions import region
 

@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from switchtitan.distributed.initial import GeneratorFor
-from switchtitan.distributed.random import generator_for, splitmix64
 from switchtitan.methods.factors import ProductLinear, ProductMethod
 from switchtitan.methods.operations import copy_in_backward, define, part_of
 from switchtitan.methods.targets import FACTORS, TargetConfig
+from switchtitan.numerics.random import generator_for, splitmix64
 
 SPARSE = "sparse_values"
 """Local name of the parameter with the values of the sparse matrix."""

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from switchtitan.distributed.copies import to_device
-from switchtitan.distributed.fixed_point import random_words
-from switchtitan.distributed.random import generator_for, splitmix32
 from switchtitan.distributed.shards import local, row_range
-from switchtitan.distributed.split_float import join, split
+from switchtitan.numerics.fixed_point import random_words
+from switchtitan.numerics.random import generator_for, splitmix32
+from switchtitan.numerics.split_float import join, split
 
 Weight = tuple[Tensor, ...]
 """This rank's rows [rows, width] of a parameter alone; or of one in bf16, with 8 more bits (int8),

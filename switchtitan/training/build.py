@@ -36,7 +36,6 @@ from switchtitan.observability.profiler import Profiler
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput
 from switchtitan.optim.lr_schedule import build_lr_schedule
-from switchtitan.spectra.weight_change import Origin, RankTelemetry
 from switchtitan.training.describe import (
     changes_since,
     describe_run,
@@ -49,6 +48,7 @@ from switchtitan.training.output import start_output
 from switchtitan.training.step import Stepper, TrainState
 from switchtitan.training.stop import Stop
 from switchtitan.training.trainer import Trainer
+from switchtitan.workbench.spectra.weight_change import Origin, RankTelemetry
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from switchtitan.checkpoint.save import CheckpointMetadata
 from switchtitan.config import flatten, parse_toml, resolved_toml
 from switchtitan.data.corpus import Corpus
 from switchtitan.distributed.dtype import ComputeDtype
-from switchtitan.distributed.fixed_point import num_values
 from switchtitan.distributed.world import World, device_name
 from switchtitan.errors import CheckpointError
 from switchtitan.job.config import JobConfig
+from switchtitan.numerics.fixed_point import num_values
 from switchtitan.observability.environment import commit, versions
 from switchtitan.optim.lr_schedule import LRScheduleConfig, build_lr_schedule
 from switchtitan.registry import NONE, Section, explain, toml_value

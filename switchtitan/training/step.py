@@ -17,9 +17,9 @@ from switchtitan.distributed.dtype import DtypeName
 from switchtitan.distributed.fsdp import begin_micro_batch
 from switchtitan.distributed.norms import total_norm
 from switchtitan.distributed.precision import full_precision
-from switchtitan.distributed.random import seed_dropout
 from switchtitan.distributed.shards import local
 from switchtitan.distributed.world import World
+from switchtitan.numerics.random import seed_dropout
 from switchtitan.regions import STEP, region
 
 logger = logging.getLogger(__name__)

@@ -21,10 +21,10 @@ from switchtitan.observability.region_times import RegionTimes
 from switchtitan.observability.reporter import Reporter
 from switchtitan.observability.throughput import Throughput, peak_memory_gib
 from switchtitan.regions import region
-from switchtitan.spectra.weight_change import RankTelemetry
 from switchtitan.training.evaluate import Evaluator
 from switchtitan.training.step import Stepper, StepResult
 from switchtitan.training.stop import Stop, Stopped
+from switchtitan.workbench.spectra.weight_change import RankTelemetry
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from support.switchlora_layers import limit_factors, with_interval
 from support.switchlora_runs import RANK, check_golden_trajectory, check_whole_run
 
 from switchtitan.distributed.blocks import compile_if
-from switchtitan.distributed.fixed_point import pack, unpack
 from switchtitan.methods.adapter.linear import AdapterLinear
 from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.switchlora import SwitchLora, SwitchLoraConfig
 from switchtitan.models.loss import CrossEntropy
+from switchtitan.numerics.fixed_point import pack, unpack
 from switchtitan.optim.muon import MuonConfig
 
 SHAPES = {

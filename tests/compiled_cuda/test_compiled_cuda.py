@@ -25,10 +25,10 @@ from support.compiled_cuda import (
     record_plants,
 )
 
-from switchtitan.benchmark.gpu import device, torch_inside
-from switchtitan.benchmark.gpu.record import Launch, StepOnGpu, bounds_s, num_bytes_of
 from switchtitan.distributed.gpus import CARDS
 from switchtitan.errors import EnvironmentMismatchError
+from switchtitan.workbench.benchmark.gpu import device, torch_inside
+from switchtitan.workbench.benchmark.gpu.record import Launch, StepOnGpu, bounds_s, num_bytes_of
 
 REASON = device.unusable()
 if importlib.util.find_spec("triton") is None:

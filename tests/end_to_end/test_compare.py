@@ -9,10 +9,10 @@ import pytest
 from support.comparisons import GRID, LR, write_grid
 from support.sessions import started
 
-from switchtitan.comparison.comparison import follow
-from switchtitan.comparison.config import load_comparison
-from switchtitan.comparison.runner import environments, train_all
 from switchtitan.errors import UserError
+from switchtitan.workbench.comparison.comparison import follow
+from switchtitan.workbench.comparison.config import load_comparison
+from switchtitan.workbench.comparison.runner import environments, train_all
 
 SHORT_GRID = (
     GRID.replace("learning_rates = [1e-3, 2e-3, 4e-3]", 'learning_rate_of = "thin"')

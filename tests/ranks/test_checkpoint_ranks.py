@@ -21,13 +21,13 @@ from support.ranks import run_rows_on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from switchtitan.benchmark.counters import CountCommunication
 from switchtitan.checkpoint.load import find_latest, load_tensors_
 from switchtitan.checkpoint.save import POLL_INTERVAL
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.shards import local
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import CheckpointError
+from switchtitan.workbench.benchmark.counters import CountCommunication
 
 
 def full_values():

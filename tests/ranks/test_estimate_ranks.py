@@ -10,10 +10,10 @@ from support.ranks import run_on_ranks
 from support.tiny import COMPILED, ready_trainer, tiny_config, tiny_trainer
 from torch._dynamo.utils import counters
 
-from switchtitan.benchmark.counters import CountCommunication
-from switchtitan.benchmark.estimate import estimate_step, measure_step
-from switchtitan.benchmark.memory_tracker import GRADIENTS, KINDS, OTHER, STATE
 from switchtitan.distributed.shards import local
+from switchtitan.workbench.benchmark.counters import CountCommunication
+from switchtitan.workbench.benchmark.estimate import estimate_step, measure_step
+from switchtitan.workbench.benchmark.memory_tracker import GRADIENTS, KINDS, OTHER, STATE
 
 SEQ_LEN = 16
 MUON = ("--optimizer.name", "muon")

@@ -16,7 +16,6 @@ from support.ranks import run_rows_on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
-from switchtitan.benchmark.counters import CountCommunication
 from switchtitan.distributed.replicas import check_replicas, compute_in_turns
 from switchtitan.distributed.rows import RowSpans, ShardedRows, copy_all_, gather_rows, paired_rows
 from switchtitan.distributed.shards import (
@@ -32,6 +31,7 @@ from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.adamw8bit import AdamW8bitConfig
 from switchtitan.optim.muon import MuonConfig
 from switchtitan.optim.scale import ScaleConfig
+from switchtitan.workbench.benchmark.counters import CountCommunication
 
 NUM_RANKS = 4
 LAYOUTS = ("2", "4", "2x2")

@@ -11,9 +11,9 @@ from support.ranks import run_rows_on_ranks
 from support.tiny import full_tensors, tiny_trainer, train_steps
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from switchtitan.benchmark.counters import CountingMode
 from switchtitan.distributed.shards import local
 from switchtitan.errors import RanksDisagreeError
+from switchtitan.workbench.benchmark.counters import CountingMode
 
 NUM_RANKS, REPLICATED = LAYOUTS["two_by_two"]
 SUMS = {"c10d.allreduce_.default": 0, "c10d._reduce_scatter_base_.default": 1}

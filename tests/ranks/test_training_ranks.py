@@ -21,9 +21,9 @@ from support.tiny import (
 )
 from torch.distributed.tensor import DTensor
 
-from switchtitan.distributed.fixed_point import FIXED
 from switchtitan.job.config import parse_arguments
 from switchtitan.methods.adapter.linear import adapter_layers
+from switchtitan.numerics.fixed_point import FIXED
 
 pytestmark = pytest.mark.timeout(1800)
 

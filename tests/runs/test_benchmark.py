@@ -9,11 +9,15 @@ import torch
 from support.commands import result_of
 from support.tiny import tiny_config, tiny_toml
 
-from switchtitan.benchmark.coordinates import at_hidden_size, slopes
-from switchtitan.benchmark.sides import load_sides
-from switchtitan.benchmark.step_times import WARM_UP_STEPS, ratio_of_steps, time_steps_side_by_side
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.training.step import Stepper
+from switchtitan.workbench.benchmark.coordinates import at_hidden_size, slopes
+from switchtitan.workbench.benchmark.sides import load_sides
+from switchtitan.workbench.benchmark.step_times import (
+    WARM_UP_STEPS,
+    ratio_of_steps,
+    time_steps_side_by_side,
+)
 
 
 def test_a_slowdown_of_both_does_not_change_the_ratio():

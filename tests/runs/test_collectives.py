@@ -11,11 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from switchtitan.benchmark.counters import CollectiveCount, CountCommunication
-from switchtitan.benchmark.steppers import fake_batches, fake_stepper
 from switchtitan.distributed.fsdp import free_gathered_weights
 from switchtitan.distributed.replicas import digest
 from switchtitan.optim.matrix_exchange import balanced_owners
+from switchtitan.workbench.benchmark.counters import CollectiveCount, CountCommunication
+from switchtitan.workbench.benchmark.steppers import fake_batches, fake_stepper
 
 NUM_RANKS = 5
 FULL = 5 * 3 * 4

@@ -5,12 +5,16 @@ import pytest
 from support.observed import communication_of_a_step, estimate_all_micro_batches
 from support.tiny import model_on_meta, tiny_config
 
-from switchtitan.benchmark.counters import CollectiveCount
-from switchtitan.benchmark.estimate import USABLE_SHARE, estimate_step, largest_batch_sizes
 from switchtitan.errors import EnvironmentMismatchError
 from switchtitan.methods.switchlora.plan import Plan
 from switchtitan.methods.targets import linear_layers
 from switchtitan.models import plain_model
+from switchtitan.workbench.benchmark.counters import CollectiveCount
+from switchtitan.workbench.benchmark.estimate import (
+    USABLE_SHARE,
+    estimate_step,
+    largest_batch_sizes,
+)
 
 NUM_LAYERS = 2
 GIB = 2**30

@@ -8,12 +8,12 @@ from support.comparisons import finish_all, write_grid
 from support.tiny_documents import make_documents, write_json_lines
 from torch.distributed.checkpoint import FileSystemReader
 
-from switchtitan.benchmark.estimate import MAX_BATCH_SIZE
-from switchtitan.comparison.comparison import Comparison
-from switchtitan.comparison.config import load_comparison
 from switchtitan.data.config import DataConfig
 from switchtitan.data.loader import build_train_batches
 from switchtitan.data.prepare import open_corpus
+from switchtitan.workbench.benchmark.estimate import MAX_BATCH_SIZE
+from switchtitan.workbench.comparison.comparison import Comparison
+from switchtitan.workbench.comparison.config import load_comparison
 
 
 def test_steps_are_compared_in_a_table_and_a_record(trained, tmp_path):

@@ -34,7 +34,7 @@ from switchtitan.methods.adapter.method import AdapterConfig, AdapterMethod
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.models import MODELS
 from switchtitan.registry import Component
-from switchtitan.spectra.weight_change import checkpoint_spectra, mean_effective_rank
+from switchtitan.workbench.spectra.weight_change import checkpoint_spectra, mean_effective_rank
 
 INT16 = ("--training.frozen_dtype", "int16")
 IN_8_BITS = (

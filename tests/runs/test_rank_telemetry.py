@@ -10,12 +10,12 @@ from support.tensors import differing
 from support.tiny import full_tensors, ready_trainer, record_reports, tiny_config, tiny_trainer
 from support.trained import train_and_save
 
-from switchtitan.comparison.runs import Run, read_folder
 from switchtitan.distributed.shards import gather_on_main
 from switchtitan.errors import CheckpointError
 from switchtitan.job.config import parse_arguments
 from switchtitan.methods import METHODS
-from switchtitan.spectra.weight_change import checkpoint_spectra, mean_effective_rank
+from switchtitan.workbench.comparison.runs import Run, read_folder
+from switchtitan.workbench.spectra.weight_change import checkpoint_spectra, mean_effective_rank
 
 NUM_STEPS = ("--training.steps", "12", "--evaluation.interval", "100")
 EVERY_5 = (*NUM_STEPS, "--spectrum.interval", "5")

@@ -15,15 +15,15 @@ from support.tiny import full_tensors, ready_trainer, tiny_config, tiny_trainer,
 from support.trained import train_and_save
 
 from switchtitan.checkpoint.load import check_same_run
-from switchtitan.comparison.comparison import Comparison, check_plan, follow
-from switchtitan.comparison.config import load_comparison
-from switchtitan.comparison.runs import config_sha256, plan_run, write_csv
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.dtype import Bf16Support
 from switchtitan.distributed.initial import plain_value
 from switchtitan.errors import CheckpointError, ConfigError, CorpusError
 from switchtitan.methods import factors
 from switchtitan.training.describe import completed_identity, run_identity
+from switchtitan.workbench.comparison.comparison import Comparison, check_plan, follow
+from switchtitan.workbench.comparison.config import load_comparison
+from switchtitan.workbench.comparison.runs import config_sha256, plan_run, write_csv
 
 
 def identity(folder, method, *overrides):

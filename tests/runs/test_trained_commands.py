@@ -21,8 +21,8 @@ from switchtitan.data.prepare import open_corpus
 from switchtitan.data.tokenizer import train_tokenizer
 from switchtitan.observability.tensorboard import read_curves
 from switchtitan.registry import toml_value
-from switchtitan.report.page import curve_panels
-from switchtitan.spectra.weight_change import checkpoint_spectra, mean_effective_rank
+from switchtitan.workbench.report.page import curve_panels
+from switchtitan.workbench.spectra.weight_change import checkpoint_spectra, mean_effective_rank
 
 TEXT = "def größe(self, 日本):\n    return self.x  # €\n" * 9
 PROMPT = "def größe(self):\n    return "

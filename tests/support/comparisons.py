@@ -4,11 +4,11 @@ import json
 import math
 
 from support.tiny import tiny_toml
-from switchtitan.comparison.comparison import follow
-from switchtitan.comparison.runs import RunResult, config_sha256
 from switchtitan.config import flatten, resolved_toml
 from switchtitan.observability import TENSORBOARD_FOLDER
 from switchtitan.observability.tensorboard import TensorBoardWriter
+from switchtitan.workbench.comparison.comparison import follow
+from switchtitan.workbench.comparison.runs import RunResult, config_sha256
 
 GRID = """
 name = "two"

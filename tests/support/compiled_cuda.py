@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from support.tiny import METHOD_KEYS, MINI
-from switchtitan.benchmark.gpu import torch_inside
-from switchtitan.benchmark.gpu.record import Launch, RecordLaunches, record_step
 from switchtitan.job.config import JobConfig, parse_unchecked
 from switchtitan.methods.operations import copy_in_backward
 from switchtitan.models.llama.model import MLP, Attention
 from switchtitan.optim import OPTIMIZERS
 from switchtitan.training.step import Stepper
+from switchtitan.workbench.benchmark.gpu import torch_inside
+from switchtitan.workbench.benchmark.gpu.record import Launch, RecordLaunches, record_step
 
 NUM_BLOCKS = 2
 NUM_ROWS, WIDTH = 4096, 320

@@ -7,9 +7,9 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from switchtitan.benchmark import estimate
-from switchtitan.benchmark.counters import CountCommunication
-from switchtitan.benchmark.steppers import fake_stepper
+from switchtitan.workbench.benchmark import estimate
+from switchtitan.workbench.benchmark.counters import CountCommunication
+from switchtitan.workbench.benchmark.steppers import fake_stepper
 
 
 def saved_besides(inputs, compute):

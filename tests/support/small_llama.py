@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from switchtitan.contracts import Reparametrized
-from switchtitan.distributed.random import generator_for
 from switchtitan.models import MODELS
 from switchtitan.models.llama.config import LlamaConfig
+from switchtitan.numerics.random import generator_for
 
 SEED, VOCABULARY = 3, 29
 LLAMA3 = {

@@ -9,10 +9,7 @@ from torch import nn
 from support.small_llama import initial_tensors
 from support.tensors import differing
 from switchtitan.distributed import random
-from switchtitan.distributed.fixed_point import values_of
-from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.shards import full_tensor
-from switchtitan.distributed.split_float import join
 from switchtitan.methods.adapter.linear import adapter_layers, balanced_bounds
 from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.switchlora import SwitchLora, update
@@ -21,6 +18,9 @@ from switchtitan.methods.switchlora.method import SwitchLoraLinear, SwitchLoraOp
 from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.methods.targets import FACTORS
+from switchtitan.numerics.fixed_point import values_of
+from switchtitan.numerics.random import generator_for
+from switchtitan.numerics.split_float import join
 from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.muon import MuonKeys
 from switchtitan.optim.parameters import TrainedParameter

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from switchtitan.distributed.fixed_point import values_of
 from switchtitan.distributed.gpus import CARDS
 from switchtitan.methods.operations import copy_in_backward, input_gradient, merge, part_of
+from switchtitan.numerics.fixed_point import values_of
 
 Factored = tuple[Tensor, Tensor, Tensor]
 """The weight [out, in] or its packed rows, A [rank, in] and B [rank, out] of one layer."""

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from switchtitan.contracts import TrainedModel
 from switchtitan.distributed.initial import GeneratorFor, split_blocks
-from switchtitan.distributed.random import draw_vectors
 from switchtitan.methods.adapter.contraction import Contraction, cheapest_contraction, frozen_linear
 from switchtitan.methods.targets import FACTORS, FactorLinear
+from switchtitan.numerics.random import draw_vectors
 
 
 class AdapterLinear(FactorLinear):

@@ -8,7 +8,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from switchtitan.contracts import LowRankUpdate
-from switchtitan.distributed.fixed_point import values_of
 from switchtitan.methods.adapter.contraction import BY_NAME
 from switchtitan.methods.adapter.linear import AdapterLinear, balanced_bounds, lora_bounds
 from switchtitan.methods.targets import (
@@ -18,6 +17,7 @@ from switchtitan.methods.targets import (
     TargetConfig,
     layers_with_factors,
 )
+from switchtitan.numerics.fixed_point import values_of
 
 
 class AdapterConfig(TargetConfig):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from switchtitan.distributed.blocks import compile_if
-from switchtitan.distributed.fixed_point import FIXED, add_fixed_, random_words
-from switchtitan.distributed.random import generator_for, splitmix32
 from switchtitan.distributed.rows import ShardedRows
-from switchtitan.distributed.split_float import round_to_bf16
 from switchtitan.methods.adapter.linear import AdapterLinear
+from switchtitan.numerics.fixed_point import FIXED, add_fixed_, random_words
+from switchtitan.numerics.random import generator_for, splitmix32
+from switchtitan.numerics.split_float import round_to_bf16
 
 _MAX_ELEMENTS = 1 << 24
 """The most elements of a weight that are rounded at a time, which bounds temporary memory."""

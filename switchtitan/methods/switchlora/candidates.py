@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from switchtitan.distributed.copies import CopyToHost, to_device
-from switchtitan.distributed.random import advance64, as_uniform, splitmix64
 from switchtitan.distributed.rows import (
     RowSpans,
     ShardedRows,
@@ -22,6 +21,7 @@ from switchtitan.distributed.rows import (
 )
 from switchtitan.methods.adapter.linear import AdapterLinear
 from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, Switch
+from switchtitan.numerics.random import advance64, as_uniform, splitmix64
 
 BUFFERS = ("candidates_a", "candidates_b")
 """Local names of the buffers of stored candidates, [c, in] and [c, out]."""

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from switchtitan.contracts import OptimizerConfig, TrainedModel, TrainingOptimizer
 from switchtitan.distributed.initial import GeneratorFor
-from switchtitan.distributed.random import generator_for
 from switchtitan.distributed.rows import (
     RowSpans,
     ShardedRows,
@@ -20,7 +19,6 @@ from switchtitan.distributed.rows import (
     paired_rows,
 )
 from switchtitan.distributed.shards import shard_group
-from switchtitan.distributed.split_float import join, split
 from switchtitan.methods.adapter.linear import AdapterLinear, adapter_layers
 from switchtitan.methods.adapter.method import AdapterMethod
 from switchtitan.methods.adapter.rounding import FrozenWeights
@@ -34,6 +32,8 @@ from switchtitan.methods.switchlora.candidates import (
 from switchtitan.methods.switchlora.plan import FACTOR_A, FACTOR_B, Plan, Switch, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.methods.targets import FACTORS
+from switchtitan.numerics.random import generator_for
+from switchtitan.numerics.split_float import join, split
 from switchtitan.optim import OPTIMIZERS
 from switchtitan.optim.adamw import AdamKeys
 from switchtitan.optim.base import SplitOptimizer

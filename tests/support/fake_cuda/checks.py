@@ -18,7 +18,6 @@ from support.fake_cuda.steps import (
     steps_of,
 )
 from support.tiny import tiny_config
-from switchtitan.benchmark.gpu.record import Launch, RecordLaunches
 from switchtitan.checkpoint.save import CheckpointTensors, copy_to_host
 from switchtitan.distributed.config import CompileConfig
 from switchtitan.distributed.norms import non_finite
@@ -26,6 +25,7 @@ from switchtitan.distributed.shards import local
 from switchtitan.job.config import parse_arguments
 from switchtitan.models.loss import CrossEntropy, Head
 from switchtitan.observability.region_times import RegionTimes
+from switchtitan.workbench.benchmark.gpu.record import Launch, RecordLaunches
 
 TIMED = ("switchlora", "host candidates", "relora", "sharded accumulation")
 """Cases whose regions are timed."""

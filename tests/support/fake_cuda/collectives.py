@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import FakeWork
 from support.fake_cuda import python_api
 from support.fake_cuda.operations import arguments_of
 from support.fake_cuda.python_api import Actor
-from switchtitan.benchmark.counters import group_of, tensors_in
+from switchtitan.workbench.benchmark.counters import group_of, tensors_in
 
 WAIT = "_c10d_functional::wait_tensor"
 _NAMESPACES = ("c10d", "_c10d_functional")

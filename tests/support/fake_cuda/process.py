@@ -7,7 +7,7 @@ from multiprocessing import get_context
 
 import pytest
 
-from switchtitan.benchmark.gpu import device
+from switchtitan.workbench.benchmark.gpu import device
 
 needs_compiler = pytest.mark.skipif(
     device.unusable() is not None, reason=f"fake CUDA {device.unusable()}"

@@ -6,7 +6,7 @@ from support.fake_cuda import collectives, python_api
 from support.fake_cuda.operations import arguments_of, is_on_cuda, project_line
 from support.fake_cuda.python_api import host
 from support.fake_cuda.waits import is_non_blocking
-from switchtitan.benchmark.counters import CountingMode, tensors_in
+from switchtitan.workbench.benchmark.counters import CountingMode, tensors_in
 
 _COPIES = ("aten::copy_", "aten::_to_copy")
 # Their results have no values yet, and they read none.

@@ -10,12 +10,12 @@ from support.fake_cuda import collectives, python_api
 from support.fake_cuda.cases import NUM_RANKS, PERIOD, config_of, method_of, num_steps_of
 from support.fake_cuda.races import FindRaces
 from support.fake_cuda.waits import FindBlockingCopies, FindHostReads
-from switchtitan.benchmark.counters import CountCommunication
-from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.contracts import Batch
 from switchtitan.distributed.fsdp import _allocate
 from switchtitan.training import build as builder
 from switchtitan.training.trainer import RunningLoss
+from switchtitan.workbench.benchmark.counters import CountCommunication
+from switchtitan.workbench.benchmark.steppers import fake_stepper
 
 Collectives = dict[str, list[float]]
 """Kind -> number and bytes that a rank sends."""

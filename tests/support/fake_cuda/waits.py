@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from support.fake_cuda.operations import is_on_cuda, project_line
 from support.fake_cuda.python_api import pinned_memory
-from switchtitan.benchmark.counters import CountingMode, tensors_in
+from switchtitan.workbench.benchmark.counters import CountingMode, tensors_in
 
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_")
 # They read a tensor's shape, not its values.

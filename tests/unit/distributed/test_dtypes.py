@@ -10,7 +10,6 @@ import torch
 from support.nonfinite import NOT_FINITE
 from support.tiny import tiny_trainer, train_steps
 
-from switchtitan.benchmark.counters import CountingMode
 from switchtitan.distributed import dtype as compute_dtype
 from switchtitan.distributed.config import ParallelismConfig
 from switchtitan.distributed.dtype import (
@@ -20,11 +19,12 @@ from switchtitan.distributed.dtype import (
     choose_dtype,
     dtype_on,
 )
-from switchtitan.distributed.fixed_point import random_words
 from switchtitan.distributed.precision import allow_tf32, full_precision, use_full_precision
-from switchtitan.distributed.split_float import round_to_bf16
 from switchtitan.distributed.world import start_world
 from switchtitan.errors import EnvironmentMismatchError
+from switchtitan.numerics.fixed_point import random_words
+from switchtitan.numerics.split_float import round_to_bf16
+from switchtitan.workbench.benchmark.counters import CountingMode
 
 NATIVE = Bf16Support(True, "it multiplies bf16")
 EMULATED = Bf16Support(False, "it lacks bf16")

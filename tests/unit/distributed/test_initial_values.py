@@ -9,13 +9,13 @@ from support.small_llama import MODEL, initial_tensors
 
 from switchtitan.distributed.fsdp import materialize
 from switchtitan.distributed.initial import block_size, check_replaced, covering_blocks, plain_value
-from switchtitan.distributed.random import generator_for, seed_dropout
 from switchtitan.distributed.shards import rows_per_rank
 from switchtitan.methods import METHODS
 from switchtitan.methods.full_rank import FullRankConfig
 from switchtitan.methods.lora import LoraConfig
 from switchtitan.methods.switchlora import SwitchLoraConfig
 from switchtitan.models import MODELS
+from switchtitan.numerics.random import generator_for, seed_dropout
 
 LARGE = (900, 620)
 """More elements than one block may have; 900 rows are not a multiple of 16 blocks."""

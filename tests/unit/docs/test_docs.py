@@ -9,10 +9,10 @@ import pytest
 import tomli
 from support.commands import succeed
 
-from switchtitan.comparison.comparison import check_plan
-from switchtitan.comparison.config import load_comparison
 from switchtitan.config import flatten, section_types
 from switchtitan.job.config import JobConfig
+from switchtitan.workbench.comparison.comparison import check_plan
+from switchtitan.workbench.comparison.config import load_comparison
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

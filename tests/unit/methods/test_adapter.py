@@ -13,7 +13,6 @@ from support.tensors import draw64, filled
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from switchtitan.distributed.random import generator_for
 from switchtitan.methods.adapter import rounding
 from switchtitan.methods.adapter.contraction import BY_NAME, cheapest_contraction
 from switchtitan.methods.adapter.linear import (
@@ -25,6 +24,7 @@ from switchtitan.methods.adapter.linear import (
 from switchtitan.methods.adapter.rounding import FrozenWeights
 from switchtitan.methods.lora import Lora, LoraConfig
 from switchtitan.models import MODELS
+from switchtitan.numerics.random import generator_for
 
 OUT, IN, RANK, SCALE = 7, 5, 3, 0.37
 BOUNDS = (0.4, 0.0)

@@ -8,13 +8,13 @@ from support.tensors import draw64
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from switchtitan.distributed.fixed_point import pack, unpack, values_of
 from switchtitan.methods.adapter.contraction import (
     cheapest_contraction,
     dense_gradient,
     factored,
     merged,
 )
+from switchtitan.numerics.fixed_point import pack, unpack, values_of
 
 CONTRACTIONS = [factored, merged, dense_gradient]
 OUT, IN, RANK, SCALE = 11, 7, 3, 0.37

@@ -8,10 +8,10 @@ from support.tensors import draw, filled
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from switchtitan.distributed.random import generator_for
 from switchtitan.methods import METHODS
 from switchtitan.methods.factors import ProductLinear, balanced_factors
 from switchtitan.methods.sltrain import SPARSE, Sltrain, SltrainConfig, SparseProductLinear, support
+from switchtitan.numerics.random import generator_for
 from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.parameters import parameter_groups
 

@@ -17,7 +17,6 @@ from support.projected_models import (
 from torch import nn
 
 from switchtitan import apply
-from switchtitan.distributed.random import generator_for
 from switchtitan.methods import METHODS
 from switchtitan.methods.projected import (
     ApolloConfig,
@@ -25,6 +24,7 @@ from switchtitan.methods.projected import (
     GaloreConfig,
     leading_singular_vectors,
 )
+from switchtitan.numerics.random import generator_for
 
 SEED, INTERVAL, GROWTH = 3, 4, 1.3
 KEYS = {"update_interval": INTERVAL, "targets": TARGETS}

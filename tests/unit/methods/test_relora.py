@@ -9,10 +9,10 @@ from support.small_llama import SEED, draw_model, loss_and_gradients
 from support.switchlora_reference import constant_candidates
 from torch import nn
 
-from switchtitan.distributed.random import generator_for
 from switchtitan.methods.adapter.linear import AdapterLinear, adapter_layers
 from switchtitan.methods.relora import Relora, ReloraConfig, ReloraOptimizer, largest
 from switchtitan.methods.targets import FACTORS
+from switchtitan.numerics.random import generator_for
 from switchtitan.optim.adamw import AdamW, AdamWConfig
 from switchtitan.optim.parameters import TrainedParameter
 

@@ -9,10 +9,10 @@ from support.insides import align_rows, record_strides
 from support.tiny import tiny_config
 from torch import nn
 
-from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.contracts import IGNORED_TARGET
 from switchtitan.models import loss as loss_module
 from switchtitan.models.loss import CrossEntropy, Head, TiedHead, summed_cross_entropy
+from switchtitan.workbench.benchmark.steppers import fake_stepper
 
 VOCABULARY, DIM, DIVISOR = 61, 12, 7
 EAGER = CrossEntropy(compile_regions=False)

@@ -5,7 +5,7 @@ import torch
 from support.optimizer_steps import build, parameters, train
 from support.tensors import draw
 
-from switchtitan.distributed.split_float import join, split
+from switchtitan.numerics.split_float import join, split
 from switchtitan.optim.adamw8bit import AdamW8bitConfig
 from switchtitan.optim.muon import Muon8bitConfig
 

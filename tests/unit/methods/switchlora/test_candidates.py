@@ -5,7 +5,7 @@ import torch
 from support.switchlora_layers import differing_with_host_candidates, draw_few_at_a_time
 from support.switchlora_reference import constant_candidates, splitmix64_outputs
 
-from switchtitan.distributed.random import draw_vectors, generator_for, splitmix32, splitmix64
+from switchtitan.numerics.random import draw_vectors, generator_for, splitmix32, splitmix64
 
 
 # A spare candidate of the first two layers is taken again at once; and layers with many of them.

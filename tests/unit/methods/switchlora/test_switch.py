@@ -12,8 +12,8 @@ from support.switchlora_layers import (
     with_interval,
 )
 
-from switchtitan.distributed.fixed_point import pack, steps_of
 from switchtitan.distributed.fsdp import cast_trained
+from switchtitan.numerics.fixed_point import pack, steps_of
 from switchtitan.optim.adamw import AdamWConfig
 from switchtitan.optim.adamw8bit import AdamW8bitConfig
 

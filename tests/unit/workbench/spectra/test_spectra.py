@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from switchtitan.spectra.weight_change import (
+from switchtitan.workbench.spectra.weight_change import (
     effective_rank,
     mean_normalized_spectrum,
     singular_values,

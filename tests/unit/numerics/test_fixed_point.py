@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.tensors import draw
 
-from switchtitan.distributed.fixed_point import (
+from switchtitan.numerics.fixed_point import (
     FIXED,
     NUM_EXTRA,
     add_fixed_,
@@ -16,7 +16,7 @@ from switchtitan.distributed.fixed_point import (
     steps_of,
     unpack,
 )
-from switchtitan.distributed.random import splitmix32
+from switchtitan.numerics.random import splitmix32
 
 KEY = torch.tensor(5, dtype=torch.int32)
 STEP = 2.0**-20

@@ -9,11 +9,11 @@ import pytest
 from support.checkpoints import refused
 from support.comparisons import GRID, LR, finish, finish_all, loss_of, result_of, train, write_grid
 
-from switchtitan.comparison.comparison import Comparison, follow
-from switchtitan.comparison.config import load_comparison
-from switchtitan.comparison.report import table, write_report
-from switchtitan.comparison.runs import plan_run, read_csv, read_folder
 from switchtitan.errors import ConfigError
+from switchtitan.workbench.comparison.comparison import Comparison, follow
+from switchtitan.workbench.comparison.config import load_comparison
+from switchtitan.workbench.comparison.report import table, write_report
+from switchtitan.workbench.comparison.runs import plan_run, read_csv, read_folder
 
 
 @pytest.fixture

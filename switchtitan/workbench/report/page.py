@@ -19,12 +19,12 @@ from switchtitan.files import write_atomically
 from switchtitan.observability import PLOT_STYLE, RESULTS_FILE
 from switchtitan.observability.tensorboard import Curve
 from switchtitan.registry import toml_value
-from switchtitan.spectra.weight_change import (
+from switchtitan.training.output import CONFIG_FILE
+from switchtitan.workbench.spectra.weight_change import (
     checkpoint_spectra,
     mean_effective_rank,
     mean_normalized_spectrum,
 )
-from switchtitan.training.output import CONFIG_FILE
 
 Panels = dict[str, list[tuple[str, str, Any, Any]]]
 """Title -> lines: label, how their points are drawn, x and y."""

@@ -70,7 +70,7 @@ def _call(arch: str, function: bytes) -> Any:
     # Threads of the autograd engine may still run; an ordinary exit then calls std::terminate.
     atexit.register(os._exit, 0)
     load()
-    from switchtitan.benchmark.gpu import torch_inside
+    from switchtitan.workbench.benchmark.gpu import torch_inside
 
     # Before the function's modules are imported, which keep functions of torch.
     torch_inside.install(arch)

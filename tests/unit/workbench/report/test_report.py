@@ -9,7 +9,7 @@ from support.comparisons import write_curves
 
 from switchtitan.errors import ConfigError
 from switchtitan.observability.tensorboard import read_curves
-from switchtitan.report.page import curve_panels, draw, write_page
+from switchtitan.workbench.report.page import curve_panels, draw, write_page
 
 CONFIG = """
 [job]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from switchtitan.comparison.statistics import adjusted, difference
+from switchtitan.workbench.comparison.statistics import adjusted, difference
 
 
 @pytest.mark.parametrize("num", [2, 3, 5, 8, 40])

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from switchtitan.comparison.runs import Run
 from switchtitan.cores import num_cores
 from switchtitan.errors import ConfigError, UserError
+from switchtitan.workbench.comparison.runs import Run
 
 OUTPUT_FILE = "output.txt"
 """File in a run's folder with its stdout and stderr."""

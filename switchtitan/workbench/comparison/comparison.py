@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from switchtitan.comparison.config import ComparisonConfig
-from switchtitan.comparison.runs import (
+from switchtitan.data.prepare import open_corpus
+from switchtitan.errors import ConfigError
+from switchtitan.workbench.comparison.config import ComparisonConfig
+from switchtitan.workbench.comparison.runs import (
     Run,
     RunResult,
     config_sha256,
@@ -18,8 +20,6 @@ from switchtitan.comparison.runs import (
     read_folder,
     resumed_from,
 )
-from switchtitan.data.prepare import open_corpus
-from switchtitan.errors import ConfigError
 
 FindResult = Callable[[Run], RunResult | None]
 """Returns the result of a run, None if it is not finished."""

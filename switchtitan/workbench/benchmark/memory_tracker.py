@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from switchtitan.benchmark.counters import CountingMode, tensors_in
 from switchtitan.contracts import Batch
 from switchtitan.distributed.fsdp import host_buffers
 from switchtitan.distributed.shards import local
 from switchtitan.training.step import Stepper
+from switchtitan.workbench.benchmark.counters import CountingMode, tensors_in
 
 TRAINED, FROZEN, BUFFERS, OPTIMIZER, HOST = "trained", "frozen", "buffers", "optimizer", "host"
 GRADIENTS, OTHER = "gradients", "other"

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from switchtitan.benchmark.steppers import real_stepper
 from switchtitan.contracts import Batch, LanguageModel
 from switchtitan.distributed.config import CompileConfig
 from switchtitan.distributed.shards import gather_on_main
@@ -21,6 +20,7 @@ from switchtitan.methods import METHODS
 from switchtitan.models import MODELS, plain_model
 from switchtitan.models.llama.config import LlamaFamilyConfig
 from switchtitan.registry import Section
+from switchtitan.workbench.benchmark.steppers import real_stepper
 
 RESIDUAL = "residual stream"
 _NUM_STEPS, _NUM_SEQUENCES = 4, 4

@@ -8,7 +8,7 @@ and rows start at multiples of 16 bytes if those of the weight do.
 import torch
 from torch import Tensor
 
-from switchtitan.distributed.random import splitmix32
+from switchtitan.numerics.random import splitmix32
 
 FIXED = torch.int16
 """dtype of packed rows."""

@@ -5,13 +5,13 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from switchtitan.benchmark.counters import CollectiveCount, CountCommunication, CountFlops
-from switchtitan.benchmark.memory_tracker import MemoryUse, TrackMemory
-from switchtitan.benchmark.steppers import fake_batches, fake_stepper
 from switchtitan.checkpoint.save import CheckpointTensors
 from switchtitan.job.config import JobConfig
 from switchtitan.training.describe import count_parameters
 from switchtitan.training.step import Stepper
+from switchtitan.workbench.benchmark.counters import CollectiveCount, CountCommunication, CountFlops
+from switchtitan.workbench.benchmark.memory_tracker import MemoryUse, TrackMemory
+from switchtitan.workbench.benchmark.steppers import fake_batches, fake_stepper
 
 _NUM_SIMULATED = 3
 """Micro-batches: a first, a last, and one that stands for all others."""

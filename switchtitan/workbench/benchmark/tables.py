@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from switchtitan.benchmark.estimate import MAX_BATCH_SIZE, Fit, StepEstimate
-from switchtitan.benchmark.gpu.record import StepOnGpu, bounds_s, costs_by
-from switchtitan.benchmark.memory_tracker import KINDS, STATE
-from switchtitan.benchmark.step_times import ratio_of_steps
 from switchtitan.distributed.gpus import card_of
 from switchtitan.job.config import JobConfig
+from switchtitan.workbench.benchmark.estimate import MAX_BATCH_SIZE, Fit, StepEstimate
+from switchtitan.workbench.benchmark.gpu.record import StepOnGpu, bounds_s, costs_by
+from switchtitan.workbench.benchmark.memory_tracker import KINDS, STATE
+from switchtitan.workbench.benchmark.step_times import ratio_of_steps
 
 _MIB, _GIB = 2**20, 2**30
 _NUM_OPERATIONS = 20

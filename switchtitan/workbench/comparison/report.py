@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from switchtitan.comparison.comparison import RUNS_FILE, State, best_value
-from switchtitan.comparison.config import RowConfig, is_rate
-from switchtitan.comparison.runs import RunResult, short_name, write_csv
-from switchtitan.comparison.statistics import Difference, adjusted, difference, verdict
 from switchtitan.files import write_atomically
+from switchtitan.workbench.comparison.comparison import RUNS_FILE, State, best_value
+from switchtitan.workbench.comparison.config import RowConfig, is_rate
+from switchtitan.workbench.comparison.runs import RunResult, short_name, write_csv
+from switchtitan.workbench.comparison.statistics import Difference, adjusted, difference, verdict
 
 UNKNOWN = "-"
 _LEGEND = (

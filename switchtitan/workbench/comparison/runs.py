@@ -14,15 +14,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from switchtitan.checkpoint.save import CHECKPOINTS_FOLDER
-from switchtitan.comparison.config import ComparisonConfig, RowConfig
 from switchtitan.config import flatten
 from switchtitan.errors import CheckpointError, ConfigError
 from switchtitan.files import write_atomically
 from switchtitan.job.config import JobConfig, parse_arguments
 from switchtitan.observability import RESULTS_FILE
 from switchtitan.registry import Section, toml_value
-from switchtitan.spectra.weight_change import checkpoint_spectra, mean_effective_rank
 from switchtitan.training.output import CONFIG_FILE
+from switchtitan.workbench.comparison.config import ComparisonConfig, RowConfig
+from switchtitan.workbench.spectra.weight_change import checkpoint_spectra, mean_effective_rank
 
 _KEYS_OF_A_MACHINE = {
     "job": {"name", "output_dir"},

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch._dynamo.utils import counters
 
-from switchtitan.benchmark.steppers import real_stepper
 from switchtitan.distributed.world import temporary_world
 from switchtitan.errors import ConfigError, UserError
 from switchtitan.job.config import JobConfig
 from switchtitan.registry import toml_value
 from switchtitan.training.step import Stepper
+from switchtitan.workbench.benchmark.steppers import real_stepper
 
 WARM_UP_STEPS = 3
 """Untimed steps of each configuration: they compile, allocate and fill caches."""

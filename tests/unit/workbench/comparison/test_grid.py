@@ -8,11 +8,11 @@ import pytest
 from support.checkpoints import refused
 from support.comparisons import GRID, LR, loss_of, result_of, train, write_grid
 
-from switchtitan.comparison.comparison import check_plan, follow
-from switchtitan.comparison.config import load_comparison
-from switchtitan.comparison.runs import config_sha256, plan_run, read_csv
 from switchtitan.errors import ConfigError
 from switchtitan.registry import toml_value
+from switchtitan.workbench.comparison.comparison import check_plan, follow
+from switchtitan.workbench.comparison.config import load_comparison
+from switchtitan.workbench.comparison.runs import config_sha256, plan_run, read_csv
 
 COMPARISONS = Path(__file__).parents[3] / "train_configs" / "comparisons"
 OTHER, DECAY = "optimizer.other_lr", "optimizer.weight_decay"

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from switchtitan.benchmark.counters import CountingMode, num_flops, tensors_in
-from switchtitan.benchmark.gpu import torch_inside
-from switchtitan.benchmark.steppers import fake_stepper
 from switchtitan.distributed.gpus import CARDS, Card
 from switchtitan.errors import UserError
 from switchtitan.job.config import JobConfig
 from switchtitan.methods.operations import IMPLEMENTATIONS
 from switchtitan.regions import observers
+from switchtitan.workbench.benchmark.counters import CountingMode, num_flops, tensors_in
+from switchtitan.workbench.benchmark.gpu import torch_inside
+from switchtitan.workbench.benchmark.steppers import fake_stepper
 
 NUM_STEPS = 2
 """Steps of each configuration. The last is recorded; nothing should compile in it."""

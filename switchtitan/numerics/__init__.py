@@ -1,0 +1,1 @@
+"""Number formats, and random bits that depend on a name or a place alone."""
