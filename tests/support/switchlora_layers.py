@@ -8,7 +8,6 @@ from torch import nn
 
 from support.small_llama import initial_tensors
 from support.tensors import differing
-from switchtitan.distributed import random
 from switchtitan.distributed.shards import full_tensor
 from switchtitan.methods.adapter.linear import adapter_layers, balanced_bounds
 from switchtitan.methods.adapter.rounding import FrozenWeights
@@ -18,6 +17,7 @@ from switchtitan.methods.switchlora.method import SwitchLoraLinear, SwitchLoraOp
 from switchtitan.methods.switchlora.plan import Plan, SwitchLoraConfig
 from switchtitan.methods.switchlora.update import FactorMuon, Factors, VectorAdamW
 from switchtitan.methods.targets import FACTORS
+from switchtitan.numerics import random
 from switchtitan.numerics.fixed_point import values_of
 from switchtitan.numerics.random import generator_for
 from switchtitan.numerics.split_float import join

@@ -14,7 +14,7 @@ from switchtitan.workbench.comparison.comparison import check_plan, follow
 from switchtitan.workbench.comparison.config import load_comparison
 from switchtitan.workbench.comparison.runs import config_sha256, plan_run, read_csv
 
-COMPARISONS = Path(__file__).parents[3] / "train_configs" / "comparisons"
+COMPARISONS = Path(__file__).parents[4] / "train_configs" / "comparisons"
 OTHER, DECAY = "optimizer.other_lr", "optimizer.weight_decay"
 SET_THIN = 'set.method = {{ name = "lora", rank = 4 }}\n'
 OF_THIN = 'learning_rate_of = "thin"'
