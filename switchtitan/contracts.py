@@ -118,6 +118,10 @@ class OptimizerConfig(NamedSection):
     """Whether it treats the head's weight apart, so that the head must not be tied."""
     trains_bf16: ClassVar[bool] = False
     """Whether it keeps the bits that weights in bf16 lack; see `optim.weights`."""
+    has_8bit_moments: ClassVar[bool] = False
+    """Whether it keeps moments of matrices in 8 bits."""
+    orthogonalizes: ClassVar[bool] = False
+    """Whether it orthogonalizes the updates of matrices in the model's blocks, as Muon does."""
     width_exponent: ClassVar[float | None] = None
     """e if the best rate of matrices in blocks goes as (1 / hidden size)^e; None: not checked."""
     lr: float = Field(gt=0)

@@ -20,7 +20,6 @@ from switchtitan.library.optimizer import Optimizer
 from switchtitan.methods import METHODS, optimizer_problems
 from switchtitan.methods.targets import FACTORS, FactorLinear, ReplacingMethod, TargetConfig
 from switchtitan.optim import OPTIMIZERS
-from switchtitan.optim.muon import MuonKeys
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ class AppliedMethod:
             raise ConfigError("optimizer: expected a name; it finds the parameters by itself")
         config = OPTIMIZERS.restore({"name": name, "lr": lr, **keys})
         problems = optimizer_problems(self._method.config, config, self._view)
-        if isinstance(config, MuonKeys) and not (self.layers or self._view.blocks()):
+        if config.orthogonalizes and not (self.layers or self._view.blocks()):
             problems.append(
                 f"[optimizer] name = {name!r}: trains blocks; there is no nn.ModuleList"
             )

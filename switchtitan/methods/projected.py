@@ -40,7 +40,7 @@ from switchtitan.methods.targets import TargetConfig
 from switchtitan.numerics.random import generator_for
 from switchtitan.optim import OPTIMIZERS
 from switchtitan.optim.adamw import AdamKeys
-from switchtitan.optim.adamw8bit import MOMENTS, AdamW8bitConfig
+from switchtitan.optim.adamw8bit import MOMENTS
 from switchtitan.optim.base import GroupedOptimizer, SplitOptimizer
 from switchtitan.optim.moments import Moments, Stored, decoded, encode_
 from switchtitan.optim.parameters import TrainedParameter, trained_parameters
@@ -176,7 +176,7 @@ class ProjectedOptimizer(GroupedOptimizer):
     ) -> None:
         super().__init__(adam, [TrainedParameter(*item) for item in parameters.items()])
         self._method, self._adam, self._seed = method, adam, seed
-        in_8_bits = isinstance(adam, AdamW8bitConfig)
+        in_8_bits = adam.has_8bit_moments
         items = parameters.items()
         self._targeted = [ProjectedWeight(*item, method.rank, in_8_bits) for item in items]
         self._first = self._targeted[0].parameter

@@ -30,6 +30,7 @@ class AdamW8bitConfig(AdamKeys):
 
     width_exponent: ClassVar[float] = 1.0
     trains_bf16: ClassVar[bool] = True
+    has_8bit_moments: ClassVar[bool] = True
     name: Literal["adamw8bit"] = "adamw8bit"
     """The optimizer."""
 

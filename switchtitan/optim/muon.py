@@ -42,6 +42,7 @@ class MuonKeys(AdamKeys):
     """The configuration keys of Muon."""
 
     width_exponent: ClassVar[float] = 0.5
+    orthogonalizes: ClassVar[bool] = True
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Decay rate of the running mean of gradients, in [0, 1)."""
     nesterov: bool = True
@@ -68,6 +69,7 @@ class Muon8bitConfig(MuonKeys):
     of at most 256 elements of a row."""
 
     trains_bf16: ClassVar[bool] = True
+    has_8bit_moments: ClassVar[bool] = True
     name: Literal["muon8bit"] = "muon8bit"
     """The optimizer."""
 
@@ -92,8 +94,7 @@ class Muon(GroupedOptimizer):
         super().__init__(config, trained)
         self._is_compiled = compile_step
         self._dtype = trained[0].compute_dtype if trained else torch.float32
-        in_8_bits = isinstance(config, Muon8bitConfig)
-        self.momenta = Moments("momentum", True, self.parameters, in_8_bits)
+        self.momenta = Moments("momentum", True, self.parameters, config.has_8bit_moments)
         self.weights = Weights(self.parameters, config.trains_bf16)
         self.state = self.momenta.state | self.weights.state
         self._batches: dict[tuple[str, ...], list[tuple[list[str], MatrixExchange]]] = {}
@@ -246,6 +247,9 @@ def build_muon(
     for trained in parameters:
         is_matrix = trained.is_in_block and trained.parameter.ndim == 2
         (matrices if is_matrix else others).append(trained)
-    in_8_bits = isinstance(config, Muon8bitConfig)
-    adamw = build_adamw8bit(config, others, compile_step) if in_8_bits else AdamW(config, others)
+    adamw: TrainingOptimizer
+    if config.has_8bit_moments:
+        adamw = build_adamw8bit(config, others, compile_step)
+    else:
+        adamw = AdamW(config, others)
     return SplitOptimizer([Muon(config, matrices, compile_step), adamw]) if matrices else adamw

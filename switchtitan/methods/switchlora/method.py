@@ -96,7 +96,8 @@ class SwitchLora(AdapterMethod[SwitchLoraConfig]):
         trained = {entry.name: entry for entry in self.trained_parameters(model, config)}
         factors = Factors([trained.pop(f"{name}.{key}") for key in FACTORS for name in layers])
         rule: VectorAdamW | FactorMuon
-        if isinstance(config, MuonKeys):
+        if config.orthogonalizes:
+            assert isinstance(config, MuonKeys)
             rule = FactorMuon(config, factors, plan, compile_step)
         else:
             assert isinstance(config, AdamKeys)  # see `SwitchLoraConfig.optimizers`

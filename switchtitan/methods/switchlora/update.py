@@ -13,7 +13,7 @@ from switchtitan.distributed.rows import copy_all_
 from switchtitan.distributed.shards import local, row_range
 from switchtitan.methods.switchlora.plan import Plan, VectorSpan, vector_spans
 from switchtitan.optim.adamw import AdamKeys
-from switchtitan.optim.adamw8bit import MOMENTS, AdamW8bitConfig, step_size_and_eps, update_
+from switchtitan.optim.adamw8bit import MOMENTS, step_size_and_eps, update_
 from switchtitan.optim.base import GroupedOptimizer
 from switchtitan.optim.moments import Moments
 from switchtitan.optim.muon import Muon, MuonKeys
@@ -78,8 +78,7 @@ class VectorAdamW(GroupedOptimizer):
         super().__init__(config, factors.trained)
         self._adam, self._factors, self._plan = config, factors, plan
         self._means, self._squares = (
-            Moments(*moment, factors.by_name, isinstance(config, AdamW8bitConfig))
-            for moment in MOMENTS.items()
+            Moments(*moment, factors.by_name, config.has_8bit_moments) for moment in MOMENTS.items()
         )
         self.weights = Weights(factors.by_name, config.trains_bf16)
         self.state = self._means.state | self._squares.state | self.weights.state
